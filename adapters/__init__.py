@@ -1,0 +1,1 @@
+"""Vector stores: one interface, one file a store."""

@@ -1,0 +1,182 @@
+"""What a vector store must be able to do to be migrated: the `Store` protocol and the values it speaks in.
+
+Everything is a batch. Vectors are float32 arrays of shape (n, dim). Ids are `int` or `str`, never mixed up:
+`7` and `"7"` are two items. Client exceptions never leave an adapter: they become one of the `StoreError`s here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol, TypeAlias, runtime_checkable
+
+import numpy as np
+from numpy.typing import NDArray
+
+ItemId: TypeAlias = int | str
+Vectors: TypeAlias = NDArray[np.float32]  # (n, dim)
+Payload: TypeAlias = Mapping[str, Any]
+Metric: TypeAlias = Literal["cosine", "ip", "l2"]
+
+
+class StoreError(Exception):
+    """Something a vector store said or did not say."""
+
+
+class StoreUnavailable(StoreError):
+    """The store could not be reached or is overloaded; the same call may work later.
+
+    `retry_after` is the store's own advice in seconds, where it gave one.
+    """
+
+    def __init__(self, message: str, *, retry_after: float | None = None) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class StoreRejected(StoreError):
+    """The store, or what lies in it, is not what was asked for; the same call will fail again."""
+
+
+class StoreBusy(StoreError):
+    """Another process holds the store for writing."""
+
+
+class ItemProblem(StoreError):
+    """One item cannot be read or written; the others can."""
+
+    def __init__(self, item: ItemId, message: str) -> None:
+        super().__init__(message)
+        self.item = item
+
+
+@dataclass(frozen=True, slots=True)
+class Capabilities:
+    """What this store, with this index, can and cannot do. Read by `plan`; skipped visibly by the contract suite."""
+
+    update_in_place: bool
+    """Vectors can be replaced in the served index without a rebuild."""
+    visible: Literal["at_once", "on_publish", "at_cutover"]
+    """When a written vector answers queries: with the write, with the next `publish`, or only after the rebuild
+    that `publish(final=True)` does."""
+    stamps: bool
+    """The store keeps a stamp beside each vector, written in the same step."""
+    concurrent_writers: bool
+    """Several processes may write at once. If not, opening for writing takes a lock."""
+    exact_vectors: bool
+    """`read` gives back the vectors as they were written. A quantised index gives approximations."""
+    aliases: bool
+    notes: tuple[str, ...] = ()
+    """Sentences for the plan: what follows from the above for this collection."""
+
+
+@dataclass(frozen=True, slots=True)
+class CollectionInfo:
+    """Facts of a collection, as the store tells them."""
+
+    name: str
+    """Canonical and unique: two spellings of the same collection give the same name."""
+    dim: int
+    metric: Metric
+    count: int
+    index: str
+    server: str
+    """Product and version, for instance `faiss 1.15.1`."""
+    schema: Mapping[str, str]
+    """Payload field -> type, as the store names it."""
+    bytes_on_disk: int | None = None
+    """Size of the index, where the store can tell."""
+
+
+@dataclass(frozen=True, slots=True)
+class Page:
+    """A batch of items in the order of the ids asked for; ids that no longer exist are left out.
+
+    `vectors` is None when they were not asked for, `payloads` likewise. `stamps` is always there.
+    """
+
+    ids: Sequence[ItemId]
+    vectors: Vectors | None  # (n, dim)
+    payloads: Sequence[Payload] | None
+    stamps: Sequence[str | None]
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+@dataclass(frozen=True, slots=True)
+class WriteReport:
+    """What became of a batch of writes. Every id given is in exactly one of the three."""
+
+    written: Sequence[ItemId]
+    gone: Sequence[ItemId] = ()
+    """Deleted since they were read. They stay deleted."""
+    rejected: Mapping[ItemId, str] = field(default_factory=dict)
+    """Refused by the store, with its reason."""
+
+
+@dataclass(frozen=True, slots=True)
+class Hits:
+    """Answers to n queries, nearest first. A query with fewer than k answers has shorter lists."""
+
+    ids: Sequence[Sequence[ItemId]]
+    scores: Sequence[Sequence[float]]
+    """Larger is nearer, whatever the metric (the negated squared distance for `l2`)."""
+
+
+@runtime_checkable
+class Store(Protocol):
+    """One collection of a vector store. Opened by `adapters.registry.open_store`."""
+
+    @property
+    def capabilities(self) -> Capabilities: ...
+
+    def describe(self) -> CollectionInfo: ...
+
+    def scan_ids(self, *, after: ItemId | None, upto: ItemId | None = None, limit: int) -> list[ItemId]:
+        """The next `limit` ids in the store's total order, beyond `after` and not beyond `upto` (inclusive)."""
+        ...
+
+    def read(self, ids: Sequence[ItemId], *, vectors: bool, payload: bool) -> Page: ...
+
+    def write_vectors(self, ids: Sequence[ItemId], vectors: Vectors, stamp: str | None) -> WriteReport:
+        """Replaces the vectors of existing items, durably, together with their stamp (None removes it).
+
+        Never creates an item and never touches a payload. Repeating the call changes nothing more. Refuses, before
+        anything is written, vectors of another shape, non-finite numbers, and an id given twice (`StoreRejected`).
+        """
+        ...
+
+    def publish(self, *, final: bool = False) -> None:
+        """Makes written vectors answer queries, where `capabilities.visible` says that writing alone does not.
+
+        `final` also does the rebuild that some indexes need. Safe to repeat; a crash leaves the state before or after.
+        """
+        ...
+
+    def unstamped(self, stamp: str, *, after: ItemId | None, limit: int) -> list[ItemId]:
+        """Ids, in the store's total order, of items that do not carry `stamp`."""
+        ...
+
+    def count(self, *, stamp: str | None = None) -> int:
+        """Exact number of items; with `stamp`, of those that carry it."""
+        ...
+
+    def sample(self, n: int, *, seed: int) -> list[ItemId]:
+        """`n` distinct ids at random, uniformly (all of them where there are fewer); the same for the same seed and contents."""
+        ...
+
+    def search(self, vectors: Vectors, k: int, *, exact: bool = False) -> Hits:
+        """The k nearest items as a reader of the collection sees it now: unpublished vectors do not answer."""
+        ...
+
+    def forget_migration(self) -> None:
+        """Removes what the migration left in the store besides the vectors: stamps and kept generations."""
+        ...
+
+    def close(self) -> None: ...
+
+
+def order_key(item: ItemId) -> tuple[bool, int, str]:
+    """Sort key of the total order of ids that every store here keeps: integers ascending, then strings by code point."""
+    return (True, 0, item) if isinstance(item, str) else (False, item, "")

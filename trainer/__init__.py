@@ -1,0 +1,1 @@
+"""Compatible training: encoders, their images, and the losses that keep new vectors comparable with old ones."""
