@@ -1,0 +1,1 @@
+"""Re-embedding of the stored images, in bounded runs of durable chunks."""

@@ -1,0 +1,239 @@
+"""One chunk after the other through read, fetch, encode, undo and write, with the three kinds of work side by side.
+
+A reader thread leases chunks, reads their old state and has their images decoded in a pool; the calling thread
+encodes; a writer thread makes the undo log durable, writes the store and then the ledger. At any moment at most one
+chunk is being read, one encoded and one written. A chunk's vectors are written in one go, so a kill loses encoding
+work of the chunks in hand and nothing else.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from adapters.base import ItemId, Page, Payload, Store, StoreRejected
+from migrator.backfill.undo import OldVectors, UndoLog
+from migrator.encoding import encode_batch
+from migrator.ledger import Chunk, Failure
+from migrator.retrying import patiently
+from trainer.errors import ImageProblem
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from trainer.encoder import Encoder
+    from trainer.images import ImageSource
+
+
+@dataclass(slots=True)
+class Work:
+    """A chunk on its way: its old state, and its images as they become ready."""
+
+    chunk: Chunk
+    page: Page
+    repeated: Sequence[ItemId] = ()
+    """Items that an earlier, unfinished attempt at this chunk has already written."""
+    images: queue.SimpleQueue[Future[NDArray[np.uint8]]] = field(default_factory=queue.SimpleQueue)
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """A chunk whose new vectors are known and not yet written."""
+
+    work: Work
+    rows: Sequence[int]  # positions in work.page
+    vectors: NDArray[np.float32]  # (len(rows), dim), unit length
+    failures: list[Failure]
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """What became of a chunk."""
+
+    chunk: Chunk
+    written: Sequence[ItemId]
+    gone: int
+    failures: Sequence[Failure]
+
+
+class ChunkFailed(Exception):
+    """The store refused a chunk as a whole."""
+
+    def __init__(self, chunk: Chunk, reason: str) -> None:
+        super().__init__(reason)
+        self.chunk = chunk
+        self.reason = reason
+
+
+class Pipeline:
+    """Runs chunks through one store and one encoder.
+
+    `lease` gives the next chunk or None; `items` its ids still to do; `finish` records a written chunk; `fail` a
+    refused one: these are called from the pipeline's threads. `enough` is asked before each chunk is encoded;
+    `on_batch` hears how many items each batch held.
+    """
+
+    def __init__(
+        self,
+        *,
+        store: Store,
+        images: ImageSource,
+        encoder: Encoder,
+        undo: UndoLog,
+        batch_size: int,
+        image_threads: int,
+        retry_for: float,
+        lease: Callable[[], Chunk | None],
+        items: Callable[[Chunk], list[ItemId]],
+        finish: Callable[[Finished], None],
+        fail: Callable[[ChunkFailed], None],
+        enough: Callable[[], bool],
+        on_batch: Callable[[int], None],
+    ) -> None:
+        self.store, self.images, self.encoder, self.undo = store, images, encoder, undo
+        self.batch_size, self.retry_for = batch_size, retry_for
+        self.lease, self.items, self.finish, self.fail = lease, items, finish, fail
+        self.enough, self.on_batch = enough, on_batch
+        self.encoding_seconds = 0.0
+        self._image_threads = image_threads
+        self._abort = threading.Event()
+        # Decoded images waiting for the encoder; bounds memory whatever the chunk size.
+        self._window = threading.Semaphore(4 * batch_size)
+        # One chunk in the encoder's hands and one being made ready.
+        self._ahead = threading.Semaphore(2)
+
+    def run(self) -> None:
+        """Until `lease` gives no more chunk or it is `enough`. On an error the chunks in hand are dropped."""
+        works: queue.SimpleQueue[Work | None] = queue.SimpleQueue()
+        with (
+            ThreadPoolExecutor(self._image_threads, "image") as decoders,
+            ThreadPoolExecutor(1, "reader") as reader,
+            ThreadPoolExecutor(1, "writer") as writer,
+        ):
+            reading = reader.submit(self._read_ahead, works, decoders)
+            writing: Future[None] | None = None
+            try:
+                for work in self._arriving(works, reading):
+                    if self.enough():
+                        self._stop_reading(decoders)
+                        break
+                    encoded = self._encode(work)
+                    self._ahead.release()
+                    if writing is not None:
+                        writing.result()
+                    writing = writer.submit(self._write, encoded)
+                if writing is not None:
+                    writing.result()
+            except BaseException:
+                self._stop_reading(decoders)
+                if writing is not None:
+                    with suppress(Exception):
+                        writing.result()  # let the chunk that is being written come to its end
+                raise
+
+    def _stop_reading(self, decoders: ThreadPoolExecutor) -> None:
+        self._abort.set()
+        self._ahead.release()
+        self._window.release(4 * self.batch_size)
+        decoders.shutdown(wait=False, cancel_futures=True)
+
+    def _arriving(self, works: queue.SimpleQueue[Work | None], reading: Future[None]) -> Iterator[Work]:
+        while (work := works.get()) is not None:
+            yield work
+        reading.result()
+
+    # -- reader ---------------------------------------------------------------------------------------------------
+
+    def _read_ahead(self, works: queue.SimpleQueue[Work | None], decoders: ThreadPoolExecutor) -> None:
+        work: Work | None = None
+        try:
+            while True:
+                self._ahead.acquire()
+                if self._abort.is_set() or (chunk := self.lease()) is None:
+                    return
+                work = patiently(lambda chunk=chunk: self._read(chunk), seconds=self.retry_for)  # type: ignore[misc]
+                works.put(work)
+                assert work.page.payloads is not None
+                for item, payload in zip(work.page.ids, work.page.payloads, strict=True):
+                    self._window.acquire()
+                    if self._abort.is_set():
+                        return
+                    work.images.put(decoders.submit(self._load, item, payload))
+        finally:
+            works.put(None)
+
+    def _read(self, chunk: Chunk) -> Work:
+        page = self.store.read(self.items(chunk), vectors=True, payload=True)
+        before = self.undo.read(chunk)
+        repeated: list[ItemId] = []
+        if before is not None:
+            to_do = set(page.ids)
+            stamps = self.store.read([item for item in before.ids if item not in to_do], vectors=False, payload=False)
+            repeated = [item for item, stamp in zip(stamps.ids, stamps.stamps, strict=True) if stamp == self.encoder.id]
+        return Work(chunk, page, repeated)
+
+    def _load(self, item: ItemId, payload: Payload) -> NDArray[np.uint8]:
+        path = self.images.locate(item, payload)
+        return self.encoder.prepare(patiently(lambda: self.images.load(path), seconds=self.retry_for))
+
+    # -- encoder --------------------------------------------------------------------------------------------------
+
+    def _encode(self, work: Work) -> Encoded:
+        rows: list[int] = []
+        vectors: list[NDArray[np.float32]] = []
+        failures: list[Failure] = []
+        batch: list[tuple[int, NDArray[np.uint8]]] = []
+        size = len(work.page)
+        for row, item in enumerate(work.page.ids):
+            future = work.images.get()
+            try:
+                batch.append((row, future.result()))
+            except ImageProblem as problem:
+                failures.append(Failure(item, "image", str(problem)))
+            finally:
+                self._window.release()
+            if len(batch) == self.batch_size or (row == size - 1 and batch):
+                began = time.monotonic()
+                for done, vector in encode_batch(self.encoder, batch):
+                    if isinstance(vector, str):
+                        failures.append(Failure(work.page.ids[done], "encoder", vector))
+                    else:
+                        rows.append(done)
+                        vectors.append(vector)
+                self.encoding_seconds += time.monotonic() - began
+                self.on_batch(len(batch))
+                batch = []
+        stacked = np.stack(vectors) if vectors else np.empty((0, self.encoder.dim), np.float32)
+        return Encoded(work, rows, stacked, failures)
+
+    # -- writer ---------------------------------------------------------------------------------------------------
+
+    def _write(self, encoded: Encoded) -> None:
+        work = encoded.work
+        try:
+            self.finish(patiently(lambda: self._write_store(encoded), seconds=self.retry_for))
+        except StoreRejected as error:
+            self.fail(ChunkFailed(work.chunk, str(error)))
+
+    def _write_store(self, encoded: Encoded) -> Finished:
+        work, rows = encoded.work, list(encoded.rows)
+        ids = [work.page.ids[row] for row in rows]
+        failures = list(encoded.failures)
+        written: Sequence[ItemId] = ()
+        gone = 0
+        if ids:
+            assert work.page.vectors is not None
+            old = OldVectors(ids, work.page.vectors[rows], [work.page.stamps[row] for row in rows])
+            self.undo.record(work.chunk, old)  # before the write: a crash between the two only repeats the chunk
+            report = self.store.write_vectors(ids, encoded.vectors, self.encoder.id)
+            failures += [Failure(item, "store", reason) for item, reason in report.rejected.items()]
+            written, gone = report.written, len(report.gone)
+        return Finished(work.chunk, [*work.repeated, *written], gone, failures)

@@ -1,0 +1,257 @@
+"""One bounded run of the backfill, as cron starts it: a few chunks, then leave. Overlapping runs are harmless."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+from adapters.base import ItemId, Store, StoreBusy
+from migrator.backfill.chunks import cut_catch_up, cut_first_pass, items_to_do
+from migrator.backfill.pipeline import ChunkFailed, Finished, Pipeline
+from migrator.backfill.throttle import Throttle
+from migrator.errors import Refused
+from migrator.ledger import Chunk, Ledger, Migration, this_process
+from migrator.project import Project
+from migrator.retrying import patiently
+
+Ended: TypeAlias = Literal["complete", "limit", "paused", "interrupted", "busy", "stuck"]
+
+PASSES_A_RUN = 10  # an application that writes without pause must not keep one run going for ever
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """What one run did."""
+
+    ended: Ended
+    chunks: int
+    items: int
+    failed: int
+    gone: int
+    seconds: float
+    encoding_seconds: float
+    """Time inside the encoder; the rest is what the pipeline could not hide behind it."""
+    message: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How far the pass has come, for a progress bar."""
+
+    pass_number: int
+    done: int
+    total: int
+
+
+def backfill(
+    project: Project,
+    *,
+    max_seconds: float | None = None,
+    max_items: int | None = None,
+    stop: threading.Event | None = None,
+    report: Callable[[Progress], None] = lambda _: None,
+) -> Summary:
+    """Works on chunks until everything is done, a limit is reached, a pause was asked for, or `stop` is set.
+
+    `max_seconds` and `max_items` are checked between chunks; at least one chunk is done. Raises `Refused` outside
+    the backfill stage, `StoreUnavailable` or `ImagesUnavailable` when retries ran out.
+    """
+    migration = check_stage(project)
+    if migration.paused is not None:
+        return Summary("paused", 0, 0, 0, 0, 0.0, 0.0, f"paused: {migration.paused}")
+    try:
+        with project.store(write=True) as store:
+            return _Run(project, migration, store, max_seconds, max_items, stop or threading.Event(), report).go()
+    except StoreBusy as busy:
+        return Summary("busy", 0, 0, 0, 0, 0.0, 0.0, f"another run is going on: {busy}")
+
+
+def check_stage(project: Project) -> Migration:
+    """The migration, if it is in its backfill stage; else refused with the command that comes first."""
+    migration = project.migration()
+    name = project.name
+    if migration.state in ("finished", "rolled_back"):
+        raise Refused(f"{name} is {migration.state.replace('_', ' ')}: there is nothing to backfill")
+    if migration.state == "rolling_back":
+        raise Refused(f"{name} is being rolled back: finish with `migrator rollback {name}`")
+    if migration.stage == "cutover":
+        raise Refused(f"{name} has been cut over: next is `migrator rollout {name} --stage finalize`")
+    if migration.stage != "backfill":
+        route = project.ledger.route(migration.collection)
+        percent = route.canary_percent if route and migration.state == "active" else 0
+        if percent < 100:
+            raise Refused(
+                f"{name}: {percent:g} % of the queries use the new encoder, and the others cannot be compared with "
+                f"new vectors: first `migrator rollout {name} --stage canary` up to 100 %"
+            )
+        raise Refused(f"{name}: the backfill stage is not open: `migrator rollout {name} --stage backfill`")
+    return migration
+
+
+class _Run:
+    """The state of one run: who holds the leases, what was done, and when it is enough."""
+
+    def __init__(
+        self,
+        project: Project,
+        migration: Migration,
+        store: Store,
+        max_seconds: float | None,
+        max_items: int | None,
+        stop: threading.Event,
+        report: Callable[[Progress], None],
+    ) -> None:
+        self.project, self.migration, self.store = project, migration, store
+        self.ledger: Ledger = project.ledger
+        self.settings = project.settings.backfill
+        self.max_seconds, self.max_items, self.stop, self.report = max_seconds, max_items, stop, report
+        self.owner = this_process()
+        self.began = time.monotonic()
+        self.stamp = ""
+        self.encoding_seconds = 0.0
+        self.leased_items = self.encoded = self.chunks = self.items = self.failed = self.gone = 0
+        self.tried: set[int] = set()
+        self.failing: set[ItemId] = set()
+        self.extended = time.monotonic()
+        self.throttle = Throttle(self.settings.nice, stop)
+
+    def go(self) -> Summary:
+        """The whole run, from loading the encoder to publishing what was written."""
+        encoder = self.project.new_encoder()
+        self.stamp = encoder.id
+        images = self.project.images()
+        undo = self.project.undo_log(self.migration)
+        run_id = self.ledger.start_run(self.migration.id, self.owner)
+        ended = "failed"
+        try:
+            if self.ledger.counts(self.migration.id).passes == 0:
+                size = self.settings.chunk_size
+                patiently(
+                    lambda: cut_first_pass(self.store, self.ledger, self.migration, size=size),
+                    seconds=self.settings.retry_for,
+                )
+            for _ in range(PASSES_A_RUN):
+                self.failing = self._open_failures()
+                counts = self.ledger.counts(self.migration.id)
+                self.done_before, self.total = counts.done, counts.planned
+                self.pass_number = max(counts.passes - 1, 0)
+                pipeline = Pipeline(
+                    store=self.store,
+                    images=images,
+                    encoder=encoder,
+                    undo=undo,
+                    batch_size=self.settings.batch_size,
+                    image_threads=self.settings.image_threads,
+                    retry_for=self.settings.retry_for,
+                    lease=self._lease,
+                    items=self._items,
+                    finish=lambda finished: self._finish(finished, run_id),
+                    fail=self._fail,
+                    enough=self._enough,
+                    on_batch=self._on_batch,
+                )
+                try:
+                    pipeline.run()
+                finally:
+                    self.encoding_seconds += pipeline.encoding_seconds
+                reason = self._why_stopped()
+                if reason is not None or not self._catch_up():
+                    ended = reason or "complete"
+                    break
+            else:
+                ended = "limit"
+            patiently(self.store.publish, seconds=self.settings.retry_for)
+        finally:
+            self.ledger.return_leases(self.migration.id, self.owner)
+            self.ledger.end_run(run_id, ended)
+        return Summary(
+            ended,  # type: ignore[arg-type]
+            self.chunks,
+            self.items,
+            self.failed,
+            self.gone,
+            time.monotonic() - self.began,
+            self.encoding_seconds,
+        )
+
+    def _open_failures(self) -> set[ItemId]:
+        return {json.loads(failure.item_id) for failure in self.ledger.failures(self.migration.id)}
+
+    def _why_stopped(self) -> Ended | None:
+        """Why there is more to do but not now; None when every chunk that can be done is done."""
+        by_state = self.ledger.counts(self.migration.id).by_state
+        if self.stop.is_set():
+            return "interrupted"
+        if by_state.get("pending", 0) + by_state.get("leased", 0) == 0:
+            return "stuck" if by_state.get("failed", 0) else None
+        if self.project.migration().paused is not None:
+            return "paused"
+        return "limit" if self._over_limit() else "stuck"
+
+    def _catch_up(self) -> int:
+        """Cuts a pass over items that arrived or changed since; returns how many there are."""
+        return patiently(
+            lambda: cut_catch_up(
+                self.store,
+                self.ledger,
+                self.migration,
+                stamp=self.stamp,
+                size=self.settings.chunk_size,
+                leave=self._open_failures(),
+            ),
+            seconds=self.settings.retry_for,
+        )
+
+    # -- called by the pipeline -----------------------------------------------------------------------------------
+
+    def _over_limit(self) -> bool:
+        seconds = self.max_seconds is not None and time.monotonic() - self.began >= self.max_seconds
+        return seconds or (self.max_items is not None and self.leased_items >= self.max_items)
+
+    def _enough(self) -> bool:
+        self.encoded += 1
+        if self.stop.is_set():
+            return True
+        out_of_time = self.max_seconds is not None and time.monotonic() - self.began >= self.max_seconds
+        return self.encoded > 1 and out_of_time
+
+    def _lease(self) -> Chunk | None:
+        if self.stop.is_set() or (self.leased_items and self._over_limit()):
+            return None
+        chunk = self.ledger.lease_chunk(self.migration.id, self.owner, seconds=self.settings.lease, leave=self.tried)
+        if chunk is not None:
+            self.tried.add(chunk.id)
+            self.leased_items += chunk.items
+        return chunk
+
+    def _items(self, chunk: Chunk) -> list[ItemId]:
+        return items_to_do(self.store, chunk, stamp=self.stamp, leave=self.failing)
+
+    def _on_batch(self, items: int) -> None:
+        self.done_before += items
+        self.report(Progress(self.pass_number, min(self.done_before, self.total), self.total))
+        if time.monotonic() - self.extended > self.settings.lease / 3:
+            self.ledger.extend_leases(self.migration.id, self.owner, seconds=self.settings.lease)
+            self.extended = time.monotonic()
+        self.throttle.rest()
+
+    def _finish(self, finished: Finished, run_id: int) -> None:
+        self.ledger.finish_chunk(
+            finished.chunk,
+            self.owner,
+            run_id=run_id,
+            written=finished.written,
+            gone=finished.gone,
+            failures=finished.failures,
+        )
+        self.chunks += 1
+        self.items += len(finished.written)
+        self.failed += len(finished.failures)
+        self.gone += finished.gone
+
+    def _fail(self, failed: ChunkFailed) -> None:
+        self.ledger.fail_chunk(failed.chunk, self.owner, error=failed.reason, max_attempts=self.settings.max_attempts)

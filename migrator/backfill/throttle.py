@@ -1,0 +1,21 @@
+"""Leaving room for the queries that the same machine answers."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+
+class Throttle:
+    """Sleeps `nice` times as long as was worked: 0 never sleeps, 1 works half of the time."""
+
+    def __init__(self, nice: float, stop: threading.Event) -> None:
+        self._nice = nice
+        self._stop = stop
+        self._since = time.monotonic()
+
+    def rest(self) -> None:
+        """Sleeps for the work done since the last rest; a stop request ends the sleep."""
+        if self._nice > 0:
+            self._stop.wait(self._nice * (time.monotonic() - self._since))
+        self._since = time.monotonic()

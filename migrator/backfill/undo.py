@@ -1,0 +1,148 @@
+"""The undo log: the vectors that a chunk is about to overwrite, durable before the first of them is.
+
+One Parquet file a chunk, in the artifacts folder (local, or any fsspec URL). A chunk that is repeated after a crash
+keeps what its file already says: the first state seen of an item is the one that a rollback needs.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from migrator.errors import Refused, Unavailable
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from migrator.ledger import Chunk
+
+ItemId = int | str
+
+
+@dataclass(frozen=True, slots=True)
+class OldVectors:
+    """What lay in the store before a chunk was written."""
+
+    ids: Sequence[ItemId]
+    vectors: NDArray[np.float32]  # (n, dim)
+    stamps: Sequence[str | None]
+
+
+class UndoLog:
+    """The undo files of one migration, under `<artifacts>/<name>/undo-<migration id>/`."""
+
+    def __init__(self, artifacts: str, name: str, migration_id: int) -> None:
+        import fsspec
+
+        self._fs, root = fsspec.core.url_to_fs(artifacts)
+        self._local = self._fs.protocol == "file" or "file" in self._fs.protocol
+        self.folder = f"{root.rstrip('/')}/{name}/undo-{migration_id}"
+
+    def _path(self, chunk: Chunk) -> str:
+        return f"{self.folder}/{chunk.pass_number:04d}-{chunk.ordinal:08d}.parquet"
+
+    def record(self, chunk: Chunk, old: OldVectors) -> None:
+        """Makes the old vectors of a chunk durable. Items that its file already holds stay as they are there."""
+        before = self.read(chunk)
+        if before is not None:
+            known = set(before.ids)
+            new = [row for row, item in enumerate(old.ids) if item not in known]
+            if not new:
+                return
+            old = OldVectors(
+                [*before.ids, *(old.ids[row] for row in new)],
+                np.concatenate([before.vectors, old.vectors[new]]),
+                [*before.stamps, *(old.stamps[row] for row in new)],
+            )
+        self._write(self._path(chunk), _to_parquet(old))
+
+    def read(self, chunk: Chunk) -> OldVectors | None:
+        """What the chunk overwrote; None if it never came to writing."""
+        path = self._path(chunk)
+        try:
+            content = self._fs.cat_file(path)
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise Unavailable(f"undo log {path}: {error.strerror or error}; try again") from error
+        return _from_parquet(content, path)
+
+    def _write(self, path: str, content: bytes) -> None:
+        try:
+            self._fs.makedirs(self.folder, exist_ok=True)
+            if self._local:
+                _write_durably(path, content)
+            else:
+                self._fs.pipe_file(path, content)  # an object store shows a whole object or none
+        except OSError as error:
+            raise Unavailable(
+                f"undo log {path}: {error.strerror or error}; nothing was overwritten, run the command again"
+            ) from error
+
+    def drop(self) -> None:
+        """Deletes the undo files. After that there is no way back to the old vectors."""
+        if self._fs.exists(self.folder):
+            self._fs.rm(self.folder, recursive=True)
+
+    def size(self) -> int:
+        """Bytes that the undo files take."""
+        return int(self._fs.du(self.folder)) if self._fs.exists(self.folder) else 0
+
+
+def _to_parquet(old: OldVectors) -> bytes:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    dim = old.vectors.shape[1]
+    vectors = np.ascontiguousarray(old.vectors, dtype="<f4")
+    table = pa.table(
+        {
+            "id": pa.array([json.dumps(item) for item in old.ids], pa.string()),
+            "vector": pa.FixedSizeListArray.from_arrays(pa.array(vectors.reshape(-1)), dim),
+            "stamp": pa.array(old.stamps, pa.string()),
+        }
+    )
+    # Embeddings hardly compress; plain pages with a checksum are faster and notice a damaged disk.
+    sink = io.BytesIO()
+    pq.write_table(table, sink, compression="none", use_dictionary=False, write_page_checksum=True)
+    return sink.getvalue()
+
+
+def _from_parquet(content: bytes, path: str) -> OldVectors:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        table: Any = pq.read_table(io.BytesIO(content), page_checksum_verification=True)
+        column = table.column("vector").combine_chunks()
+        vectors = column.flatten().to_numpy().reshape(len(column), column.type.list_size)
+        ids = [json.loads(item) for item in table.column("id").to_pylist()]
+        return OldVectors(ids, vectors, table.column("stamp").to_pylist())
+    except (pa.ArrowException, OSError, KeyError, ValueError) as error:
+        raise Refused(f"undo log {path} is damaged ({error}): restore this file from a backup, then go on") from error
+
+
+def _write_durably(path: str, content: bytes) -> None:
+    """Writes a file so that after a crash it is there whole or not at all: temporary file, fsync, rename, fsync."""
+    temporary = f"{path}.{os.getpid()}.tmp"
+    try:
+        with open(temporary, "wb") as file:  # noqa: PTH123 - fsspec gives plain strings
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)  # noqa: PTH105
+    except OSError:
+        if os.path.exists(temporary):  # noqa: PTH110
+            os.unlink(temporary)  # noqa: PTH108
+        raise
+    folder = os.open(os.path.dirname(path), os.O_RDONLY)  # noqa: PTH120
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)

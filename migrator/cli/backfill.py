@@ -1,0 +1,86 @@
+"""`migrator backfill`."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from types import FrameType
+
+import click
+
+from migrator.cli.common import (
+    confirm,
+    duration,
+    json_option,
+    migration_options,
+    open_project,
+    print_json,
+    progress,
+    yes_option,
+)
+
+
+@click.command("backfill")
+@migration_options
+@click.option("--max-seconds", type=click.FloatRange(0), help="Begin no further chunk after so many seconds.")
+@click.option("--max-items", type=click.IntRange(1), help="Begin no further chunk after so many items.")
+@json_option
+@yes_option
+def command(
+    name: str | None, config_path: Path, max_seconds: float | None, max_items: int | None, as_json: bool, yes: bool
+) -> int:
+    """Re-embed stored images in one bounded run, as cron starts it.
+
+    Runs that overlap or are killed do no harm: the same command goes on. SIGTERM or Ctrl-C finishes the chunk in hand
+    and leaves with exit code 130; a second one leaves at once.
+    """
+    from migrator.backfill.run import Progress, backfill, check_stage
+    from migrator.status import status_of
+
+    with open_project(config_path, name) as project:
+        migration = check_stage(project)
+        confirm(f"re-embed items of {migration.collection} with {migration.new_encoder_id}", yes=yes)
+        with stop_on_signal() as stop, progress("backfill") as advance:
+
+            def report(state: Progress) -> None:
+                advance(state.done, state.total, f"catch-up pass {state.pass_number}" if state.pass_number else "")
+
+            summary = backfill(project, max_seconds=max_seconds, max_items=max_items, stop=stop, report=report)
+        following = status_of(project).next_command
+    if as_json:
+        print_json({"migration": project.name, **asdict(summary), "next": following})
+    else:
+        if summary.message:
+            click.echo(summary.message)
+        else:
+            click.echo(
+                f"{summary.ended}: {summary.items} items in {summary.chunks} chunks, {summary.failed} failed, "
+                f"{summary.gone} gone, {duration(summary.seconds)}"
+            )
+        if following:
+            click.echo(f"next: {following}")
+    return {"interrupted": 130, "stuck": 3}.get(summary.ended, 0)
+
+
+@contextmanager
+def stop_on_signal() -> Iterator[threading.Event]:
+    """An event that the first SIGINT or SIGTERM sets; the second ends the process at once."""
+    stop = threading.Event()
+
+    def handle(number: int, _frame: FrameType | None) -> None:
+        if stop.is_set():
+            os._exit(130)
+        stop.set()
+        click.echo("stopping after this chunk; again to leave at once", err=True)
+
+    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

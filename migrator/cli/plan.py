@@ -1,0 +1,63 @@
+"""`migrator plan`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from migrator.cli.common import (
+    duration,
+    json_option,
+    migration_options,
+    open_project,
+    print_facts,
+    print_json,
+    progress,
+    size,
+)
+
+
+@click.command("plan")
+@migration_options
+@json_option
+def command(name: str | None, config_path: Path, as_json: bool) -> None:
+    """Look at the collection and say what the upgrade costs.
+
+    Checks that the old encoder made the stored vectors, measures speed on a sample, names risks, and saves the plan.
+    Nothing in the collection is changed.
+    """
+    from migrator.planning import make_plan
+
+    with open_project(config_path, name) as project, progress("sampling") as advance:
+        planned = make_plan(project, advance)
+    if as_json:
+        print_json({"plan": planned.fingerprint, **planned.content})
+        return
+    _show(planned.fingerprint, planned.content)
+
+
+def _show(fingerprint: str, plan: dict[str, Any]) -> None:
+    collection, check = plan["collection"], plan["old_encoder_check"]
+    new = plan["new_encoder"]
+    print_facts(
+        [
+            ("plan", f"{fingerprint} for {plan['migration']} ({plan['strategy']})"),
+            ("collection", f"{collection['name']}: {collection['items']} items, {collection['dim']}-d"),
+            ("store", f"{collection['server']}, {collection['index']}, metric {collection['metric']}"),
+            ("old encoder", f"{plan['old_encoder']['arch']} {plan['old_encoder']['id']}"),
+            ("", f"made the stored vectors: median cosine {check['median_cosine']:.3f} over {check['sampled']} items"),
+            ("new encoder", f"{new['arch']} {new['id'] or '(to be trained)'}"),
+            ("backfill", f"{plan['chunks']} chunks, about {duration(plan['backfill_seconds'])} of work "
+                         f"at {plan['images_per_second']:g} images/s"),
+            ("disk", f"{size(plan['undo_bytes'])} undo log, {size(plan['index_bytes'])} next to the index"),
+        ]
+    )  # fmt: skip
+    click.echo("\nrisks" if plan["risks"] else "\nno risks found")
+    for risk in plan["risks"]:
+        click.echo(f"  - {risk}")
+    click.echo("\nstages")
+    for stage, does in plan["stages"]:
+        click.echo(f"  {stage:<25} {does}")
+    click.echo(f"\nnext: migrator {'train' if new['id'] is None else 'verify'} {plan['migration']}")

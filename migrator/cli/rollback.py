@@ -1,0 +1,52 @@
+"""`migrator rollback`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from migrator.cli.common import (
+    confirm,
+    json_option,
+    migration_options,
+    open_project,
+    print_json,
+    progress,
+    yes_option,
+)
+
+
+@click.command("rollback")
+@migration_options
+@json_option
+@yes_option
+def command(name: str | None, config_path: Path, as_json: bool, yes: bool) -> int:
+    """Restore every old vector and route queries back.
+
+    Possible at every stage, until finalize was told to drop the undo log. Killed midway, run it again.
+    """
+    from migrator.rollout.in_place import check_can_roll_back, rollback
+
+    with open_project(config_path, name) as project:
+        migration = check_can_roll_back(project)
+        confirm(
+            f"restore the old vectors of {migration.collection}, then send every query back to the old encoder", yes=yes
+        )
+        with progress("rollback") as advance:
+            result = rollback(project, advance)
+    problems = {str(item): why for item, why in result.problems.items()}
+    if as_json:
+        print_json(
+            {
+                "migration": project.name,
+                "restored": result.restored,
+                "re_encoded": result.re_encoded,
+                "problems": problems,
+            }
+        )
+    else:
+        click.echo(f"rolled back: {result.restored} items restored, {result.re_encoded} embedded again")
+        for item, why in problems.items():
+            click.echo(f"item {item} keeps a new vector: {why}")
+    return 3 if problems else 0

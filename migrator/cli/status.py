@@ -1,0 +1,52 @@
+"""`migrator status`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from migrator.cli.common import duration, json_option, migration_options, open_project, print_facts
+
+
+@click.command("status")
+@migration_options
+@json_option
+def command(name: str | None, config_path: Path, as_json: bool) -> None:
+    """Show where a migration stands and the next command."""
+    import json
+
+    from migrator.status import status_of
+
+    with open_project(config_path, name) as project:
+        status = status_of(project)
+    if as_json:
+        click.echo(json.dumps(status.as_json(), indent=2))
+        return
+    done = f"{status.items_done} of {status.items_total}"
+    if status.items_total:
+        done += f" ({status.items_done / status.items_total:.1%})"
+    chunks = ", ".join(f"{number} {state}" for state, number in sorted(status.chunks.items()))
+    route = None if status.epoch is None else f"epoch {status.epoch}, canary {status.canary_percent:g} %"
+    rate = None if status.items_per_second is None else f"{status.items_per_second:g} items/s"
+    print_facts(
+        [
+            ("migration", status.migration),
+            ("collection", status.collection),
+            ("stage", f"{status.stage} ({status.state})" + (f", paused: {status.paused}" if status.paused else "")),
+            ("plan", status.plan),
+            ("old encoder", status.old_encoder),
+            ("new encoder", status.new_encoder),
+            ("verification", status.verification),
+            ("route", route),
+            ("items", done if status.chunks else None),
+            ("failed", status.items_failed if status.chunks else None),
+            ("gone", status.items_gone or None),
+            ("chunks", chunks or None),
+            ("catch-up", f"{status.catch_up_passes} passes" if status.catch_up_passes else None),
+            ("rate", rate),
+            ("eta", duration(status.eta_seconds)),
+            ("mixed space", "yes: only new-encoder queries are right" if status.mixed_space else "no"),
+            ("next", status.next_command or "nothing is left to do"),
+        ]
+    )

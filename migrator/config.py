@@ -1,0 +1,617 @@
+"""`migrations.yaml`: read, checked and typed. Every problem is found in one go and named with file, line and key.
+
+The values of a configuration may be secrets: no message and no `repr` shows one. `Config.redacted` is for printing.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+from collections.abc import Mapping
+from datetime import timedelta
+from itertools import pairwise
+from pathlib import Path
+from string import Formatter
+from typing import Annotated, Any, Literal, TypeAlias, get_args
+
+import yaml
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    PlainSerializer,
+    PrivateAttr,
+    StringConstraints,
+    Tag,
+    ValidationError,
+    ValidationInfo,
+    WithJsonSchema,
+    field_validator,
+)
+
+from migrator.errors import ConfigProblem, UsageProblem
+
+_MAX_BYTES = 1 << 20
+_MAX_DEPTH = 20
+_HIDDEN = "***"
+_SENSITIVE = "(?:api|access|secret|private)[_-]?key|token|passw|secret|credential|auth"
+_SECRET_KEY = re.compile(_SENSITIVE, re.IGNORECASE)
+_URL_CREDENTIALS = re.compile(r"(?<=://).*@", re.DOTALL)
+_URL_PARAMETER = re.compile(rf"([?&;][^=&;]*(?:{_SENSITIVE})[^=&;]*=)[^&;]*", re.IGNORECASE)
+_VARIABLE = re.compile(r"\$(?:(?P<dollar>\$)|\{(?:(?P<name>[A-Za-z_][A-Za-z0-9_]*)(?::-(?P<default>[^}]*))?\})?)")
+_SQLITE = re.compile(r"(?P<driver>sqlite(?:\+pysqlite)?):///(?P<file>[^?]+)(?P<query>\?.*)?")
+_DURATION = re.compile(r"([1-9][0-9]{0,5})([smhd])")
+_UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days"}
+
+Place: TypeAlias = tuple[str | int, ...]
+"""Keys and list positions from the top of the file to a value."""
+
+
+# --- what a value may be ---------------------------------------------------------------------------------------------
+
+
+def _folder(info: ValidationInfo) -> Path:
+    return info.context["folder"] if info.context else Path()
+
+
+def _local_path(value: Any, info: ValidationInfo) -> Path:
+    if not isinstance(value, str | Path) or not str(value) or "\0" in str(value):
+        raise ValueError("must be the path of a local file or folder")
+    if "://" in str(value):
+        raise ValueError("must be a local path; a URL cannot be read here")
+    try:
+        return _folder(info) / Path(value).expanduser()
+    except RuntimeError as error:
+        raise ValueError("begins with the home folder of a user who does not exist") from error
+
+
+def _location(value: str, info: ValidationInfo) -> str:
+    return value if "://" in value else str(_local_path(value, info))
+
+
+def _ledger(value: str, info: ValidationInfo) -> str:
+    if re.match(r"postgresql(\+[a-z0-9_]+)?://", value):
+        return value
+    match = _SQLITE.fullmatch(value)
+    if match is None or match["file"].startswith((":memory:", "file:")):
+        raise ValueError("must be a database URL: sqlite:///file.db, or postgresql+psycopg://user@host/database")
+    file = _local_path(match["file"], info)
+    if "?" in str(file):
+        raise ValueError("lies in a folder with a ? in its name, which a database URL cannot hold: move the ledger")
+    return f"{match['driver']}:///{file}{match['query'] or ''}"
+
+
+def _template(value: str) -> str:
+    try:
+        parts = list(Formatter().parse(value))
+    except ValueError:
+        parts = []
+    fields = [(name, spec, conversion) for _, name, spec, conversion in parts if name is not None]
+    if not fields or any(not re.fullmatch(r"\w+", name) or spec or conversion for name, spec, conversion in fields):
+        raise ValueError('must hold payload fields in braces, such as "{path}" or "{shop}/{id}.jpg"')
+    return value
+
+
+def _duration(value: Any) -> timedelta:
+    if isinstance(value, timedelta):
+        return value
+    match = _DURATION.fullmatch(value) if isinstance(value, str) else None
+    if match is None:
+        raise ValueError("must be a duration: a number and s, m, h or d, such as 7d")
+    return timedelta(**{_UNITS[match[2]]: int(match[1])})
+
+
+def _canary(value: list[int]) -> list[int]:
+    if value[-1] != 100 or any(later <= earlier for earlier, later in pairwise(value)):
+        raise ValueError("must rise from step to step and end with 100, such as [1, 10, 50, 100]")
+    return value
+
+
+Text: TypeAlias = Annotated[str, StringConstraints(min_length=1, max_length=4096)]
+Name: TypeAlias = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9._-]{0,62}$")]
+LocalPath: TypeAlias = Annotated[Path, BeforeValidator(_local_path)]
+Location: TypeAlias = Annotated[Text, AfterValidator(_location)]
+Template: TypeAlias = Annotated[Text, AfterValidator(_template)]
+Duration: TypeAlias = Annotated[
+    timedelta,
+    BeforeValidator(_duration),
+    PlainSerializer(lambda value: f"{int(value.total_seconds())}s"),
+    WithJsonSchema({"type": "string", "pattern": f"^{_DURATION.pattern}$"}),
+]
+Seed: TypeAlias = Annotated[int, Field(ge=0, lt=2**32)]
+Dim: TypeAlias = Annotated[int, Field(ge=1, le=65_536)]
+ImageSize: TypeAlias = Annotated[int, Field(ge=8, le=4096)]
+Positive: TypeAlias = Annotated[float, Field(gt=0)]
+NotNegative: TypeAlias = Annotated[float, Field(ge=0)]
+
+
+class Section(BaseModel):
+    """A mapping of the file: frozen, and without keys that nobody reads."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_truth_for_text_or_number(cls, value: Any, info: ValidationInfo) -> Any:
+        if isinstance(value, bool) and info.field_name and cls.model_fields[info.field_name].annotation is not bool:
+            raise ValueError("must not be true or false (YAML also reads yes, no, on and off so): put text in quotes")
+        return value
+
+    def __repr_args__(self) -> list[tuple[str | None, Any]]:
+        """Nothing: any value may be a secret."""
+        return []
+
+
+class Store(Section):
+    """Where the collection lies."""
+
+    def settings(self) -> dict[str, Any]:
+        """What `adapters.registry.open_store` takes: plain values, local paths absolute."""
+        return self.model_dump(mode="json")
+
+
+class FaissStore(Store):
+    """A folder with `index.faiss` and `items.parquet`."""
+
+    kind: Literal["faiss"]
+    path: LocalPath
+    """The folder."""
+
+
+class OtherStore(Store):
+    """A store of another kind; its adapter checks its keys."""
+
+    model_config = ConfigDict(extra="allow")
+
+    kind: Annotated[
+        str,
+        StringConstraints(pattern=r"^[a-z][a-z0-9_-]{0,62}$"),
+        Field(json_schema_extra={"not": {"const": "faiss"}}),
+    ]
+    """The adapter's name."""
+    path: LocalPath | None = None
+    """Folder of an embedded store."""
+
+    def settings(self) -> dict[str, Any]:
+        """As `Store.settings`, without a `path` that was not given."""
+        return self.model_dump(mode="json", exclude=None if self.path else {"path"})
+
+
+def _store_kind(value: Any) -> str:
+    kind = value.get("kind") if isinstance(value, Mapping) else getattr(value, "kind", None)
+    return "<faiss>" if kind == "faiss" else "<other>"
+
+
+class Images(Section):
+    """Where the images lie that the items were made from."""
+
+    uri: Template = "{path}"
+    """An image's place below `root`, with payload fields and {id} in braces."""
+    root: Location
+    """Local folder or fsspec URL. Nothing outside it is read."""
+    max_pixels: Annotated[int, Field(ge=1)] = 100_000_000
+    """Larger images are refused before they are decoded."""
+
+
+class Encoder(Section):
+    """A model and its preprocessing."""
+
+    arch: Text
+    """Name of a timm architecture."""
+    dim: Dim
+    """Length of its vectors."""
+    image_size: ImageSize
+    """Side of the square input, in pixels."""
+    mean: tuple[float, float, float] | None = None
+    """Subtracted from the RGB channels, which run from 0 to 1; ImageNet's unless given."""
+    std: tuple[Positive, Positive, Positive] | None = None
+    """Divides the channels; ImageNet's unless given."""
+    resize: Literal["squash", "crop"] = "squash"
+    """Scale both sides to the input, or scale the shorter side and cut out the centre."""
+    interpolation: Literal["bilinear", "bicubic"] = "bilinear"
+
+
+class OldEncoder(Encoder):
+    """The encoder that made the stored vectors."""
+
+    weights: LocalPath
+    """.safetensors, or a .pt file that holds tensors only."""
+
+
+class NewEncoder(Encoder):
+    """The encoder to move to."""
+
+    weights: LocalPath | None = None
+    """Trained elsewhere. Without it `migrator train` makes them."""
+    pretrained: bool = False
+    """Training starts from timm's pretrained weights, which are downloaded."""
+
+
+class StoreItems(Section):
+    """Train on the collection's own items."""
+
+    source: Literal["store"] = Field(alias="from")
+    label: Template
+    """The class of an item, from its payload."""
+
+
+class Train(Section):
+    """How the new encoder is trained. What is left out takes the trainer's default."""
+
+    items: Annotated[
+        Annotated[LocalPath, Tag("<file>")] | Annotated[StoreItems, Tag("<store>")],
+        Discriminator(lambda value: "<store>" if isinstance(value, Mapping | StoreItems) else "<file>"),
+    ]
+    """CSV or Parquet file with the columns path and label, or {from: store, label: "{field}"}."""
+    method: Literal["advbct", "independent"] = "advbct"
+    """`independent` ignores the old encoder: an upper bound for the new one, not a migration."""
+    epochs: Annotated[int, Field(ge=1, le=10_000)] = 10
+    batch_size: Annotated[int, Field(ge=2, le=65_536)] = 128
+    lr: Positive | None = None
+    """Learning rate."""
+    seed: Seed = 0
+    validation: Annotated[float, Field(gt=0, le=0.5)] = 0.1
+    """Share of the images that is held out."""
+    flip: bool = False
+    """Mirror images at random; wrong for digits and writing."""
+    arcface_scale: Positive | None = None
+    arcface_margin: Annotated[float, Field(ge=0, lt=1.5)] | None = None
+    """In radians."""
+    boundary_weight: NotNegative | None = None
+    adversarial_weight: NotNegative | None = None
+    radius_quantile: Annotated[float, Field(gt=0, le=1)] | None = None
+    radius_limit: Annotated[float, Field(gt=0, le=2)] | None = None
+    """T of the elastic boundary."""
+    reference: bool = False
+    """The published recipe, term for term."""
+
+
+class Gate(Section):
+    """What the new encoder must show before queries are moved to it."""
+
+    metric: Literal["map@100", "recall@1", "recall@5", "recall@10"] = "map@100"
+    confidence: Annotated[float, Field(ge=0.5, lt=1)] = 0.95
+    """Of the two-sided bootstrap interval."""
+    min_gain: Annotated[float, Field(ge=-1, le=1)] = 0.0
+    """The least gain over today's search, in the metric's own unit; negative accepts a loss."""
+    min_queries: Annotated[int, Field(ge=10)] = 30
+    """With fewer the result is inconclusive."""
+    resamples: Annotated[int, Field(ge=100, le=1_000_000)] = 10_000
+
+
+class Verify(Section):
+    """How old and new search are compared."""
+
+    queries: LocalPath | None = None
+    """CSV or Parquet file with the columns path and label. Without it items of the collection are the queries."""
+    label: Template
+    """The class of an item, from its payload: items of the same class are relevant."""
+    sample: Annotated[int, Field(ge=1, le=1_000_000)] = 500
+    """Queries at most."""
+    gallery: Annotated[int, Field(ge=1, le=10_000_000)] = 10_000
+    """Items searched at most, drawn at random."""
+    seed: Seed = 0
+    gate: Gate = Gate()
+    max_age: Duration = timedelta(days=7)
+    """An older result no longer opens the canary."""
+
+
+class Rollout(Section):
+    """How the collection and its queries move."""
+
+    strategy: Literal["in_place"] = "in_place"
+    canary: Annotated[
+        list[Annotated[int, Field(ge=1, le=100)]], Field(min_length=1, max_length=100), AfterValidator(_canary)
+    ] = [1, 10, 50, 100]
+    """Percent of the queries that the new encoder answers, step by step."""
+
+
+class Backfill(Section):
+    """How the stored images are embedded anew."""
+
+    chunk_size: Annotated[int, Field(ge=1, le=1_000_000)] = 1000
+    """Items that are leased, written and reported together."""
+    batch_size: Annotated[int, Field(ge=1, le=65_536)] = 64
+    """Images that pass through the encoder together."""
+    nice: Annotated[float, Field(ge=0, le=1000)] = 0.0
+    """Rest this many times as long as each batch took."""
+    lease: Annotated[int, Field(ge=5, le=86_400)] = 300
+    """Seconds after which a chunk of a silent process is taken over."""
+    image_threads: Annotated[int, Field(ge=1, le=256)] = 4
+    max_attempts: Annotated[int, Field(ge=1, le=100)] = 5
+    """Tries for a chunk that the store refuses, before it is listed as failed."""
+    retry_for: Annotated[float, Field(ge=0, le=86_400)] = 60.0
+    """Seconds of trying again while a store or image source cannot be reached."""
+
+
+class Migration(Section):
+    """One collection, one old encoder, one new encoder."""
+
+    store: Annotated[
+        Annotated[FaissStore, Tag("<faiss>")] | Annotated[OtherStore, Tag("<other>")], Discriminator(_store_kind)
+    ]
+    images: Images
+    old_encoder: OldEncoder
+    new_encoder: NewEncoder
+    train: Annotated[Train | None, Field(validate_default=True)] = None
+    verify: Verify
+    rollout: Rollout = Rollout()
+    backfill: Backfill = Backfill()
+
+    @field_validator("new_encoder")
+    @classmethod
+    def _same_dim(cls, new: NewEncoder, info: ValidationInfo) -> NewEncoder:
+        old = info.data.get("old_encoder")
+        if old is not None and old.dim != new.dim:
+            raise ValueError(
+                f"gives {new.dim}-d vectors but old_encoder gives {old.dim}, and in_place keeps the collection's "
+                f"length: set new_encoder.dim to {old.dim}"
+            )
+        return new
+
+    @field_validator("train")
+    @classmethod
+    def _weights_from_somewhere(cls, train: Train | None, info: ValidationInfo) -> Train | None:
+        new = info.data.get("new_encoder")
+        if train is None and new is not None and new.weights is None:
+            raise ValueError("missing, and new_encoder has no weights: add a train section or new_encoder.weights")
+        return train
+
+
+class Config(Section):
+    """A whole `migrations.yaml`."""
+
+    version: Literal[1]
+    """Of this file's format."""
+    ledger: Annotated[Text, AfterValidator(_ledger)] = Field("sqlite:///migrator.db", validate_default=True)
+    """Database URL; a relative SQLite file lies beside this file."""
+    artifacts: Location = Field("./artifacts", validate_default=True)
+    """Folder for plans, checkpoints, undo logs and reports."""
+    migrations: Annotated[dict[Name, Migration], Field(min_length=1)]
+
+    _path: Path = PrivateAttr(default=Path("migrations.yaml"))
+    _texts: dict[Place, str] = PrivateAttr(default_factory=dict)
+
+    @property
+    def path(self) -> Path:
+        """The file this was read from, absolute."""
+        return self._path
+
+    @property
+    def folder(self) -> Path:
+        """The folder that relative paths start from."""
+        return self._path.parent
+
+    def redacted(self) -> dict[str, Any]:
+        """The configuration as plain values, fit for printing.
+
+        Values with a secret's name and credentials in URLs are starred out; a value that came from the environment
+        is shown as it is written in the file (`${NAME}`).
+        """
+
+        def hide(value: Any, at: Place) -> Any:
+            if isinstance(value, dict):
+                return {
+                    key: _HIDDEN if at[2:3] == ("store",) and _SECRET_KEY.search(key) else hide(inner, (*at, key))
+                    for key, inner in value.items()
+                }
+            if isinstance(value, list):
+                return [hide(inner, (*at, index)) for index, inner in enumerate(value)]
+            shown = self._texts.get(at, value)
+            if not isinstance(shown, str):
+                return shown
+            return _URL_PARAMETER.sub(rf"\g<1>{_HIDDEN}", _URL_CREDENTIALS.sub(f"{_HIDDEN}@", shown))
+
+        redacted: dict[str, Any] = hide(self.model_dump(mode="json", by_alias=True, exclude_none=True), ())
+        return redacted
+
+
+# --- from the file to the types --------------------------------------------------------------------------------------
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader without aliases: a few of them can stand for gigabytes."""
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            mark = self.peek_event().start_mark  # type: ignore[no-untyped-call]
+            raise yaml.MarkedYAMLError(problem="aliases (*name) are not supported", problem_mark=mark)
+        return super().compose_node(parent, index)
+
+
+class _Document:
+    """Plain values of a YAML document, with the line of each, and every problem met on the way."""
+
+    def __init__(self, file: Path, environment: Mapping[str, str]) -> None:
+        self.file = file
+        self.environment = environment
+        self.scalars = yaml.constructor.SafeConstructor()
+        self.lines: dict[Place, int] = {(): 1}
+        self.texts: dict[Place, str] = {}  # as written, where the value came from the environment
+        self.problems: dict[Place, tuple[int, str]] = {}
+
+    def report(self, at: Place, problem: str, line: int | None = None) -> None:
+        """Notes the first problem of a place; one that is not in the file has the line of what encloses it."""
+        line = line or next(self.lines[at[:size]] for size in range(len(at), -1, -1) if at[:size] in self.lines)
+        where = f"{_spell(at)}: " if at else ""
+        self.problems.setdefault(at, (line, f"{self.file}:{line}: {where}{problem}"))
+
+    def value(self, node: yaml.Node, at: Place) -> Any:
+        """The plain value of a node: mapping, list, text, number, truth or None."""
+        self.lines.setdefault(at, node.start_mark.line + 1)
+        if len(at) > _MAX_DEPTH:
+            self.report(at[:3], "is nested too deeply")
+            return None
+        kind = node.tag.removeprefix("tag:yaml.org,2002:")
+        if isinstance(node, yaml.MappingNode) and kind == "map":
+            return self.mapping(node, at)
+        if isinstance(node, yaml.SequenceNode) and kind == "seq":
+            return [self.value(inner, (*at, index)) for index, inner in enumerate(node.value)]
+        if isinstance(node, yaml.ScalarNode) and kind in ("str", "timestamp"):
+            return self.expanded(node.value, at)
+        if isinstance(node, yaml.ScalarNode) and kind in ("int", "float", "bool", "null"):
+            try:
+                return self.scalars.construct_object(node)
+            except (ValueError, LookupError):
+                self.report(at, f"cannot be read as {kind}")
+                return None
+        self.report(at, "YAML tags are not supported: put a value that begins with ! in quotes")
+        return None
+
+    def mapping(self, node: yaml.MappingNode, at: Place) -> dict[str, Any]:
+        """The values of a mapping; each key is text and stands once."""
+        values: dict[str, Any] = {}
+        for key, inner in node.value:
+            line = key.start_mark.line + 1
+            if not isinstance(key, yaml.ScalarNode) or key.tag != "tag:yaml.org,2002:str":
+                name = key.value if isinstance(key, yaml.ScalarNode) else "?"
+                self.report((*at, name), "this key is not text: put it in quotes", line)
+            elif key.value in values:
+                place = (*at, key.value)
+                self.report(place, f"the key stands here again; remove it or the one on line {self.lines[place]}", line)
+            else:
+                self.lines[(*at, key.value)] = line
+                values[key.value] = self.value(inner, (*at, key.value))
+        return values
+
+    def expanded(self, text: str, at: Place) -> str:
+        """`text` with `${NAME}` and `${NAME:-default}` replaced from the environment; `$$` stands for `$`."""
+
+        def replacement(match: re.Match[str]) -> str:
+            if match["dollar"]:
+                return "$"
+            self.texts[at] = text
+            name, default = match["name"], match["default"]
+            if name is None:
+                self.report(at, "${ begins a variable: write ${NAME} or ${NAME:-default}, or $${ for the characters")
+            elif default is None and name not in self.environment:
+                self.report(at, f"the environment variable {name} is not set: set it, or write ${{{name}:-default}}")
+            else:
+                return self.environment.get(name) or default or ""
+            return ""
+
+        return _VARIABLE.sub(replacement, text)
+
+
+def _printable(text: str) -> str:
+    shown = text if text.isprintable() else ascii(text)[1:-1]
+    return shown if len(shown) <= 80 else shown[:77] + "..."
+
+
+def _spell(at: Place) -> str:
+    parts = (f"[{part}]" if isinstance(part, int) else f".{_printable(part)}" for part in at)
+    return "".join(parts).removeprefix(".")
+
+
+def _compose(path: Path) -> yaml.Node:
+    """The one document of a file, as YAML nodes with their lines."""
+    if path.is_dir():
+        raise ConfigProblem(f"{path}: is a folder: give the path of the migrations.yaml in it")
+    if not path.is_file():
+        raise ConfigProblem(f"{path}: no such file: run `migrator init`, or name another with --config")
+    try:
+        with path.open("rb") as file:
+            data = file.read(_MAX_BYTES + 1)
+    except OSError as error:
+        raise ConfigProblem(f"{path}: cannot be read ({error.strerror}): correct its permissions") from error
+    if len(data) > _MAX_BYTES:
+        raise ConfigProblem(f"{path}: is larger than 1 MiB: this is not a migrations.yaml")
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise ConfigProblem(f"{path}:{line}: is not UTF-8 text: save it as UTF-8") from error
+    try:
+        node = _Loader(text).get_single_node()
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        line, column = (mark.line, mark.column) if mark else (0, 0)
+        problem = ", ".join(part for part in (error.context, error.problem) if part)
+        problem = re.sub(r"(handle|anchor) .*", r"\1", problem)  # its name may be a secret that begins with ! or &
+        if mark and text[mark.index - 1 : mark.index + 1] == "${":
+            problem += '; inside { } and [ ] write "${NAME}" with quotes'
+        raise ConfigProblem(f"{path}:{line + 1}:{column + 1}: is not YAML: {problem}") from None
+    except yaml.reader.ReaderError as error:
+        line = text.count("\n", 0, error.position) + 1
+        raise ConfigProblem(f"{path}:{line}: is not YAML: it holds a control character") from None
+    except RecursionError:
+        raise ConfigProblem(f"{path}: is nested too deeply: this is not a migrations.yaml") from None
+    if node is None:
+        raise ConfigProblem(f"{path}: is empty: run `migrator init` for an example")
+    return node
+
+
+def _known_keys(at: Place) -> list[str]:
+    """The keys that the section at `at` may hold."""
+    section: type[Section] = Migration if len(at) >= 2 else Config
+    for key in at[2:]:
+        inner = section.model_fields[str(key)].annotation
+        members = (get_args(member)[0] if get_args(member) else member for member in get_args(inner))  # of a union
+        section = next(kind for kind in (inner, *members) if isinstance(kind, type) and issubclass(kind, Section))
+    return [field.alias or name for name, field in section.model_fields.items()]
+
+
+def _wording(kind: str, message: str, at: Place) -> str:
+    """A pydantic problem in this program's words, without the value."""
+    if kind == "extra_forbidden":
+        known = _known_keys(at[:-1])
+        near = difflib.get_close_matches(str(at[-1]), known, n=1)
+        return f'unknown key; did you mean "{near[0]}"?' if near else f"unknown key; known are {', '.join(known)}"
+    if kind == "string_pattern_mismatch" and len(at) == 2:
+        return "a migration's name has 1 to 63 characters of a-z, 0-9, . _ - and begins with a letter or digit"
+    if kind in ("model_type", "model_attributes_type", "dict_type"):
+        return "must be a mapping of keys to values"
+    if kind == "too_short" and at == ("migrations",):
+        return "holds no migration; `migrator init` writes an example"
+    if kind == "missing":
+        return "missing"
+    message = message.removeprefix("Value error, ").split(", unable to parse", 1)[0]
+    return re.sub(r"^(Input|String|List|Tuple|Dictionary) should ", "must ", message)
+
+
+def load_config(path: Path) -> Config:
+    """Reads and checks `migrations.yaml`. What it names need not exist yet.
+
+    Raises `ConfigProblem` with a line for each problem.
+    """
+    node = _compose(path)
+    document = _Document(path, os.environ)
+    absolute = path.absolute()
+    try:
+        raw = document.value(node, ())
+        config = Config.model_validate(raw, context={"folder": absolute.parent})
+    except ValidationError as error:
+        for detail in error.errors(include_url=False, include_input=False):
+            at = tuple(part for part in detail["loc"] if part != "[key]" and not str(part).startswith("<"))
+            document.report(at, _wording(detail["type"], detail["msg"], at))
+    if document.problems:
+        raise ConfigProblem("\n".join(text for _, text in sorted(document.problems.values())))
+    config._path = absolute
+    config._texts = document.texts
+    return config
+
+
+def schema() -> dict[str, Any]:
+    """The JSON Schema (draft 2020-12) of `migrations.yaml`, made from the same types that check it."""
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **Config.model_json_schema()}
+
+
+def find_migration(config: Config, name: str | None) -> tuple[str, Migration]:
+    """The migration called `name`, or the only one of the file where no name is given.
+
+    Raises `UsageProblem`.
+    """
+    known = list(config.migrations)
+    if name is None and len(known) == 1:
+        name = known[0]
+    if name is None:
+        raise UsageProblem(f"{config.path} holds {len(known)} migrations: name one of {', '.join(known)}")
+    if name not in config.migrations:
+        near = difflib.get_close_matches(name, known, n=1)
+        advice = f'did you mean "{near[0]}"?' if near else f"known are {', '.join(known)}"
+        raise UsageProblem(f'{config.path} holds no migration "{_printable(name)}"; {advice}')
+    return name, config.migrations[name]

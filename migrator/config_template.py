@@ -1,0 +1,76 @@
+"""The commented `migrations.yaml` that `migrator init` writes."""
+
+TEMPLATE = """\
+# What migrator upgrades, and how. `migrator config --schema` prints the JSON Schema of this file.
+# Relative paths start from this file's folder. ${NAME} and ${NAME:-default} in a value come from the environment.
+version: 1
+
+# Where progress is kept: a SQLite file, or postgresql+psycopg://user:${PGPASSWORD}@host/database
+ledger: sqlite:///migrator.db
+
+# Plans, checkpoints, undo logs and reports.
+artifacts: ./artifacts
+
+migrations:
+  # The migration's name, used on the command line: a-z, 0-9, dot, underscore, hyphen.
+  my-collection-v2:
+    # Where the vectors lie. A FAISS collection is a folder with index.faiss and items.parquet
+    # (column id, and any payload columns).
+    store:
+      kind: faiss
+      path: ./gallery
+
+    # Where the images lie. uri is filled from each item's payload, and {id}; nothing outside root is read.
+    images:
+      uri: "{path}"
+      root: ./images            # a folder, or an fsspec URL such as s3://bucket/products
+
+    # The encoder that made the stored vectors: a timm architecture, its weights and its preprocessing.
+    old_encoder:
+      arch: resnet18
+      weights: ./old.safetensors
+      dim: 128
+      image_size: 224
+      # mean: [0.485, 0.456, 0.406]       # ImageNet's unless given
+      # std: [0.229, 0.224, 0.225]
+      # resize: squash                    # or crop: scale the shorter side, cut out the centre
+      # interpolation: bilinear           # or bicubic
+
+    # The encoder to move to. It has the same dim. Without weights, `migrator train` makes them.
+    new_encoder:
+      arch: resnet50
+      dim: 128
+      image_size: 224
+      # weights: ./new.safetensors
+      # pretrained: true                  # training starts from timm's weights, which are downloaded
+
+    # Training images: CSV or Parquet with the columns path and label.
+    train:
+      items: ./train.csv
+      method: advbct
+      epochs: 10
+      batch_size: 128
+      seed: 0
+      # flip: true                        # mirror images at random; wrong for digits and writing
+
+    # What the new encoder must show before queries move to it.
+    verify:
+      queries: ./queries.csv              # path, label; without it items of the collection are the queries
+      label: "{category}"                 # the payload field that says which items belong together
+      sample: 500                         # queries
+      gate:
+        metric: map@100                   # or recall@1, recall@5, recall@10
+        confidence: 0.95
+        min_gain: 0.0                     # least gain over today's search
+
+    # Percent of the queries on the new encoder, step by step.
+    rollout:
+      strategy: in_place
+      canary: [1, 10, 50, 100]
+
+    # Re-embedding the stored images, in chunks that can be resumed.
+    backfill:
+      chunk_size: 1000
+      batch_size: 64
+      # nice: 1.0                         # rest as long as each chunk took
+"""

@@ -1,0 +1,43 @@
+"""One tree of exceptions. A message says what is wrong, where, and what to do next, in one line.
+
+`exit_code` is what the command line returns for it: 2 usage or configuration, 3 ran fine and the answer is no,
+4 something could not be reached and trying again may help.
+"""
+
+from __future__ import annotations
+
+
+class MigratorError(Exception):
+    """The base of everything migrator raises on purpose."""
+
+    exit_code = 1
+
+
+class ConfigProblem(MigratorError):
+    """The configuration cannot be used; the message lists every problem found, a line each."""
+
+    exit_code = 2
+
+
+class UsageProblem(MigratorError):
+    """The command cannot be run as it was given."""
+
+    exit_code = 2
+
+
+class Refused(MigratorError):
+    """A precondition is missing, a gate failed or a plan is stale; the message names the command that helps."""
+
+    exit_code = 3
+
+
+class Unavailable(MigratorError):
+    """A store, the ledger or an image source could not be reached; the same command may work later."""
+
+    exit_code = 4
+
+
+class Interrupted(MigratorError):
+    """Stopped by a signal at a safe point; running the command again continues."""
+
+    exit_code = 130

@@ -1,0 +1,9 @@
+"""Alembic's entry: runs the versions in one transaction on the connection that the ledger hands over."""
+
+from alembic import context
+
+from migrator.ledger.models import Base
+
+connection = context.config.attributes["connection"]
+context.configure(connection=connection, target_metadata=Base.metadata, render_as_batch=True)
+context.run_migrations()

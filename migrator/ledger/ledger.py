@@ -1,0 +1,777 @@
+"""The ledger: every fact about a migration that must survive a crash, behind one class. SQL is spoken nowhere else.
+
+Each method is one transaction. State changes are compare-and-set, so that two processes cannot both make one.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+import getpass
+import json
+import os
+import socket
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import sqlalchemy as sa
+from sqlalchemy import event, exc
+from sqlalchemy.engine import URL, Connection, Engine, make_url
+from sqlalchemy.orm import Session
+from sqlalchemy.pool import NullPool
+
+from migrator.errors import MigratorError, Refused, Unavailable, UsageProblem
+from migrator.ledger.models import (
+    BackfillRun,
+    Base,
+    Chunk,
+    ChunkState,
+    Encoder,
+    ItemFailure,
+    Migration,
+    Outcome,
+    Plan,
+    Route,
+    Stage,
+    StageEvent,
+    State,
+    TrainingRun,
+    Verification,
+)
+
+SCHEMA = "0001"
+"""The newest revision in `versions/`; a ledger that is at it is opened without loading alembic."""
+
+FailureKind = Literal["image", "encoder", "store"]
+
+
+class LeaseLost(MigratorError):
+    """Another process took the chunk over, or the migration was stopped: what this one did with it does not count."""
+
+    exit_code = 3
+
+
+class RouteMoved(Refused):
+    """The route was changed by somebody else since it was read."""
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """Why one item could not be re-embedded."""
+
+    item: int | str
+    kind: FailureKind
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Counts:
+    """Progress of a migration, summed over its chunks."""
+
+    by_state: Mapping[str, int]
+    """Chunk state -> number of chunks."""
+    planned: int
+    """Items in the chunks of the first pass, as cut."""
+    done: int
+    """Items of the first pass whose chunk is done."""
+    written: int
+    gone: int
+    passes: int
+    open_failures: int
+
+
+def now() -> dt.datetime:
+    """The time, in UTC."""
+    return dt.datetime.now(dt.UTC)
+
+
+def this_process() -> str:
+    """Names this process as a lease owner: host, pid and a token that no later process shares."""
+    return f"{socket.gethostname()}/{os.getpid()}/{os.urandom(4).hex()}"
+
+
+def is_dead(owner: str) -> bool:
+    """Whether `owner` was a process of this host that no longer runs. A process elsewhere is never known to be dead."""
+    host, pid, _ = owner.rsplit("/", 2)
+    if host != socket.gethostname():
+        return False
+    try:
+        os.kill(int(pid), 0)
+    except ProcessLookupError:
+        return True
+    except PermissionError:
+        pass
+    return False
+
+
+class Ledger:
+    """The SQL database with migrations, plans, routes, chunks and the audit log. SQLite or PostgreSQL."""
+
+    def __init__(self, url: str) -> None:
+        """Opens the ledger at `url`, creating or upgrading its tables where needed.
+
+        Raises `Unavailable` if it cannot be reached or written, `UsageProblem` if a newer migrator wrote it.
+        """
+        try:
+            self.url: URL = make_url(url)
+        except exc.ArgumentError as error:
+            raise UsageProblem('the ledger\'s URL is not one: write for instance "sqlite:///migrator.db"') from error
+        self._engine = self._create_engine()
+        with self._translated():
+            self._bring_up_to_date()
+
+    # -- opening ------------------------------------------------------------------------------------------------
+
+    def _create_engine(self) -> Engine:
+        if self.url.get_backend_name() != "sqlite":
+            try:
+                return sa.create_engine(self.url, pool_pre_ping=True)
+            except (ImportError, exc.ArgumentError) as error:
+                raise UsageProblem(
+                    f"no driver for the ledger {self}: {error}. For PostgreSQL: pip install 'advbct-migrator[postgres]'"
+                ) from error
+        # NullPool: a connection per transaction keeps SQLite's locks short and lets threads share the ledger.
+        engine = sa.create_engine(self.url, poolclass=NullPool, connect_args={"timeout": 15})
+
+        @event.listens_for(engine, "connect")
+        def _configure(connection: Any, _record: Any) -> None:
+            connection.isolation_level = None  # we say BEGIN ourselves, below
+            connection.execute("PRAGMA foreign_keys = ON")
+            connection.execute("PRAGMA synchronous = FULL")
+
+        @event.listens_for(engine, "begin")
+        def _begin(connection: Connection) -> None:
+            # Writers take SQLite's write lock at once: a deferred one could fail half-way with "database is locked".
+            writes = connection.get_execution_options().get("writes", False)
+            connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
+
+        return engine
+
+    def __str__(self) -> str:
+        return self.url.render_as_string(hide_password=True)
+
+    @contextmanager
+    def _translated(self) -> Iterator[None]:
+        try:
+            yield
+        except exc.OperationalError as error:
+            raise Unavailable(f"ledger {self}: {_reason(error)}; {_advice(error)}") from error
+        except exc.DatabaseError as error:
+            if isinstance(error, exc.IntegrityError):
+                raise
+            raise UsageProblem(f"ledger {self}: {_reason(error)}; check that the URL names a ledger") from error
+
+    def _revision(self, connection: Connection) -> str | None:
+        if not sa.inspect(connection).has_table("alembic_version"):
+            return None
+        revision = connection.exec_driver_sql("SELECT version_num FROM alembic_version").scalar()
+        return None if revision is None else str(revision)
+
+    def _bring_up_to_date(self) -> None:
+        with self._engine.connect() as connection:
+            revision = self._revision(connection)
+            if revision is None and sa.inspect(connection).get_table_names():
+                raise UsageProblem(
+                    f"{self} is a database of something else: give migrator one of its own (key `ledger`)"
+                )
+        if revision == SCHEMA:
+            return
+        if revision is not None and revision > SCHEMA:
+            raise UsageProblem(
+                f"ledger {self} has schema {revision}, written by a newer migrator; this one knows up to {SCHEMA}: "
+                "pip install --upgrade advbct-migrator"
+            )
+        if self.url.get_backend_name() == "sqlite":
+            with self._engine.connect() as connection:
+                # Readers go on while a writer writes; the mode stays with the file.
+                connection.exec_driver_sql("COMMIT")
+                connection.exec_driver_sql("PRAGMA journal_mode = WAL")
+        from alembic import command
+        from alembic.config import Config
+
+        config = Config()
+        config.set_main_option("script_location", str(Path(__file__).parent).replace("%", "%%"))
+        with self._engine.connect().execution_options(writes=True) as connection, connection.begin():
+            if self._revision(connection) != SCHEMA:  # another process may have been faster
+                config.attributes["connection"] = connection
+                command.upgrade(config, "head")
+
+    @contextmanager
+    def _read(self) -> Iterator[Session]:
+        with self._translated(), Session(self._engine, expire_on_commit=False) as session:
+            yield session
+
+    @contextmanager
+    def _write(self) -> Iterator[Session]:
+        with (
+            self._translated(),
+            self._engine.connect().execution_options(writes=True) as connection,
+            Session(connection, expire_on_commit=False) as session,
+            session.begin(),
+        ):
+            yield session
+
+    def close(self) -> None:
+        """Lets go of the database."""
+        self._engine.dispose()
+
+    # -- encoders -----------------------------------------------------------------------------------------------
+
+    def save_encoder(self, encoder_id: str, card: dict[str, Any]) -> None:
+        """Keeps the card of an encoder seen for the first time."""
+        with self._write() as session:
+            if session.get(Encoder, encoder_id) is None:
+                session.add(Encoder(id=encoder_id, card=card, seen_at=now()))
+
+    def encoder_card(self, encoder_id: str) -> dict[str, Any] | None:
+        """The card of an encoder, as it was when first seen."""
+        with self._read() as session:
+            found = session.get(Encoder, encoder_id)
+            return found.card if found else None
+
+    # -- migrations, plans, training, verification -----------------------------------------------------------------
+
+    def migration(self, name: str) -> Migration | None:
+        """The latest migration of that name."""
+        with self._read() as session:
+            return session.scalars(
+                sa.select(Migration).where(Migration.name == name).order_by(Migration.id.desc())
+            ).first()
+
+    def other_owner(self, migration: Migration) -> Migration | None:
+        """Another migration that holds this one's collection, or still keeps old vectors of it."""
+        with self._read() as session:
+            return session.scalars(
+                sa.select(Migration)
+                .where(Migration.collection == migration.collection, Migration.id != migration.id)
+                .where(
+                    Migration.state.in_(("active", "rolling_back"))
+                    | (Migration.old_kept.is_(True) & (Migration.state == "finished"))
+                )
+            ).first()
+
+    def save_plan(
+        self,
+        name: str,
+        *,
+        collection: str,
+        strategy: str,
+        old_encoder_id: str,
+        new_encoder_id: str | None,
+        fingerprint: str,
+        bound: dict[str, Any],
+        content: dict[str, Any],
+    ) -> Plan:
+        """Saves a plan; opens the migration if none of that name is open. Refuses for one under way."""
+        with self._write() as session:
+            found = self._open_migration(session, name)
+            if found is not None and found.state != "planned":
+                raise Refused(
+                    f"{name} is under way (stage {found.stage}): finish it, or `migrator rollback {name}`, "
+                    "before planning anew"
+                )
+            if found is None:
+                found = Migration(
+                    name=name, stage="planned", state="planned", paused=None, old_kept=False, created_at=now()
+                )
+                session.add(found)
+            found.collection, found.strategy = collection, strategy
+            found.old_encoder_id, found.new_encoder_id = old_encoder_id, new_encoder_id
+            found.changed_at = now()
+            session.flush()
+            plan = Plan(migration_id=found.id, fingerprint=fingerprint, bound=bound, content=content, created_at=now())
+            session.add(plan)
+            self._note(session, found, "plan", {"fingerprint": fingerprint})
+            return plan
+
+    def _open_migration(self, session: Session, name: str) -> Migration | None:
+        return session.scalars(
+            sa.select(Migration).where(
+                Migration.name == name, Migration.state.in_(("planned", "active", "rolling_back"))
+            )
+        ).first()
+
+    def latest_plan(self, migration_id: int) -> Plan | None:
+        """The newest plan of a migration."""
+        with self._read() as session:
+            return session.scalars(
+                sa.select(Plan).where(Plan.migration_id == migration_id).order_by(Plan.id.desc())
+            ).first()
+
+    def start_training(self, migration_id: int, *, method: str, settings: dict[str, Any], folder: str) -> int:
+        """Opens a training run and returns its number."""
+        with self._write() as session:
+            migration = session.get_one(Migration, migration_id)
+            run = TrainingRun(
+                migration_id=migration_id,
+                method=method,
+                settings=settings,
+                folder=folder,
+                state="running",
+                encoder_id=None,
+                validation=None,
+                error=None,
+                started_at=now(),
+                finished_at=None,
+            )
+            session.add(run)
+            self._note(session, migration, "train", {"method": method})
+            session.flush()
+            return run.id
+
+    def finish_training(
+        self, run_id: int, *, encoder_id: str | None, validation: dict[str, Any] | None, error: str | None
+    ) -> None:
+        """Closes a training run; with an encoder, that becomes the migration's new encoder."""
+        with self._write() as session:
+            run = session.get_one(TrainingRun, run_id)
+            run.state = "finished" if error is None else "failed"
+            run.encoder_id, run.validation, run.error, run.finished_at = encoder_id, validation, error, now()
+            migration = session.get_one(Migration, run.migration_id)
+            if encoder_id is not None:
+                if migration.state != "planned":
+                    raise Refused(f"{migration.name} is under way: its new encoder cannot be exchanged")
+                migration.new_encoder_id, migration.changed_at = encoder_id, now()
+            detail = {"encoder": encoder_id} if error is None else {"error": error}
+            self._note(session, migration, "trained" if error is None else "training failed", detail)
+
+    def set_new_encoder(self, migration_id: int, encoder_id: str) -> None:
+        """Takes an encoder that was made elsewhere as the migration's new one, while nothing is under way."""
+        with self._write() as session:
+            session.execute(
+                sa.update(Migration)
+                .where(Migration.id == migration_id, Migration.state == "planned")
+                .values(new_encoder_id=encoder_id, changed_at=now())
+            )
+
+    def latest_training(self, migration_id: int) -> TrainingRun | None:
+        """The newest training run of a migration."""
+        with self._read() as session:
+            return session.scalars(
+                sa.select(TrainingRun).where(TrainingRun.migration_id == migration_id).order_by(TrainingRun.id.desc())
+            ).first()
+
+    def save_verification(
+        self,
+        migration: Migration,
+        *,
+        plan_fingerprint: str,
+        old_encoder_id: str,
+        new_encoder_id: str,
+        queries_sha256: str,
+        outcome: Outcome,
+        results: dict[str, Any],
+    ) -> None:
+        """Records what `verify` found."""
+        with self._write() as session:
+            session.add(
+                Verification(
+                    migration_id=migration.id,
+                    plan_fingerprint=plan_fingerprint,
+                    old_encoder_id=old_encoder_id,
+                    new_encoder_id=new_encoder_id,
+                    queries_sha256=queries_sha256,
+                    outcome=outcome,
+                    results=results,
+                    created_at=now(),
+                )
+            )
+            self._note(session, session.get_one(Migration, migration.id), "verify", {"outcome": outcome})
+
+    def latest_verification(self, migration_id: int) -> Verification | None:
+        """The newest verification of a migration."""
+        with self._read() as session:
+            return session.scalars(
+                sa.select(Verification)
+                .where(Verification.migration_id == migration_id)
+                .order_by(Verification.id.desc())
+            ).first()
+
+    # -- stages, route, audit log -----------------------------------------------------------------------------------
+
+    def _note(self, session: Session, migration: Migration, what: str, detail: dict[str, Any]) -> None:
+        session.add(
+            StageEvent(
+                migration_id=migration.id, event=what, stage=migration.stage, detail=detail, actor=_actor(), at=now()
+            )
+        )
+
+    def note(self, migration: Migration, what: str, detail: dict[str, Any]) -> None:
+        """Writes a line into the audit log."""
+        with self._write() as session:
+            self._note(session, session.get_one(Migration, migration.id), what, detail)
+
+    def events(self, migration_id: int) -> Sequence[StageEvent]:
+        """The audit log of a migration, oldest first."""
+        with self._read() as session:
+            return session.scalars(
+                sa.select(StageEvent).where(StageEvent.migration_id == migration_id).order_by(StageEvent.id)
+            ).all()
+
+    def move(
+        self,
+        migration: Migration,
+        *,
+        stage: Stage | None = None,
+        state: State | None = None,
+        event: str,
+        detail: dict[str, Any] | None = None,
+        route: dict[str, Any] | None = None,
+        old_kept: bool | None = None,
+    ) -> Migration:
+        """Moves a migration on from exactly the stage and state it was read in, with its route, in one transaction.
+
+        `route` holds columns of `Route`; its `epoch` is the one last read (0 where there is none) and grows by one.
+        Raises `Refused` if somebody else moved it meanwhile, or holds the collection; `RouteMoved` likewise.
+        """
+        changes: dict[str, Any] = {"changed_at": now(), "stage": stage or migration.stage}
+        changes["state"] = state or migration.state
+        changes["old_kept"] = migration.old_kept if old_kept is None else old_kept
+        try:
+            with self._write() as session:
+                moved = session.execute(
+                    sa.update(Migration)
+                    .where(
+                        Migration.id == migration.id,
+                        Migration.stage == migration.stage,
+                        Migration.state == migration.state,
+                    )
+                    .values(**changes)
+                ).rowcount  # type: ignore[attr-defined]
+                if moved != 1:
+                    raise Refused(
+                        f"{migration.name} was moved by another process meanwhile: `migrator status {migration.name}`"
+                    )
+                if route is not None:
+                    self._set_route(session, migration, route)
+                fresh = session.get_one(Migration, migration.id, populate_existing=True)
+                self._note(session, fresh, event, detail or {})
+                return fresh
+        except exc.IntegrityError as error:
+            raise Refused(
+                f"another migration is active on {migration.collection}: finish it or roll it back first"
+            ) from error
+
+    def _set_route(self, session: Session, migration: Migration, route: dict[str, Any]) -> None:
+        epoch = route["epoch"]
+        values = {**route, "migration_id": migration.id, "epoch": epoch + 1, "changed_at": now()}
+        if epoch == 0:
+            session.add(Route(collection=migration.collection, **values))
+            session.flush()
+            return
+        moved = session.execute(
+            sa.update(Route).where(Route.collection == migration.collection, Route.epoch == epoch).values(**values)
+        ).rowcount  # type: ignore[attr-defined]
+        if moved != 1:
+            raise RouteMoved(
+                f"the route of {migration.collection} was changed by another process: run the command again"
+            )
+
+    def route(self, collection: str) -> Route | None:
+        """The route of a collection, in one read."""
+        with self._read() as session:
+            return session.get(Route, collection)
+
+    def pause(self, migration: Migration, reason: str | None) -> None:
+        """Asks for a pause (a reason) or lifts it (None). A running backfill stops at its next chunk boundary."""
+        with self._write() as session:
+            fresh = session.get_one(Migration, migration.id)
+            fresh.paused, fresh.changed_at = reason, now()
+            self._note(session, fresh, "resume" if reason is None else "pause", {"reason": reason} if reason else {})
+
+    # -- chunks -----------------------------------------------------------------------------------------------------
+
+    def add_chunks(
+        self, migration_id: int, pass_number: int, ranges: Sequence[tuple[int | str | None, int | str, int]]
+    ) -> None:
+        """Stores the ranges (after, upto, items) of one pass, all or none. A pass already stored stays as it is."""
+        with self._write() as session:
+            if self._has_pass(session, migration_id, pass_number):
+                return
+            rows = [
+                {
+                    "migration_id": migration_id,
+                    "pass_number": pass_number,
+                    "ordinal": ordinal,
+                    "after_id": None if after is None else json.dumps(after),
+                    "upto_id": json.dumps(upto),
+                    "items": items,
+                    "state": "pending",
+                    "attempts": 0,
+                    "written": 0,
+                    "failed": 0,
+                    "gone": 0,
+                }
+                for ordinal, (after, upto, items) in enumerate(ranges)
+            ]
+            if rows:
+                session.execute(sa.insert(Chunk), rows)
+
+    def _has_pass(self, session: Session, migration_id: int, pass_number: int) -> bool:
+        return (
+            session.scalar(
+                sa.select(Chunk.id).where(Chunk.migration_id == migration_id, Chunk.pass_number == pass_number).limit(1)
+            )
+            is not None
+        )
+
+    def lease_chunk(self, migration_id: int, owner: str, *, seconds: float, leave: set[int]) -> Chunk | None:
+        """The first chunk that is free, taken for `seconds`; None if there is none or a pause was asked for.
+
+        Free is: pending, its lease run out, or its holder a dead process of this host. `leave` holds chunk ids that
+        this run has already tried. Raises `LeaseLost` once the migration is no longer in its backfill stage.
+        """
+        with self._write() as session:
+            migration = session.get_one(Migration, migration_id)
+            if (migration.stage, migration.state) != ("backfill", "active"):
+                raise LeaseLost(f"{migration.name} left the backfill stage (now {migration.stage}, {migration.state})")
+            if migration.paused is not None:
+                return None
+            candidates = session.scalars(
+                sa.select(Chunk)
+                .where(Chunk.migration_id == migration_id, Chunk.state.in_(("pending", "leased")))
+                .order_by(Chunk.pass_number, Chunk.ordinal)
+                .with_for_update(skip_locked=True)
+                .execution_options(yield_per=64)
+            )
+            for chunk in candidates:
+                if chunk.id in leave or (chunk.state == "leased" and not self._abandoned(chunk)):
+                    continue
+                chunk.state, chunk.lease_owner = "leased", owner
+                chunk.lease_until = now() + dt.timedelta(seconds=seconds)
+                return chunk
+            return None
+
+    @staticmethod
+    def _abandoned(chunk: Chunk) -> bool:
+        assert chunk.lease_owner is not None
+        assert chunk.lease_until is not None
+        return chunk.lease_until < now() or is_dead(chunk.lease_owner)
+
+    def finish_chunk(
+        self,
+        chunk: Chunk,
+        owner: str,
+        *,
+        run_id: int,
+        written: Sequence[int | str],
+        gone: int,
+        failures: Sequence[Failure],
+    ) -> None:
+        """Marks a leased chunk as done, with its failures, and counts it in the run. Raises `LeaseLost`."""
+        with self._write() as session:
+            self._unlease(
+                session,
+                chunk,
+                owner,
+                state="done",
+                written=len(written),
+                gone=gone,
+                failed=len(failures),
+                error=None,
+                finished_at=now(),
+            )
+            self._resolve_failures(session, chunk.migration_id, written)
+            self._add_failures(session, chunk.migration_id, failures)
+            run = session.get_one(BackfillRun, run_id)
+            run.chunks += 1
+            run.items += len(written)
+            run.seen_at = now()
+
+    def fail_chunk(self, chunk: Chunk, owner: str, *, error: str, max_attempts: int) -> None:
+        """Gives back a chunk that the store refused; after `max_attempts` of these it stays `failed`."""
+        with self._write() as session:
+            attempts = chunk.attempts + 1
+            state: ChunkState = "failed" if attempts >= max_attempts else "pending"
+            self._unlease(session, chunk, owner, state=state, attempts=attempts, error=error)
+
+    def return_leases(self, migration_id: int, owner: str) -> None:
+        """Gives back every chunk that `owner` still holds, undone."""
+        with self._write() as session:
+            session.execute(
+                sa.update(Chunk)
+                .where(Chunk.migration_id == migration_id, Chunk.state == "leased", Chunk.lease_owner == owner)
+                .values(state="pending", lease_owner=None, lease_until=None)
+            )
+
+    def _unlease(self, session: Session, chunk: Chunk, owner: str, **values: Any) -> None:
+        freed = session.execute(
+            sa.update(Chunk)
+            .where(Chunk.id == chunk.id, Chunk.state == "leased", Chunk.lease_owner == owner)
+            .values(lease_owner=None, lease_until=None, **values)
+        ).rowcount  # type: ignore[attr-defined]
+        if freed != 1:
+            raise LeaseLost(f"chunk {chunk.pass_number}/{chunk.ordinal} was taken over by another process")
+
+    def extend_leases(self, migration_id: int, owner: str, *, seconds: float) -> None:
+        """Prolongs every lease of `owner`."""
+        with self._write() as session:
+            session.execute(
+                sa.update(Chunk)
+                .where(Chunk.migration_id == migration_id, Chunk.state == "leased", Chunk.lease_owner == owner)
+                .values(lease_until=now() + dt.timedelta(seconds=seconds))
+            )
+
+    def live_leases(self, migration_id: int) -> Sequence[Chunk]:
+        """Chunks held by processes that may still be writing."""
+        with self._read() as session:
+            leased = session.scalars(
+                sa.select(Chunk).where(Chunk.migration_id == migration_id, Chunk.state == "leased")
+            ).all()
+            return [chunk for chunk in leased if not self._abandoned(chunk)]
+
+    def chunks(self, migration_id: int, *states: ChunkState) -> Sequence[Chunk]:
+        """The chunks of a migration in one of `states` (all, if none is given), in order."""
+        with self._read() as session:
+            query = sa.select(Chunk).where(Chunk.migration_id == migration_id)
+            if states:
+                query = query.where(Chunk.state.in_(states))
+            return session.scalars(query.order_by(Chunk.pass_number, Chunk.ordinal)).all()
+
+    def set_restored(self, chunk: Chunk) -> None:
+        """Marks a chunk whose old vectors are back."""
+        with self._write() as session:
+            session.execute(
+                sa.update(Chunk)
+                .where(Chunk.id == chunk.id)
+                .values(state="restored", lease_owner=None, lease_until=None)
+            )
+
+    def counts(self, migration_id: int) -> Counts:
+        """Progress, in one transaction."""
+        with self._read() as session:
+            mine = Chunk.migration_id == migration_id
+            by_state = dict(
+                session.execute(sa.select(Chunk.state, sa.func.count()).where(mine).group_by(Chunk.state))
+                .tuples()
+                .all()
+            )
+            written, gone, passes = session.execute(
+                sa.select(sa.func.sum(Chunk.written), sa.func.sum(Chunk.gone), sa.func.max(Chunk.pass_number)).where(
+                    mine
+                )
+            ).one()
+            first = mine & (Chunk.pass_number == 0)
+            planned = session.scalar(sa.select(sa.func.sum(Chunk.items)).where(first))
+            done = session.scalar(sa.select(sa.func.sum(Chunk.items)).where(first, Chunk.state == "done"))
+            failures = session.scalar(
+                sa.select(sa.func.count())
+                .select_from(ItemFailure)
+                .where(ItemFailure.migration_id == migration_id, ItemFailure.state == "open")
+            )
+            return Counts(
+                by_state={str(state): number for state, number in by_state.items()},
+                planned=planned or 0,
+                done=done or 0,
+                written=written or 0,
+                gone=gone or 0,
+                passes=0 if passes is None else passes + 1,
+                open_failures=failures or 0,
+            )
+
+    # -- item failures ------------------------------------------------------------------------------------------------
+
+    def _resolve_failures(self, session: Session, migration_id: int, written: Sequence[int | str]) -> None:
+        waiting = session.scalars(
+            sa.select(ItemFailure).where(ItemFailure.migration_id == migration_id, ItemFailure.state != "resolved")
+        ).all()
+        if waiting:
+            items = {json.dumps(item) for item in written}
+            for failure in waiting:
+                if failure.item_id in items:
+                    failure.state, failure.last_at = "resolved", now()
+
+    def _add_failures(self, session: Session, migration_id: int, failures: Sequence[Failure]) -> None:
+        for failure in failures:
+            item_id = json.dumps(failure.item)
+            found = session.scalars(
+                sa.select(ItemFailure).where(ItemFailure.migration_id == migration_id, ItemFailure.item_id == item_id)
+            ).first()
+            if found is None:
+                found = ItemFailure(migration_id=migration_id, item_id=item_id, attempts=0, first_at=now())
+                session.add(found)
+            found.kind, found.reason, found.state = failure.kind, failure.reason, "open"
+            found.attempts += 1
+            found.last_at = now()
+
+    def failures(self, migration_id: int, *, state: str = "open") -> Sequence[ItemFailure]:
+        """The dead letters of a migration, in the order they were first seen."""
+        with self._read() as session:
+            return session.scalars(
+                sa.select(ItemFailure)
+                .where(ItemFailure.migration_id == migration_id, ItemFailure.state == state)
+                .order_by(ItemFailure.id)
+            ).all()
+
+    def retry_failures(self, migration: Migration) -> tuple[int, int]:
+        """Lets the next backfill run try every open failure and every failed chunk again; returns both numbers."""
+        with self._write() as session:
+            items = session.execute(
+                sa.update(ItemFailure)
+                .where(ItemFailure.migration_id == migration.id, ItemFailure.state == "open")
+                .values(state="retry")
+            ).rowcount  # type: ignore[attr-defined]
+            chunks = session.execute(
+                sa.update(Chunk)
+                .where(Chunk.migration_id == migration.id, Chunk.state == "failed")
+                .values(state="pending", attempts=0)
+            ).rowcount  # type: ignore[attr-defined]
+            self._note(session, session.get_one(Migration, migration.id), "retry", {"items": items, "chunks": chunks})
+            return items, chunks
+
+    # -- backfill runs ------------------------------------------------------------------------------------------------
+
+    def start_run(self, migration_id: int, owner: str) -> int:
+        """Opens a backfill run and returns its number."""
+        with self._write() as session:
+            run = BackfillRun(
+                migration_id=migration_id, owner=owner, chunks=0, items=0, ended=None, started_at=now(), seen_at=now()
+            )
+            session.add(run)
+            session.flush()
+            return run.id
+
+    def end_run(self, run_id: int, reason: str) -> None:
+        """Closes a backfill run."""
+        with self._write() as session:
+            run = session.get_one(BackfillRun, run_id)
+            run.ended, run.seen_at = reason, now()
+
+    def runs(self, migration_id: int) -> Sequence[BackfillRun]:
+        """All backfill runs, oldest first."""
+        with self._read() as session:
+            return session.scalars(
+                sa.select(BackfillRun).where(BackfillRun.migration_id == migration_id).order_by(BackfillRun.id)
+            ).all()
+
+
+def metadata() -> sa.MetaData:
+    """The tables as the models declare them, to be compared with what the versions build."""
+    return Base.metadata
+
+
+def _actor() -> str:
+    try:
+        user = getpass.getuser()
+    except (KeyError, OSError):  # no such user in this container
+        user = str(os.getuid())
+    return f"{user}@{socket.gethostname()}"
+
+
+def _reason(error: exc.DBAPIError) -> str:
+    return " ".join(str(error.orig).split())
+
+
+def _advice(error: exc.OperationalError) -> str:
+    reason = str(error.orig)
+    if "readonly" in reason or "read-only" in reason:
+        return "make the file and its folder writable for this user"
+    if "locked" in reason:
+        return "another process holds it; try again, and if it stays so look for a stuck one"
+    if "unable to open" in reason:
+        return "create its folder, or correct `ledger` in the configuration"
+    if "full" in reason:
+        return "free some space on its disk and run the command again"
+    return "check that it can be reached, then run the command again"

@@ -1,0 +1,274 @@
+"""What an upgrade would cost and what stands in its way: measured, saved, and bound to the facts it was made from."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from adapters.base import CollectionInfo, Store
+from migrator.encoding import embed, locate
+from migrator.errors import ConfigProblem, Refused
+from migrator.ledger import Plan
+from migrator.project import Project
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from trainer.encoder import Encoder
+
+SAMPLE = 128
+"""Stored items whose image is embedded again, to know the old encoder and the speed of the new one."""
+SAME_ENCODER = 0.99
+"""Median cosine between stored and recomputed vectors from which on the old encoder counts as the one that made them.
+Other machines, image libraries and lossy indexes cost a little; another model costs nearly everything."""
+SEED = 0
+
+STAGES = (
+    ("train", "learn the new encoder against the old one's vectors"),
+    ("verify", "new queries against the old gallery must be at least as good as today"),
+    ("rollout --stage prepare", "claim the collection and write its route: every query to the old encoder"),
+    ("rollout --stage canary", "move queries to the new encoder step by step; stored vectors stay"),
+    ("rollout --stage backfill", "open the backfill, once every query is with the new encoder"),
+    ("backfill", "re-embed the stored images in bounded runs, by cron; old vectors go to the undo log first"),
+    ("rollout --stage cutover", "prove that every item was re-embedded, then make the new encoder the only one"),
+    ("rollout --stage finalize", "end the migration; with --drop-old the undo log is deleted"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Planned:
+    """A plan as it is shown: `content` is what the ledger keeps."""
+
+    fingerprint: str
+    content: dict[str, Any]
+
+
+def make_plan(project: Project, report: Callable[[int, int], None] = lambda _done, _of: None) -> Planned:
+    """Looks at the collection, measures on a sample, and saves the plan. Changes nothing else.
+
+    Raises `Refused` if the stored vectors were not made by the declared old encoder.
+    """
+    settings = project.settings
+    with project.store() as store:
+        info = store.describe()
+        capabilities = store.capabilities
+        _check_collection(project, info)
+        old = project.load(project.old_spec())
+        new = _new_or_untrained(project)
+        sample = _measure_sample(project, store, old, new, report)
+    risks = list(sample.risks) + list(capabilities.notes)
+    vector_bytes = info.count * info.dim * 4
+    rate = sample.images_per_second
+    content: dict[str, Any] = {
+        "migration": project.name,
+        "strategy": settings.rollout.strategy,
+        "collection": {
+            "name": info.name,
+            "items": info.count,
+            "dim": info.dim,
+            "metric": info.metric,
+            "index": info.index,
+            "server": info.server,
+            "schema": dict(info.schema),
+        },
+        "old_encoder": {"id": old.id, "arch": settings.old_encoder.arch, "dim": old.dim},
+        "new_encoder": {
+            "id": None if new.untrained else new.encoder.id,
+            "arch": settings.new_encoder.arch,
+            "dim": new.encoder.dim,
+        },
+        "old_encoder_check": {"sampled": sample.compared, "median_cosine": round(sample.median_cosine, 4)},
+        "images_per_second": round(rate, 1),
+        "backfill_seconds": round(info.count / rate) if rate else None,
+        "chunks": -(-info.count // settings.backfill.chunk_size),
+        "undo_bytes": vector_bytes,
+        "index_bytes": 2 * (info.bytes_on_disk or vector_bytes) + vector_bytes,
+        "visible": capabilities.visible,
+        "risks": risks,
+        "stages": [list(stage) for stage in STAGES],
+    }
+    bound = bound_facts(project, info, old.id)
+    fingerprint = fingerprint_of(bound)
+    project.ledger.save_plan(
+        project.name,
+        collection=info.name,
+        strategy=settings.rollout.strategy,
+        old_encoder_id=old.id,
+        new_encoder_id=None if new.untrained else new.encoder.id,
+        fingerprint=fingerprint,
+        bound=bound,
+        content=content,
+    )
+    return Planned(fingerprint, content)
+
+
+def bound_facts(project: Project, info: CollectionInfo, old_encoder_id: str) -> dict[str, Any]:
+    """The facts that a plan stands on. The number of items is not among them: it changes by the minute."""
+    settings = project.config.redacted()["migrations"][project.name]
+    return {
+        "store": settings["store"],
+        "images": settings["images"],
+        "old_encoder": {**settings["old_encoder"], "id": old_encoder_id},
+        "new_encoder": settings["new_encoder"],
+        "rollout": {"strategy": settings["rollout"]["strategy"]},
+        "backfill": {"chunk_size": settings["backfill"]["chunk_size"]},
+        "collection": {"name": info.name, "dim": info.dim, "metric": info.metric, "schema": dict(info.schema)},
+    }
+
+
+def fingerprint_of(bound: Mapping[str, Any]) -> str:
+    """A short name for a set of facts: equal facts, equal name."""
+    return hashlib.sha256(json.dumps(bound, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def check_fresh(project: Project, store: Store) -> Plan:
+    """The latest plan, if the facts under it are still what they were; else refused, saying what changed."""
+    migration = project.migration()
+    plan = project.ledger.latest_plan(migration.id)
+    if plan is None or migration.old_encoder_id is None:
+        raise Refused(f"{project.name} has no plan yet: `migrator plan {project.name}`")
+    changed = differences(plan.bound, bound_facts(project, store.describe(), migration.old_encoder_id))
+    if changed:
+        if migration.state == "planned":
+            advice = f"plan again with `migrator plan {project.name}`"
+        else:
+            advice = f"undo the change, or `migrator rollback {project.name}` and plan again"
+        raise Refused(f"the plan {plan.fingerprint} is stale: {'; '.join(changed)}: {advice}")
+    return plan
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any], at: str = "") -> list[str]:
+    """What changed between two sets of facts, as `old_encoder.image_size: 32 -> 64`."""
+    found: list[str] = []
+    for key in sorted(before.keys() | now.keys()):
+        old, new, where = before.get(key), now.get(key), f"{at}{key}"
+        if isinstance(old, Mapping) and isinstance(new, Mapping):
+            found += differences(old, new, f"{where}.")
+        elif old != new:
+            found.append(f"{where}: {_show(old)} -> {_show(new)}")
+    return found
+
+
+def _show(value: Any) -> str:
+    return "none" if value is None else str(value)
+
+
+# -- measuring ----------------------------------------------------------------------------------------------------
+
+
+def _check_collection(project: Project, info: CollectionInfo) -> None:
+    old, new = project.settings.old_encoder, project.settings.new_encoder
+    where = f"{project.config.path}: migrations.{project.name}"
+    if info.count == 0:
+        raise Refused(f"collection {info.name} is empty: there is nothing to migrate")
+    if info.dim != old.dim:
+        raise ConfigProblem(
+            f"{where}.old_encoder.dim: collection {info.name} holds {info.dim}-d vectors but encoder {old.arch} "
+            f"gives {old.dim}: set old_encoder.dim to {info.dim}, with the weights that made them"
+        )
+    if info.dim != new.dim:
+        raise ConfigProblem(
+            f"{where}.new_encoder.dim: collection {info.name} holds {info.dim}-d vectors but encoder {new.arch} "
+            f"gives {new.dim}: set new_encoder.dim to {info.dim}"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _New:
+    encoder: Encoder
+    untrained: bool
+
+
+def _new_or_untrained(project: Project) -> _New:
+    """The new encoder; before training one of random weights, which is as fast."""
+    from trainer.encoder import load_encoder
+
+    spec = project.new_spec()
+    if spec.weights is not None:
+        return _New(project.load(spec), untrained=False)
+    return _New(load_encoder(spec), untrained=True)
+
+
+@dataclass(frozen=True, slots=True)
+class _Sample:
+    compared: int
+    median_cosine: float
+    images_per_second: float
+    risks: tuple[str, ...]
+
+
+def _measure_sample(
+    project: Project, store: Store, old: Encoder, new: _New, report: Callable[[int, int], None]
+) -> _Sample:
+    """Embeds sampled items with both encoders: is the old one the one that made them, how fast is the new one?"""
+    ids = store.sample(SAMPLE, seed=SEED)
+    page = store.read(ids, vectors=True, payload=True)
+    assert page.vectors is not None
+    assert page.payloads is not None
+    images = project.images()
+    paths = locate(images, zip(page.ids, page.payloads, strict=True))
+    backfill = project.settings.backfill
+    done = 0
+
+    def step(more: int) -> None:
+        nonlocal done
+        done += more
+        report(done, 2 * len(paths))
+
+    def measured(encoder: Encoder) -> tuple[NDArray[np.int64], NDArray[np.float32], dict[int, str], float]:
+        began = time.monotonic()
+        found = embed(
+            images, paths, [encoder], batch_size=backfill.batch_size, threads=backfill.image_threads,
+            retry_for=backfill.retry_for, report=step,
+        )  # fmt: skip
+        return found.rows, found.vectors[0], found.problems, time.monotonic() - began
+
+    rows, recomputed, problems, _ = measured(old)
+    new_rows, _, _, seconds = measured(new.encoder)
+    if len(rows) == 0:
+        raise Refused(
+            f"none of {len(paths)} sampled images could be read ({next(iter(problems.values()))}): "
+            "check images.root and images.uri"
+        )
+    stored = page.vectors[rows]
+    norms = np.linalg.norm(stored, axis=1)
+    cosines = np.einsum("nd,nd->n", stored, recomputed) / np.maximum(norms, 1e-12)
+    median = float(np.median(cosines))
+    if median < SAME_ENCODER:
+        raise Refused(
+            f"the stored vectors were not made by this encoder: median cosine {median:.2f} over {len(rows)} items; "
+            "check old_encoder (weights, image_size, mean, std, resize, interpolation)"
+        )
+    if np.abs(norms - 1).max() > 0.01:
+        raise Refused(
+            f"the stored vectors are not of unit length (sampled: {norms.min():.3g} to {norms.max():.3g}), "
+            "which migrator's encoders give: normalise the collection first"
+        )
+    return _Sample(
+        len(rows), median, len(new_rows) / seconds if seconds else 0.0, _risks(page.ids, problems, cosines, new)
+    )
+
+
+def _risks(ids: Any, problems: Mapping[int, str], cosines: NDArray[np.float64], new: _New) -> tuple[str, ...]:
+    risks = []
+    if problems:
+        row, why = next(iter(problems.items()))
+        risks.append(
+            f"{len(problems)} of {len(ids)} sampled images cannot be embedded, for instance item {ids[row]!r}: {why}. "
+            "Such items keep their old vector and are listed by `migrator failures`"
+        )
+    odd = int((cosines < SAME_ENCODER).sum())
+    if odd:
+        risks.append(
+            f"{odd} of {len(cosines)} sampled items hold a vector that the old encoder does not give for their image "
+            "today: the image may have changed since"
+        )
+    if new.untrained:
+        risks.append("the new encoder is not trained yet; its speed was measured with untrained weights")
+    return tuple(risks)

@@ -1,0 +1,202 @@
+"""Taking an in-place migration back: every old vector is restored before the route returns to the old encoder.
+
+Where a vector comes from, when item and undo log are looked at again after a crash or an edit:
+
+- it carries the new stamp: the backfill wrote it, so the undo log's vector goes back;
+- it carries no stamp and equals the undo log's vector: it is restored already;
+- anything else was written by the application. Before the cutover that was done with the old encoder, and the
+  vector stays; from the cutover on with the new one, and the image is embedded again with the old encoder.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from adapters.base import ItemId, Store, StoreBusy, order_key
+from migrator.encoding import embed, locate
+from migrator.errors import Refused
+from migrator.ledger import Chunk, Migration
+from migrator.project import Project
+from migrator.retrying import patiently
+from migrator.rollout.route import initial_route
+
+if TYPE_CHECKING:
+    from trainer.encoder import Encoder
+
+PAGE = 5_000
+
+
+@dataclass(frozen=True, slots=True)
+class RolledBack:
+    """What a rollback did."""
+
+    restored: int
+    """Items whose old vector was put back."""
+    re_encoded: int
+    """Items that the application wrote with the new encoder, embedded again with the old one."""
+    problems: dict[ItemId, str]
+    """Items that could not be embedded again, with the reason; they keep a vector of the new encoder."""
+
+
+def check_can_roll_back(project: Project) -> Migration:
+    """The migration, if there is something to take back and a way to do it."""
+    migration = project.migration()
+    if migration.state == "planned":
+        raise Refused(f"{project.name} has not begun: there is nothing to roll back")
+    if migration.state == "rolled_back":
+        raise Refused(f"{project.name} has been rolled back already: next is `migrator plan {project.name}`")
+    if migration.state == "finished" and not migration.old_kept:
+        raise Refused(
+            f"{project.name} is finished and its old vectors were dropped: "
+            "migrate again, with the old encoder as the new one"
+        )
+    return migration
+
+
+def rollback(project: Project, report: Callable[[int, int], None] = lambda _done, _of: None) -> RolledBack:
+    """Restores the old vectors, then the route. Killed at any point, the same command goes on where it was."""
+    migration = check_can_roll_back(project)
+    result = RolledBack(0, 0, {})
+    if project.ledger.counts(migration.id).passes > 0:
+        if migration.state != "rolling_back":
+            # From here on no backfill run gets or finishes a chunk.
+            migration = project.ledger.move(migration, state="rolling_back", event="rollback begins")
+        if held := project.ledger.live_leases(migration.id):
+            raise Refused(
+                f"a backfill run ({held[0].lease_owner}) still holds a chunk: it leaves after that one; "
+                f"then again `migrator rollback {project.name}`"
+            )
+        try:
+            with project.store(write=True) as store:
+                result = _Restore(project, migration, store, report).go()
+        except StoreBusy as busy:
+            raise Refused(f"{busy}: it leaves after its chunk; then again `migrator rollback {project.name}`") from busy
+    route = project.ledger.route(migration.collection)
+    assert route is not None
+    project.ledger.move(
+        migration,
+        state="rolled_back",
+        event="rolled back",
+        detail={"restored": result.restored, "re_encoded": result.re_encoded, "problems": len(result.problems)},
+        route=initial_route(migration, salt=route.salt, epoch=route.epoch),
+        old_kept=False,
+    )
+    project.undo_log(migration).drop()
+    return result
+
+
+class _Restore:
+    """The way back of one collection."""
+
+    def __init__(
+        self, project: Project, migration: Migration, store: Store, report: Callable[[int, int], None]
+    ) -> None:
+        assert migration.new_encoder_id is not None
+        self.project, self.migration, self.store, self.report = project, migration, store, report
+        self.stamp = migration.new_encoder_id
+        self.undo = project.undo_log(migration)
+        self.after_cutover = migration.stage in ("cutover", "finalize")
+        self.settings = project.settings.backfill
+        self.restored = self.re_encoded = 0
+        self.problems: dict[ItemId, str] = {}
+        self._old_encoder: Encoder | None = None
+
+    def go(self) -> RolledBack:
+        """Chunk by chunk, the latest pass first: the first vector put back for an item is the one that counts."""
+        chunks = self.project.ledger.chunks(self.migration.id)
+        failed = {json.loads(failure.item_id) for failure in self.project.ledger.failures(self.migration.id)}
+        handled: set[ItemId] = set()  # of the catch-up passes, which are small
+        for number, chunk in enumerate(sorted(chunks, key=lambda chunk: (-chunk.pass_number, chunk.ordinal))):
+            touched = self._restore_chunk(chunk, handled, failed)
+            if chunk.pass_number > 0:
+                handled |= touched
+            self.report(number + 1, len(chunks))
+        if self.after_cutover:
+            last = max((json.loads(chunk.upto_id) for chunk in chunks if chunk.pass_number == 0), key=order_key)
+            self._re_encode(item for item in self._unstamped(last, None) if item not in handled | failed)
+        if self.store.count(stamp=self.stamp):
+            self._re_encode(self._stamped())
+        patiently(lambda: self.store.publish(final=True), seconds=self.settings.retry_for)
+        left = self.store.count(stamp=self.stamp) - len(self.problems)
+        if left > 0:
+            raise Refused(
+                f"{left} items still carry the new encoder's stamp: again `migrator rollback {self.project.name}`"
+            )
+        self.store.forget_migration()
+        return RolledBack(self.restored, self.re_encoded, self.problems)
+
+    def _restore_chunk(self, chunk: Chunk, handled: set[ItemId], failed: set[ItemId]) -> set[ItemId]:
+        old = self.undo.read(chunk)
+        known = set() if old is None else set(old.ids)
+        if chunk.state == "restored":
+            return known
+        foreign: list[ItemId] = []
+        if old is not None:
+            rows = {item: row for row, item in enumerate(old.ids)}
+            now = self.store.read([item for item in old.ids if item not in handled], vectors=True, payload=False)
+            assert now.vectors is not None
+            back: dict[str | None, list[int]] = {}
+            for item, vector, stamp in zip(now.ids, now.vectors, now.stamps, strict=True):
+                row = rows[item]
+                if stamp == self.stamp:
+                    back.setdefault(old.stamps[row], []).append(row)
+                elif self.after_cutover and vector.tobytes() != old.vectors[row].tobytes():
+                    foreign.append(item)
+            for stamp, these in back.items():
+                self._write([old.ids[row] for row in these], old.vectors[these], stamp)
+                self.restored += len(these)
+        if self.after_cutover and chunk.pass_number == 0:
+            start = None if chunk.after_id is None else json.loads(chunk.after_id)
+            arrived = self._unstamped(start, json.loads(chunk.upto_id))
+            foreign += [item for item in arrived if item not in known and item not in handled | failed]
+        self._re_encode(foreign)
+        self.project.ledger.set_restored(chunk)
+        return known
+
+    def _write(self, ids: list[ItemId], vectors: object, stamp: str | None) -> None:
+        report = patiently(
+            lambda: self.store.write_vectors(ids, vectors, stamp),  # type: ignore[arg-type]
+            seconds=self.settings.retry_for,
+        )
+        self.problems.update({item: f"the store refused it: {why}" for item, why in report.rejected.items()})
+
+    def _unstamped(self, after: ItemId | None, upto: ItemId | None) -> Iterator[ItemId]:
+        while ids := self.store.unstamped(self.stamp, after=after, limit=PAGE):
+            for item in ids:
+                if upto is not None and order_key(item) > order_key(upto):
+                    return
+                yield item
+            after = ids[-1]
+
+    def _stamped(self) -> Iterator[ItemId]:
+        after: ItemId | None = None
+        while ids := self.store.scan_ids(after=after, limit=PAGE):
+            page = self.store.read(ids, vectors=False, payload=False)
+            yield from (item for item, stamp in zip(page.ids, page.stamps, strict=True) if stamp == self.stamp)
+            after = ids[-1]
+
+    def _re_encode(self, items: Iterable[ItemId]) -> None:
+        """Embeds items that the application wrote with the new encoder once more, with the old one."""
+        remaining = iter(items)
+        while ids := list(itertools.islice(remaining, PAGE)):
+            if self._old_encoder is None:
+                self._old_encoder = self.project.old_encoder()
+            page = self.store.read(ids, vectors=False, payload=True)
+            assert page.payloads is not None
+            images = self.project.images()
+            embedded = embed(
+                images,
+                locate(images, zip(page.ids, page.payloads, strict=True)),
+                [self._old_encoder],
+                batch_size=self.settings.batch_size,
+                threads=self.settings.image_threads,
+                retry_for=self.settings.retry_for,
+            )
+            self.problems.update({page.ids[row]: why for row, why in embedded.problems.items()})
+            if len(embedded.rows):
+                self._write([page.ids[row] for row in embedded.rows], embedded.vectors[0], None)
+                self.re_encoded += len(embedded.rows)

@@ -1,0 +1,277 @@
+"""The state machine of a rollout. Each stage has guards that say which command comes first, and one change.
+
+prepare -> canary (step by step to 100 %) -> backfill -> cutover -> finalize
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from migrator.errors import Refused, UsageProblem
+from migrator.ledger import Migration, Route, now
+from migrator.planning import check_fresh
+from migrator.project import Project
+from migrator.retrying import patiently
+from migrator.rollout.route import initial_route
+
+READ_BACK = 256
+"""Items read over a fresh connection after the cutover's publication, to see that what was written is there."""
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What the command line may add to a stage."""
+
+    percent: int | None = None
+    accept_failures: int = 0
+    drop_old: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One stage's change: checked, described, not yet made."""
+
+    says: str
+    """What is about to happen, in one sentence."""
+    make: Callable[[], str]
+    """Makes the change; returns what was done."""
+
+
+def step(project: Project, stage: str, options: Options) -> Step:
+    """Checks the guards of `stage` and returns its change. Raises `Refused` naming the command that comes first."""
+    migration = project.migration()
+    if migration.state == "rolling_back":
+        raise Refused(f"{project.name} is being rolled back: finish with `migrator rollback {project.name}`")
+    if migration.state == "rolled_back":
+        raise Refused(f"{project.name} was rolled back: begin anew with `migrator plan {project.name}`")
+    return _STEPS[stage](project, migration, options)
+
+
+def _prepare(project: Project, migration: Migration, _: Options) -> Step:
+    if migration.state != "planned":
+        raise Refused(f"{project.name} is past prepare (stage {migration.stage}): `migrator status {project.name}`")
+    if other := project.ledger.other_owner(migration):
+        if other.state == "finished":
+            raise Refused(
+                f"{other.name} still keeps old vectors of {migration.collection}: give them up with "
+                f"`migrator rollout {other.name} --stage finalize --drop-old`"
+            )
+        raise Refused(f"{other.name} is active on {migration.collection}: finish it or roll it back first")
+    with project.store() as store:
+        plan = check_fresh(project, store)
+    _check_encoders(project)
+    check_verified(project, migration, plan.fingerprint)
+    route = project.ledger.route(migration.collection)
+
+    def make() -> str:
+        project.ledger.move(
+            migration,
+            stage="prepare",
+            state="active",
+            event="prepare",
+            route=initial_route(migration, salt=secrets.token_hex(8), epoch=route.epoch if route else 0),
+            old_kept=True,
+        )
+        return f"{migration.collection} is claimed; every query goes to the old encoder {migration.old_encoder_id}"
+
+    return Step(f"claim {migration.collection} and write its route, with every query at the old encoder", make)
+
+
+def check_verified(project: Project, migration: Migration, plan_fingerprint: str) -> None:
+    """Refuses unless the latest verification passed, for these encoders and this plan, and is young enough."""
+    name = project.name
+    again = f"`migrator verify {name}`"
+    found = project.ledger.latest_verification(migration.id)
+    if found is None:
+        raise Refused(f"{name} has not been verified: {again}")
+    if (found.old_encoder_id, found.new_encoder_id) != (migration.old_encoder_id, migration.new_encoder_id):
+        raise Refused(f"{name} was verified with another encoder ({found.new_encoder_id}): {again}")
+    if found.plan_fingerprint != plan_fingerprint:
+        raise Refused(f"{name} was verified under another plan ({found.plan_fingerprint}): {again}")
+    if now() - found.created_at > project.settings.verify.max_age:
+        raise Refused(f"{name} was verified on {found.created_at:%Y-%m-%d}, longer ago than verify.max_age: {again}")
+    if found.outcome != "pass":
+        raise Refused(f"the verification of {name} came out as {found.outcome}: {'; '.join(found.results['reasons'])}")
+
+
+def _check_encoders(project: Project) -> None:
+    """Both encoders are what they were when they were planned, trained and verified."""
+    project.encoder_ids()
+    project.old_encoder()
+    project.new_encoder()
+
+
+def _canary(project: Project, migration: Migration, options: Options) -> Step:
+    name = project.name
+    if migration.stage not in ("prepare", "canary"):
+        if migration.stage == "planned":
+            raise Refused(f"{name} is not prepared: `migrator rollout {name} --stage prepare`")
+        raise Refused(
+            f"{name} is at stage {migration.stage}: new vectors may be in the collection, which old queries cannot "
+            f"search; to take queries back use `migrator rollback {name}`"
+        )
+    route = _route(project, migration)
+    ladder = project.settings.rollout.canary
+    higher = [rung for rung in ladder if rung > route.canary_percent]
+    if options.percent is None:
+        if not higher:
+            raise Refused(f"{name} is at 100 %: next is `migrator rollout {name} --stage backfill`")
+        percent = higher[0]
+    else:
+        percent = options.percent
+        if percent and percent not in ladder:
+            raise UsageProblem(f"--percent {percent} is not one of rollout.canary {ladder} (or 0)")
+        if higher and percent > higher[0]:
+            raise Refused(f"{name} is at {route.canary_percent:g} %: the next step is {higher[0]} %, not {percent} %")
+    with project.store() as store:
+        check_fresh(project, store)
+    _check_encoders(project)
+
+    def make() -> str:
+        _move_route(
+            project, migration, route, stage="canary", phase="canary", detail={"percent": percent},
+            canary_encoder=migration.new_encoder_id, canary_collection=migration.collection,
+            canary_percent=float(percent),
+        )  # fmt: skip
+        return f"{percent} % of the queries now use the new encoder; stored vectors are untouched"
+
+    return Step(f"move the new encoder's share of the queries from {route.canary_percent:g} % to {percent} %", make)
+
+
+def _backfill(project: Project, migration: Migration, _: Options) -> Step:
+    name = project.name
+    if migration.stage == "backfill":
+        raise Refused(f"{name}: the backfill stage is open: run `migrator backfill {name}`")
+    if migration.stage not in ("prepare", "canary"):
+        raise Refused(f"{name} is at stage {migration.stage}: `migrator status {name}` names the next command")
+    route = _route(project, migration)
+    if route.canary_percent < 100:
+        raise Refused(
+            f"{name}: {route.canary_percent:g} % of the queries use the new encoder, and the others cannot be compared "
+            f"with new vectors: first `migrator rollout {name} --stage canary` up to 100 %"
+        )
+    with project.store() as store:
+        check_fresh(project, store)
+        count = store.count()
+    _check_encoders(project)
+
+    def make() -> str:
+        _move_route(project, migration, route, stage="backfill", phase="backfill")
+        return f"{name} may be backfilled: run `migrator backfill {name}` until it says complete, or let cron do it"
+
+    return Step(f"open the backfill of {count} items; their old vectors go to the undo log", make)
+
+
+def _cutover(project: Project, migration: Migration, options: Options) -> Step:
+    name = project.name
+    if migration.stage in ("cutover", "finalize"):
+        raise Refused(f"{name} has been cut over: next is `migrator rollout {name} --stage finalize`")
+    if migration.stage != "backfill":
+        raise Refused(f"{name} is at stage {migration.stage}: cutover comes after `migrator backfill {name}`")
+    assert migration.new_encoder_id is not None
+    stamp = migration.new_encoder_id
+    counts = project.ledger.counts(migration.id)
+    undone = sum(number for state, number in counts.by_state.items() if state != "done")
+    if undone or not counts.passes:
+        failed = counts.by_state.get("failed", 0)
+        if failed:
+            raise Refused(f"{name}: {failed} chunks failed: `migrator failures {name}`, then --retry and backfill")
+        raise Refused(f"{name}: {undone or 'all'} chunks are not done: `migrator backfill {name}`")
+    if counts.open_failures > options.accept_failures:
+        raise Refused(
+            f"{name}: {counts.open_failures} items failed (`migrator failures {name}`): mend them and "
+            f"`migrator failures {name} --retry`, or go on without with --accept-failures {counts.open_failures}"
+        )
+    with project.store() as store:
+        check_fresh(project, store)
+        _check_all_stamped(name, store.count(), store.count(stamp=stamp), counts.open_failures)
+    route = _route(project, migration)
+
+    def make() -> str:
+        with project.store(write=True) as store:
+            patiently(lambda: store.publish(final=True), seconds=project.settings.backfill.retry_for)
+        # A fresh connection must find what was written, counted and sampled, before the route says so.
+        with project.store() as store:
+            total, stamped = store.count(), store.count(stamp=stamp)
+            _check_all_stamped(name, total, stamped, counts.open_failures)
+            page = store.read(store.sample(READ_BACK, seed=route.epoch), vectors=True, payload=False)
+            missing = sum(found != stamp for found in page.stamps)
+            if missing > counts.open_failures:
+                raise Refused(f"{name}: {missing} of {len(page)} items read back carry no new stamp: backfill again")
+        _move_route(
+            project, migration, route, stage="cutover", phase="new",
+            detail={"items": total, "stamped": stamped, "failures_accepted": counts.open_failures},
+            query_encoder=stamp, canary_encoder=None, canary_collection=None, canary_percent=0.0,
+            write_encoders=[stamp],
+        )  # fmt: skip
+        return f"{stamped} of {total} items carry the new encoder's vector; it is now the only encoder of the route"
+
+    return Step("publish the index and make the new encoder the only one, for queries and for new items", make)
+
+
+def _check_all_stamped(name: str, total: int, stamped: int, failures: int) -> None:
+    if total - stamped > failures:
+        raise Refused(
+            f"{name}: {total - stamped - failures} of {total} items carry no vector of the new encoder "
+            f"(they arrived or changed since): `migrator backfill {name}`"
+        )
+
+
+def _finalize(project: Project, migration: Migration, options: Options) -> Step:
+    name = project.name
+    if migration.stage != "cutover" and not (migration.state == "finished" and options.drop_old):
+        if migration.state == "finished":
+            kept = (
+                "its old vectors are kept: --drop-old deletes them" if migration.old_kept else "nothing is left to do"
+            )
+            raise Refused(f"{name} is finished; {kept}")
+        raise Refused(f"{name} is at stage {migration.stage}: finalize comes after `rollout --stage cutover`")
+
+    def make() -> str:
+        project.ledger.move(
+            migration, stage="finalize", state="finished",
+            event="finalize", detail={"drop_old": options.drop_old}, old_kept=not options.drop_old,
+        )  # fmt: skip
+        if not options.drop_old:
+            return f"{name} is finished; the undo log is kept, `migrator rollback {name}` remains possible"
+        project.undo_log(migration).drop()
+        with project.store(write=True) as store:
+            store.forget_migration()
+        return f"{name} is finished; undo log and stamps are gone"
+
+    if options.drop_old:
+        return Step("end the migration and delete the undo log: there is no way back after that", make)
+    return Step("end the migration; the undo log is kept", make)
+
+
+_STEPS: dict[str, Callable[[Project, Migration, Options], Step]] = {
+    "prepare": _prepare,
+    "canary": _canary,
+    "backfill": _backfill,
+    "cutover": _cutover,
+    "finalize": _finalize,
+}
+
+
+def _route(project: Project, migration: Migration) -> Route:
+    route = project.ledger.route(migration.collection)
+    assert route is not None, "prepare writes the route in the same transaction as the stage"
+    return route
+
+
+def _move_route(
+    project: Project,
+    migration: Migration,
+    route: Route,
+    *,
+    stage: Any,
+    phase: str,
+    detail: dict[str, Any] | None = None,
+    **columns: Any,
+) -> None:
+    project.ledger.move(
+        migration, stage=stage, event=stage, detail=detail, route={"epoch": route.epoch, "phase": phase, **columns}
+    )

@@ -1,0 +1,130 @@
+"""Where a migration stands, from the ledger alone: no store is opened and no model loaded."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from migrator.ledger import Counts, Migration, Route
+from migrator.project import Project
+
+RATE_RUNS = 5
+"""The last runs from which the rate is taken."""
+
+
+@dataclass(frozen=True, slots=True)
+class Status:
+    """One migration at one moment."""
+
+    migration: str
+    collection: str | None
+    stage: str
+    state: str
+    plan: str | None
+    old_encoder: str | None
+    new_encoder: str | None
+    verification: str | None
+    paused: str | None
+    epoch: int | None
+    canary_percent: float | None
+    items_total: int
+    items_done: int
+    items_failed: int
+    items_gone: int
+    catch_up_passes: int
+    chunks: dict[str, int]
+    items_per_second: float | None
+    eta_seconds: int | None
+    mixed_space: bool
+    """Vectors of both encoders may lie in the collection: only new-encoder queries are right."""
+    next_command: str | None
+
+    def as_json(self) -> dict[str, Any]:
+        """As `migrator status --json` prints it."""
+        return {"format": 1, **asdict(self)}
+
+
+def status_of(project: Project) -> Status:
+    """Reads the ledger once and names the next command."""
+    ledger, name = project.ledger, project.name
+    migration = ledger.migration(name)
+    if migration is None:
+        return Status(
+            migration=name, collection=None, stage="none", state="none", plan=None, old_encoder=None, new_encoder=None,
+            verification=None, paused=None, epoch=None, canary_percent=None, items_total=0, items_done=0,
+            items_failed=0, items_gone=0, catch_up_passes=0, chunks={}, items_per_second=None, eta_seconds=None,
+            mixed_space=False, next_command=f"migrator plan {name}",
+        )  # fmt: skip
+    counts = ledger.counts(migration.id)
+    plan = ledger.latest_plan(migration.id)
+    route = ledger.route(migration.collection)
+    verification = ledger.latest_verification(migration.id)
+    current = verification is not None and verification.new_encoder_id == migration.new_encoder_id
+    rate = _rate(project, migration)
+    left = counts.planned - counts.done
+    return Status(
+        migration=name,
+        collection=migration.collection,
+        stage=migration.stage,
+        state=migration.state,
+        plan=plan.fingerprint if plan else None,
+        old_encoder=migration.old_encoder_id,
+        new_encoder=migration.new_encoder_id,
+        verification=verification.outcome if verification is not None and current else None,
+        paused=migration.paused,
+        epoch=route.epoch if route else None,
+        canary_percent=route.canary_percent if route else None,
+        items_total=counts.planned or (plan.content["collection"]["items"] if plan else 0),
+        items_done=counts.done,
+        items_failed=counts.open_failures,
+        items_gone=counts.gone,
+        catch_up_passes=max(counts.passes - 1, 0),
+        chunks=dict(counts.by_state),
+        items_per_second=rate,
+        eta_seconds=round(left / rate) if rate and left and migration.stage == "backfill" else None,
+        mixed_space=is_mixed(migration, counts),
+        next_command=next_command(name, migration, route, counts, verification.outcome if current else None),  # type: ignore[union-attr]
+    )
+
+
+def is_mixed(migration: Migration, counts: Counts) -> bool:
+    """Whether vectors of both encoders may lie side by side."""
+    if migration.state == "rolling_back":
+        return True
+    begun = counts.passes > 0 and migration.state in ("active", "finished")
+    return begun and (migration.stage == "backfill" or counts.open_failures > 0)
+
+
+def _rate(project: Project, migration: Migration) -> float | None:
+    runs = [run for run in project.ledger.runs(migration.id) if run.items][-RATE_RUNS:]
+    seconds = sum((run.seen_at - run.started_at).total_seconds() for run in runs)
+    return round(sum(run.items for run in runs) / seconds, 1) if seconds > 0 else None
+
+
+def next_command(
+    name: str, migration: Migration, route: Route | None, counts: Counts, verified: str | None
+) -> str | None:
+    """The command that brings the migration forward; None when nothing is left to do."""
+    if migration.state == "rolled_back":
+        return f"migrator plan {name}"
+    if migration.state == "rolling_back":
+        return f"migrator rollback {name}"
+    if migration.paused is not None:
+        return f"migrator resume {name}"
+    if migration.state == "finished":
+        return f"migrator rollout {name} --stage finalize --drop-old" if migration.old_kept else None
+    if migration.stage == "planned":
+        if migration.new_encoder_id is None:
+            return f"migrator train {name}"
+        return f"migrator rollout {name} --stage prepare" if verified == "pass" else f"migrator verify {name}"
+    if migration.stage in ("prepare", "canary"):
+        stage = "backfill" if route is not None and route.canary_percent >= 100 else "canary"
+        return f"migrator rollout {name} --stage {stage}"
+    if migration.stage == "backfill":
+        undone = sum(number for state, number in counts.by_state.items() if state != "done")
+        if counts.passes == 0 or undone - counts.by_state.get("failed", 0):
+            return f"migrator backfill {name}"
+        if counts.open_failures or undone:
+            return f"migrator failures {name}"
+        return f"migrator rollout {name} --stage cutover"
+    return f"migrator rollout {name} --stage finalize"

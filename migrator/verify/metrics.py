@@ -1,0 +1,280 @@
+"""Retrieval metrics per query, and the scores by which backward-compatible encoders are compared.
+
+M(q, g) is a retrieval metric with queries from encoder q and a gallery from encoder g. Scores follow the AdvBCT
+paper (arXiv 2305.02610, section 4.1). A ranking is an array of gallery indices, nearest first, padded with -1.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, TypeAlias
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+Floats: TypeAlias = NDArray[np.float64]
+Bools: TypeAlias = NDArray[np.bool_]
+
+_SCORES_PER_BLOCK = 1 << 22  # 16 MiB of float32
+
+
+def rank(
+    queries: NDArray[np.float32],
+    gallery: NDArray[np.float32],
+    k: int,
+    *,
+    exclude: NDArray[np.integer] | None = None,
+    block: int | None = None,
+) -> NDArray[np.int32]:
+    """The exact k nearest gallery vectors of each query by inner product: (q, k) gallery indices, nearest first.
+
+    queries is (q, d), gallery (g, d), both of unit length where cosine is meant. `exclude` (q,) holds the gallery
+    index of the query itself, or -1: it is never among the answers. Equal scores are ordered by gallery index.
+    Where there are fewer than k answers the row ends in -1. `block` queries are compared at a time; memory is
+    block x g and does not grow with q.
+
+    Raises ValueError for shapes that do not fit, numbers that are not finite, and k below 1.
+    """
+    if queries.ndim != 2 or gallery.ndim != 2 or queries.shape[1] != gallery.shape[1]:
+        raise ValueError(f"queries {queries.shape} and gallery {gallery.shape} must be (q, d) and (g, d)")
+    if k < 1:
+        raise ValueError(f"k is {k}, must be at least 1")
+    n_queries, n_gallery = len(queries), len(gallery)
+    if exclude is not None and (exclude.shape != (n_queries,) or (exclude >= n_gallery).any() or (exclude < -1).any()):
+        raise ValueError("exclude must hold, for each query, a gallery index or -1")
+    block = block or max(1, _SCORES_PER_BLOCK // max(1, n_gallery))
+    nearest = np.full((n_queries, k), -1, dtype=np.int32)
+    for start in range(0, n_queries, block):
+        with np.errstate(invalid="ignore", over="ignore"):
+            scores = queries[start : start + block] @ gallery.T
+        if not np.isfinite(scores).all():
+            raise ValueError("queries or gallery hold numbers that are not finite, or too large")
+        if exclude is not None:
+            own = exclude[start : start + block]
+            rows = np.flatnonzero(own >= 0)
+            scores[rows, own[rows]] = -np.inf
+        nearest[start : start + block] = _largest(scores, k)
+    return nearest
+
+
+def _largest(scores: NDArray[np.float32], k: int) -> NDArray[np.int32]:
+    """Columns of the k largest finite scores of each row, largest first, ties by column; (n, k), padded with -1."""
+    n, width = scores.shape
+    kept = min(k, width)
+    columns = np.full((n, k), -1, dtype=np.int32)
+    if kept == 0:
+        return columns
+    if kept < width:
+        # argpartition picks freely among scores equal to the k-th; all of them are candidates, the lowest columns win.
+        kth = np.partition(scores, width - kept, axis=1)[:, width - kept, None]
+        candidate = scores >= kth
+        ties = scores == kth
+        surplus = candidate.sum(axis=1) - kept
+        for row in np.flatnonzero(surplus):
+            candidate[row, np.flatnonzero(ties[row])[-surplus[row] :]] = False
+        chosen = np.nonzero(candidate)[1].reshape(n, kept)
+    else:
+        chosen = np.broadcast_to(np.arange(width), (n, width))
+    chosen_scores = np.take_along_axis(scores, chosen, axis=1)
+    order = np.argsort(-chosen_scores, axis=1, kind="stable")
+    best = np.take_along_axis(chosen, order, axis=1)
+    columns[:, :kept] = np.where(np.isneginf(np.take_along_axis(chosen_scores, order, axis=1)), -1, best)
+    return columns
+
+
+class Relevance(NamedTuple):
+    """Which answers are right, and how many right ones there are."""
+
+    hits: Bools  # (q, k)
+    total: NDArray[np.int64]  # (q,)
+
+
+def relevance(
+    query_labels: Sequence[object] | NDArray[np.generic],
+    gallery_labels: Sequence[object] | NDArray[np.generic],
+    ranking: NDArray[np.int32],
+    exclude: NDArray[np.integer] | None = None,
+) -> Relevance:
+    """Marks the answers of `ranking` (q, k) that have their query's label, and counts the relevant gallery items.
+
+    With `exclude` (as in `rank`) a query's own item does not count as relevant.
+    """
+    query_codes, gallery_codes = _codes(query_labels, gallery_labels)
+    padded = np.append(gallery_codes, -1)  # index -1, the padding, meets a label that no query has
+    hits = padded[ranking] == query_codes[:, None]
+    sizes = np.bincount(gallery_codes, minlength=query_codes.max(initial=-1) + 1)
+    total = sizes[query_codes].astype(np.int64)
+    if exclude is not None:
+        total -= padded[exclude] == query_codes
+    return Relevance(hits, total)
+
+
+def _codes(*labels: Sequence[object] | NDArray[np.generic]) -> list[NDArray[np.int64]]:
+    """The same small integer for the same label, in all the sequences given."""
+    known: dict[object, int] = {}
+    return [
+        np.array([known.setdefault(label, len(known)) for label in part], dtype=np.int64)
+        for part in (part.tolist() if isinstance(part, np.ndarray) else part for part in labels)
+    ]
+
+
+def average_precision_at_k(hits: Bools, total: NDArray[np.int64], k: int) -> Floats:
+    """AP@k of each query: the sum of precision@i over the hits i <= k, over min(k, relevant items). (q,)
+
+    NaN where a query has no relevant item.
+    """
+    hits = hits[:, :k]
+    precision = np.cumsum(hits, axis=1) / np.arange(1, hits.shape[1] + 1)
+    return _divide((precision * hits).sum(axis=1), np.minimum(k, total))
+
+
+def recall_at_k(hits: Bools, total: NDArray[np.int64], k: int) -> Floats:
+    """R@k as in metric learning, a hit rate: 1 where a relevant item is among the first k, else 0. (q,)
+
+    This is not the share of all relevant items found. NaN where a query has no relevant item.
+    """
+    return np.where(total > 0, hits[:, :k].any(axis=1).astype(np.float64), np.nan)
+
+
+def precision_at_k(hits: Bools, total: NDArray[np.int64], k: int) -> Floats:
+    """The share of relevant items among the first k, where missing answers count as wrong. (q,)
+
+    NaN where a query has no relevant item.
+    """
+    return np.where(total > 0, hits[:, :k].sum(axis=1) / k, np.nan)
+
+
+def _divide(numerator: Floats, denominator: NDArray[np.int64]) -> Floats:
+    quotient = np.full(len(numerator), np.nan)
+    np.divide(numerator, denominator, out=quotient, where=denominator > 0)
+    return quotient
+
+
+METRICS: dict[str, Callable[[Bools, NDArray[np.int64], int], Floats]] = {
+    "map": average_precision_at_k,
+    "recall": recall_at_k,
+    "precision": precision_at_k,
+}
+"""Of a ranking's hits (q, k'), the relevant items (q,) and k <= k': a value for each query, NaN where undefined."""
+
+
+class Metric(NamedTuple):
+    """A metric by its name, such as map@100."""
+
+    name: str
+    k: int
+
+    def __str__(self) -> str:
+        return f"{self.name}@{self.k}"
+
+    def per_query(self, found: Relevance) -> Floats:
+        """The metric of each query, (q,); NaN marks queries without relevant items, which are left out of means.
+
+        Raises ValueError where the ranking is shorter than k.
+        """
+        if found.hits.shape[1] < self.k:
+            raise ValueError(f"{self} needs rankings of {self.k} answers, these have {found.hits.shape[1]}")
+        return METRICS[self.name](found.hits, found.total, self.k)
+
+
+def parse_metric(text: str) -> Metric:
+    """The metric called `text`, such as "map@100" or "recall@1". Raises ValueError naming the known ones."""
+    match = re.fullmatch(r"([a-z]+)@([1-9][0-9]{0,5})", text)
+    if match is None or match[1] not in METRICS:
+        near = difflib.get_close_matches(text.partition("@")[0], METRICS, n=1)
+        advice = f'did you mean "{near[0]}@10"?' if near else "known are " + ", ".join(f"{name}@k" for name in METRICS)
+        raise ValueError(f'unknown metric "{text}"; {advice}')
+    return Metric(match[1], int(match[2]))
+
+
+class Summary(NamedTuple):
+    """The mean of a metric, and over how many queries."""
+
+    mean: float
+    """NaN where no query counts."""
+    queries: int
+    left_out: int
+    """Queries without a relevant item."""
+
+
+def summarise(per_query: Floats) -> Summary:
+    """The mean over the queries that have relevant items, (q,) -> Summary."""
+    counted = per_query[~np.isnan(per_query)]
+    mean = float(counted.mean()) if len(counted) else float("nan")
+    return Summary(mean, len(counted), len(per_query) - len(counted))
+
+
+class Flips(NamedTuple):
+    """Shares of the queries whose first answer changed sides."""
+
+    negative: float
+    """Right before and wrong now."""
+    positive: float
+    """Wrong before and right now."""
+
+
+def flips(old: Relevance, new: Relevance) -> Flips:
+    """How first answers changed between two rankings of the same queries. NaN where no query has a relevant item.
+
+    Negative flips: Yan et al., Positive-Congruent Training (arXiv 2011.09161, section 3).
+    """
+    counted = (old.total > 0) & (new.total > 0)
+    if not counted.any():
+        return Flips(float("nan"), float("nan"))
+    before, now = old.hits[counted, 0], new.hits[counted, 0]
+    return Flips(float((before & ~now).mean()), float((~before & now).mean()))
+
+
+def p_up(new_new: ArrayLike, best_best: ArrayLike) -> float:
+    """How close the compatible encoder comes to an independently trained one; 0.5 is parity.
+
+    Mean over datasets (n,) of sigmoid((M(n, n) - M(*, *)) / M(*, *)). M(*, *) must be above 0.
+    """
+    return float(np.mean(_up(new_new, best_best)))
+
+
+def p_comp(new_old: ArrayLike, old_old: ArrayLike, best_best: ArrayLike) -> float:
+    """How much of the possible gain the cross-test has without any backfill; 0.5 is parity with the old system.
+
+    Mean over datasets (n,) of sigmoid((M(n, o) - M(o, o)) / (M(*, *) - M(o, o))). Look at the raw gains as well: the
+    value says little where the independent encoder is hardly better than the old one. M(*, *) must be above M(o, o).
+    """
+    return float(np.mean(_comp(new_old, old_old, best_best)))
+
+
+def p_1(new_new: ArrayLike, new_old: ArrayLike, old_old: ArrayLike, best_best: ArrayLike) -> float:
+    """Mean over datasets (n,) of the harmonic mean of a dataset's terms of `p_up` and `p_comp`."""
+    up, comp = _up(new_new, best_best), _comp(new_old, old_old, best_best)
+    return float(np.mean(2 * up * comp / (up + comp)))
+
+
+def _up(new_new: ArrayLike, best_best: ArrayLike) -> Floats:
+    new, best = np.asarray(new_new, np.float64), np.asarray(best_best, np.float64)
+    if (best <= 0).any():
+        raise ValueError("P_up is undefined: the independent encoder's metric must be above 0")
+    return _sigmoid((new - best) / best)
+
+
+def _comp(new_old: ArrayLike, old_old: ArrayLike, best_best: ArrayLike) -> Floats:
+    cross, old, best = (np.asarray(value, np.float64) for value in (new_old, old_old, best_best))
+    if (best <= old).any():
+        raise ValueError("P_comp is undefined: the independent encoder must be better than the old one")
+    return _sigmoid((cross - old) / (best - old))
+
+
+def _sigmoid(x: Floats) -> Floats:
+    # Written with tanh, which does not overflow.
+    return np.asarray(0.5 * (1 + np.tanh(x / 2)), np.float64)
+
+
+def backfill_auc(fractions: ArrayLike, values: ArrayLike) -> float:
+    """Area under the metric `values` (n,) over the re-embedded share of the gallery `fractions` (n,), by trapezoids.
+
+    The shares rise from 0 to 1. Raises ValueError where they do not.
+    """
+    x, y = np.asarray(fractions, np.float64), np.asarray(values, np.float64)
+    if x.ndim != 1 or x.shape != y.shape or len(x) < 2 or x[0] != 0 or x[-1] != 1 or (np.diff(x) <= 0).any():
+        raise ValueError("the backfill curve must have a value for each share, and shares that rise from 0 to 1")
+    return float(np.trapezoid(y, x))

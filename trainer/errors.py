@@ -1,0 +1,38 @@
+"""What can go wrong with images, encoders and training. Every message is one line: what, where, what next."""
+
+from __future__ import annotations
+
+
+class TrainerError(Exception):
+    """The base of everything this package raises on purpose."""
+
+
+class ImageProblem(TrainerError):
+    """This image cannot be used; the others can. The message names its path."""
+
+
+class ImagesUnavailable(TrainerError):
+    """The image source cannot be reached (network, credentials, the root itself); the same call may work later."""
+
+
+class EncoderProblem(TrainerError):
+    """An encoder's weights, architecture, card or output cannot be used.
+
+    `rows` are the rows of the batch that it concerns, where only some images of a batch got a bad vector.
+    """
+
+    def __init__(self, message: str, *, rows: tuple[int, ...] = ()) -> None:
+        super().__init__(message)
+        self.rows = rows
+
+
+class EncoderMismatch(EncoderProblem):
+    """The encoder is not what it was: the message says whether weights, preprocessing or output differ."""
+
+
+class TrainingProblem(TrainerError):
+    """The training data, settings or run folder cannot be used as they are."""
+
+
+class TrainingFailed(TrainerError):
+    """The training diverged: a loss or a weight is no longer a finite number."""

@@ -1,0 +1,54 @@
+"""Adversarial alignment: a discriminator tells new from old embeddings, and the encoder learns to prevent it."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class GradientReversal(torch.autograd.Function):
+    """Identity forwards, gradient times -alpha backwards (https://arxiv.org/abs/1409.7495, section 3.1)."""
+
+    @staticmethod
+    def forward(ctx: Any, features: Tensor, alpha: float) -> Tensor:
+        """The features as they are."""
+        ctx.alpha = alpha
+        return features.view_as(features)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        """The gradient turned round; alpha has none."""
+        return -ctx.alpha * grads[0], None
+
+
+def reversal_strength(progress: float) -> float:
+    """alpha = 2 / (1 + exp(-10 p)) - 1: 0 at the start of training, close to 1 from the middle on."""
+    return 2 / (1 + math.exp(-10 * progress)) - 1
+
+
+class AdversarialAlignment(nn.Module):
+    """Cross entropy of a discriminator between new and old embeddings, reversed for the encoder.
+
+    Source: AdvBCT, https://arxiv.org/abs/2305.02610, section 3.3. Two departures. The discriminator sees what retrieval
+    sees, embeddings of unit length, scaled by sqrt(D) so that a coordinate has unit variance. Its normalisation is
+    LayerNorm: BatchNorm over the new and the old batch apart would give both the same mean and scale and so hide what
+    is to be told apart; LayerNorm looks at one sample, has no running statistics, and is the same on several devices.
+    """
+
+    def __init__(self, dim: int, hidden: int = 100) -> None:
+        super().__init__()
+        self.scale = math.sqrt(dim)
+        self.discriminator = nn.Sequential(
+            nn.Linear(dim, hidden), nn.LayerNorm(hidden), nn.ReLU(inplace=True), nn.Linear(hidden, 2)
+        )
+
+    def forward(self, features: Tensor, old: Tensor, *, progress: float) -> Tensor:
+        """Mean loss over features (B, D), of any length, and old vectors (B', D); old ones enter without reversal."""
+        new = GradientReversal.apply(F.normalize(features), reversal_strength(progress))
+        logits = self.discriminator(self.scale * torch.cat([new, F.normalize(old)]))
+        is_old = torch.cat([features.new_zeros(len(features)), features.new_ones(len(old))]).long()
+        return F.cross_entropy(logits, is_old)

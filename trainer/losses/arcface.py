@@ -1,0 +1,40 @@
+"""ArcFace, the classification term."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class ArcFace(nn.Module):
+    """Softmax over angles, with an additive margin on the angle to the true class.
+
+    L = -log( exp(s cos(theta_y + m)) / (exp(s cos(theta_y + m)) + sum_{j != y} exp(s cos theta_j)) )
+
+    Source: ArcFace, https://arxiv.org/abs/1801.07698, equation 3; used in AdvBCT, https://arxiv.org/abs/2305.02610,
+    section 3.2. Beyond theta_y = pi - m, where cos(theta_y + m) would rise again, the target logit goes on
+    falling as cos(theta_y) - m sin(m), as the authors' code does.
+    """
+
+    def __init__(self, dim: int, classes: int, *, scale: float, margin: float) -> None:
+        super().__init__()
+        self.scale = scale
+        self.margin = margin
+        self.weight = nn.Parameter(torch.empty(classes, dim))
+        nn.init.xavier_uniform_(self.weight)
+
+    def forward(self, features: Tensor, labels: Tensor) -> Tensor:
+        """Mean loss of features (B, D), of any length, with labels (B,)."""
+        cosine = F.linear(F.normalize(features), F.normalize(self.weight))  # (B, C)
+        target = cosine.gather(1, labels[:, None])
+        # At +-1 the slope of acos is infinite, and one perfect sample would turn every weight into NaN.
+        theta = target.clamp(-1 + 1e-6, 1 - 1e-6).acos()
+        with_margin = torch.where(
+            theta <= math.pi - self.margin,
+            (theta + self.margin).cos(),
+            target - self.margin * math.sin(self.margin),
+        )
+        return F.cross_entropy(self.scale * cosine.scatter(1, labels[:, None], with_margin), labels)

@@ -1,0 +1,28 @@
+"""`independent`: classification only, for a first encoder and as the upper bound of a compatible one."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from trainer.losses import LossSettings
+from trainer.losses.arcface import ArcFace
+from trainer.old_space import OldSpace
+
+
+class Independent(nn.Module):
+    """ArcFace alone; the vectors cannot be compared with anybody else's."""
+
+    def __init__(self, classification: ArcFace) -> None:
+        super().__init__()
+        self.classification = classification
+
+    def forward(
+        self, features: Tensor, labels: Tensor, old: Tensor | None, *, progress: float, remaining: float
+    ) -> dict[str, Tensor]:
+        """The classification term; the old vectors are not looked at."""
+        return {"classification": self.classification(features, labels)}
+
+
+def build(settings: LossSettings, *, dim: int, classes: int, old: OldSpace | None) -> Independent:
+    """The method as `settings` have it."""
+    return Independent(ArcFace(dim, classes, scale=settings.arcface_scale, margin=settings.arcface_margin))

@@ -1,0 +1,80 @@
+"""What the old encoder's space looks like: a centre and a radius for each class, from old vectors and labels.
+
+Source: AdvBCT, https://arxiv.org/abs/2305.02610, section 3.4.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from trainer.errors import TrainingProblem
+
+FEWEST_FOR_OUTLIERS = 4
+"""Below this many images of a class its quartiles say nothing, and no distance is dropped as an outlier."""
+
+
+@dataclass(frozen=True)
+class OldSpace:
+    """The ball of each of C classes in the old space of D dimensions."""
+
+    centres: NDArray[np.float32]  # (C, D), mean of unit vectors, not of unit length itself
+    radii: NDArray[np.float32]  # (C,), distance on the unit sphere, 0..2
+    known: NDArray[np.bool_]  # (C,), False: fewer than two old vectors, no ball; centre and radius are 0
+
+
+def measure_old_space(
+    vectors: NDArray[np.float32], labels: NDArray[np.int64], *, classes: int, quantile: float
+) -> OldSpace:
+    """Centres and radii from vectors (n, D) and labels (n,) in 0..classes-1.
+
+    A centre is the mean of the L2-normalised vectors. A radius is the `quantile` (0..1, 1 for the largest) of the
+    distances to the centre, after distances beyond [Q1 - 1.5 IQR, Q3 + 1.5 IQR] are dropped in classes of at least
+    four images. A single image gives no radius: such a class is not `known`. Raises TrainingProblem for a vector
+    that is zero or not finite.
+    """
+    lengths = np.linalg.norm(vectors, axis=1)
+    bad = np.flatnonzero(~(np.isfinite(lengths) & (lengths > 0)))
+    if len(bad):
+        raise TrainingProblem(
+            f"{len(bad)} of {len(vectors)} old vectors are zero or not finite (first: row {bad[0]}): "
+            "check the old encoder's weights"
+        )
+    unit = vectors.astype(np.float64) / lengths[:, None]
+
+    counts = np.bincount(labels, minlength=classes)
+    sums = np.zeros((classes, vectors.shape[1]))
+    np.add.at(sums, labels, unit)
+    centres = sums / np.maximum(counts, 1)[:, None]
+    distances = np.linalg.norm(unit - centres[labels], axis=1)
+
+    first, third = (_class_quantiles(distances, labels, classes, q) for q in (0.25, 0.75))
+    reach = 1.5 * (third - first)
+    # A hair of tolerance: in a class whose distances are all equal, rounding must not make an outlier.
+    inside = (distances >= (first - reach)[labels] - 1e-9) & (distances <= (third + reach)[labels] + 1e-9)
+    kept = inside | (counts < FEWEST_FOR_OUTLIERS)[labels]
+    radii = _class_quantiles(distances[kept], labels[kept], classes, quantile)
+
+    known = counts >= 2
+    return OldSpace(
+        np.where(known[:, None], centres, 0).astype(np.float32), np.where(known, radii, 0).astype(np.float32), known
+    )
+
+
+def _class_quantiles(
+    values: NDArray[np.float64], labels: NDArray[np.int64], classes: int, quantile: float
+) -> NDArray[np.float64]:
+    """The quantile of each class's values, linearly interpolated as in numpy; 0 for a class without any. (C,)."""
+    counts = np.bincount(labels, minlength=classes)
+    ordered = values[np.lexsort((values, labels))]
+    if not len(ordered):
+        return np.zeros(classes)
+    starts = np.cumsum(counts) - counts
+    position = starts + quantile * np.maximum(counts - 1, 0)
+    low = np.minimum(np.floor(position).astype(np.int64), len(ordered) - 1)
+    high = np.minimum(low + 1, np.maximum(starts + counts - 1, 0))
+    share = position - low
+    result = ordered[low] + share * (ordered[np.maximum(high, low)] - ordered[low])
+    return np.where(counts > 0, result, 0.0)
