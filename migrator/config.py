@@ -521,7 +521,7 @@ def _compose(path: Path) -> yaml.Node:
     if len(data) > _MAX_BYTES:
         raise ConfigProblem(f"{path}: is larger than 1 MiB: this is not a migrations.yaml")
     try:
-        text = data.decode("utf-8-sig")
+        text = data.decode("utf-8")
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
         raise ConfigProblem(f"{path}:{line}: is not UTF-8 text: save it as UTF-8") from error

@@ -40,6 +40,7 @@ PROBE_AGREEMENT = 0.9999
 
 _CARD_FORMAT = 1
 _LARGEST_IMAGE = 4096
+_LARGEST_DIM = 65_536
 _SMALLEST_NORM = 1e-12
 
 
@@ -152,9 +153,13 @@ class Card:
                 weights_sha256=str(document["weights_sha256"]),
                 probe=document["probe"],
             )
-        except (ValueError, TypeError, KeyError, RecursionError) as error:
+        except (ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
             raise EncoderProblem("is not an encoder card") from error
-        usable = card.head in get_args(Head) and len(card.probe) == card.dim and all(map(math.isfinite, card.probe))
+        usable = (
+            card.head in get_args(Head)
+            and len(card.probe) == card.dim
+            and math.isclose(math.hypot(*card.probe), 1, rel_tol=1e-3)
+        )
         if not usable or card.id != document.get("id"):
             raise EncoderProblem("was changed after it was written: its id does not follow from its contents")
         return card
@@ -169,6 +174,7 @@ class EmbeddingNet(nn.Module):
     def __init__(self, backbone: nn.Module, *, width: int, dim: int, head: Head = "projection") -> None:
         super().__init__()
         self.head = head
+        self.dim = dim
         self.backbone = backbone
         if head == "projection":
             self.projection: nn.Module = nn.Linear(width, dim, bias=False)
@@ -269,8 +275,10 @@ def save_encoder(model: EmbeddingNet, spec: EncoderSpec, path: Path) -> Card:
     """
     from safetensors.torch import save
 
+    if path.suffix != ".safetensors":
+        raise EncoderProblem(f"encoder cannot be written to {str(path)!r}: give it the suffix .safetensors")
     frozen = copy.deepcopy(model).float().cpu().eval()
-    _require_finite(frozen.state_dict(), path)
+    _require_finite(frozen, "to be saved")
     probe = _probe_vector(frozen, spec.preprocessing, torch.device("cpu"))
     card = _make_card(spec, frozen.head, _weights_sha256(frozen), probe)
     state = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in frozen.state_dict().items()}
@@ -299,13 +307,15 @@ def read_card(path: Path) -> Card | None:
 
 
 def _encode(
-    model: nn.Module, preprocessing: Preprocessing, device: torch.device, batch: NDArray[np.uint8]
+    model: EmbeddingNet, preprocessing: Preprocessing, device: torch.device, batch: NDArray[np.uint8]
 ) -> NDArray[np.float32]:
     size = preprocessing.image_size
     if batch.dtype != np.uint8 or batch.shape[1:] != (3, size, size):
         raise EncoderProblem(
             f"batch is {batch.dtype} {batch.shape}, but the encoder takes uint8 (n, 3, {size}, {size})"
         )
+    if not len(batch):
+        return np.empty((0, model.dim), dtype=np.float32)
     deviation = torch.tensor(preprocessing.std, device=device).view(1, 3, 1, 1) * 255
     mean = torch.tensor(preprocessing.mean, device=device).view(1, 3, 1, 1) * 255
     try:
@@ -347,20 +357,27 @@ def _probe_image() -> Image.Image:
 
 
 def _create_backbone(spec: EncoderSpec, *, classes: int) -> nn.Module:
-    timm = import_timm()
-    if not timm.is_model(spec.arch):
-        near = difflib.get_close_matches(spec.arch, timm.list_models(), n=3)
-        hint = f"did you mean {', '.join(near)}?" if near else "see timm.list_models()"
-        raise EncoderProblem(f"timm knows no architecture {spec.arch!r}: {hint}")
+    settings = _known(spec.arch)
     options: dict[str, Any] = {"num_classes": classes}
-    settings = timm.get_pretrained_cfg(spec.arch)
     if settings is not None and settings.fixed_input_size:
         options["img_size"] = spec.preprocessing.image_size
     try:
-        backbone: nn.Module = timm.create_model(spec.arch, pretrained=spec.pretrained and not spec.weights, **options)
+        backbone: nn.Module = import_timm().create_model(
+            spec.arch, pretrained=spec.pretrained and not spec.weights, **options
+        )
     except Exception as error:  # timm's constructors and its hub client raise all kinds
         raise EncoderProblem(f"architecture {spec.arch!r} cannot be built: {_line(error)}") from error
     return backbone
+
+
+def _known(arch: str) -> Any:
+    """What timm's registry says about an architecture; None where that is nothing."""
+    timm = import_timm()
+    if not timm.is_model(arch):
+        near = difflib.get_close_matches(arch, timm.list_models(), n=3)
+        hint = f"did you mean {', '.join(near)}?" if near else "see timm.list_models()"
+        raise EncoderProblem(f"timm knows no architecture {arch!r}: {hint}")
+    return timm.get_pretrained_cfg(arch)
 
 
 def _width(backbone: nn.Module, spec: EncoderSpec) -> int:
@@ -402,26 +419,30 @@ def _load_model(spec: EncoderSpec) -> EmbeddingNet:
     else:
         model, state = _plain_model(spec, {name.removeprefix("backbone."): tensor for name, tensor in state.items()})
     _require_fit(model, state, spec)
-    _require_finite(state, spec.weights)
     try:
         model.load_state_dict(state)
     except Exception as error:  # exotic tensors (sparse, quantised, without storage)
         raise EncoderProblem(f"weights {_named(spec)} cannot be used: {_line(error)}") from error
+    _require_finite(model, _named(spec))
     return model
 
 
 def _plain_model(spec: EncoderSpec, state: dict[str, torch.Tensor]) -> tuple[EmbeddingNet, dict[str, torch.Tensor]]:
     """A model, and the state it needs under its own names, for a state dict with timm's names."""
-    backbone = _create_backbone(spec, classes=spec.dim)
-    classifier = getattr(backbone, "default_cfg", {}).get("classifier") or ()
+    settings = _known(spec.arch)
+    classifier = (settings.classifier if settings else None) or ()
     layers = (classifier,) if isinstance(classifier, str) else tuple(classifier)
-    rows = {state[f"{layer}.weight"].shape[0] for layer in layers if state.get(f"{layer}.weight", torch.empty(())).ndim}
-    head: Head = "classifier"
-    if rows != {spec.dim}:
+    outputs = {state[f"{layer}.weight"].shape[:1] for layer in layers if f"{layer}.weight" in state}
+    head: Head
+    if outputs == {(spec.dim,)}:
+        head = "classifier"
+        backbone = _create_backbone(spec, classes=spec.dim)
+    else:
         head = "none"
         backbone = _create_backbone(spec, classes=0)
         _require_features(_width(backbone, spec), spec)
-        state = {name: tensor for name, tensor in state.items() if not name.startswith(tuple(f"{x}." for x in layers))}
+        unused = tuple(f"{layer}." for layer in layers)
+        state = {name: tensor for name, tensor in state.items() if not name.startswith(unused)}
     model = EmbeddingNet(backbone, width=spec.dim, dim=spec.dim, head=head)
     return model, {f"backbone.{name}": tensor for name, tensor in state.items()}
 
@@ -430,30 +451,23 @@ def _read_state(path: Path) -> dict[str, torch.Tensor]:
     """The tensors of a weights file by name. Nothing in it is run: pickled code is refused."""
     import pickle
 
-    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     named = f"weights {str(path)!r}"
+    if path.suffix not in (".safetensors", ".pt", ".pth"):
+        raise EncoderProblem(f"{named} must be a .safetensors, .pt or .pth file")
+    if not path.is_file():
+        raise EncoderProblem(f"{named} is not there: check weights in the configuration")
     try:
-        with path.open("rb"):
-            pass
         if path.suffix == ".safetensors":
             return load_file(path)
-        if path.suffix not in (".pt", ".pth"):
-            raise EncoderProblem(f"{named} must be a .safetensors, .pt or .pth file")
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as error:
-        raise EncoderProblem(f"{named} cannot be read: {error.strerror or _line(error)}") from error
-    except SafetensorError as error:
-        raise EncoderProblem(f"{named} is damaged: {_line(error)}") from error
     except pickle.UnpicklingError as error:
         raise EncoderProblem(
             f"{named} is damaged or holds Python objects, which are not loaded: save its state_dict()"
         ) from error
-    except EncoderProblem:
-        raise
-    except Exception as error:  # torch.load over a damaged archive
-        raise EncoderProblem(f"{named} is damaged: {_line(error)}") from error
+    except Exception as error:  # readers of damaged files raise all kinds
+        raise EncoderProblem(f"{named} cannot be loaded, it may be damaged: {_line(error)}") from error
     for wrapper in ("state_dict", "model"):
         if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
             state = state[wrapper]
@@ -473,10 +487,10 @@ def _require_fit(model: nn.Module, state: Mapping[str, torch.Tensor], spec: Enco
     problems = {
         "missing": [name for name in needed if name not in state],
         "unknown": [name for name in state if name not in needed],
-        "of another shape": [
-            f"{name} {tuple(state[name].shape)} instead of {tuple(needed[name].shape)}"
+        "of another shape or type": [
+            f"{name} {_kind(state[name])} instead of {_kind(needed[name])}"
             for name in needed
-            if name in state and state[name].shape != needed[name].shape
+            if name in state and _kind(state[name]) != _kind(needed[name])
         ],
     }
     found = [f"{len(names)} {kind} ({', '.join(names[:3])})" for kind, names in problems.items() if names]
@@ -484,10 +498,15 @@ def _require_fit(model: nn.Module, state: Mapping[str, torch.Tensor], spec: Enco
         raise EncoderProblem(f"weights {_named(spec)} do not fit architecture {spec.arch!r}: {'; '.join(found)}")
 
 
-def _require_finite(state: Mapping[str, torch.Tensor], path: Path) -> None:
-    for name, tensor in state.items():
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            raise EncoderProblem(f"weights {str(path)!r} hold numbers that are not finite, in {name}")
+def _kind(tensor: torch.Tensor) -> str:
+    """Shape, and whether the numbers are floating-point. Their precision does not matter: the model's is float32."""
+    return f"{tuple(tensor.shape)}{'' if tensor.is_floating_point() else ' ' + str(tensor.dtype)}"
+
+
+def _require_finite(model: nn.Module, named: str) -> None:
+    for name, tensor in model.state_dict().items():
+        if not bool(torch.isfinite(tensor).all()):
+            raise EncoderProblem(f"weights {named} hold numbers that are not finite, in {name}")
 
 
 def _require_features(width: int, spec: EncoderSpec) -> None:
@@ -499,8 +518,8 @@ def _require_features(width: int, spec: EncoderSpec) -> None:
 
 
 def _require_dim(spec: EncoderSpec) -> None:
-    if spec.dim < 1:
-        raise EncoderProblem(f"dim {spec.dim} must be at least 1")
+    if not 1 <= spec.dim <= _LARGEST_DIM:
+        raise EncoderProblem(f"dim {spec.dim} must be from 1 to {_LARGEST_DIM}")
 
 
 def _require_same_declaration(spec: EncoderSpec, card: Card) -> None:
@@ -544,6 +563,8 @@ def _device(name: str) -> torch.device:
         device = torch.device(name)
     except RuntimeError as error:
         raise EncoderProblem(f"device {name!r} is not one that torch knows: use auto, cpu or cuda") from error
+    if device.type not in ("cpu", "cuda"):
+        raise EncoderProblem(f"device {name!r} is not supported: use auto, cpu or cuda")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise EncoderProblem(
             f"device {name!r} is not there: torch sees {torch.cuda.device_count()} CUDA devices, use auto or cpu"

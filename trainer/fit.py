@@ -31,7 +31,7 @@ from trainer.data import LeftOut, TrainingItems, augment, held_out_split, prepar
 from trainer.encoder import Card, EmbeddingNet, Encoder, EncoderSpec, build_model, read_card, save_encoder
 from trainer.errors import TrainingFailed, TrainingProblem
 from trainer.images import ImageSource
-from trainer.losses import METHODS, build_objective
+from trainer.losses import METHODS, LossSettings, build_objective
 from trainer.old_space import measure_old_space
 
 REPORT_EVERY = 20
@@ -43,8 +43,8 @@ GRADIENT_LIMIT = 5.0
 """Norm above which a step's gradient is scaled down."""
 
 
-@dataclass(frozen=True)
-class FitSettings:
+@dataclass(frozen=True, kw_only=True)
+class FitSettings(LossSettings):
     """How to train. The defaults were chosen by measurement on small data, several seeds."""
 
     method: str = "advbct"
@@ -61,16 +61,6 @@ class FitSettings:
     """Mirror half of the images: right for products, wrong for digits."""
     bf16: bool = False
     """Run the encoder in bfloat16; losses stay in float32."""
-    arcface_scale: float = 30.0
-    arcface_margin: float = 0.3
-    boundary_weight: float = 5.0
-    adversarial_weight: float = 1.0
-    radius_quantile: float = 0.5
-    """Which of a class's distances is its radius; 1 for the largest."""
-    radius_limit: float = 0.5
-    """T of the elastic boundary."""
-    reference: bool = False
-    """The published recipe: step schedule, largest distance as radius, T = 1, equal weights; it needs much data."""
     keep_checkpoints: int = 2
     device: Literal["auto", "cpu", "cuda"] = "auto"
     num_workers: int = 4
@@ -132,7 +122,7 @@ class FitResult:
     history: list[dict[str, float]]
     """A row for each epoch: losses, lr, images_per_second, validation `self` and `cross`."""
     validation: dict[str, float]
-    """mAP@100 of held-out queries: `self`, and with an old encoder `old` (old query, old gallery), `cross`, `reverse`."""
+    """mAP@100 of held-out queries: `self`; with an old encoder also `old` (both sides old), `cross`, `reverse`."""
     left_out: list[LeftOut]
 
 

@@ -219,14 +219,14 @@ class Ledger:
 
     # -- encoders -----------------------------------------------------------------------------------------------
 
-    def save_encoder(self, encoder_id: str, card: dict[str, Any]) -> None:
-        """Keeps the card of an encoder seen for the first time."""
+    def save_encoder(self, encoder_id: str, card: str) -> None:
+        """Keeps the card (JSON text) of an encoder seen for the first time."""
         with self._write() as session:
             if session.get(Encoder, encoder_id) is None:
                 session.add(Encoder(id=encoder_id, card=card, seen_at=now()))
 
-    def encoder_card(self, encoder_id: str) -> dict[str, Any] | None:
-        """The card of an encoder, as it was when first seen."""
+    def encoder_card(self, encoder_id: str) -> str | None:
+        """The card (JSON text) of an encoder, as it was when first seen."""
         with self._read() as session:
             found = session.get(Encoder, encoder_id)
             return found.card if found else None

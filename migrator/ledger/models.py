@@ -77,7 +77,7 @@ class Encoder(Base):
     __tablename__ = "encoders"
 
     id: Mapped[str] = mapped_column(primary_key=True)
-    card: Mapped[dict[str, Any]]
+    card: Mapped[str] = mapped_column(Text)
     seen_at: Mapped[dt.datetime]
 
 

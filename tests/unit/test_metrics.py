@@ -205,11 +205,11 @@ def test_metric_names():
 
 
 def test_flips_by_hand():
-    # Right to wrong, wrong to right, right to right, wrong to wrong, and one without relevant items.
-    total = np.array([1, 1, 1, 1, 0])
-    old = Relevance(np.array([[True], [False], [True], [False], [False]]), total)
-    new = Relevance(np.array([[False], [True], [True], [False], [False]]), total)
-    assert metrics.flips(old, new) == (0.25, 0.25)
+    # Twice right to wrong, once wrong to right, right to right, wrong to wrong, and one without relevant items.
+    total = np.array([1, 1, 1, 1, 1, 0])
+    old = Relevance(np.array([[True], [True], [False], [True], [False], [False]]), total)
+    new = Relevance(np.array([[False], [False], [True], [True], [False], [False]]), total)
+    assert metrics.flips(old, new) == (0.4, 0.2)
     assert metrics.flips(old, old) == (0.0, 0.0)
     assert all(math.isnan(share) for share in metrics.flips(*[Relevance(np.zeros((1, 1), bool), np.zeros(1, int))] * 2))
 

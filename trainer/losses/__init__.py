@@ -13,7 +13,8 @@ weighted terms by name; what training minimises is their sum:
 from __future__ import annotations
 
 import importlib
-from typing import TYPE_CHECKING, Protocol
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from torch import nn
@@ -27,15 +28,20 @@ METHODS = {
 }
 
 
-class LossSettings(Protocol):
-    """What the losses read of the training settings (`FitSettings`, which says what each means)."""
+@dataclass(frozen=True, kw_only=True)
+class LossSettings:
+    """What the losses read of the training settings."""
 
-    arcface_scale: Final[float]
-    arcface_margin: Final[float]
-    boundary_weight: Final[float]
-    adversarial_weight: Final[float]
-    radius_limit: Final[float]
-    reference: Final[bool]
+    arcface_scale: float = 30.0
+    arcface_margin: float = 0.3  # radians
+    boundary_weight: float = 5.0
+    adversarial_weight: float = 1.0
+    radius_quantile: float = 0.5
+    """Which of a class's distances is its radius; 1 for the largest."""
+    radius_limit: float = 0.5
+    """T of the elastic boundary."""
+    reference: bool = False
+    """The published recipe: step schedule, largest distance as radius, T = 1, equal weights; it needs much data."""
 
 
 def build_objective(method: str, settings: LossSettings, *, dim: int, classes: int, old: OldSpace | None) -> nn.Module:

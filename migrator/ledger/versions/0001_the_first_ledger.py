@@ -14,7 +14,7 @@ def upgrade() -> None:
     op.create_table(
         "encoders",
         sa.Column("id", sa.String(), nullable=False),
-        sa.Column("card", sa.JSON(), nullable=False),
+        sa.Column("card", sa.Text(), nullable=False),
         sa.Column("seen_at", sa.DateTime(timezone=True), nullable=False),
         sa.PrimaryKeyConstraint("id"),
     )

@@ -1,0 +1,45 @@
+"""`migrator demo`."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import click
+
+from migrator.cli.common import duration, print_table, yes_option
+
+
+@click.command("demo")
+@click.option("--dir", "folder", type=click.Path(path_type=Path), default=Path("demo"), show_default=True)
+@click.option(
+    "--keep-at",
+    type=click.Choice(["prepare", "canary", "backfill", "cutover"]),
+    help="Stop when this stage is open, to play on by hand.",
+)
+@yes_option
+def command(folder: Path, keep_at: str | None, yes: bool) -> None:
+    """Run a whole migration on scanned digits.
+
+    Trains an old encoder and fills a FAISS gallery with it, then upgrades it with the commands a user has.
+    Exit code 3 if the new encoder turns out not to be compatible.
+    """
+    from migrator import demo
+    from migrator.cli import run
+
+    began = time.monotonic()
+    demo.make_folder(folder, replace=yes)
+    click.echo("Making the old system: images, an encoder trained on few of them, a FAISS gallery ...")
+    demo.make_old_system(folder)
+    demo.walk(folder, keep_at=keep_at, run=run, say=click.echo)
+    if keep_at is not None:
+        return
+    click.echo()
+    rows = demo.results(folder)
+    print_table(
+        ("quality", *rows[0][1]), [(what, *(f"{value:.4f}" for value in found.values())) for what, found in rows]
+    )
+    click.echo("Checked:")
+    for line in demo.check(folder):
+        click.echo(f"  - {line}")
+    click.echo(f"\nAll of it in {duration(time.monotonic() - began)}. Look around: cd {folder} && migrator status")
