@@ -70,7 +70,8 @@ def embed(
                     vectors_of_one.append(found[which][row])
         report(len(batch))
 
-    with ThreadPoolExecutor(threads, "image") as pool:
+    pool = ThreadPoolExecutor(threads, "image")
+    try:
         batch: list[tuple[int, list[NDArray[np.uint8]]]] = []
         for row, future in enumerate(_ahead(pool, load, paths, window=4 * batch_size)):
             try:
@@ -82,6 +83,8 @@ def embed(
                 batch = []
         if batch:
             flush(batch)
+    finally:
+        pool.shutdown(cancel_futures=True)  # else an unreachable source is retried for every image that waits
     stacked = [
         np.stack(of_one) if of_one else np.empty((0, encoder.dim), np.float32)
         for of_one, encoder in zip(vectors, encoders, strict=True)

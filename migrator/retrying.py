@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TypeVar
 
-from tenacity import RetryCallState, Retrying, retry_if_exception_type, stop_after_delay, wait_exponential_jitter
+from tenacity import RetryCallState, Retrying, retry_if_exception_type, stop_before_delay, wait_exponential_jitter
 
 from adapters.base import StoreUnavailable
 from trainer.errors import ImagesUnavailable
 
 T = TypeVar("T")
 
-_backoff = wait_exponential_jitter(initial=0.2, max=10.0, jitter=0.5)
+PASSING_FAULTS = (StoreUnavailable, ImagesUnavailable)
+
+_backoff = wait_exponential_jitter(multiplier=0.2, max=10.0, jitter=0.5)
 
 
 def _wait(state: RetryCallState) -> float:
@@ -22,10 +24,18 @@ def _wait(state: RetryCallState) -> float:
 
 
 def patiently(call: Callable[[], T], *, seconds: float) -> T:
-    """Calls until it works or `seconds` have passed. What is not a passing fault is raised at once."""
+    """Calls until it works; gives up when the next try would come after `seconds`.
+
+    What is not a passing fault is raised at once.
+    """
+    try:
+        return call()  # nearly always: the machinery below costs more than many a call
+    except PASSING_FAULTS:
+        if seconds <= 0:
+            raise
     return Retrying(
-        retry=retry_if_exception_type((StoreUnavailable, ImagesUnavailable)),
+        retry=retry_if_exception_type(PASSING_FAULTS),
         wait=_wait,
-        stop=stop_after_delay(seconds),
+        stop=stop_before_delay(seconds),
         reraise=True,
     )(call)

@@ -13,6 +13,7 @@ import hashlib
 import json
 import math
 import os
+import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -36,7 +37,7 @@ Interpolation = Literal["bilinear", "bicubic"]
 Resize = Literal["squash", "crop"]
 
 PROBE_AGREEMENT = 0.9999
-"""Least cosine between the probe's recorded and live vectors. Other machines and thread counts stay above 0.999999."""
+"""Least cosine between the probe's recorded and live vectors. Rounding, threads and batch size stay above 0.99999."""
 
 _CARD_FORMAT = 1
 _LARGEST_IMAGE = 4096
@@ -48,7 +49,8 @@ _SMALLEST_NORM = 1e-12
 class Preprocessing:
     """How an RGB picture becomes the model's input: resized to a square, scaled to 0..1, normalised per channel.
 
-    `squash` ignores the picture's shape; `crop` takes the largest centred square first. Mean and standard deviation
+    `squash` ignores the picture's shape; `crop` keeps the largest centred square, as scaling the shorter side and then
+    cropping does. Mean and standard deviation
     default to ImageNet's. Raises EncoderProblem for values outside their range.
     """
 
@@ -320,8 +322,10 @@ def _encode(
     mean = torch.tensor(preprocessing.mean, device=device).view(1, 3, 1, 1) * 255
     try:
         with torch.inference_mode():
-            # torch.tensor copies: a read-only array (a memory map) would otherwise draw a warning
-            pixels = torch.tensor(batch, device=device).contiguous(memory_format=torch.channels_last)
+            # torch.tensor copies: sharing a read-only array (a memory map) would draw a warning
+            pixels = torch.tensor(np.ascontiguousarray(batch), device=device).contiguous(
+                memory_format=torch.channels_last
+            )
             embeddings = model((pixels.float() - mean) / deviation).float()
             norms = torch.linalg.vector_norm(embeddings, dim=1, keepdim=True)
             vectors: NDArray[np.float32] = (embeddings / norms).cpu().numpy()
@@ -433,14 +437,10 @@ def _plain_model(spec: EncoderSpec, state: dict[str, torch.Tensor]) -> tuple[Emb
     classifier = (settings.classifier if settings else None) or ()
     layers = (classifier,) if isinstance(classifier, str) else tuple(classifier)
     outputs = {state[f"{layer}.weight"].shape[:1] for layer in layers if f"{layer}.weight" in state}
-    head: Head
-    if outputs == {(spec.dim,)}:
-        head = "classifier"
-        backbone = _create_backbone(spec, classes=spec.dim)
-    else:
-        head = "none"
-        backbone = _create_backbone(spec, classes=0)
-        _require_features(_width(backbone, spec), spec)
+    head: Head = "classifier" if outputs == {(spec.dim,)} else "none"
+    backbone = _create_backbone(spec, classes=spec.dim if head == "classifier" else 0)
+    _require_features(_width(backbone, spec), spec)
+    if head == "none":
         unused = tuple(f"{layer}." for layer in layers)
         state = {name: tensor for name, tensor in state.items() if not name.startswith(unused)}
     model = EmbeddingNet(backbone, width=spec.dim, dim=spec.dim, head=head)
@@ -461,7 +461,9 @@ def _read_state(path: Path) -> dict[str, torch.Tensor]:
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about foreign pickle protocols and archives; what counts is raised
+            state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise EncoderProblem(
             f"{named} is damaged or holds Python objects, which are not loaded: save its state_dict()"
@@ -485,7 +487,8 @@ def _read_state(path: Path) -> dict[str, torch.Tensor]:
 def _require_fit(model: nn.Module, state: Mapping[str, torch.Tensor], spec: EncoderSpec) -> None:
     needed = model.state_dict()
     problems = {
-        "missing": [name for name in needed if name not in state],
+        # old state dicts lack this counter, which only training uses
+        "missing": [name for name in needed if name not in state and not name.endswith(".num_batches_tracked")],
         "unknown": [name for name in state if name not in needed],
         "of another shape or type": [
             f"{name} {_kind(state[name])} instead of {_kind(needed[name])}"
@@ -495,7 +498,7 @@ def _require_fit(model: nn.Module, state: Mapping[str, torch.Tensor], spec: Enco
     }
     found = [f"{len(names)} {kind} ({', '.join(names[:3])})" for kind, names in problems.items() if names]
     if found:
-        raise EncoderProblem(f"weights {_named(spec)} do not fit architecture {spec.arch!r}: {'; '.join(found)}")
+        raise EncoderProblem(f"weights {_named(spec)} do not fit architecture {spec.arch!r}: {_line('; '.join(found))}")
 
 
 def _kind(tensor: torch.Tensor) -> str:
@@ -595,6 +598,6 @@ def _named(spec: EncoderSpec) -> str:
     return repr(str(spec.weights)) if spec.weights else f"timm's hub for {spec.arch!r}"
 
 
-def _line(error: Exception) -> str:
-    """A foreign exception as one line of bounded length."""
-    return " ".join(str(error).split())[:200] or type(error).__name__
+def _line(foreign: object) -> str:
+    """A foreign exception or text as one line of bounded length."""
+    return " ".join(str(foreign).split())[:300] or type(foreign).__name__

@@ -427,7 +427,7 @@ def _diverged(out: Path, epoch: int, step: int) -> TrainingFailed:
     kept = _checkpoints(out)
     good = f"the last good checkpoint is {kept[-1]}" if kept else "there is no checkpoint yet"
     return TrainingFailed(
-        f"the loss is not finite at step {step} of epoch {epoch}; {good}: lower train.lr and --restart"
+        f"the loss is not finite at step {step} of epoch {epoch} ({good}): lower train.lr and train with --restart"
     )
 
 

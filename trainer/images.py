@@ -162,16 +162,17 @@ class _LocalFolder:
             raise self._unavailable(error) from error
         finally:
             os.close(folder)
-        with os.fdopen(descriptor, "rb") as file:
+        try:
             status = os.fstat(descriptor)
             if not stat.S_ISREG(status.st_mode):
                 raise ImageProblem(f"image {_shown(path)} is not a regular file")
             _require_size(status.st_size, path, max_bytes)
-            try:
-                data = file.read(status.st_size)
-            except OSError as error:
-                raise self._unavailable(error) from error
-        return data
+            with os.fdopen(descriptor, "rb", closefd=False) as file:
+                return file.read(status.st_size)
+        except OSError as error:
+            raise self._unavailable(error) from error
+        finally:
+            os.close(descriptor)
 
     def _open_root(self) -> int:
         try:
@@ -360,8 +361,8 @@ def _stretched(values: NDArray[np.float64], *, integers: bool) -> NDArray[np.flo
         raise ValueError("it holds pixels that are not finite numbers")
     for limit in (65535,) if integers else (1, 255):
         if least >= 0 and greatest <= limit:
-            return np.round(values * (255 / limit))
-    return np.round((values - least) * (255 / max(greatest - least, np.finfo(np.float64).tiny)))
+            return np.round(values * 255 / limit)
+    return np.round((values - least) * 255 / (greatest - least)) if greatest > least else np.zeros_like(values)
 
 
 def _upright(picture: Image.Image, original: Image.Image) -> Image.Image:

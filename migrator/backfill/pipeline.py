@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 
@@ -33,6 +33,12 @@ if TYPE_CHECKING:
     from trainer.images import ImageSource
 
 
+Loaded: TypeAlias = "list[NDArray[np.uint8] | ImageProblem]"
+
+GROUP = 16
+"""Images that one task of the pool loads: one task an image would cost more than decoding a small one."""
+
+
 @dataclass(slots=True)
 class Work:
     """A chunk on its way: its old state, and its images as they become ready."""
@@ -41,7 +47,8 @@ class Work:
     page: Page
     repeated: Sequence[ItemId] = ()
     """Items that an earlier, unfinished attempt at this chunk has already written."""
-    images: queue.SimpleQueue[Future[NDArray[np.uint8]]] = field(default_factory=queue.SimpleQueue)
+    images: queue.SimpleQueue[Future[Loaded]] = field(default_factory=queue.SimpleQueue)
+    """Groups of images, in the order of the page."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,8 +112,9 @@ class Pipeline:
         self.encoding_seconds = 0.0
         self._image_threads = image_threads
         self._abort = threading.Event()
-        # Decoded images waiting for the encoder; bounds memory whatever the chunk size.
-        self._window = threading.Semaphore(4 * batch_size)
+        # Groups of decoded images waiting for the encoder; bounds memory whatever the chunk size.
+        self._groups = max(2 * image_threads, 4 * batch_size // GROUP)
+        self._window = threading.Semaphore(self._groups)
         # One chunk in the encoder's hands and one being made ready.
         self._ahead = threading.Semaphore(2)
 
@@ -142,7 +150,7 @@ class Pipeline:
     def _stop_reading(self, decoders: ThreadPoolExecutor) -> None:
         self._abort.set()
         self._ahead.release()
-        self._window.release(4 * self.batch_size)
+        self._window.release(self._groups)
         decoders.shutdown(wait=False, cancel_futures=True)
 
     def _arriving(self, works: queue.SimpleQueue[Work | None], reading: Future[None]) -> Iterator[Work]:
@@ -162,11 +170,12 @@ class Pipeline:
                 work = patiently(lambda chunk=chunk: self._read(chunk), seconds=self.retry_for)  # type: ignore[misc]
                 works.put(work)
                 assert work.page.payloads is not None
-                for item, payload in zip(work.page.ids, work.page.payloads, strict=True):
+                for start in range(0, len(work.page), GROUP):
                     self._window.acquire()
                     if self._abort.is_set():
                         return
-                    work.images.put(decoders.submit(self._load, item, payload))
+                    group = slice(start, start + GROUP)
+                    work.images.put(decoders.submit(self._load, work.page.ids[group], work.page.payloads[group]))
         finally:
             works.put(None)
 
@@ -180,9 +189,16 @@ class Pipeline:
             repeated = [item for item, stamp in zip(stamps.ids, stamps.stamps, strict=True) if stamp == self.encoder.id]
         return Work(chunk, page, repeated)
 
-    def _load(self, item: ItemId, payload: Payload) -> NDArray[np.uint8]:
-        path = self.images.locate(item, payload)
-        return self.encoder.prepare(patiently(lambda: self.images.load(path), seconds=self.retry_for))
+    def _load(self, ids: Sequence[ItemId], payloads: Sequence[Payload]) -> Loaded:
+        loaded: Loaded = []
+        for item, payload in zip(ids, payloads, strict=True):
+            try:
+                path = self.images.locate(item, payload)
+                image = patiently(lambda path=path: self.images.load(path), seconds=self.retry_for)  # type: ignore[misc]
+                loaded.append(self.encoder.prepare(image))
+            except ImageProblem as problem:
+                loaded.append(problem)
+        return loaded
 
     # -- encoder --------------------------------------------------------------------------------------------------
 
@@ -191,16 +207,13 @@ class Pipeline:
         vectors: list[NDArray[np.float32]] = []
         failures: list[Failure] = []
         batch: list[tuple[int, NDArray[np.uint8]]] = []
-        size = len(work.page)
-        for row, item in enumerate(work.page.ids):
-            future = work.images.get()
-            try:
-                batch.append((row, future.result()))
-            except ImageProblem as problem:
-                failures.append(Failure(item, "image", str(problem)))
-            finally:
-                self._window.release()
-            if len(batch) == self.batch_size or (row == size - 1 and batch):
+        last = len(work.page) - 1
+        for row, image in enumerate(self._images_of(work)):
+            if isinstance(image, ImageProblem):
+                failures.append(Failure(work.page.ids[row], "image", str(image)))
+            else:
+                batch.append((row, image))
+            if len(batch) == self.batch_size or (row == last and batch):
                 began = time.monotonic()
                 for done, vector in encode_batch(self.encoder, batch):
                     if isinstance(vector, str):
@@ -213,6 +226,12 @@ class Pipeline:
                 batch = []
         stacked = np.stack(vectors) if vectors else np.empty((0, self.encoder.dim), np.float32)
         return Encoded(work, rows, stacked, failures)
+
+    def _images_of(self, work: Work) -> Iterator[NDArray[np.uint8] | ImageProblem]:
+        for _ in range(0, len(work.page), GROUP):
+            loaded = work.images.get().result()
+            self._window.release()
+            yield from loaded
 
     # -- writer ---------------------------------------------------------------------------------------------------
 

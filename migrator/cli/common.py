@@ -52,7 +52,7 @@ def confirm(says: str, *, yes: bool) -> None:
     click.echo(f"About to {says}.", err=True)
     if yes:
         return
-    if not sys.stdin.isatty():
+    if sys.stdin is None or not sys.stdin.isatty():  # None: started with its input closed
         raise UsageProblem("nobody can answer here: add --yes")
     if not click.confirm("Go on?", err=True):
         raise Refused("not confirmed, nothing was changed")

@@ -46,16 +46,32 @@ def command(name: str | None, config_path: Path, minutes: int, systemd: bool) ->
     """
     with open_project(config_path, name) as project:
         folder, name = project.config.folder, project.name
-        program = shutil.which("migrator") or f"{sys.executable} -m migrator"
+        found = shutil.which("migrator")
+        program = [found] if found else [sys.executable, "-m", "migrator"]
         seconds = minutes * 60 - 20
-        line = (
-            f"{program} backfill {name} --config {shlex.quote(str(project.config.path))} --max-seconds {seconds} --yes"
-        )
+        words = [
+            *program,
+            "backfill",
+            name,
+            "--config",
+            str(project.config.path),
+            "--max-seconds",
+            str(seconds),
+            "--yes",
+        ]
         if systemd:
-            click.echo(
-                SYSTEMD.format(name=name, folder=folder, line=line.replace("%", "%%"), minutes=minutes), nl=False
-            )
+            line = " ".join(map(_systemd_word, words))
+            escaped = str(folder).replace("%", "%%")
+            click.echo(SYSTEMD.format(name=name, folder=escaped, line=line, minutes=minutes), nl=False)
             return
         log = shlex.quote(str(folder / f"{name}-backfill.log"))
         # In a crontab % means a new line.
-        click.echo(f"*/{minutes} * * * * cd {shlex.quote(str(folder))} && {line} >> {log} 2>&1".replace("%", r"\%"))
+        line = f"*/{minutes} * * * * cd {shlex.quote(str(folder))} && {shlex.join(words)} >> {log} 2>&1"
+        click.echo(line.replace("%", r"\%"))
+
+
+def _systemd_word(word: str) -> str:
+    # systemd.service(5), "Command lines": quotes and backslashes as in C, % and $ doubled.
+    for special, escaped in (("\\", "\\\\"), ('"', '\\"'), ("%", "%%"), ("$", "$$")):
+        word = word.replace(special, escaped)
+    return f'"{word}"' if " " in word or "'" in word else word

@@ -2,8 +2,10 @@
 
 from alembic import context
 
-from migrator.ledger.models import Base
+from migrator.ledger.models import VERSION_TABLE, Base
 
 connection = context.config.attributes["connection"]
-context.configure(connection=connection, target_metadata=Base.metadata, render_as_batch=True)
+context.configure(
+    connection=connection, target_metadata=Base.metadata, version_table=VERSION_TABLE, render_as_batch=True
+)
 context.run_migrations()

@@ -11,7 +11,7 @@ import json
 import os
 import socket
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -24,6 +24,7 @@ from sqlalchemy.pool import NullPool
 
 from migrator.errors import MigratorError, Refused, Unavailable, UsageProblem
 from migrator.ledger.models import (
+    VERSION_TABLE,
     BackfillRun,
     Base,
     Chunk,
@@ -43,6 +44,12 @@ from migrator.ledger.models import (
 
 SCHEMA = "0001"
 """The newest revision in `versions/`; a ledger that is at it is opened without loading alembic."""
+
+LOCK: dict[str, Any] = {"key_share": True}
+"""PostgreSQL locks a migration's row for the transaction, without hindering rows that refer to it."""
+
+UPGRADE_LOCK = 0x6D696772
+"""PostgreSQL's advisory lock for creating or upgrading the tables."""
 
 FailureKind = Literal["image", "encoder", "store"]
 
@@ -116,7 +123,7 @@ class Ledger:
         """
         try:
             self.url: URL = make_url(url)
-        except exc.ArgumentError as error:
+        except (exc.ArgumentError, ValueError) as error:
             raise UsageProblem('the ledger\'s URL is not one: write for instance "sqlite:///migrator.db"') from error
         self._engine = self._create_engine()
         with self._translated():
@@ -125,15 +132,17 @@ class Ledger:
     # -- opening ------------------------------------------------------------------------------------------------
 
     def _create_engine(self) -> Engine:
-        if self.url.get_backend_name() != "sqlite":
-            try:
+        try:
+            if self.url.get_backend_name() != "sqlite":
                 return sa.create_engine(self.url, pool_pre_ping=True)
-            except (ImportError, exc.ArgumentError) as error:
-                raise UsageProblem(
-                    f"no driver for the ledger {self}: {error}. For PostgreSQL: pip install 'advbct-migrator[postgres]'"
-                ) from error
-        # NullPool: a connection per transaction keeps SQLite's locks short and lets threads share the ledger.
-        engine = sa.create_engine(self.url, poolclass=NullPool, connect_args={"timeout": 15})
+            if self.url.database in (None, "", ":memory:"):
+                raise UsageProblem("a ledger in memory forgets all: name a file, for instance sqlite:///migrator.db")
+            # NullPool: a connection per transaction keeps SQLite's locks short and lets threads share the ledger.
+            engine = sa.create_engine(self.url, poolclass=NullPool, connect_args={"timeout": 15})
+        except (ImportError, exc.ArgumentError) as error:
+            raise UsageProblem(
+                f"no driver for the ledger {self}: {error}. For PostgreSQL: pip install 'advbct-migrator[postgres]'"
+            ) from error
 
         @event.listens_for(engine, "connect")
         def _configure(connection: Any, _record: Any) -> None:
@@ -164,25 +173,26 @@ class Ledger:
             raise UsageProblem(f"ledger {self}: {_reason(error)}; check that the URL names a ledger") from error
 
     def _revision(self, connection: Connection) -> str | None:
-        if not sa.inspect(connection).has_table("alembic_version"):
-            return None
-        revision = connection.exec_driver_sql("SELECT version_num FROM alembic_version").scalar()
-        return None if revision is None else str(revision)
-
-    def _bring_up_to_date(self) -> None:
-        with self._engine.connect() as connection:
-            revision = self._revision(connection)
-            if revision is None and sa.inspect(connection).get_table_names():
+        """The ledger's schema; None for an empty database. Refuses what this migrator must not touch."""
+        tables = sa.inspect(connection).get_table_names()
+        if VERSION_TABLE not in tables:
+            if tables:
                 raise UsageProblem(
                     f"{self} is a database of something else: give migrator one of its own (key `ledger`)"
                 )
-        if revision == SCHEMA:
-            return
+            return None
+        revision = connection.execute(sa.select(sa.column("version_num")).select_from(sa.table(VERSION_TABLE))).scalar()
         if revision is not None and revision > SCHEMA:
             raise UsageProblem(
                 f"ledger {self} has schema {revision}, written by a newer migrator; this one knows up to {SCHEMA}: "
                 "pip install --upgrade advbct-migrator"
             )
+        return None if revision is None else str(revision)
+
+    def _bring_up_to_date(self) -> None:
+        with self._engine.connect() as connection:
+            if self._revision(connection) == SCHEMA:
+                return
         if self.url.get_backend_name() == "sqlite":
             with self._engine.connect() as connection:
                 # Readers go on while a writer writes; the mode stays with the file.
@@ -194,6 +204,8 @@ class Ledger:
         config = Config()
         config.set_main_option("script_location", str(Path(__file__).parent).replace("%", "%%"))
         with self._engine.connect().execution_options(writes=True) as connection, connection.begin():
+            if self.url.get_backend_name() == "postgresql":  # SQLite has its write lock already
+                connection.execute(sa.select(sa.func.pg_advisory_xact_lock(UPGRADE_LOCK)))
             if self._revision(connection) != SCHEMA:  # another process may have been faster
                 config.attributes["connection"] = connection
                 command.upgrade(config, "head")
@@ -221,7 +233,7 @@ class Ledger:
 
     def save_encoder(self, encoder_id: str, card: str) -> None:
         """Keeps the card (JSON text) of an encoder seen for the first time."""
-        with self._write() as session:
+        with suppress(exc.IntegrityError), self._write() as session:  # another process may save it just now
             if session.get(Encoder, encoder_id) is None:
                 session.add(Encoder(id=encoder_id, card=card, seen_at=now()))
 
@@ -288,9 +300,9 @@ class Ledger:
 
     def _open_migration(self, session: Session, name: str) -> Migration | None:
         return session.scalars(
-            sa.select(Migration).where(
-                Migration.name == name, Migration.state.in_(("planned", "active", "rolling_back"))
-            )
+            sa.select(Migration)
+            .where(Migration.name == name, Migration.state.in_(("planned", "active", "rolling_back")))
+            .with_for_update(key_share=True)
         ).first()
 
     def latest_plan(self, migration_id: int) -> Plan | None:
@@ -488,6 +500,7 @@ class Ledger:
     ) -> None:
         """Stores the ranges (after, upto, items) of one pass, all or none. A pass already stored stays as it is."""
         with self._write() as session:
+            session.get_one(Migration, migration_id, with_for_update=LOCK)  # one process at a time cuts
             if self._has_pass(session, migration_id, pass_number):
                 return
             rows = [
@@ -524,7 +537,8 @@ class Ledger:
         this run has already tried. Raises `LeaseLost` once the migration is no longer in its backfill stage.
         """
         with self._write() as session:
-            migration = session.get_one(Migration, migration_id)
+            # One lease at a time, and none while the migration is being moved on. SQLite's write lock does the same.
+            migration = session.get_one(Migration, migration_id, with_for_update=LOCK)
             if (migration.stage, migration.state) != ("backfill", "active"):
                 raise LeaseLost(f"{migration.name} left the backfill stage (now {migration.stage}, {migration.state})")
             if migration.paused is not None:
@@ -533,7 +547,7 @@ class Ledger:
                 sa.select(Chunk)
                 .where(Chunk.migration_id == migration_id, Chunk.state.in_(("pending", "leased")))
                 .order_by(Chunk.pass_number, Chunk.ordinal)
-                .with_for_update(skip_locked=True)
+                .with_for_update()
                 .execution_options(yield_per=64)
             )
             for chunk in candidates:

@@ -27,6 +27,9 @@ State: TypeAlias = Literal["planned", "active", "rolling_back", "rolled_back", "
 ChunkState: TypeAlias = Literal["pending", "leased", "done", "failed", "restored"]
 Outcome: TypeAlias = Literal["pass", "fail", "inconclusive"]
 
+VERSION_TABLE = "migrator_schema"
+"""Alembic's table under a name of our own: an `alembic_version` belongs to another program."""
+
 STAGES: tuple[Stage, ...] = ("planned", "prepare", "canary", "backfill", "cutover", "finalize")
 
 

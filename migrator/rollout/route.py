@@ -28,8 +28,8 @@ class Choice:
 
 def bucket(salt: str, key: str) -> float:
     """A number in [0, 100) that is fixed for a key: raising the canary's share never moves a key back."""
-    digest = hashlib.sha256(f"{salt}:{key}".encode()).digest()
-    return int.from_bytes(digest[:8]) / 2**64 * 100
+    digest = hashlib.sha256(f"{salt}:{key}".encode(errors="surrogatepass")).digest()
+    return int.from_bytes(digest[:6]) / 2**48 * 100  # 48 bits: more would round up to 100
 
 
 def choose(route: Route, key: str) -> Choice:

@@ -1,0 +1,129 @@
+"""A migration killed with SIGKILL again and again ends like one that was never interrupted; so does its rollback."""
+
+from __future__ import annotations
+
+import random
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from migrator.project import Project
+from tests.crash.commands import Commands
+from tests.world import World, make_world
+
+pytestmark = pytest.mark.crash
+
+ITEMS = 600
+KILLS = 30
+
+
+@pytest.fixture(scope="module")
+def commands() -> Iterator[Commands]:
+    with Commands() as running:
+        yield running
+
+
+def arguments(world: World, verb: str, *words: str) -> list[str]:
+    asks = verb in ("rollout", "backfill", "rollback")
+    return [verb, "--config", str(world.config), *words, *(["--yes"] if asks else [])]
+
+
+def succeed(commands: Commands, world: World, verb: str, *words: str) -> float:
+    code, seconds = commands.run(*arguments(world, verb, *words))
+    assert code == 0, f"{verb} {words} ended with {code}"
+    return seconds
+
+
+def to_backfill(commands: Commands, world: World) -> None:
+    succeed(commands, world, "plan")
+    succeed(commands, world, "verify")
+    succeed(commands, world, "rollout", "--stage", "prepare")
+    for _ in range(4):
+        succeed(commands, world, "rollout", "--stage", "canary")
+    succeed(commands, world, "rollout", "--stage", "backfill")
+
+
+def kill_at_random(
+    commands: Commands, world: World, rng: random.Random, longest: float, verb: str, *words: str
+) -> bool:
+    """Starts a command and kills it within `longest` seconds; returns whether it was still running then."""
+    commands.start(*arguments(world, verb, *words))
+    code = commands.wait(rng.uniform(0, longest))
+    if code is None:
+        code = commands.kill()
+    assert code in (0, -9), f"{verb} ended with {code}"
+    return code == -9
+
+
+def each_is_one_of(vectors: np.ndarray, old: np.ndarray, new: np.ndarray) -> np.ndarray:
+    """Checks that no vector is torn; returns which are new."""
+    is_old, is_new = (vectors == old).all(axis=1), (vectors == new).all(axis=1)
+    assert (is_old | is_new).all()
+    return is_new
+
+
+def stamps(world: World) -> tuple[int, int]:
+    with Project.open(world.config) as project, project.store() as store:
+        return store.count(), store.count(stamp=project.encoder_ids()[1])
+
+
+@pytest.mark.timeout(600)
+def test_killed_again_and_again(commands: Commands, tmp_path: Path) -> None:
+    first = make_world(tmp_path / "first", items=ITEMS)
+    first.configure(backfill__chunk_size=20)
+    old = first.vectors()
+    original = (first.gallery / "index.faiss").read_bytes()
+    calm = World(tmp_path / "calm")
+    shutil.copytree(first.folder, calm.folder)
+    to_backfill(commands, calm)
+    whole = succeed(commands, calm, "backfill")
+    cut = succeed(commands, calm, "rollout", "--stage", "cutover")
+    new = calm.vectors()
+    assert (new != old).any(axis=1).all()
+    back = succeed(commands, calm, "rollback")
+    assert (calm.gallery / "index.faiss").read_bytes() == original
+
+    world = first
+    rng = random.Random(20)
+    to_backfill(commands, world)
+    killed = 0
+    while killed < KILLS:
+        # Short runs, so that many of the kills fall into the publication at a run's end.
+        part = rng.choice([20, 40, 100])
+        killed += kill_at_random(commands, world, rng, 0.3 + whole * part / ITEMS, "backfill", "--max-items", str(part))
+        each_is_one_of(world.vectors(), old, new)
+        if stamps(world)[1] == ITEMS:
+            break
+    assert killed >= KILLS / 2, "too few kills hit a running backfill for this to mean anything"
+    succeed(commands, world, "backfill")
+    assert stamps(world) == (ITEMS, ITEMS)
+    np.testing.assert_array_equal(world.vectors(), new)
+    with Project.open(world.config) as project:
+        migration = project.migration()
+        counts = project.ledger.counts(migration.id)
+        assert counts.by_state == {"done": ITEMS // 20}
+        assert (counts.written, counts.open_failures) == (ITEMS, 0)
+
+    for _ in range(5):
+        kill_at_random(commands, world, rng, cut, "rollout", "--stage", "cutover")
+        with Project.open(world.config) as project:
+            if project.migration().stage == "cutover":
+                break
+    else:
+        succeed(commands, world, "rollout", "--stage", "cutover")
+    np.testing.assert_array_equal(world.vectors(), new)
+
+    for _ in range(10):
+        kill_at_random(commands, world, rng, back, "rollback")
+        each_is_one_of(world.vectors(), old, new)
+        with Project.open(world.config) as project:
+            if project.migration().state == "rolled_back":
+                break
+    else:
+        succeed(commands, world, "rollback")
+    np.testing.assert_array_equal(world.vectors(), old)
+    assert (world.gallery / "index.faiss").read_bytes() == original
+    assert stamps(world) == (ITEMS, 0)

@@ -1,0 +1,261 @@
+"""Each term against its formula written as plain loops, and its gradients against finite differences."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from trainer.errors import TrainingProblem
+from trainer.losses import METHODS, LossSettings, build_objective
+from trainer.losses.adversarial import AdversarialAlignment, GradientReversal, reversal_strength
+from trainer.losses.arcface import ArcFace
+from trainer.losses.boundary import ElasticBoundary
+from trainer.old_space import OldSpace
+
+DIM, CLASSES, BATCH = 6, 4, 12
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def batch() -> tuple[Tensor, Tensor, Tensor]:
+    """Features, labels and old vectors in float64."""
+    features = 3 * torch.randn(BATCH, DIM, dtype=torch.float64)
+    old = torch.nn.functional.normalize(torch.randn(BATCH, DIM, dtype=torch.float64))
+    return features, torch.randint(0, CLASSES, (BATCH,)), old
+
+
+@pytest.fixture
+def old_space() -> OldSpace:
+    rng = np.random.default_rng(0)
+    centres = rng.normal(size=(CLASSES, DIM)).astype(np.float32) / 4
+    return OldSpace(centres, np.array([0.3, 0.9, 1.2, 0.0], np.float32), np.array([True, True, True, False]))
+
+
+def unit(vector: list[float]) -> list[float]:
+    length = math.sqrt(sum(x * x for x in vector))
+    return [x / length for x in vector]
+
+
+def dot(a: list[float], b: list[float]) -> float:
+    return sum(x * y for x, y in zip(a, b, strict=True))
+
+
+def cross_entropy(logits: list[float], label: int) -> float:
+    top = max(logits)
+    return math.log(sum(math.exp(x - top) for x in logits)) + top - logits[label]
+
+
+def arcface_in_loops(features: Tensor, labels: Tensor, weight: Tensor, scale: float, margin: float) -> float:
+    total = 0.0
+    for feature, label in zip(features.tolist(), labels.tolist(), strict=True):
+        logits = []
+        for c, row in enumerate(weight.tolist()):
+            cosine = dot(unit(feature), unit(row))
+            if c == label:
+                theta = math.acos(max(-1, min(1, cosine)))
+                beyond = theta > math.pi - margin
+                cosine = cosine - margin * math.sin(margin) if beyond else math.cos(theta + margin)
+            logits.append(scale * cosine)
+        total += cross_entropy(logits, label)
+    return total / len(features)
+
+
+@pytest.mark.parametrize("margin", [0.0, 0.3, 2.0])  # at 2.0 many angles lie beyond pi - m
+def test_arcface_is_its_formula(batch: tuple[Tensor, Tensor, Tensor], margin: float) -> None:
+    features, labels, _ = batch
+    loss = ArcFace(DIM, CLASSES, scale=30.0, margin=margin).double()
+    expected = arcface_in_loops(features, labels, loss.weight, 30.0, margin)
+    assert loss(features, labels).item() == pytest.approx(expected, rel=1e-9)
+
+
+def test_arcface_gradient(batch: tuple[Tensor, Tensor, Tensor]) -> None:
+    features, labels, _ = batch
+    loss = ArcFace(DIM, CLASSES, scale=5.0, margin=0.3).double()
+
+    def with_weight(features: Tensor, weight: Tensor) -> Tensor:
+        result: Tensor = torch.func.functional_call(loss, {"weight": weight}, (features, labels))
+        return result
+
+    inputs = (features.requires_grad_(), loss.weight.detach().clone().requires_grad_())
+    assert torch.autograd.gradcheck(with_weight, inputs)
+
+
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_arcface_of_a_feature_on_its_class_direction_has_a_finite_gradient(sign: float) -> None:
+    loss = ArcFace(DIM, CLASSES, scale=30.0, margin=0.3)
+    features = (sign * 7 * loss.weight.detach()[1:2]).requires_grad_()
+    loss(features, torch.tensor([1])).backward()
+    assert torch.isfinite(features.grad).all()
+    assert torch.isfinite(loss.weight.grad).all()
+
+
+def boundary_in_loops(features: Tensor, labels: Tensor, loss: ElasticBoundary) -> tuple[float, float]:
+    excesses, slacks = [], []
+    for feature, label in zip(features.tolist(), labels.tolist(), strict=True):
+        if not loss.known[label]:
+            continue
+        r_c = loss.radii[label].item()
+        r = r_c + (loss.limit - r_c) / (1 + math.exp(-loss.w[label].item()))
+        centre = loss.centres[label].tolist()
+        distance = math.sqrt(sum((a - b) ** 2 for a, b in zip(unit(feature), centre, strict=True)))
+        if distance > r:
+            excesses.append(distance - r)
+        slacks.append(r - r_c)
+    return (sum(excesses) / len(excesses) if excesses else 0.0), sum(slacks) / len(slacks)
+
+
+def test_boundary_is_its_formula(batch: tuple[Tensor, Tensor, Tensor], old_space: OldSpace) -> None:
+    features, labels, _ = batch
+    loss = ElasticBoundary(old_space, limit=1.0).double()
+    excess, slack = boundary_in_loops(features, labels, loss)
+    assert excess > 0
+    assert loss(features, labels).item() == pytest.approx(excess, rel=1e-9)
+    assert loss.slack(labels).item() == pytest.approx(slack, rel=1e-9)
+
+
+def test_boundary_gradient(batch: tuple[Tensor, Tensor, Tensor], old_space: OldSpace) -> None:
+    features, labels, _ = batch
+    loss = ElasticBoundary(old_space, limit=1.0).double()
+
+    def with_w(features: Tensor, w: Tensor) -> Tensor:
+        result: Tensor = torch.func.functional_call(loss, {"w": w}, (features, labels))
+        return result
+
+    assert torch.autograd.gradcheck(with_w, (features.requires_grad_(), loss.w.detach().clone().requires_grad_()))
+
+
+def test_boundary_without_violation_or_without_known_class_is_zero_with_zero_gradient(old_space: OldSpace) -> None:
+    loss = ElasticBoundary(old_space, limit=1.0)
+    inside = old_space.centres[[2, 2]] / np.linalg.norm(old_space.centres[2])
+    for features, labels in [(torch.from_numpy(inside), [2, 2]), (torch.randn(2, DIM), [3, 3])]:
+        features.requires_grad_()
+        value = loss(features, torch.tensor(labels))
+        assert value.item() == 0
+        value.backward()
+        assert not features.grad.any()
+
+
+def test_radii_start_between_r_c_and_the_limit(old_space: OldSpace) -> None:
+    loss = ElasticBoundary(old_space, limit=1.0)
+    assert ((loss.w > -1) & (loss.w < 1)).all()
+    radii = loss.elastic_radii()
+    low = torch.minimum(loss.radii, torch.tensor(1.0))
+    high = torch.maximum(loss.radii, torch.tensor(1.0))
+    assert ((radii > low) & (radii < high)).all()
+
+
+def test_the_spring_narrows_the_balls_that_are_violated_least(old_space: OldSpace) -> None:
+    loss = ElasticBoundary(old_space, limit=1.5)
+    far = torch.from_numpy(-old_space.centres[[0, 0, 0]])
+    near = torch.from_numpy(old_space.centres[[1, 1, 1]])
+    labels = torch.tensor([0, 0, 0, 1, 1, 1])
+    (loss(torch.cat([far, near]), labels) + loss.slack(labels)).backward()
+    assert loss.w.grad[0] < 0  # descent widens the violated ball
+    assert loss.w.grad[1] > 0  # and narrows the other
+
+
+def test_adversarial_is_its_formula(batch: tuple[Tensor, Tensor, Tensor]) -> None:
+    features, _, old = batch
+    loss = AdversarialAlignment(DIM, hidden=5).double()
+    first, norm, _, last = loss.discriminator
+    total = 0.0
+    for vector, label in [(v, 0) for v in features.tolist()] + [(v, 1) for v in old.tolist()]:
+        x = [math.sqrt(DIM) * value for value in unit(vector)]
+        hidden = [dot(row, x) + b for row, b in zip(first.weight.tolist(), first.bias.tolist(), strict=True)]
+        mean = sum(hidden) / len(hidden)
+        deviation = math.sqrt(sum((h - mean) ** 2 for h in hidden) / len(hidden) + norm.eps)
+        hidden = [max(0.0, (h - mean) / deviation) for h in hidden]  # the norm starts as identity
+        logits = [dot(row, hidden) + b for row, b in zip(last.weight.tolist(), last.bias.tolist(), strict=True)]
+        total += cross_entropy(logits, label)
+    assert loss(features, old, progress=0.3).item() == pytest.approx(total / (2 * BATCH), rel=1e-9)
+
+
+def test_adversarial_gradient_is_reversed_for_the_encoder_alone(batch: tuple[Tensor, Tensor, Tensor]) -> None:
+    features, _, old = batch
+    features.requires_grad_()
+    old.requires_grad_()
+    loss = AdversarialAlignment(DIM).double()
+    parameters = list(loss.discriminator.parameters())
+    plain = torch.cat([torch.nn.functional.normalize(features), torch.nn.functional.normalize(old)])
+    labels = torch.tensor([0] * BATCH + [1] * BATCH)
+    without = torch.nn.functional.cross_entropy(loss.discriminator(loss.scale * plain), labels)
+    expected = torch.autograd.grad(without, [features, old, *parameters])
+    found = torch.autograd.grad(loss(features, old, progress=0.2), [features, old, *parameters])
+    alpha = 2 / (1 + math.exp(-2.0)) - 1
+    torch.testing.assert_close(found[0], -alpha * expected[0])
+    for a, b in zip(found[1:], expected[1:], strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_reversal_with_alpha_minus_one_passes_gradcheck(batch: tuple[Tensor, Tensor, Tensor]) -> None:
+    features = batch[0].requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: GradientReversal.apply(x, -1.0) ** 2, (features,))
+
+
+def test_reversal_strength_rises_from_nought_to_one() -> None:
+    values = [reversal_strength(p) for p in np.linspace(0, 1, 11)]
+    assert values[0] == 0
+    assert values == sorted(values)
+    assert values[-1] == pytest.approx(0.99991, abs=1e-5)
+
+
+def test_discriminator_sees_a_shift_between_new_and_old() -> None:
+    # The flaw of batch norms apart: a constant offset between the two sets must be learnable.
+    loss = AdversarialAlignment(DIM)
+    new = torch.randn(256, DIM)
+    old = torch.nn.functional.normalize(new + 1.5)
+    optimizer = torch.optim.Adam(loss.parameters(), lr=0.01)
+    for _ in range(60):
+        optimizer.zero_grad()
+        value = loss(new, old, progress=0.0)
+        value.backward()
+        optimizer.step()
+    assert value.item() < 0.45  # blind: log 2 = 0.69
+
+
+def test_advbct_adds_up_its_weighted_terms(batch: tuple[Tensor, Tensor, Tensor], old_space: OldSpace) -> None:
+    features, labels, old = (batch[0].float(), batch[1], batch[2].float())
+    settings = LossSettings(boundary_weight=7.0, adversarial_weight=3.0)
+    objective = build_objective("advbct", settings, dim=DIM, classes=CLASSES, old=old_space)
+    terms = objective(features, labels, old, progress=0.5, remaining=0.25)
+    classification, boundary, adversarial = objective.classification, objective.boundary, objective.adversarial
+    assert terms["classification"] == classification(features, labels)
+    assert terms["boundary"] == 7 * boundary(features, labels)
+    assert terms["adversarial"] == 3 * 0.25 * adversarial(features, old, progress=0.5)
+    assert terms["slack"] == 7 * boundary.slack(labels)
+
+
+def test_the_published_recipe_has_no_spring(batch: tuple[Tensor, Tensor, Tensor], old_space: OldSpace) -> None:
+    features, labels, old = (batch[0].float(), batch[1], batch[2].float())
+    objective = build_objective("advbct", LossSettings(reference=True), dim=DIM, classes=CLASSES, old=old_space)
+    assert set(objective(features, labels, old, progress=0, remaining=1)) == {
+        "classification",
+        "boundary",
+        "adversarial",
+    }
+
+
+def test_independent_is_classification_alone(batch: tuple[Tensor, Tensor, Tensor]) -> None:
+    objective = build_objective("independent", LossSettings(), dim=DIM, classes=CLASSES, old=None)
+    terms = objective(batch[0].float(), batch[1], None, progress=0, remaining=1)
+    assert list(terms) == ["classification"]
+
+
+def test_advbct_without_an_old_encoder_is_refused() -> None:
+    with pytest.raises(TrainingProblem, match="needs the old encoder"):
+        build_objective("advbct", LossSettings(), dim=DIM, classes=CLASSES, old=None)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_is_listed_without_loading_torch(method: str) -> None:
+    import subprocess
+    import sys
+
+    code = f"import sys, trainer.losses; assert {method!r} in trainer.losses.METHODS; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
