@@ -90,6 +90,10 @@ class _State:
         find = self.rank.get
         return np.fromiter((find(item, -1) for item in ids), np.int64, len(ids))
 
+    def at(self, ranks: NDArray[np.int64]) -> list[ItemId]:
+        """The ids at these places."""
+        return [self.ids[rank] for rank in ranks.tolist()]
+
     def checksums(self, ranks: NDArray[np.int64]) -> NDArray[np.uint64]:
         """Checksums of the vectors in the index."""
         return self.index.checksums[self.where[ranks]]
@@ -179,7 +183,8 @@ def _match(folder: Folder, items: Items, index: Index) -> NDArray[np.int64]:
     if len(missing):
         hint = ": add an integer column `faiss_id`" if column == "row number" else ""
         raise StoreRejected(
-            f"{folder.items} names the FAISS id {labels[missing[0]]} ({column}), which {folder.index} does not hold{hint}"
+            f"{folder.items} names the FAISS id {labels[missing[0]]} ({column}), "
+            f"which {folder.index} does not hold{hint}"
         )
     if len(np.unique(labels)) < n:
         values, counts = np.unique(labels, return_counts=True)
@@ -315,9 +320,9 @@ class FaissStore:
             ranks = state.ranks(ids)
             ranks = ranks[ranks >= 0]
             found = state.vectors(ranks) if vectors else None
-            stamps = [state.known_stamps[number] for number in state.stamps[ranks]]
+            stamps = [state.known_stamps[number] for number in state.stamps[ranks].tolist()]
         return Page(
-            [state.ids[rank] for rank in ranks],
+            state.at(ranks),
             found,
             state.items.payload.take(state.items.rows[ranks]).to_pylist() if payload else None,
             stamps,
@@ -332,7 +337,7 @@ class FaissStore:
             start, block = state.after(after), max(4096, 2 * limit)
             while len(found) < limit and start < len(state.ids):
                 ranks = start + np.flatnonzero(state.stamps[start : start + block] != number)
-                found += [state.ids[rank] for rank in ranks[: limit - len(found)]]
+                found += state.at(ranks[: limit - len(found)])
                 start += block
         return found
 
@@ -345,9 +350,9 @@ class FaissStore:
     def sample(self, n: int, *, seed: int) -> list[ItemId]:
         """`n` distinct ids in random order."""
         with self._lock:
-            ids = self._current().ids
-        ranks = np.random.default_rng(seed).choice(len(ids), size=min(max(n, 0), len(ids)), replace=False)
-        return [ids[rank] for rank in ranks]
+            state = self._current()
+        count = len(state.ids)
+        return state.at(np.random.default_rng(seed).choice(count, size=min(max(n, 0), count), replace=False))
 
     def search(self, vectors: Vectors, k: int, *, exact: bool = False) -> Hits:
         """The k nearest published items to each of `vectors` (n, dim). `exact` compares with all of them."""
@@ -387,15 +392,15 @@ class FaissStore:
                 rejected = {} if stamp is None else _rejected(ids, vectors, ranks)
                 rows = np.flatnonzero(ranks >= 0)
                 if rejected:
-                    rows = np.array([row for row in rows if ids[row] not in rejected], np.int64)
+                    rows = np.array([row for row in rows.tolist() if ids[row] not in rejected], np.int64)
                 replaced = state.checksums(ranks[rows])
-            written = [ids[row] for row in rows]
+            written = [ids[row] for row in rows.tolist()]
             if written:
                 segment = Segment(written, vectors[rows], stamp, replaced)
                 self._folder.write_segment(segment)
                 with self._lock:
                     self._state.apply_segment(segment)
-        return WriteReport(written, [ids[row] for row in np.flatnonzero(ranks < 0)], rejected)
+        return WriteReport(written, [ids[row] for row in np.flatnonzero(ranks < 0).tolist()], rejected)
 
     def publish(self, *, final: bool = False) -> None:
         """Replaces index.faiss by one that holds what was written. Indexes that need a rebuild get it with `final`.
@@ -478,8 +483,8 @@ class FaissStore:
         if not (len(ranks) or state.unbalanced):
             return []
         stamps = Stamps(
-            [state.ids[rank] for rank in ranks],
-            [state.known_stamps[number] for number in state.stamps[ranks]],
+            state.at(ranks),
+            [state.known_stamps[number] for number in state.stamps[ranks].tolist()],
             state.checksums(ranks),
             state.unbalanced,
         )
@@ -524,7 +529,8 @@ def _same(state: _State, original: Index) -> NDArray[np.bool_]:
     checksums = state.checksums(np.arange(len(state.ids)))
     pending = np.flatnonzero(state.pending)
     checksums[pending] = row_checksums(state.written[pending])
-    return state.carried | (checksums == original.checksums[where])
+    same: NDArray[np.bool_] = state.carried | (checksums == original.checksums[where])
+    return same
 
 
 def _as_vectors(vectors: Vectors, dim: int) -> Vectors:
@@ -536,6 +542,7 @@ def _as_vectors(vectors: Vectors, dim: int) -> Vectors:
 
 
 def _rejected(ids: Sequence[ItemId], vectors: Vectors, ranks: NDArray[np.int64]) -> dict[ItemId, str]:
-    infinite = ~np.isfinite(vectors).all(axis=1)
-    wrong = np.flatnonzero((infinite | ~vectors.any(axis=1)) & (ranks >= 0))
-    return {ids[row]: "the vector is not finite" if infinite[row] else "the vector is all zeros" for row in wrong}
+    finite = np.logical_and.reduce(np.isfinite(vectors), axis=1)
+    zero = np.logical_not(np.logical_or.reduce(vectors != 0, axis=1))
+    wrong = np.flatnonzero((~finite | zero) & (ranks >= 0)).tolist()
+    return {ids[row]: "the vector is all zeros" if finite[row] else "the vector is not finite" for row in wrong}

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import itertools
 import json
 import os
 import shutil
@@ -135,7 +136,7 @@ class Folder:
             raise StoreRejected(f"{path} cannot be read: {_line(error)}") from error
         rows = np.array(sorted(range(len(ids)), key=ids.__getitem__), np.int64)
         ordered = [ids[row] for row in rows]
-        for one, other in zip(ordered, ordered[1:], strict=False):
+        for one, other in itertools.pairwise(ordered):
             if one == other:
                 raise StoreRejected(f"{path} holds the id {one!r} more than once: ids must be unique")
         return Items(ordered, None if faiss_ids is None else faiss_ids[rows], rows, payload.combine_chunks())

@@ -52,8 +52,7 @@ class Index:
     """A loaded index. Raises `StoreRejected` for a kind whose vectors could not be replaced safely."""
 
     def __init__(self, index: Any, where: str) -> None:
-        import faiss
-
+        faiss = _faiss()
         self._outer = index
         self._id_map = None
         inner = faiss.downcast_index(index)
@@ -74,8 +73,7 @@ class Index:
         self._users_direct_map = inner.direct_map.type if self._kind in IVF else None
 
     def _check(self, where: str) -> None:
-        import faiss
-
+        faiss = _faiss()
         inner = self._inner
         if self._kind not in UNDERSTOOD:
             raise StoreRejected(
@@ -95,22 +93,19 @@ class Index:
             raise StoreRejected(f"{where} is damaged: {self._outer.ntotal} ids for {inner.ntotal} vectors")
 
     def _scalar_quantizer(self) -> Any:
-        import faiss
-
+        faiss = _faiss()
         if self._kind in ("IndexScalarQuantizer", "IndexIVFScalarQuantizer"):
             return self._inner.sq
         return faiss.downcast_index(self._inner.storage).sq if self._kind == "IndexHNSWSQ" else None
 
     def _product_quantizer(self) -> Any:
-        import faiss
-
+        faiss = _faiss()
         if self._kind in ("IndexPQ", "IndexIVFPQ"):
             return self._inner.pq
         return faiss.downcast_index(self._inner.storage).pq if self._kind == "IndexHNSWPQ" else None
 
     def _inner_keys(self, where: str) -> NDArray[np.int64]:
-        import faiss
-
+        faiss = _faiss()
         if self._kind not in IVF:
             return np.arange(self.count)
         lists = self._inner.invlists
@@ -124,8 +119,7 @@ class Index:
         return keys
 
     def _labels(self, where: str) -> NDArray[np.int64]:
-        import faiss
-
+        faiss = _faiss()
         labels = self._keys if self._id_map is None else faiss.vector_to_array(self._id_map.id_map).astype(np.int64)
         if len(labels) != self.count:
             raise StoreRejected(f"{where} is damaged: {len(labels)} ids for {self.count} vectors")
@@ -137,8 +131,7 @@ class Index:
 
     def _flat_view(self) -> Vectors | None:
         """The vectors where they lie in the index, if they lie there as float32."""
-        import faiss
-
+        faiss = _faiss()
         if self._kind in FLAT:
             flat = self._inner
         elif self._kind == "IndexHNSWFlat":
@@ -190,8 +183,7 @@ class Index:
 
     def vectors(self, positions: NDArray[np.int64]) -> Vectors:
         """(m,) positions -> (m, dim) float32, a copy; approximate where the index is quantised."""
-        import faiss
-
+        faiss = _faiss()
         if self._flat is not None:
             return self._flat[positions]
         if len(positions) == 0:
@@ -226,8 +218,7 @@ class Index:
         return (scores if self.metric == "ip" else -scores), labels
 
     def _search_all(self, queries: Vectors, k: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-        import faiss
-
+        faiss = _faiss()
         nearer = self._inner.metric_type == faiss.METRIC_INNER_PRODUCT
         best = np.empty((len(queries), 0), np.float32)
         labels = np.empty((len(queries), 0), np.int64)
@@ -244,8 +235,7 @@ class Index:
 
     def replace(self, positions: NDArray[np.int64], vectors: Vectors) -> None:
         """Puts `vectors` (m, dim) in the place of those at `positions`. Only where `updates_in_place`."""
-        import faiss
-
+        faiss = _faiss()
         if self._flat is not None:
             self._flat[positions] = vectors
         else:
@@ -262,8 +252,7 @@ class Index:
         What the index learnt from its vectors (centroids, code books, ranges) is learnt anew, unless there are fewer
         vectors than FAISS needs for that.
         """
-        import faiss
-
+        faiss = _faiss()
         inner = self._inner
         vectors = np.ascontiguousarray(vectors)
         if self._kind in IVF:
@@ -284,8 +273,7 @@ class Index:
         return max(1, self._inner.nlist if self._kind in IVF else 0, 0 if pq is None else int(pq.ksub))
 
     def _forget_training(self) -> None:
-        import faiss
-
+        faiss = _faiss()
         pq = self._product_quantizer()
         if pq is not None:
             pq.cp.min_points_per_centroid = 1  # FAISS prints a warning below 39
@@ -298,8 +286,7 @@ class Index:
 
     def write(self, write: Callable[[bytes], object]) -> None:
         """Hands the index to `write` piece by piece, as FAISS's file format. Errors of `write` pass through."""
-        import faiss
-
+        faiss = _faiss()
         if self._users_direct_map is not None and self._inner.direct_map.type != self._users_direct_map:
             self._inner.set_direct_map_type(self._users_direct_map)
         # Not write_index(path): it does not notice when the last buffer does not fit on the disk.
@@ -308,8 +295,7 @@ class Index:
 
 def read_index(path: str, read: Callable[[int], bytes]) -> Index:
     """The index that `read(size)` gives piece by piece. `path` is for messages."""
-    import faiss
-
+    faiss = _faiss()
     try:
         index = faiss.read_index(faiss.PyCallbackIOReader(read))
     except (RuntimeError, MemoryError, ValueError) as error:
@@ -318,8 +304,14 @@ def read_index(path: str, read: Callable[[int], bytes]) -> Index:
     return Index(index, path)
 
 
-def _direct_types() -> tuple[int, ...]:
+def _faiss() -> Any:
+    """The library, untyped: its stubs know only the base class of all indexes."""
     import faiss
 
+    return faiss
+
+
+def _direct_types() -> tuple[int, ...]:
+    faiss = _faiss()
     names = ("QT_8bit_direct", "QT_8bit_direct_signed")
     return tuple(getattr(faiss.ScalarQuantizer, name) for name in names if hasattr(faiss.ScalarQuantizer, name))

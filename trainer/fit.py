@@ -156,7 +156,7 @@ class Learner(nn.Module):
 
     def embed(self, pixels: Tensor) -> Tensor:
         """(B, 3, S, S) uint8 -> (B, D) float32, not normalised."""
-        images = ((pixels - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
+        images = (pixels - self.mean) / self.std
         with torch.autocast(pixels.device.type, torch.bfloat16, enabled=self.bf16):
             features: Tensor = self.encoder(images)
         return features.float()
@@ -326,7 +326,7 @@ def setup(inputs: Inputs, spec: EncoderSpec, settings: FitSettings, *, classes: 
         )
     objective = build_objective(settings.method, settings, dim=spec.dim, classes=classes, old=old_space)
     model = build_model(spec)
-    model.backbone = model.backbone.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
     learner = Learner(model, objective, spec, bf16=settings.bf16)
     # Weight decay would pull norms, biases and the radii's w_c towards a value that means something else than "small".
     decayed = [p for p in learner.parameters() if p.ndim >= 2]

@@ -49,16 +49,7 @@ def command(name: str | None, config_path: Path, minutes: int, systemd: bool) ->
         found = shutil.which("migrator")
         program = [found] if found else [sys.executable, "-m", "migrator"]
         seconds = minutes * 60 - 20
-        words = [
-            *program,
-            "backfill",
-            name,
-            "--config",
-            str(project.config.path),
-            "--max-seconds",
-            str(seconds),
-            "--yes",
-        ]
+        words = [*program, *f"backfill {name} --max-seconds {seconds} --yes --config".split(), str(project.config.path)]
         if systemd:
             line = " ".join(map(_systemd_word, words))
             escaped = str(folder).replace("%", "%%")

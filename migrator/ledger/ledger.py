@@ -658,9 +658,7 @@ class Ledger:
         with self._read() as session:
             mine = Chunk.migration_id == migration_id
             by_state = dict(
-                session.execute(sa.select(Chunk.state, sa.func.count()).where(mine).group_by(Chunk.state))
-                .tuples()
-                .all()
+                session.execute(sa.select(Chunk.state, sa.func.count()).where(mine).group_by(Chunk.state)).all()
             )
             written, gone, passes = session.execute(
                 sa.select(sa.func.sum(Chunk.written), sa.func.sum(Chunk.gone), sa.func.max(Chunk.pass_number)).where(
