@@ -143,7 +143,8 @@ class Store(Protocol):
         """Replaces the vectors of existing items, durably, together with their stamp (None removes it).
 
         Never creates an item and never touches a payload. Repeating the call changes nothing more. Refuses, before
-        anything is written, vectors of another shape, non-finite numbers, and an id given twice (`StoreRejected`).
+        anything is written, vectors of another shape and an id given twice (`StoreRejected`). With a stamp, vectors
+        that are not finite or all zeros are `rejected`; without one they are taken, for they may have lain there.
         """
         ...
 

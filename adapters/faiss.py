@@ -74,8 +74,6 @@ class _State:
         self.carried = np.zeros(len(self.ids), bool)
         """Vectors that only a rebuild of a quantised index has changed since the original."""
         self.unbalanced = False
-        self.files: tuple[list[Path], list[Path]] = ([], [])
-        """The stamps and segments that this was made from."""
         self._written: Vectors | None = None
 
     @property
@@ -114,7 +112,7 @@ class _State:
         holds = checksums == self.checksums(ranks)
         self.stamps[ranks[holds]] = numbers[holds]
         self.carried[ranks[holds]] = numbers[holds] == 0
-        self.unbalanced = stamps.unbalanced
+        self.unbalanced |= stamps.unbalanced
 
     def apply_segment(self, segment: Segment) -> None:
         """Takes over the rows of a segment that no later write of somebody else has made void."""
@@ -192,10 +190,6 @@ def _match(folder: Folder, items: Items, index: Index) -> NDArray[np.int64]:
     return order[found]
 
 
-def _ours(folder: Folder) -> tuple[list[Path], list[Path]]:
-    return folder.stamp_files(), folder.segment_files()
-
-
 class FaissStore:
     """A collection in a FAISS folder. One thread may read while another writes."""
 
@@ -205,15 +199,13 @@ class FaissStore:
         self._writing = threading.Lock()  # one write or publication at a time
         self._held: filelock.BaseFileLock | None = None
         self._open = True
-        self._state = self._load()  # before the lock: a folder that is no collection stays untouched
         if write:
             self._held = folder.lock()
-            try:
-                if self._state.files != _ours(folder) or self._state.generation != folder.identity():
-                    self._state = self._load()
-            except BaseException:
-                self._held.release()
-                raise
+        try:
+            self._state = self._load()
+        except BaseException:
+            self.close()
+            raise
 
     # -- loading --------------------------------------------------------------------------------------------------
 
@@ -236,10 +228,9 @@ class FaissStore:
     def _read(self, generation: tuple[Identity, Identity]) -> _State:
         folder = self._folder
         state = _State(folder, folder.read_items(), folder.read_index(folder.index), generation)
-        state.files = _ours(folder)
-        for file in state.files[0]:
+        for file in folder.stamp_files():
             state.apply_stamps(folder.read_stamps(file))
-        for file in state.files[1]:
+        for file in folder.segment_files():
             state.apply_segment(folder.read_segment(file))
         return state
 
@@ -365,7 +356,7 @@ class FaissStore:
         ids: list[list[ItemId]] = []
         kept: list[list[float]] = []
         for row_scores, row_labels in zip(scores, labels, strict=True):
-            answered = row_labels >= 0
+            answered = row_labels != -1
             ids.append([state.by_label[label] for label in row_labels[answered].tolist()])
             kept.append(row_scores[answered].tolist())
         return Hits(ids, kept)
@@ -421,7 +412,7 @@ class FaissStore:
         folder = self._folder
         if not (state.index.updates_in_place or final):
             return True
-        old_files = [file for files in _ours(folder) for file in files]
+        old_files = [*folder.stamp_files(), *folder.segment_files()]
         if not (state.pending.any() or (final and state.unbalanced)):
             if folder.segment_files():
                 self._write_stamps(state)
@@ -445,8 +436,8 @@ class FaissStore:
                 self._state = following
         finally:
             ready.unlink(missing_ok=True)
-        if not (following.stamps.any() or following.unbalanced or following.carried.any()):
-            old_files.append(folder.original)
+        if not (following.stamps.any() or following.unbalanced):
+            old_files.append(folder.original)  # nothing of a migration is left to be taken back
         # Oldest first: an older row must never outlive the newer one that took it back.
         folder.remove(old_files)
         return True
@@ -459,8 +450,9 @@ class FaissStore:
         if final:
             original = folder.read_index(folder.original)
             same = _same(state, original)
-            if same.all():  # everything was taken back
+            if len(same) and same.all():  # everything was taken back
                 return state.followed_by(original), folder.copy_original
+            del original  # as large as the next one
         copy = folder.read_index(folder.index)
         if folder.identity() != state.generation:
             return state, copy.write
@@ -473,7 +465,7 @@ class FaissStore:
             copy.rebuild(vectors)
         following = state.followed_by(copy)
         following.unbalanced = index.goes_out_of_balance and not final
-        if not index.exact_vectors:
+        if not index.exact_vectors and following.stamps.any():
             following.carried = same
         return following, copy.write
 
@@ -502,7 +494,8 @@ class FaissStore:
                         f"{self._folder.path}: {waiting} written vectors are not published: publish them, or restore "
                         "the old ones, before the migration is forgotten"
                     )
-                self._folder.remove([*(file for files in _ours(self._folder) for file in files), self._folder.original])
+                folder = self._folder
+                folder.remove([*folder.stamp_files(), *folder.segment_files(), folder.original])
                 state.stamps[:] = 0
                 state.carried[:] = False
                 state.unbalanced = False

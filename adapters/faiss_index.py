@@ -123,6 +123,8 @@ class Index:
         labels = self._keys if self._id_map is None else faiss.vector_to_array(self._id_map.id_map).astype(np.int64)
         if len(labels) != self.count:
             raise StoreRejected(f"{where} is damaged: {len(labels)} ids for {self.count} vectors")
+        if (labels == -1).any():
+            raise StoreRejected(f"{where} holds the FAISS id -1, which in answers means none: give that item another")
         ordered = np.sort(labels)
         twice = ordered[:-1][ordered[:-1] == ordered[1:]]
         if len(twice):
@@ -226,7 +228,7 @@ class Index:
             block = np.arange(start, min(start + BLOCK, self.count))
             scores, rows = faiss.knn(queries, self.vectors(block), min(k, len(block)), metric=self._inner.metric_type)
             best = np.concatenate([best, scores], axis=1)
-            labels = np.concatenate([labels, self.labels[block][rows]], axis=1)
+            labels = np.concatenate([labels, np.where(rows < 0, -1, self.labels[block][rows])], axis=1)
             order = np.argsort(-best if nearer else best, axis=1, kind="stable")[:, :k]
             best, labels = np.take_along_axis(best, order, 1), np.take_along_axis(labels, order, 1)
         return best, labels

@@ -55,6 +55,7 @@ def make_plan(project: Project, report: Callable[[int, int], None] = lambda _don
     Raises `Refused` if the stored vectors were not made by the declared old encoder.
     """
     settings = project.settings
+    project.ledger.check_plannable(project.name)
     with project.store() as store:
         info = store.describe()
         capabilities = store.capabilities
@@ -187,12 +188,12 @@ class _New:
 
 def _new_or_untrained(project: Project) -> _New:
     """The new encoder; before training one of random weights, which is as fast."""
-    from trainer.encoder import load_encoder
+    from trainer.encoder import untrained_encoder
 
     spec = project.new_spec()
     if spec.weights is not None:
         return _New(project.load(spec), untrained=False)
-    return _New(load_encoder(spec), untrained=True)
+    return _New(untrained_encoder(spec), untrained=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -238,7 +239,12 @@ def _measure_sample(
         )
     stored = page.vectors[rows]
     norms = np.linalg.norm(stored, axis=1)
-    cosines = np.einsum("nd,nd->n", stored, recomputed) / np.maximum(norms, 1e-12)
+    if not np.isfinite(norms).all() or not norms.all():
+        row = int(np.flatnonzero(~np.isfinite(norms) | (norms == 0))[0])
+        raise Refused(
+            f"item {page.ids[rows[row]]!r} holds a vector that is zero or not finite: remove or re-embed such items"
+        )
+    cosines = np.einsum("nd,nd->n", stored, recomputed) / norms
     median = float(np.median(cosines))
     if median < SAME_ENCODER:
         raise Refused(

@@ -59,7 +59,12 @@ def status_of(project: Project) -> Status:
     plan = ledger.latest_plan(migration.id)
     route = ledger.route(migration.collection)
     verification = ledger.latest_verification(migration.id)
-    current = verification is not None and verification.new_encoder_id == migration.new_encoder_id
+    current = (
+        verification is not None
+        and verification.new_encoder_id == migration.new_encoder_id
+        and plan is not None
+        and verification.plan_fingerprint == plan.fingerprint
+    )
     rate = _rate(project, migration)
     left = counts.planned - counts.done
     return Status(

@@ -50,8 +50,8 @@ class FitSettings(LossSettings):
     method: str = "advbct"
     epochs: int = 10
     batch_size: int = 128
-    lr: float = 0.1
-    weight_decay: float = 5e-4
+    lr: float = 0.002
+    weight_decay: float = 0.01
     seed: int = 0
     validation: float = 0.1
     """Share of the images held out; 0 for none."""
@@ -325,9 +325,7 @@ def setup(inputs: Inputs, spec: EncoderSpec, settings: FitSettings, *, classes: 
             inputs.old[rows], inputs.labels[rows], classes=classes, quantile=settings.radius_quantile
         )
     objective = build_objective(settings.method, settings, dim=spec.dim, classes=classes, old=old_space)
-    model = build_model(spec)
-
-    learner = Learner(model, objective, spec, bf16=settings.bf16)
+    learner = Learner(build_model(spec), objective, spec, bf16=settings.bf16)
     # Weight decay would pull norms, biases and the radii's w_c towards a value that means something else than "small".
     decayed = [p for p in learner.parameters() if p.ndim >= 2]
     others = [p for p in learner.parameters() if p.ndim < 2]
@@ -335,7 +333,10 @@ def setup(inputs: Inputs, spec: EncoderSpec, settings: FitSettings, *, classes: 
         {"params": decayed, "weight_decay": settings.weight_decay},
         {"params": others, "weight_decay": 0.0},
     ]
-    optimizer = torch.optim.SGD(groups, lr=settings.lr, momentum=0.9)
+    if settings.reference:
+        optimizer: torch.optim.Optimizer = torch.optim.SGD(groups, lr=settings.lr, momentum=0.9)
+    else:
+        optimizer = torch.optim.AdamW(groups, lr=settings.lr)
     wrapped, optimizer = accelerator.prepare(learner, optimizer)
     return Run(inputs, spec, settings, accelerator, learner, wrapped, optimizer)
 

@@ -117,10 +117,15 @@ class ImageSource:
         for field in self._fields:
             value = item_id if field == "id" else payload.get(field)
             if isinstance(value, bool) or not isinstance(value, str | Real):
-                raise ImageProblem(f"item {item_id!r} has no usable field {field!r} for its image: {_shown(value)}")
-            if value == "" or (isinstance(value, Real) and not math.isfinite(value)):
-                raise ImageProblem(f"item {item_id!r} has an empty field {field!r} where its image should be")
-            values[field] = str(value)
+                raise ImageProblem(
+                    f"item {_shown(item_id)} has no usable field {field!r} for its image: {_shown(value)}"
+                )
+            try:
+                values[field] = str(value)
+            except ValueError as error:  # Python does not write out integers of thousands of digits
+                raise ImageProblem(f"item {_shown(item_id)} has an absurd number as field {field!r}") from error
+            if values[field] == "" or (not isinstance(value, str) and values[field] in ("nan", "inf", "-inf")):
+                raise ImageProblem(f"item {_shown(item_id)} has an empty field {field!r} where its image should be")
         path = self.uri.format_map(values)
         _require_safe(path, decoded=self._reader.decodes)
         return path
@@ -144,7 +149,7 @@ class _LocalFolder:
     decodes = False
 
     def __init__(self, root: str) -> None:
-        self.root = root
+        self.root = str(Path(root).absolute()) if root else root
         os.close(self._open_root())
         self._real = os.path.realpath(root)
 
@@ -386,7 +391,10 @@ def _upright(picture: Image.Image, original: Image.Image) -> Image.Image:
 
 def _shown(value: object) -> str:
     """A value from outside as one line of bounded length."""
-    text = repr(value)
+    try:
+        text = repr(value)
+    except ValueError:  # an integer of thousands of digits
+        text = f"a {type(value).__name__}"
     return text if len(text) <= 200 else f"{text[:190]}...{text[-1]}"
 
 

@@ -34,8 +34,10 @@ def cut_catch_up(
     def page(after: ItemId | None) -> list[ItemId]:
         return store.unstamped(stamp, after=after, limit=PAGE)
 
+    # The number comes first: should another process store this pass meanwhile, ours is dropped and not a second one.
+    number = ledger.counts(migration.id).passes
     ranges = list(_ranges((item for item in _walk(page) if item not in leave), size))
-    ledger.add_chunks(migration.id, ledger.counts(migration.id).passes, ranges)
+    ledger.add_chunks(migration.id, number, ranges)
     return sum(items for _, _, items in ranges)
 
 

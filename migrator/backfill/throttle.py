@@ -7,15 +7,18 @@ import time
 
 
 class Throttle:
-    """Sleeps `nice` times as long as was worked: 0 never sleeps, 1 works half of the time."""
+    """Sleeps `nice` times as long as was worked: 0 never sleeps, 1 works half of the time.
+
+    The first call only starts the clock.
+    """
 
     def __init__(self, nice: float, stop: threading.Event) -> None:
         self._nice = nice
         self._stop = stop
-        self._since = time.monotonic()
+        self._since: float | None = None
 
     def rest(self) -> None:
         """Sleeps for the work done since the last rest; a stop request ends the sleep."""
-        if self._nice > 0:
+        if self._nice > 0 and self._since is not None:
             self._stop.wait(self._nice * (time.monotonic() - self._since))
         self._since = time.monotonic()

@@ -75,10 +75,11 @@ class UndoLog:
 
     def _write(self, path: str, content: bytes) -> None:
         try:
-            self._fs.makedirs(self.folder, exist_ok=True)
             if self._local:
+                _make_folder_durably(self.folder)
                 _write_durably(path, content)
             else:
+                self._fs.makedirs(self.folder, exist_ok=True)
                 self._fs.pipe_file(path, content)  # an object store shows a whole object or none
         except OSError as error:
             raise Unavailable(
@@ -141,8 +142,21 @@ def _write_durably(path: str, content: bytes) -> None:
         if os.path.exists(temporary):  # noqa: PTH110
             os.unlink(temporary)  # noqa: PTH108
         raise
-    folder = os.open(os.path.dirname(path), os.O_RDONLY)  # noqa: PTH120
+    _sync_folder(os.path.dirname(path))  # noqa: PTH120
+
+
+def _make_folder_durably(folder: str) -> None:
+    if os.path.isdir(folder):  # noqa: PTH112
+        return
+    above = os.path.dirname(folder)  # noqa: PTH120
+    _make_folder_durably(above)
+    os.makedirs(folder, exist_ok=True)  # noqa: PTH103
+    _sync_folder(above)
+
+
+def _sync_folder(folder: str) -> None:
+    handle = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(folder)
+        os.fsync(handle)
     finally:
-        os.close(folder)
+        os.close(handle)

@@ -48,6 +48,9 @@ SCHEMA = "0001"
 LOCK: dict[str, Any] = {"key_share": True}
 """PostgreSQL locks a migration's row for the transaction, without hindering rows that refer to it."""
 
+SPARE = 16
+"""Further chunks that are looked at when the first free ones are lost to their late holders."""
+
 UPGRADE_LOCK = 0x6D696772
 """PostgreSQL's advisory lock for creating or upgrading the tables."""
 
@@ -126,8 +129,12 @@ class Ledger:
         except (exc.ArgumentError, ValueError) as error:
             raise UsageProblem('the ledger\'s URL is not one: write for instance "sqlite:///migrator.db"') from error
         self._engine = self._create_engine()
-        with self._translated():
-            self._bring_up_to_date()
+        try:
+            with self._translated():
+                self._bring_up_to_date()
+        except MigratorError:
+            self.close()
+            raise
 
     # -- opening ------------------------------------------------------------------------------------------------
 
@@ -278,12 +285,7 @@ class Ledger:
     ) -> Plan:
         """Saves a plan; opens the migration if none of that name is open. Refuses for one under way."""
         with self._write() as session:
-            found = self._open_migration(session, name)
-            if found is not None and found.state != "planned":
-                raise Refused(
-                    f"{name} is under way (stage {found.stage}): finish it, or `migrator rollback {name}`, "
-                    "before planning anew"
-                )
+            found = self._plannable(session, name)
             if found is None:
                 found = Migration(
                     name=name, stage="planned", state="planned", paused=None, old_kept=False, created_at=now()
@@ -292,18 +294,35 @@ class Ledger:
             found.collection, found.strategy = collection, strategy
             found.old_encoder_id, found.new_encoder_id = old_encoder_id, new_encoder_id
             found.changed_at = now()
-            session.flush()
+            try:
+                session.flush()
+            except exc.IntegrityError as error:
+                if "one_open_migration_per_name" not in str(error.orig):
+                    raise
+                raise Refused(f"{name} is being planned by another process: run the command again") from error
             plan = Plan(migration_id=found.id, fingerprint=fingerprint, bound=bound, content=content, created_at=now())
             session.add(plan)
             self._note(session, found, "plan", {"fingerprint": fingerprint})
             return plan
 
-    def _open_migration(self, session: Session, name: str) -> Migration | None:
-        return session.scalars(
+    def check_plannable(self, name: str) -> None:
+        """Refuses while a migration of that name is under way."""
+        with self._read() as session:
+            self._plannable(session, name)
+
+    def _plannable(self, session: Session, name: str) -> Migration | None:
+        """The migration of that name that is planned and no more, if there is one."""
+        found = session.scalars(
             sa.select(Migration)
             .where(Migration.name == name, Migration.state.in_(("planned", "active", "rolling_back")))
             .with_for_update(key_share=True)
         ).first()
+        if found is not None and found.state != "planned":
+            raise Refused(
+                f"{name} is under way (stage {found.stage}): finish it, or `migrator rollback {name}`, "
+                "before planning anew"
+            )
+        return found
 
     def latest_plan(self, migration_id: int) -> Plan | None:
         """The newest plan of a migration."""
@@ -543,19 +562,23 @@ class Ledger:
                 raise LeaseLost(f"{migration.name} left the backfill stage (now {migration.stage}, {migration.state})")
             if migration.paused is not None:
                 return None
-            candidates = session.scalars(
-                sa.select(Chunk)
-                .where(Chunk.migration_id == migration_id, Chunk.state.in_(("pending", "leased")))
-                .order_by(Chunk.pass_number, Chunk.ordinal)
-                .with_for_update()
-                .execution_options(yield_per=64)
-            )
-            for chunk in candidates:
-                if chunk.id in leave or (chunk.state == "leased" and not self._abandoned(chunk)):
+            mine = Chunk.migration_id == migration_id
+            holders = session.scalars(sa.select(Chunk.lease_owner).where(mine, Chunk.state == "leased").distinct())
+            dead = [holder for holder in holders if holder is not None and is_dead(holder)]
+            abandoned = (Chunk.lease_until < now()) | Chunk.lease_owner.in_(dead)
+            free = (Chunk.state == "pending") | ((Chunk.state == "leased") & abandoned)
+            until = now() + dt.timedelta(seconds=seconds)
+            first = sa.select(Chunk.id).where(mine, free).order_by(Chunk.pass_number, Chunk.ordinal)
+            for chunk_id in session.scalars(first.limit(len(leave) + SPARE)).all():
+                if chunk_id in leave:
                     continue
-                chunk.state, chunk.lease_owner = "leased", owner
-                chunk.lease_until = now() + dt.timedelta(seconds=seconds)
-                return chunk
+                taken = session.execute(
+                    sa.update(Chunk)
+                    .where(Chunk.id == chunk_id, free)  # its late holder may finish it just now
+                    .values(state="leased", lease_owner=owner, lease_until=until)
+                ).rowcount  # type: ignore[attr-defined]
+                if taken:
+                    return session.get_one(Chunk, chunk_id)
             return None
 
     @staticmethod

@@ -95,9 +95,9 @@ def verify(project: Project, report: Report = lambda *_: None) -> Verified:
             f"{project.name} is at stage {migration.stage}, its collection already mixed: "
             f"`migrator verify {project.name} --mixed` asks it as it is"
         )
-    old, new = project.old_encoder(), project.new_encoder()
     with project.store() as store:
         plan = check_fresh(project, store)
+        old, new = project.old_encoder(), project.new_encoder()
         images = project.images()
         asked = ask(project, store, images)
     embedded = _embed_all(project, images, asked, [old, new], report)

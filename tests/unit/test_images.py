@@ -57,6 +57,7 @@ def corners() -> Image.Image:
 def test_locate_fills_the_template_from_payload_and_id(tmp_path: Path) -> None:
     source = ImageSource(str(tmp_path), "{category}/{id}_{size}.jpg")
     assert source.locate(7, {"category": "a b", "size": 2.5, "id": "not this one"}) == "a b/7_2.5.jpg"
+    assert source.locate("k", {"category": "nan", "size": 3}) == "nan/k_3.jpg"
     assert template_fields("{category}/{id}.jpg") == ("category", "id")
 
 
@@ -68,7 +69,11 @@ def test_a_template_holds_plain_fields_only(tmp_path: Path, uri: str) -> None:
         ImageSource(str(tmp_path), uri)
 
 
-@pytest.mark.parametrize("value", [None, "", True, [1], {"a": 1}, b"x", float("nan"), float("inf"), object()])
+@pytest.mark.parametrize(
+    "value",
+    [None, "", True, [1], {"a": 1}, b"x", float("nan"), np.float32("inf"), 10**5000, [10**5000], object()],
+    ids=lambda value: type(value).__name__,
+)
 def test_a_payload_without_a_usable_value_is_the_items_problem(tmp_path: Path, value: object) -> None:
     with pytest.raises(ImageProblem, match="item 'k' has"):
         ImageSource(str(tmp_path)).locate("k", {"path": value})

@@ -41,7 +41,7 @@ class LossSettings:
     radius_limit: float = 0.5
     """T of the elastic boundary."""
     reference: bool = False
-    """The published recipe: step schedule, largest distance as radius, T = 1, equal weights; it needs much data."""
+    """The published recipe: SGD in steps, largest distance as radius, T = 1, equal weights; it needs much data."""
 
 
 def build_objective(method: str, settings: LossSettings, *, dim: int, classes: int, old: OldSpace | None) -> nn.Module:

@@ -257,18 +257,19 @@ def upgrade() -> None:
     op.create_index("ix_verifications_migration_id", "verifications", ["migration_id"], unique=False)
 
     for table in WRITTEN_ONCE:
-        for verb in ("UPDATE", "DELETE"):
-            if op.get_bind().dialect.name == "sqlite":
-                op.execute(
-                    f"CREATE TRIGGER {table}_no_{verb.lower()} BEFORE {verb} ON {table} "
-                    f"BEGIN SELECT RAISE(ABORT, 'rows of {table} are written once'); END"
-                )
-            else:
-                op.execute(
-                    f"CREATE FUNCTION {table}_no_{verb.lower()}() RETURNS trigger LANGUAGE plpgsql AS "
-                    f"$$ BEGIN RAISE EXCEPTION 'rows of {table} are written once'; END $$"
-                )
-                op.execute(
-                    f"CREATE TRIGGER {table}_no_{verb.lower()} BEFORE {verb} ON {table} "
-                    f"FOR EACH ROW EXECUTE FUNCTION {table}_no_{verb.lower()}()"
-                )
+        if op.get_bind().dialect.name == "sqlite":
+            refuse = f"BEGIN SELECT RAISE(ABORT, 'rows of {table} are written once'); END"
+            for verb in ("UPDATE", "DELETE"):
+                op.execute(f"CREATE TRIGGER {table}_no_{verb.lower()} BEFORE {verb} ON {table} {refuse}")
+            # INSERT OR REPLACE removes a row without firing a trigger for DELETE.
+            again = f"WHEN NEW.id IN (SELECT id FROM {table})"  # noqa: S608
+            op.execute(f"CREATE TRIGGER {table}_no_replace BEFORE INSERT ON {table} {again} {refuse}")
+        else:
+            op.execute(
+                f"CREATE FUNCTION {table}_written_once() RETURNS trigger LANGUAGE plpgsql AS "
+                f"$$ BEGIN RAISE EXCEPTION 'rows of {table} are written once'; END $$"
+            )
+            op.execute(
+                f"CREATE TRIGGER {table}_written_once BEFORE UPDATE OR DELETE OR TRUNCATE ON {table} "
+                f"FOR EACH STATEMENT EXECUTE FUNCTION {table}_written_once()"
+            )
