@@ -71,6 +71,7 @@ class Index:
         self.labels = self._labels(where)
         self._flat = self._flat_view()
         self._users_direct_map = inner.direct_map.type if self._kind in IVF else None
+        self._direct_map_built = False
 
     def _check(self, where: str) -> None:
         faiss = _faiss()
@@ -190,8 +191,9 @@ class Index:
             return self._flat[positions]
         if len(positions) == 0:
             return np.empty((0, self.dim), np.float32)
-        if self._kind in IVF and self._inner.direct_map.type == faiss.DirectMap.NoMap:
-            self._inner.set_direct_map_type(faiss.DirectMap.Hashtable)
+        if self._kind in IVF and not self._direct_map_built:
+            self._map_directly(faiss.DirectMap.Hashtable)
+            self._direct_map_built = True
         return np.asarray(self._inner.reconstruct_batch(self._keys[positions]), np.float32)
 
     @cached_property
@@ -243,7 +245,7 @@ class Index:
         else:
             # Taken out and added, each lands in the list of its nearest centroid, where a search looks for it.
             keys = self._keys[positions]
-            self._inner.set_direct_map_type(faiss.DirectMap.NoMap)
+            self._map_directly(faiss.DirectMap.NoMap)
             self._inner.remove_ids(keys)
             self._inner.add_with_ids(np.ascontiguousarray(vectors), keys)
         self.__dict__.pop("checksums", None)
@@ -258,7 +260,7 @@ class Index:
         inner = self._inner
         vectors = np.ascontiguousarray(vectors)
         if self._kind in IVF:
-            inner.set_direct_map_type(faiss.DirectMap.NoMap)
+            self._map_directly(faiss.DirectMap.NoMap)
         inner.reset()
         if self.count >= self._training_needs():
             self._forget_training()
@@ -270,6 +272,13 @@ class Index:
         self._flat = self._flat_view()
         self.__dict__.pop("checksums", None)
 
+    def _map_directly(self, kind: int) -> None:
+        """Builds the table from ids to places in the lists anew. One that came from a file, or outlived a reset, may
+        have lost entries."""
+        self._inner.set_direct_map_type(_faiss().DirectMap.NoMap)
+        self._inner.set_direct_map_type(kind)
+        self._direct_map_built = False
+
     def _training_needs(self) -> int:
         pq = self._product_quantizer()
         return max(1, self._inner.nlist if self._kind in IVF else 0, 0 if pq is None else int(pq.ksub))
@@ -279,6 +288,12 @@ class Index:
         pq = self._product_quantizer()
         if pq is not None:
             pq.cp.min_points_per_centroid = 1  # FAISS prints a warning below 39
+        # Index files keep how a PQ index is searched, not how it was trained for that.
+        if self._kind == "IndexPQ":
+            polysemous = (faiss.IndexPQ.ST_polysemous, faiss.IndexPQ.ST_polysemous_generalize)
+            self._inner.do_polysemous_training = self._inner.search_type in polysemous
+        if self._kind == "IndexIVFPQ":
+            self._inner.do_polysemous_training = self._inner.polysemous_ht > 0
         if self._kind in IVF:
             # Neither setting is kept in index files; the constructors set `spherical` by the metric.
             self._inner.cp.min_points_per_centroid = 1
@@ -289,8 +304,8 @@ class Index:
     def write(self, write: Callable[[bytes], object]) -> None:
         """Hands the index to `write` piece by piece, as FAISS's file format. Errors of `write` pass through."""
         faiss = _faiss()
-        if self._users_direct_map is not None and self._inner.direct_map.type != self._users_direct_map:
-            self._inner.set_direct_map_type(self._users_direct_map)
+        if self._users_direct_map is not None:
+            self._map_directly(self._users_direct_map)
         # Not write_index(path): it does not notice when the last buffer does not fit on the disk.
         faiss.write_index(self._outer, faiss.PyCallbackIOWriter(write))
 

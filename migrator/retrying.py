@@ -30,12 +30,19 @@ def patiently(call: Callable[[], T], *, seconds: float) -> T:
     """
     try:
         return call()  # nearly always: the machinery below costs more than many a call
-    except PASSING_FAULTS:
+    except PASSING_FAULTS as error:
         if seconds <= 0:
             raise
+        first = [error]
+
+    def again() -> T:
+        if first:  # the call above was the first try: its fault is waited for like any other
+            raise first.pop()
+        return call()
+
     return Retrying(
         retry=retry_if_exception_type(PASSING_FAULTS),
         wait=_wait,
         stop=stop_before_delay(seconds),
         reraise=True,
-    )(call)
+    )(again)

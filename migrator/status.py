@@ -37,6 +37,8 @@ class Status:
     eta_seconds: int | None
     mixed_space: bool
     """Vectors of both encoders may lie in the collection: only new-encoder queries are right."""
+    old_kept: bool
+    """The undo log is there: a rollback is possible."""
     next_command: str | None
 
     def as_json(self) -> dict[str, Any]:
@@ -53,7 +55,7 @@ def status_of(project: Project) -> Status:
             migration=name, collection=None, stage="none", state="none", plan=None, old_encoder=None, new_encoder=None,
             verification=None, paused=None, epoch=None, canary_percent=None, items_total=0, items_done=0,
             items_failed=0, items_gone=0, catch_up_passes=0, chunks={}, items_per_second=None, eta_seconds=None,
-            mixed_space=False, next_command=f"migrator plan {name}",
+            mixed_space=False, old_kept=False, next_command=f"migrator plan {name}",
         )  # fmt: skip
     counts = ledger.counts(migration.id)
     plan = ledger.latest_plan(migration.id)
@@ -88,6 +90,7 @@ def status_of(project: Project) -> Status:
         items_per_second=rate,
         eta_seconds=round(left / rate) if rate and left and migration.stage == "backfill" else None,
         mixed_space=is_mixed(migration, counts),
+        old_kept=migration.old_kept,
         next_command=next_command(name, migration, route, counts, verification.outcome if current else None),  # type: ignore[union-attr]
     )
 
@@ -117,7 +120,7 @@ def next_command(
     if migration.paused is not None:
         return f"migrator resume {name}"
     if migration.state == "finished":
-        return f"migrator rollout {name} --stage finalize --drop-old" if migration.old_kept else None
+        return None
     if migration.stage == "planned":
         if migration.new_encoder_id is None:
             return f"migrator train {name}"

@@ -74,7 +74,8 @@ def run(arguments: Sequence[str]) -> int:
         return 2
     except click.ClickException as error:
         command = error.ctx.command_path if isinstance(error, click.UsageError) and error.ctx else "migrator"
-        click.echo(f"{command}: {error.format_message()} (see `{command} --help`)", err=True)
+        message = " ".join(error.format_message().split())
+        click.echo(f"{command}: {message} (see `{command} --help`)", err=True)
         return 2
     except (KeyboardInterrupt, click.Abort):
         click.echo("migrator: interrupted; running the command again continues", err=True)
@@ -84,10 +85,8 @@ def run(arguments: Sequence[str]) -> int:
             traceback.print_exc()
         code = exit_code_of(error)
         if code == 1:
-            click.echo(
-                f"migrator: this is a bug: {type(error).__name__}: {error} (--verbose shows where)".replace("\n", " "),
-                err=True,
-            )
+            what = " ".join(f"{type(error).__name__}: {error}".split())
+            click.echo(f"migrator: this is a bug: {what} (`migrator --verbose ...` shows where)", err=True)
         else:
             click.echo(f"migrator: {error}", err=True)
         return code

@@ -40,9 +40,10 @@ WantedBy=timers.target
 @click.option("--every", "minutes", type=click.IntRange(1, 59), default=10, show_default=True, help="Minutes apart.")
 @click.option("--systemd", is_flag=True, help="systemd units instead of a crontab line.")
 def command(name: str | None, config_path: Path, minutes: int, systemd: bool) -> None:
-    """Print a crontab line or systemd units for the backfill. Installs nothing.
+    """Print a crontab line or systemd units for the backfill.
 
-    Each run leaves before the next one is due; one that is late finds the other and leaves with exit code 0.
+    Installs nothing. Each run leaves before the next one is due; one that is late finds the other and leaves with
+    exit code 0.
     """
     with open_project(config_path, name) as project:
         folder, name = project.config.folder, project.name

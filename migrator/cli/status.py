@@ -47,6 +47,7 @@ def command(name: str | None, config_path: Path, as_json: bool) -> None:
             ("rate", rate),
             ("eta", duration(status.eta_seconds)),
             ("mixed space", "yes: only new-encoder queries are right" if status.mixed_space else "no"),
+            ("old vectors", "kept: `migrator rollback` is possible" if status.old_kept else None),
             ("next", status.next_command or "nothing is left to do"),
         ]
     )

@@ -1,47 +1,42 @@
 """A training killed at random moments and resumed ends with the weights of an uninterrupted one, bit for bit."""
 
-import os
+import multiprocessing
 import random
-import signal
-import subprocess
-import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from multiprocessing.connection import Connection
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 
 import numpy as np
 import PIL.Image
 import pytest
+import torch
 from safetensors.numpy import load_file
 from sklearn.datasets import load_digits
 
-pytestmark = pytest.mark.crash
-
-PROGRAM = """
-import sys
-from dataclasses import replace
-from pathlib import Path
-import torch
 from trainer.data import read_items
-from trainer.encoder import EncoderSpec, Preprocessing, load_encoder
-from trainer.fit import FitSettings, fit
+from trainer.encoder import EncoderSpec, Preprocessing, build_model, load_encoder, save_encoder
+from trainer.fit import FitSettings, Progress, fit
 from trainer.images import ImageSource
 
-torch.set_num_threads(1)
-folder, run, compatible = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3] == "advbct"
-spec = EncoderSpec("test_resnet", 16, Preprocessing(image_size=16))
-old = load_encoder(replace(spec, weights=folder / "old" / "encoder.safetensors")) if compatible else None
-settings = FitSettings(method=sys.argv[3], epochs=6, batch_size=10, device="cpu", num_workers=2)
+pytestmark = pytest.mark.crash
 
-def report(progress):
-    print(progress.stage, progress.epoch, progress.step, flush=True)
+SPEC = EncoderSpec("test_resnet", 16, Preprocessing(image_size=16))
+KILLS = 4
 
-fit(read_items(folder / "items.csv"), ImageSource(str(folder)), old, spec, settings, run, resume=True, report=report)
-print("finished", flush=True)
-"""
+
+@pytest.fixture(scope="module")
+def context() -> ForkServerContext:
+    """Starts processes from one that has torch already; importing it anew each time would take most of the test."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["trainer.fit", "accelerate", "sklearn.datasets"])
+    return context
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Digits with their list of items, and an old encoder."""
+    """Digits, their list of items, and an old encoder (not trained: that does not matter here)."""
     folder = tmp_path_factory.mktemp("digits")
     data = load_digits()
     lines = ["path,label"]
@@ -49,41 +44,60 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         PIL.Image.fromarray((image * 255 / 16).astype(np.uint8)).save(folder / f"{number}.png")
         lines.append(f"{number}.png,{label}")
     (folder / "items.csv").write_text("\n".join(lines))
-    train(folder, "old", "independent")
+    torch.manual_seed(0)
+    save_encoder(build_model(SPEC), SPEC, folder / "old.safetensors")
     return folder
 
 
-def train(folder: Path, run: str, method: str, *, kill_after: int | None = None) -> str:
-    """Runs the program to its end, or kills it after so many lines of its output. Returns the last line read."""
-    process = subprocess.Popen(
-        [sys.executable, "-c", PROGRAM, str(folder), str(folder / run), method],
-        stdout=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    last = ""
-    assert process.stdout is not None
-    with process.stdout:
-        for number, line in enumerate(process.stdout, start=1):
-            last = line.strip()
-            if number == kill_after:
-                process.send_signal(signal.SIGKILL)
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def train(folder: Path, run: str, reports: Connection | None = None) -> None:
+    torch.set_num_threads(1)
+    old = load_encoder(replace(SPEC, weights=folder / "old.safetensors"), device="cpu")
+
+    def report(progress: Progress) -> None:
+        if reports is not None:
+            reports.send(progress.stage)
+
+    settings = FitSettings(epochs=4, batch_size=10, device="cpu", num_workers=2)
+    items, images = read_items(folder / "items.csv"), ImageSource(str(folder))
+    fit(items, images, old, SPEC, settings, folder / run, resume=True, report=report)
+
+
+def train_and_kill(context: ForkServerContext, folder: Path, *, after: int) -> list[str]:
+    """Kills the training when it has reported so often. Returns the stages it reported."""
+    here, there = context.Pipe(duplex=False)
+    process = context.Process(target=train, args=(folder, "parts", there))
+    process.start()
+    there.close()
+    seen = []
+    with here:
+        while len(seen) < after and here.poll(120):
+            try:
+                seen.append(here.recv())
+            except EOFError:
                 break
-    code = process.wait(timeout=60)
-    assert code == (-signal.SIGKILL if kill_after else 0) or (kill_after and last == "finished")
-    return last
+        process.kill()
+    process.join()
+    assert len(seen) == after
+    return seen
 
 
-def test_killed_training_resumes_bit_for_bit(folder: Path) -> None:
-    assert train(folder, "whole", "advbct") == "finished"
+def test_killed_training_resumes_bit_for_bit(folder: Path, context: ForkServerContext) -> None:
     dice = random.Random(4)
-    # The first kill falls into the reading of images, the others shortly before, in or after the writing of a checkpoint.
-    reached = [
-        train(folder, "parts", "advbct", kill_after=lines) for lines in (1, *(dice.randint(1, 4) for _ in range(4)))
-    ]
-    assert reached[0].startswith("images")
-    assert any(line.startswith("train") for line in reached)
-    assert train(folder, "parts", "advbct") == "finished"
+    # The first falls into the reading of images; an epoch reports twice, the second time just before its checkpoint.
+    stages = [train_and_kill(context, folder, after=n) for n in (1, *(dice.randint(1, 3) for _ in range(KILLS - 1)))]
+    assert stages[0] == ["images"]
+    assert any("train" in seen for seen in stages)
+    assert not (folder / "parts" / "result.json").exists()
+    for run in ("parts", "whole"):
+        train(folder, run)
     whole, parts = (load_file(folder / run / "encoder.safetensors") for run in ("whole", "parts"))
     assert whole.keys() == parts.keys()
     for name, tensor in whole.items():

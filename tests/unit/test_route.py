@@ -19,7 +19,7 @@ from migrator.ledger import Ledger, Migration, Route
 from migrator.rollout import route as module
 from migrator.rollout.route import Choice, RouteClient, bucket, choose, current_route, describe, initial_route
 
-KEYS = [f"user-{number}" for number in range(20_000)]
+KEYS = [f"user-{number}" for number in range(5_000)]
 
 
 def a_route(percent: float = 0.0, **columns: Any) -> Route:
@@ -79,7 +79,7 @@ def test_raising_the_share_never_moves_a_key_back(key, low, high):
 @pytest.mark.parametrize("percent", [0, 1, 10, 50, 100])
 def test_the_share_is_what_was_asked_for(percent):
     new = sum(choose(a_route(float(percent)), key).encoder == "new" for key in KEYS)
-    assert abs(new / len(KEYS) * 100 - percent) < 1.5
+    assert abs(new / len(KEYS) * 100 - percent) < 3
     if percent in (0, 100):
         assert new == len(KEYS) * percent / 100
 

@@ -21,7 +21,7 @@ from adapters.base import ItemId, Store, StoreBusy, StoreRejected, Vectors, orde
 
 DIM = 16
 SLOW = settings(
-    max_examples=20,
+    max_examples=10,
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.differing_executors],
     derandomize=True,

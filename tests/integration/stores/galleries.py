@@ -147,22 +147,19 @@ def add(index: Any, vectors: Vectors, labels: np.ndarray, *, afresh: bool) -> No
 
 def vectors_by_label(index: Any) -> dict[int, np.ndarray]:
     """What an index holds, read the plain way."""
-    index = faiss.downcast_index(index)
-    if isinstance(index, (faiss.IndexIDMap, faiss.IndexIDMap2)):
-        labels = faiss.vector_to_array(index.id_map).tolist()
-        index = faiss.downcast_index(index.index)
-    elif isinstance(index, faiss.IndexIVF):
-        index.set_direct_map_type(faiss.DirectMap.Hashtable)
-        lists = index.invlists
-        parts = [
-            faiss.rev_swig_ptr(lists.get_ids(number), lists.list_size(number)).tolist()
-            for number in range(index.nlist)
-            if lists.list_size(number)
-        ]
-        return {label: index.reconstruct(label) for part in parts for label in part}
-    else:
-        labels = list(range(index.ntotal))
-    return dict(zip(labels, index.reconstruct_n(0, index.ntotal), strict=True)) if labels else {}
+    outer = faiss.downcast_index(index)
+    inner = outer
+    labels = list(range(index.ntotal))
+    if isinstance(outer, (faiss.IndexIDMap, faiss.IndexIDMap2)):
+        labels = faiss.vector_to_array(outer.id_map).tolist()
+        inner = faiss.downcast_index(outer.index)
+    elif isinstance(outer, faiss.IndexIVF):
+        outer.set_direct_map_type(faiss.DirectMap.Hashtable)
+        lists = outer.invlists
+        sizes = [lists.list_size(number) for number in range(outer.nlist)]
+        parts = [faiss.rev_swig_ptr(lists.get_ids(number), size).tolist() for number, size in enumerate(sizes) if size]
+        return {label: outer.reconstruct(label) for part in parts for label in part}
+    return dict(zip(labels, inner.reconstruct_n(0, index.ntotal), strict=True)) if labels else {}
 
 
 def put_vectors(index: Any, labels: Sequence[int], vectors: Vectors) -> None:

@@ -27,17 +27,17 @@ INTEGERS = [
     Flavour("HNSW8"),
     Flavour("IDMap2,HNSW8", faiss.METRIC_L2),
     Flavour("SQ8"),
-    Flavour("PQ8x6"),
+    Flavour("PQ8x6np"),
     Flavour("HNSW8_SQ8", faiss.METRIC_L2),
     Flavour("IVF8,SQ8"),
-    Flavour("IVF8,PQ8x6"),
+    Flavour("IVF8,PQ8x6np"),
 ]
 STRINGS = [
     Flavour("Flat", strings=True),
     Flavour("IDMap2,Flat", strings=True, faiss_ids=True),
     Flavour("IVF8,Flat", faiss.METRIC_L2, strings=True),
     Flavour("HNSW8", strings=True),
-    Flavour("PQ8x6", strings=True),
+    Flavour("PQ8x6np", strings=True),
 ]
 
 

@@ -1,0 +1,254 @@
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Iterable, Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from adapters.base import ItemId, order_key
+from migrator.backfill import chunks as module
+from migrator.backfill import throttle
+from migrator.backfill.chunks import cut_catch_up, cut_first_pass, items_to_do
+from migrator.backfill.throttle import Throttle
+from migrator.ledger import Chunk, Ledger, Migration
+
+STAMP = "new-encoder"
+
+items = st.lists(
+    st.one_of(
+        st.integers(-(2**63), 2**63 - 1), st.integers(-20, 20), st.text(st.characters(codec="utf-8"), max_size=5)
+    ),
+    max_size=60,
+).map(lambda found: list({(type(item), item): item for item in found}.values()))
+
+
+class Ids:
+    """A store that knows its ids and which of them are stamped; it answers in the total order that all stores keep."""
+
+    def __init__(self, ids: Iterable[ItemId], stamped: Iterable[ItemId] = ()) -> None:
+        self.stamps: dict[ItemId, bool] = dict.fromkeys(ids, False) | dict.fromkeys(stamped, True)
+        self.limits: list[int] = []
+
+    def _page(self, ids: Iterable[ItemId], after: ItemId | None, limit: int) -> list[ItemId]:
+        self.limits.append(limit)
+        return sorted((i for i in ids if after is None or order_key(i) > order_key(after)), key=order_key)[:limit]
+
+    def scan_ids(self, *, after: ItemId | None, upto: ItemId | None = None, limit: int) -> list[ItemId]:
+        return self._page((i for i in self.stamps if upto is None or order_key(i) <= order_key(upto)), after, limit)
+
+    def unstamped(self, stamp: str, *, after: ItemId | None, limit: int) -> list[ItemId]:
+        assert stamp == STAMP
+        return self._page((item for item, done in self.stamps.items() if not done), after, limit)
+
+
+class Passes:
+    """The part of a ledger that cutting uses."""
+
+    def __init__(self) -> None:
+        self.passes: list[list[tuple[ItemId | None, ItemId, int]]] = []
+
+    def add_chunks(self, _: int, number: int, ranges: Sequence[tuple[ItemId | None, ItemId, int]]) -> None:
+        if ranges and number == len(self.passes):
+            self.passes.append(list(ranges))
+
+    def counts(self, _: int) -> Any:
+        return SimpleNamespace(passes=len(self.passes))
+
+    def chunks(self, number: int) -> list[Chunk]:
+        return [
+            Chunk(
+                pass_number=number, ordinal=ordinal, items=count, upto_id=json.dumps(upto),
+                after_id=None if after is None else json.dumps(after),
+            )
+            for ordinal, (after, upto, count) in enumerate(self.passes[number])
+        ] if number < len(self.passes) else []  # fmt: skip
+
+
+MIGRATION = Migration(id=1)
+
+
+def first_pass(store: Ids, size: int) -> Passes:
+    ledger = Passes()
+    cut_first_pass(store, ledger, MIGRATION, size=size)  # type: ignore[arg-type]
+    return ledger
+
+
+def catch_up(store: Ids, ledger: Passes, size: int, leave: Iterable[ItemId] = ()) -> int:
+    return cut_catch_up(store, ledger, MIGRATION, stamp=STAMP, size=size, leave=set(leave))  # type: ignore[arg-type]
+
+
+def to_do(store: Ids, chunk: Chunk, leave: Iterable[ItemId] = ()) -> list[ItemId]:
+    return items_to_do(store, chunk, stamp=STAMP, leave=set(leave))  # type: ignore[arg-type]
+
+
+def exactly(found: Iterable[ItemId]) -> list[str]:
+    return [repr(item) for item in found]
+
+
+@pytest.fixture(autouse=True)
+def small_pages(monkeypatch):
+    monkeypatch.setattr(module, "PAGE", 7)
+
+
+# --- the first pass --------------------------------------------------------------------------------------------------
+
+
+@settings(deadline=None)
+@given(ids=items, size=st.integers(1, 15))
+def test_every_id_is_in_one_chunk_and_in_order(ids, size):
+    store = Ids(ids)
+    ledger = first_pass(store, size)
+    chunks = ledger.chunks(0)
+    assert exactly(item for chunk in chunks for item in to_do(store, chunk)) == exactly(sorted(ids, key=order_key))
+    assert [len(to_do(store, chunk)) for chunk in chunks] == [chunk.items for chunk in chunks]
+    assert all(chunk.items == size for chunk in chunks[:-1])
+    assert [chunk.after_id for chunk in chunks] == [None, *(chunk.upto_id for chunk in chunks[:-1])][: len(chunks)]
+
+
+def test_ranges_go_through_a_real_ledger(tmp_path):
+    ids: list[ItemId] = [-(2**62), -3, 7, 2**62, "", "'; DROP TABLE chunks; --", "7", 'a"b\\', "é✓\U0001f600"]
+    ledger = Ledger(f"sqlite:///{tmp_path}/migrator.db")
+    ledger.save_encoder("old", "{}")
+    ledger.save_plan(
+        "m", collection="c", strategy="in_place", old_encoder_id="old", new_encoder_id=None, fingerprint="", bound={},
+        content={},
+    )  # fmt: skip
+    migration = ledger.migration("m")
+    assert migration is not None
+    store = Ids(ids)
+    assert cut_first_pass(store, ledger, migration, size=2) == 5  # type: ignore[arg-type]
+    chunks = ledger.chunks(migration.id)
+    assert exactly(item for chunk in chunks for item in to_do(store, chunk)) == exactly(ids)
+
+    store.stamps.update({"new one": False, 8: False})
+    cut_first_pass(store, ledger, migration, size=2)  # type: ignore[arg-type]
+    assert [(c.after_id, c.upto_id) for c in ledger.chunks(migration.id)] == [(c.after_id, c.upto_id) for c in chunks]
+    store.stamps.update(dict.fromkeys(ids, True))
+    assert cut_catch_up(store, ledger, migration, stamp=STAMP, size=1, leave=[]) == 2  # type: ignore[arg-type]
+    assert [(c.pass_number, c.upto_id) for c in ledger.chunks(migration.id)[5:]] == [(1, "8"), (1, '"new one"')]
+    ledger.close()
+
+
+def test_an_empty_collection_has_no_chunks():
+    assert first_pass(Ids([]), 10).passes == []
+
+
+@settings(deadline=None)
+@given(ids=items, size=st.integers(1, 15), data=st.data())
+def test_what_is_stamped_deleted_or_new_changes_no_boundary(ids, size, data):
+    """The chunk asks the store what is left in its range; the range itself is what was stored."""
+    store = Ids(ids)
+    ledger = first_pass(store, size)
+    some = st.lists(st.sampled_from(ids), unique_by=repr) if ids else st.just([])
+    stamped, deleted, left, new = data.draw(some), data.draw(some), data.draw(some), data.draw(items)
+    store.stamps.update(dict.fromkeys(stamped, True))
+    for item in deleted:
+        del store.stamps[item]
+    for item in new:
+        store.stamps.setdefault(item, False)
+    found = [item for chunk in ledger.chunks(0) for item in to_do(store, chunk, left)]
+    last = max(map(order_key, ids), default=None)
+    expected = [
+        item
+        for item, done in store.stamps.items()
+        if not done and item not in left and last is not None and order_key(item) <= last
+    ]
+    assert exactly(found) == exactly(sorted(expected, key=order_key))
+
+
+def test_the_bounds_of_a_range():
+    store = Ids(range(10))
+    (_, middle, _) = first_pass(store, 4).chunks(0)
+    assert to_do(store, middle) == [4, 5, 6, 7]
+    store.stamps[5] = True
+    assert to_do(store, middle, leave=[7]) == [4, 6]
+    store.stamps["5"] = False
+    assert to_do(store, middle) == [4, 6, 7]
+
+
+def test_a_chunk_with_nothing_left_looks_no_further():
+    store = Ids(range(1000))
+    chunk = first_pass(store, 10).chunks(0)[0]
+    store.stamps.update(dict.fromkeys(range(10), True))
+    store.limits.clear()
+    assert to_do(store, chunk) == []
+    assert store.limits == [11], "one page, of a chunk's size and not of the collection's"
+
+
+# --- catching up -----------------------------------------------------------------------------------------------------
+
+
+@settings(deadline=None)
+@given(ids=items, arrived=items, size=st.integers(1, 15), data=st.data())
+def test_catching_up_finds_what_arrived_once_and_leaves_out_failures(ids, arrived, size, data):
+    store = Ids([], stamped=ids)
+    new = [item for item in arrived if item not in store.stamps]
+    store.stamps.update(dict.fromkeys(new, False))
+    failing = data.draw(st.lists(st.sampled_from(new), unique_by=repr)) if new else []
+    ledger = Passes()
+    if ids:
+        ledger.add_chunks(1, 0, [(None, max(ids, key=order_key), len(ids))])
+    before = len(ledger.passes)
+    expected = exactly(sorted((item for item in new if item not in failing), key=order_key))
+    assert catch_up(store, ledger, size, failing) == len(expected)
+    cut = ledger.chunks(before)
+    assert exactly(item for chunk in cut for item in to_do(store, chunk, failing)) == expected
+    assert sum(chunk.items for chunk in cut) == len(expected)
+
+    store.stamps.update(dict.fromkeys((item for item in new if item not in failing), True))
+    passes = len(ledger.passes)
+    assert catch_up(store, ledger, size, failing) == 0
+    assert len(ledger.passes) == passes, "a pass without items is not stored"
+
+
+def test_two_processes_that_catch_up_at_once_store_one_pass():
+    """Else the second pass would hold what the first is working on, and items would be encoded twice."""
+    store, ledger = Ids(range(20)), Passes()
+    ledger.add_chunks(1, 0, [(None, -1, 1)])
+
+    class Overtaken(Ids):
+        def unstamped(self, stamp: str, *, after: ItemId | None, limit: int) -> list[ItemId]:
+            if after is None and len(ledger.passes) == 1:
+                assert catch_up(store, ledger, 5) == 20
+            return super().unstamped(stamp, after=after, limit=limit)
+
+    assert catch_up(Overtaken(range(20)), ledger, 5) == 20
+    assert [len(ranges) for ranges in ledger.passes] == [1, 4]
+
+
+# --- leaving room for others -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("nice", "worked", "rests"), [(0.0, 2.0, []), (1.0, 2.0, [2.0]), (0.5, 4.0, [2.0])])
+def test_the_throttle_rests_in_proportion_to_the_work(monkeypatch, nice, worked, rests):
+    clock, waited = [100.0], []
+    monkeypatch.setattr(throttle.time, "monotonic", lambda: clock[0])
+
+    class Stop(threading.Event):
+        def wait(self, timeout: float | None = None) -> bool:
+            waited.append(timeout)
+            clock[0] += timeout or 0
+            return False
+
+    resting = Throttle(nice, Stop())
+    resting.rest()  # starts the clock
+    for _ in range(2):
+        clock[0] += worked
+        resting.rest()
+    assert waited == rests * 2, "the rest itself is not work"
+
+
+def test_a_stop_ends_the_rest(monkeypatch):
+    stop = threading.Event()
+    stop.set()
+    resting = Throttle(1e6, stop)
+    resting.rest()
+    later = time.monotonic() + 60
+    monkeypatch.setattr(throttle.time, "monotonic", lambda: later)
+    resting.rest()  # would be sixty million seconds
