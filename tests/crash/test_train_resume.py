@@ -91,8 +91,8 @@ def train_and_kill(context: ForkServerContext, folder: Path, *, after: int) -> l
 
 def test_killed_training_resumes_bit_for_bit(folder: Path, context: ForkServerContext) -> None:
     dice = random.Random(4)
-    # The first falls into the reading of images; an epoch reports twice, the second time just before its checkpoint.
-    stages = [train_and_kill(context, folder, after=n) for n in (1, *(dice.randint(1, 3) for _ in range(KILLS - 1)))]
+    # Images are reported twice, then each epoch twice, the second time just before its checkpoint.
+    stages = [train_and_kill(context, folder, after=n) for n in (1, *(dice.randint(3, 5) for _ in range(KILLS - 1)))]
     assert stages[0] == ["images"]
     assert any("train" in seen for seen in stages)
     assert not (folder / "parts" / "result.json").exists()

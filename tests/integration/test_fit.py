@@ -69,7 +69,7 @@ def few(digits: tuple[Path, np.ndarray]) -> TrainingItems:
 @pytest.fixture(scope="module")
 def old(digits: tuple[Path, np.ndarray], images: ImageSource, tmp_path_factory: pytest.TempPathFactory) -> Encoder:
     """Trained on 200 of the images."""
-    settings = replace(FAST, method="independent", epochs=5, batch_size=25, validation=0, seed=7)
+    settings = replace(FAST, method="independent", epochs=5, batch_size=10, lr=0.005, validation=0, seed=7)
     result = fit(items_of(digits, range(200)), images, None, SPEC, settings, tmp_path_factory.mktemp("old") / "run")
     return load_encoder(replace(SPEC, weights=result.weights), expected=result.card, device="cpu")
 
@@ -82,7 +82,7 @@ def test_advbct_gives_a_better_encoder_whose_queries_work_in_the_old_gallery(
     digits: tuple[Path, np.ndarray], items: TrainingItems, images: ImageSource, old: Encoder, tmp_path: Path
 ) -> None:
     reports: list[Progress] = []
-    settings = replace(FAST, epochs=6, batch_size=25)
+    settings = replace(FAST, epochs=6, batch_size=20, lr=0.005)
     result = fit(items, images, old, SPEC, settings, tmp_path / "new", report=reports.append)
     new = load_encoder(replace(SPEC, weights=result.weights), expected=result.card, device="cpu")
 

@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from datetime import timedelta
 from pathlib import Path
+from subprocess import PIPE
 from types import ModuleType
 from typing import Any
 
@@ -694,11 +695,16 @@ class LedgerSuite:
         assert ledger.counts(migration.id).by_state == {"done": 30}
 
     def test_created_by_several_processes_at_once(self, empty_url):
-        code = "import sys; from migrator.ledger import Ledger; sys.stdin.readline(); Ledger(sys.argv[1]).close()"
+        code = (
+            "import sys, alembic.command, migrator.ledger as ledger; print(flush=True); sys.stdin.readline();"
+            "ledger.Ledger(sys.argv[1]).close()"
+        )
         processes = [
-            subprocess.Popen([sys.executable, "-c", code, empty_url], stdin=subprocess.PIPE, stderr=subprocess.PIPE)
+            subprocess.Popen([sys.executable, "-c", code, empty_url], stdin=PIPE, stdout=PIPE, stderr=PIPE)
             for _ in range(3)
         ]
+        for process in processes:
+            assert process.stdout.readline() == b"\n", "it is ready"
         for process in processes:
             process.stdin.write(b"\n")
             process.stdin.flush()
@@ -724,9 +730,7 @@ ledger.close()
 
 
 def start_worker(url: str, migration_id: int, *options: str) -> subprocess.Popen[bytes]:
-    return subprocess.Popen(
-        [sys.executable, "-c", WORKER, url, str(migration_id), *options], stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )
+    return subprocess.Popen([sys.executable, "-c", WORKER, url, str(migration_id), *options], stdout=PIPE, stderr=PIPE)
 
 
 def finished_by(worker: subprocess.Popen[bytes], *, returncode: int) -> list[int]:
@@ -1098,6 +1102,6 @@ def test_leasing_whatever_happens(template, dead_process):
     run_state_machine_as_test(
         machine,
         settings=settings(
-            max_examples=10, stateful_step_count=20, deadline=None, suppress_health_check=list(HealthCheck)
+            max_examples=8, stateful_step_count=18, deadline=None, suppress_health_check=list(HealthCheck)
         ),
     )

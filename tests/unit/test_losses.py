@@ -95,6 +95,18 @@ def test_arcface_of_a_feature_on_its_class_direction_has_a_finite_gradient(sign:
     assert torch.isfinite(loss.weight.grad).all()
 
 
+def test_arcface_can_start_from_the_old_centres(old_space: OldSpace) -> None:
+    loss = ArcFace(DIM, CLASSES, scale=30.0, margin=0.3)
+    before = loss.weight.detach().clone()
+    loss.start_from(torch.from_numpy(old_space.centres), torch.from_numpy(old_space.known))
+    for row, start, centre, known in zip(loss.weight, before, old_space.centres, old_space.known, strict=True):
+        if known:
+            assert torch.allclose(row / row.norm(), torch.from_numpy(centre / np.linalg.norm(centre)), atol=1e-6)
+            assert row.norm().item() == pytest.approx(start.norm().item(), rel=1e-5)
+        else:
+            assert torch.equal(row, start)
+
+
 def boundary_in_loops(features: Tensor, labels: Tensor, loss: ElasticBoundary) -> tuple[float, float]:
     excesses, slacks = [], []
     for feature, label in zip(features.tolist(), labels.tolist(), strict=True):
@@ -219,6 +231,10 @@ def test_discriminator_sees_a_shift_between_new_and_old() -> None:
     assert value.item() < 0.45  # blind: log 2 = 0.69
 
 
+def cosine_to_centre(loss: ArcFace, old_space: OldSpace) -> float:
+    return torch.nn.functional.cosine_similarity(loss.weight[0], torch.from_numpy(old_space.centres[0]), dim=0).item()
+
+
 def test_advbct_adds_up_its_weighted_terms(batch: tuple[Tensor, Tensor, Tensor], old_space: OldSpace) -> None:
     features, labels, old = (batch[0].float(), batch[1], batch[2].float())
     settings = LossSettings(boundary_weight=7.0, adversarial_weight=3.0)
@@ -231,9 +247,14 @@ def test_advbct_adds_up_its_weighted_terms(batch: tuple[Tensor, Tensor, Tensor],
     assert terms["slack"] == 7 * boundary.slack(labels)
 
 
-def test_the_published_recipe_has_no_spring(batch: tuple[Tensor, Tensor, Tensor], old_space: OldSpace) -> None:
+def test_the_published_recipe_has_no_spring_and_no_start_from_the_centres(
+    batch: tuple[Tensor, Tensor, Tensor], old_space: OldSpace
+) -> None:
     features, labels, old = (batch[0].float(), batch[1], batch[2].float())
+    ours = build_objective("advbct", LossSettings(), dim=DIM, classes=CLASSES, old=old_space)
+    assert cosine_to_centre(ours.classification, old_space) == pytest.approx(1)
     objective = build_objective("advbct", LossSettings(reference=True), dim=DIM, classes=CLASSES, old=old_space)
+    assert cosine_to_centre(objective.classification, old_space) < 0.99
     assert set(objective(features, labels, old, progress=0, remaining=1)) == {
         "classification",
         "boundary",

@@ -84,6 +84,14 @@ def test_the_share_is_what_was_asked_for(percent):
         assert new == len(KEYS) * percent / 100
 
 
+def test_a_key_stays_where_it_is_when_the_route_changes_otherwise():
+    before, after, elsewhere = a_route(50.0), a_route(50.0), a_route(50.0)
+    after.epoch, after.phase, elsewhere.salt = 4, "backfill", "s2"
+    new = [choose(before, key).encoder for key in KEYS]
+    assert [choose(after, key).encoder for key in KEYS] == new
+    assert [choose(elsewhere, key).encoder for key in KEYS] != new
+
+
 def test_a_choice_names_encoder_collection_and_epoch():
     assert choose(a_route(0.0), "k") == Choice("old", "digits", 3)
     route = a_route(100.0)

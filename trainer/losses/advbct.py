@@ -51,9 +51,14 @@ def build(settings: LossSettings, *, dim: int, classes: int, old: OldSpace | Non
     """The method as `settings` have it; the published recipe (`reference`) knows no spring on the radii."""
     if old is None:
         raise TrainingProblem("method advbct needs the old encoder: declare old_encoder, or set method to independent")
+    classification = ArcFace(dim, classes, scale=settings.arcface_scale, margin=settings.arcface_margin)
+    boundary = ElasticBoundary(old, limit=settings.radius_limit)
+    if not settings.reference:
+        # From random directions, classification may gather a class far from its ball, with other classes in between.
+        classification.start_from(boundary.centres, boundary.known)
     return AdvBCT(
-        ArcFace(dim, classes, scale=settings.arcface_scale, margin=settings.arcface_margin),
-        ElasticBoundary(old, limit=settings.radius_limit),
+        classification,
+        boundary,
         AdversarialAlignment(dim),
         boundary_weight=settings.boundary_weight,
         adversarial_weight=settings.adversarial_weight,

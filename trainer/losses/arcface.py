@@ -26,6 +26,12 @@ class ArcFace(nn.Module):
         self.weight = nn.Parameter(torch.empty(classes, dim))
         nn.init.xavier_uniform_(self.weight)
 
+    @torch.no_grad()
+    def start_from(self, centres: Tensor, known: Tensor) -> None:
+        """Turns the weights of the classes `known` (C,) into the directions of `centres` (C, D), their lengths kept."""
+        turned = F.normalize(centres) * self.weight.norm(dim=1, keepdim=True)
+        self.weight.copy_(torch.where(known[:, None], turned, self.weight))
+
     def forward(self, features: Tensor, labels: Tensor) -> Tensor:
         """Mean loss of features (B, D), of any length, with labels (B,)."""
         cosine = F.linear(F.normalize(features), F.normalize(self.weight))  # (B, C)

@@ -20,24 +20,20 @@ INTEGERS = [
     Flavour("Flat", faiss.METRIC_L2),
     Flavour("IDMap,Flat"),
     Flavour("IDMap2,Flat"),
-    Flavour("IDMap2,Flat", faiss_ids=True),
     Flavour("IVF8,Flat"),
-    Flavour("IVF8,Flat", faiss.METRIC_L2, faiss_ids=True),
-    Flavour("IDMap2,IVF8,Flat"),
+    Flavour("IDMap2,IVF8,Flat", faiss.METRIC_L2),
     Flavour("HNSW8"),
-    Flavour("IDMap2,HNSW8", faiss.METRIC_L2),
+    Flavour("IDMap2,HNSW8_SQ8", faiss.METRIC_L2),
     Flavour("SQ8"),
     Flavour("PQ8x6np"),
-    Flavour("HNSW8_SQ8", faiss.METRIC_L2),
-    Flavour("IVF8,SQ8"),
-    Flavour("IVF8,PQ8x6np"),
+    Flavour("IVF8,SQ8", faiss_ids=True),
+    Flavour("IVF8,PQ8x6np", faiss_ids=True),
 ]
 STRINGS = [
     Flavour("Flat", strings=True),
     Flavour("IDMap2,Flat", strings=True, faiss_ids=True),
-    Flavour("IVF8,Flat", faiss.METRIC_L2, strings=True),
+    Flavour("IVF8,Flat", faiss.METRIC_L2, strings=True, faiss_ids=True),
     Flavour("HNSW8", strings=True),
-    Flavour("PQ8x6np", strings=True),
 ]
 
 
