@@ -75,7 +75,7 @@ class Project:
 
     def undo_log(self, migration: Migration) -> UndoLog:
         """The undo log of a migration."""
-        return UndoLog(self.config.artifacts, self.name, migration.id)
+        return UndoLog(self.config.artifacts, self.name, f"{migration.id}-{migration.created_at:%Y%m%dT%H%M%S%f}")
 
     # -- store, images, encoders ------------------------------------------------------------------------------------
 

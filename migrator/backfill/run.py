@@ -224,7 +224,6 @@ class _Run:
             return None
         chunk = self.ledger.lease_chunk(self.migration.id, self.owner, seconds=self.settings.lease, leave=self.tried)
         if chunk is not None:
-            self.tried.add(chunk.id)
             self.leased_items += chunk.items
         return chunk
 
@@ -254,4 +253,5 @@ class _Run:
         self.gone += finished.gone
 
     def _fail(self, failed: ChunkFailed) -> None:
+        self.tried.add(failed.chunk.id)
         self.ledger.fail_chunk(failed.chunk, self.owner, error=failed.reason, max_attempts=self.settings.max_attempts)

@@ -36,14 +36,17 @@ class OldVectors:
 
 
 class UndoLog:
-    """The undo files of one migration, under `<artifacts>/<name>/undo-<migration id>/`."""
+    """The undo files of one migration, under `<artifacts>/<name>/undo-<key>/`.
 
-    def __init__(self, artifacts: str, name: str, migration_id: int) -> None:
+    `key` must be the migration's own for ever: a ledger that begins anew must not find the files of an earlier one.
+    """
+
+    def __init__(self, artifacts: str, name: str, key: str) -> None:
         import fsspec
 
         self._fs, root = fsspec.core.url_to_fs(artifacts)
         self._local = self._fs.protocol == "file" or "file" in self._fs.protocol
-        self.folder = f"{root.rstrip('/')}/{name}/undo-{migration_id}"
+        self.folder = f"{root.rstrip('/')}/{name}/undo-{key}"
 
     def _path(self, chunk: Chunk) -> str:
         return f"{self.folder}/{chunk.pass_number:04d}-{chunk.ordinal:08d}.parquet"
@@ -91,10 +94,6 @@ class UndoLog:
         """Deletes the undo files. After that there is no way back to the old vectors."""
         if self._fs.exists(self.folder):
             self._fs.rm(self.folder, recursive=True)
-
-    def size(self) -> int:
-        """Bytes that the undo files take."""
-        return int(self._fs.du(self.folder)) if self._fs.exists(self.folder) else 0
 
 
 def _to_parquet(old: OldVectors) -> bytes:

@@ -11,6 +11,8 @@ import click
 
 from migrator.cli.common import migration_options, open_project
 
+EVERY = [str(minutes) for minutes in range(1, 31) if 60 % minutes == 0]  # others would bunch up at the full hour
+
 SYSTEMD = """\
 # ~/.config/systemd/user/migrator-{name}.service
 [Unit]
@@ -37,14 +39,15 @@ WantedBy=timers.target
 
 @click.command("schedule")
 @migration_options
-@click.option("--every", "minutes", type=click.IntRange(1, 59), default=10, show_default=True, help="Minutes apart.")
+@click.option("--every", type=click.Choice(EVERY), default="10", show_default=True, help="Minutes apart.")
 @click.option("--systemd", is_flag=True, help="systemd units instead of a crontab line.")
-def command(name: str | None, config_path: Path, minutes: int, systemd: bool) -> None:
+def command(name: str | None, config_path: Path, every: str, systemd: bool) -> None:
     """Print a crontab line or systemd units for the backfill.
 
     Installs nothing. Each run leaves before the next one is due; one that is late finds the other and leaves with
     exit code 0.
     """
+    minutes = int(every)
     with open_project(config_path, name) as project:
         folder, name = project.config.folder, project.name
         found = shutil.which("migrator")

@@ -99,13 +99,22 @@ def now() -> dt.datetime:
 
 def this_process() -> str:
     """Names this process as a lease owner: host, pid and a token that no later process shares."""
-    return f"{socket.gethostname()}/{os.getpid()}/{os.urandom(4).hex()}"
+    return f"{_host()}/{os.getpid()}/{os.urandom(4).hex()}"
+
+
+def _host() -> str:
+    """Where a pid means something: containers may share a host's name, but not its process table."""
+    try:
+        table = Path("/proc/self/ns/pid").stat().st_ino
+    except OSError:  # not Linux
+        table = 0
+    return f"{socket.gethostname()}:{table}"
 
 
 def is_dead(owner: str) -> bool:
     """Whether `owner` was a process of this host that no longer runs. A process elsewhere is never known to be dead."""
     host, pid, _ = owner.rsplit("/", 2)
-    if host != socket.gethostname():
+    if host != _host():
         return False
     try:
         os.kill(int(pid), 0)
@@ -141,7 +150,8 @@ class Ledger:
     def _create_engine(self) -> Engine:
         try:
             if self.url.get_backend_name() != "sqlite":
-                return sa.create_engine(self.url, pool_pre_ping=True)
+                # A host that does not answer must not hold up the application that asks for its route.
+                return sa.create_engine(self.url, pool_pre_ping=True, connect_args={"connect_timeout": 10})
             if self.url.database in (None, "", ":memory:"):
                 raise UsageProblem("a ledger in memory forgets all: name a file, for instance sqlite:///migrator.db")
             # NullPool: a connection per transaction keeps SQLite's locks short and lets threads share the ledger.
@@ -358,15 +368,17 @@ class Ledger:
         """Closes a training run; with an encoder, that becomes the migration's new encoder."""
         with self._write() as session:
             run = session.get_one(TrainingRun, run_id)
+            migration = session.get_one(Migration, run.migration_id, with_for_update=True)
+            if encoder_id is not None and migration.state != "planned":
+                error = f"{migration.name} is under way: its new encoder cannot be exchanged"
             run.state = "finished" if error is None else "failed"
             run.encoder_id, run.validation, run.error, run.finished_at = encoder_id, validation, error, now()
-            migration = session.get_one(Migration, run.migration_id)
-            if encoder_id is not None:
-                if migration.state != "planned":
-                    raise Refused(f"{migration.name} is under way: its new encoder cannot be exchanged")
+            if encoder_id is not None and error is None:
                 migration.new_encoder_id, migration.changed_at = encoder_id, now()
             detail = {"encoder": encoder_id} if error is None else {"error": error}
             self._note(session, migration, "trained" if error is None else "training failed", detail)
+        if encoder_id is not None and error is not None:
+            raise Refused(error)
 
     def set_new_encoder(self, migration_id: int, encoder_id: str) -> None:
         """Takes an encoder that was made elsewhere as the migration's new one, while nothing is under way."""

@@ -134,6 +134,11 @@ class _Restore:
         known = set() if old is None else set(old.ids)
         if chunk.state == "restored":
             return known
+        if old is None and chunk.written:
+            raise Refused(
+                f"the undo log of chunk {chunk.pass_number}/{chunk.ordinal} is not in {self.undo.folder}: restore this "
+                f"folder from a backup, then again `migrator rollback {self.project.name}`"
+            )
         foreign: list[ItemId] = []
         if old is not None:
             rows = {item: row for row, item in enumerate(old.ids)}
