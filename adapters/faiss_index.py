@@ -299,7 +299,6 @@ class Index:
             self._inner.cp.min_points_per_centroid = 1
             self._inner.cp.spherical = self.metric == "ip"
             faiss.downcast_index(self._inner.quantizer).reset()
-        self._inner.is_trained = False
 
     def write(self, write: Callable[[bytes], object]) -> None:
         """Hands the index to `write` piece by piece, as FAISS's file format. Errors of `write` pass through."""

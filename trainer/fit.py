@@ -537,30 +537,34 @@ def _fingerprint(items: TrainingItems, old: Encoder | None, spec: EncoderSpec, s
 def _open_run(out: Path, fingerprint: dict[str, Any], *, resume: bool, restart: bool) -> None:
     """Binds the folder to this run, or checks that it is bound to it already."""
     noted = out / "run.json"
-    if restart:
-        # `run.json` last: a folder that still has part of a run is still known as one.
+    finished = (out / "result.json").exists()
+    before = None
+    if noted.exists():
+        try:
+            before = json.loads(noted.read_text())["fingerprint"]
+        except (ValueError, KeyError, TypeError):
+            before = {}
+    # Before the first checkpoint nothing is lost: who corrects a setting that was refused need not say restart.
+    if not restart and (finished or _checkpoints(out)):
+        if not resume:
+            state = "a finished" if finished else "an unfinished"
+            raise TrainingProblem(f"{out} holds {state} run: continue with --resume, or replace it with --restart")
+        if not before:
+            raise TrainingProblem(f"{noted} is damaged or missing: start over with --restart")
+        changed = [
+            f"{name} was {before.get(name)} and is {fingerprint.get(name)}"
+            for name in sorted({*before, *fingerprint})
+            if before.get(name) != fingerprint.get(name)
+        ]
+        if changed:
+            raise TrainingProblem(
+                f"{out} holds a run with other inputs ({'; '.join(changed)}): put them back or use --restart"
+            )
+    if restart or before != fingerprint:
         ours = ("result.json", "encoder.json", "encoder.safetensors", "inputs.json", "pixels.u8", "old_vectors.npy")
-        for path in [*(out / name for name in ours), *_checkpoints(out), out / "metrics.csv", noted]:
+        for path in [*_checkpoints(out), *(out / name for name in ours), out / "metrics.csv"]:
             path.unlink(missing_ok=True)
-    if not noted.exists():
         _write_json(noted, {"format": 1, "fingerprint": fingerprint})
-        return
-    if not resume:
-        state = "a finished" if (out / "result.json").exists() else "an unfinished"
-        raise TrainingProblem(f"{out} holds {state} run: continue with --resume, or replace it with --restart")
-    try:
-        before = json.loads(noted.read_text())["fingerprint"]
-    except (ValueError, KeyError, TypeError):
-        raise TrainingProblem(f"{noted} is damaged: start over with --restart") from None
-    changed = [
-        f"{name} was {before.get(name)} and is {fingerprint.get(name)}"
-        for name in sorted({*before, *fingerprint})
-        if before.get(name) != fingerprint.get(name)
-    ]
-    if changed:
-        raise TrainingProblem(
-            f"{out} holds a run with other inputs ({'; '.join(changed)}): put them back, or start over with --restart"
-        )
 
 
 @contextlib.contextmanager

@@ -196,9 +196,9 @@ def test_a_damaged_checkpoint_is_skipped(
 
 
 def test_a_run_folder_is_replaced_only_on_request(few: TrainingItems, images: ImageSource, tmp_path: Path) -> None:
-    settings = replace(FAST, method="independent", epochs=1)
+    settings = replace(FAST, method="independent", epochs=2)
     with pytest.raises(Stop):
-        fit(few, images, None, SPEC, settings, tmp_path, report=stop_after(0))
+        fit(few, images, None, SPEC, settings, tmp_path, report=stop_after(1))
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(TrainingProblem, match="an unfinished run: continue with --resume, or replace"):
         fit(few, images, None, SPEC, settings, tmp_path)
@@ -209,6 +209,15 @@ def test_a_run_folder_is_replaced_only_on_request(few: TrainingItems, images: Im
     second = fit(few, images, None, SPEC, replace(settings, seed=6), tmp_path, restart=True)
     assert weights_of(second) != before
     assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+def test_a_refused_setting_can_be_corrected_without_more_words(
+    few: TrainingItems, images: ImageSource, tmp_path: Path
+) -> None:
+    settings = replace(FAST, method="independent", epochs=1)
+    with pytest.raises(TrainingProblem, match="fewer than a batch"):
+        fit(few, images, None, SPEC, replace(settings, batch_size=190), tmp_path)
+    fit(few, images, None, SPEC, settings, tmp_path)
 
 
 def test_resume_of_another_run_says_what_differs(
@@ -291,9 +300,17 @@ def test_settings_problems_are_told_together() -> None:
 
 
 def test_a_full_disk_is_a_problem_with_a_name(few: TrainingItems, images: ImageSource, tmp_path: Path) -> None:
+    settings = replace(FAST, method="independent")
+
+    def stop(progress: Progress) -> None:
+        raise Stop
+
+    with pytest.raises(Stop):  # leaves a folder bound to this run
+        fit(few, images, None, SPEC, settings, tmp_path, report=stop)
+    (tmp_path / "pixels.u8").unlink()
     (tmp_path / "pixels.u8").symlink_to("/dev/full")
     with pytest.raises(TrainingProblem, match="No space left on device"):
-        fit(few, images, None, SPEC, replace(FAST, method="independent"), tmp_path)
+        fit(few, images, None, SPEC, settings, tmp_path)
 
 
 def test_bf16_and_flip_train_too(few: TrainingItems, images: ImageSource, old: Encoder, tmp_path: Path) -> None:
