@@ -129,15 +129,21 @@ class Store(Protocol):
     """One collection of a vector store. Opened by `adapters.registry.open_store`."""
 
     @property
-    def capabilities(self) -> Capabilities: ...
+    def capabilities(self) -> Capabilities:
+        """What this store can and cannot do, with the index that the collection has."""
+        ...
 
-    def describe(self) -> CollectionInfo: ...
+    def describe(self) -> CollectionInfo:
+        """Facts of the collection as it is now."""
+        ...
 
     def scan_ids(self, *, after: ItemId | None, upto: ItemId | None = None, limit: int) -> list[ItemId]:
         """The next `limit` ids in the store's total order, beyond `after` and not beyond `upto` (inclusive)."""
         ...
 
-    def read(self, ids: Sequence[ItemId], *, vectors: bool, payload: bool) -> Page: ...
+    def read(self, ids: Sequence[ItemId], *, vectors: bool, payload: bool) -> Page:
+        """The items as they were written last; ids that no longer exist are left out."""
+        ...
 
     def write_vectors(self, ids: Sequence[ItemId], vectors: Vectors, stamp: str | None) -> WriteReport:
         """Replaces the vectors of existing items, durably, together with their stamp (None removes it).
@@ -164,7 +170,7 @@ class Store(Protocol):
         ...
 
     def sample(self, n: int, *, seed: int) -> list[ItemId]:
-        """`n` distinct ids at random, uniformly (all of them where there are fewer); the same for the same seed and contents."""
+        """`n` distinct ids, drawn uniformly; all of them where there are fewer. Same seed and contents, same ids."""
         ...
 
     def search(self, vectors: Vectors, k: int, *, exact: bool = False) -> Hits:
@@ -175,9 +181,11 @@ class Store(Protocol):
         """Removes what the migration left in the store besides the vectors: stamps and kept generations."""
         ...
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Lets go of the store, and of its lock where it holds one."""
+        ...
 
 
 def order_key(item: ItemId) -> tuple[bool, int, str]:
-    """Sort key of the total order of ids that every store here keeps: integers ascending, then strings by code point."""
+    """Sort key of the total order of ids that every store keeps: integers ascending, then strings by code point."""
     return (True, 0, item) if isinstance(item, str) else (False, item, "")
