@@ -35,9 +35,3 @@ class Unavailable(MigratorError):
     """A store, the ledger or an image source could not be reached; the same command may work later."""
 
     exit_code = 4
-
-
-class Interrupted(MigratorError):
-    """Stopped by a signal at a safe point; running the command again continues."""
-
-    exit_code = 130

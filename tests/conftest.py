@@ -13,6 +13,9 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("MKL_NUM_THREADS", "1")
 
+# Its asserts explain themselves only if pytest hears of it before anything imports it.
+pytest.register_assert_rewrite("tests.integration.stores.contract")
+
 from migrator.cli import run
 from tests.world import World, make_world
 

@@ -15,6 +15,7 @@ import pytest
 
 import migrator
 from adapters.base import ItemProblem, StoreBusy, StoreError, StoreRejected, StoreUnavailable
+from adapters.faiss_files import Vanished
 from migrator import errors
 from migrator.cli import VERBS, common, run
 from migrator.cli import status as status_verb
@@ -189,8 +190,8 @@ def test_help_and_status_load_nothing_heavy(arguments, folder, halfway):
         (RouteMoved("c"), 3),
         (LeaseLost("c"), 3),
         (errors.Unavailable("c"), 4),
-        (errors.Interrupted("c"), 130),
         (StoreUnavailable("c"), 4),
+        (Vanished("c"), 4),
         (StoreBusy("c"), 4),
         (StoreRejected("c"), 2),
         (StoreError("c"), 2),

@@ -1,5 +1,0 @@
-"""Helpers of the adapters' own tests."""
-
-import pytest
-
-pytest.register_assert_rewrite("tests.integration.stores.contract")
