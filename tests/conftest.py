@@ -16,8 +16,8 @@ os.environ.setdefault("MKL_NUM_THREADS", "1")
 # Its asserts explain themselves only if pytest hears of it before anything imports it.
 pytest.register_assert_rewrite("tests.integration.stores.contract")
 
-from migrator.cli import run
-from tests.world import World, make_world
+from migrator.cli import run  # noqa: E402
+from tests.world import World, make_world  # noqa: E402
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,31 @@
+"""The demo's own numbers, as the README shows them."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from migrator import demo as story
+from migrator.cli import run
+from migrator.project import Project
+
+
+def demo() -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name) / "demo"
+        began = time.perf_counter()
+        story.make_folder(folder, replace=False)
+        story.make_old_system(folder)
+        story.walk(folder, keep_at=None, run=run, say=print)
+        story.check(folder)
+        seconds = time.perf_counter() - began
+        with Project.open(folder / "migrations.yaml") as project:
+            verification = project.ledger.latest_verification(project.migration().id)
+        assert verification is not None
+        return {
+            "seconds": round(seconds),
+            "quality": [{"what": what, "metrics": metrics} for what, metrics in story.results(folder)],
+            "gain": verification.results["interval"],
+        }
