@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -77,10 +78,13 @@ def save(name: str, results: dict[str, Any], text: str) -> None:
 
 
 def main() -> None:
-    results = {"machine": machine(), "demo": demo()}
-    save("demo", results, demo_table(results))
-    results = {"machine": machine(), "engine": [engine(20_000), engine(100_000)], "pipeline": pipeline()}
-    save("backfill", results, table(results))
+    wanted = sys.argv[1:] or ["demo", "backfill"]
+    if "demo" in wanted:
+        results = {"machine": machine(), "demo": demo()}
+        save("demo", results, demo_table(results))
+    if "backfill" in wanted:
+        results = {"machine": machine(), "engine": [engine(20_000), engine(100_000)], "pipeline": pipeline()}
+        save("backfill", results, table(results))
 
 
 main()

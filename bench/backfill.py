@@ -14,7 +14,9 @@ import yaml
 
 from migrator.backfill.run import Summary, backfill
 from migrator.ledger import Ledger, Migration
+from migrator.planning import bound_facts, fingerprint_of
 from migrator.project import Project
+from migrator.rollout.in_place import rollback
 from migrator.rollout.route import initial_route
 
 FASHION = Path("/usr/share/datasets/fashion-mnist/train-images-idx3-ubyte.gz")
@@ -51,30 +53,32 @@ def make_collection(folder: Path, *, items: int, payload: dict[str, Any], encode
     return config
 
 
-def open_backfill(project: Project, new_encoder_id: str) -> Migration:
+def open_backfill(project: Project, new_encoder_id: str, card: str = "{}") -> Migration:
     """Takes the ledger straight to the backfill stage: plan, verify and canary are not what is measured here."""
     ledger: Ledger = project.ledger
-    for encoder in ("old", new_encoder_id):
-        ledger.save_encoder(encoder, "{}")
+    ledger.save_encoder("old", "{}")
+    ledger.save_encoder(new_encoder_id, card)
     with project.store() as store:
-        name = store.describe().name
+        info = store.describe()
+    bound = bound_facts(project, info, "old")
     ledger.save_plan(
         project.name,
-        collection=name,
+        collection=info.name,
         strategy="in_place",
         old_encoder_id="old",
         new_encoder_id=new_encoder_id,
-        fingerprint="bench",
-        bound={},
+        fingerprint=fingerprint_of(bound),
+        bound=bound,
         content={},
     )
     migration = project.migration()
+    route = ledger.route(info.name)
     return ledger.move(
         migration,
         stage="backfill",
         state="active",
         event="bench",
-        route=initial_route(migration, salt="bench", epoch=0),
+        route=initial_route(migration, salt="bench", epoch=route.epoch if route else 0),
         old_kept=True,
     )
 
@@ -175,7 +179,7 @@ def pipeline(items: int = 20_000, *, arch: str = "resnet18", size: int = 32) -> 
         ratios, stages = [], []
         for repeat in range(REPEATS):
             with Project.open(config) as project:
-                migration = open_backfill(project, card.id)
+                open_backfill(project, card.id, card.to_json())
                 encoder = project.new_encoder()
                 source = project.images()
                 ready = np.stack([encoder.prepare(source.load(name)) for name in names])
@@ -187,10 +191,7 @@ def pipeline(items: int = 20_000, *, arch: str = "resnet18", size: int = 32) -> 
                 stages.append({"backfill_seconds": round(whole, 2), "encoder_alone_seconds": round(alone, 2)})
                 assert summary.items == items, summary
                 if repeat + 1 < REPEATS:
-                    from migrator.rollout.in_place import rollback
-
                     rollback(project)
-                del migration
     return {
         "items": items,
         "arch": arch,

@@ -296,8 +296,8 @@ class Verify(Section):
     """Items searched at most, drawn at random."""
     seed: Seed = 0
     gate: Gate = Gate()
-    max_age: Duration = timedelta(days=7)
-    """An older result no longer opens the canary."""
+    max_age: Annotated[Duration, Field(json_schema_extra={"default": "7d"})] = timedelta(days=7)
+    """An older result no longer opens a stage or a further step of the canary."""
 
 
 class Rollout(Section):

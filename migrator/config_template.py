@@ -72,5 +72,5 @@ migrations:
     backfill:
       chunk_size: 1000
       batch_size: 64
-      # nice: 1.0                         # rest as long as each chunk took
+      # nice: 1.0                         # rest as long as each batch took
 """

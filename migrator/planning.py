@@ -62,6 +62,7 @@ def make_plan(project: Project, report: Callable[[int, int], None] = lambda _don
         _check_collection(project, info)
         old = project.load(project.old_spec())
         new = _new_or_untrained(project)
+        check_unmixed(project, store, old.id, None if new.untrained else new.encoder.id)
         sample = _measure_sample(project, store, old, new, report)
     risks = list(sample.risks) + list(capabilities.notes)
     vector_bytes = info.count * info.dim * 4
@@ -109,17 +110,42 @@ def make_plan(project: Project, report: Callable[[int, int], None] = lambda _don
     return Planned(fingerprint, content)
 
 
+def check_unmixed(project: Project, store: Store, old_encoder_id: str, new_encoder_id: str | None) -> None:
+    """Refuses a collection that holds vectors of a migration which this ledger knows nothing of."""
+    stamps = store.read(store.sample(SAMPLE, seed=SEED), vectors=False, payload=False).stamps
+    foreign = {stamp for stamp in stamps if stamp not in (None, old_encoder_id)}
+    if new_encoder_id is not None and new_encoder_id != old_encoder_id and store.count(stamp=new_encoder_id):
+        foreign.add(new_encoder_id)
+    if foreign:
+        raise Refused(
+            f"{store.describe().name} holds vectors of {', '.join(sorted(map(str, foreign)))}, from a migration that "
+            f"ledger {project.ledger} does not know: old queries must not meet them; restore that ledger and "
+            "go on with it, or roll it back"
+        )
+
+
+def check_same_collection(project: Project, store: Store) -> None:
+    """Refuses if the configuration has come to name another collection than the migration's."""
+    migration, name = project.migration(), store.describe().name
+    if name != migration.collection:
+        raise Refused(
+            f"{project.name} migrates {migration.collection}, but the configuration now names {name}: undo the change"
+        )
+
+
 def bound_facts(project: Project, info: CollectionInfo, old_encoder_id: str) -> dict[str, Any]:
     """The facts that a plan stands on. The number of items is not among them: it changes by the minute."""
-    settings = project.config.redacted()["migrations"][project.name]
+    document = project.config.redacted()
+    settings = document["migrations"][project.name]
     return {
+        "artifacts": document["artifacts"],
         "store": settings["store"],
         "images": settings["images"],
         "old_encoder": {**settings["old_encoder"], "id": old_encoder_id},
         "new_encoder": settings["new_encoder"],
         "rollout": {"strategy": settings["rollout"]["strategy"]},
         "backfill": {"chunk_size": settings["backfill"]["chunk_size"]},
-        "collection": {"name": info.name, "dim": info.dim, "metric": info.metric, "schema": dict(info.schema)},
+        "collection": {"name": info.name, "dim": info.dim, "metric": info.metric},
     }
 
 
@@ -250,6 +276,11 @@ def _measure_sample(
         raise Refused(
             f"the stored vectors were not made by this encoder: median cosine {median:.2f} over {len(rows)} items; "
             "check old_encoder (weights, image_size, mean, std, resize, interpolation)"
+        )
+    if np.abs(norms - 1).max() > 0.01 and not store.capabilities.exact_vectors:
+        raise Refused(
+            "the index keeps approximations too coarse for the old encoder to be checked against them "
+            f"(lengths {norms.min():.3g} to {norms.max():.3g} instead of 1): rebuild it from the exact vectors first"
         )
     if np.abs(norms - 1).max() > 0.01:
         raise Refused(

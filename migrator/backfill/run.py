@@ -15,6 +15,7 @@ from migrator.backfill.pipeline import ChunkFailed, Finished, Pipeline
 from migrator.backfill.throttle import Throttle
 from migrator.errors import Refused
 from migrator.ledger import Chunk, Ledger, Migration, this_process
+from migrator.planning import check_fresh
 from migrator.project import Project
 from migrator.retrying import patiently
 
@@ -121,6 +122,7 @@ class _Run:
 
     def go(self) -> Summary:
         """The whole run, from loading the encoder to publishing what was written."""
+        check_fresh(self.project, self.store)
         encoder = self.project.new_encoder()
         self.stamp = encoder.id
         images = self.project.images()

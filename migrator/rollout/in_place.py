@@ -20,6 +20,7 @@ from adapters.base import ItemId, Store, StoreBusy, order_key
 from migrator.encoding import embed, locate
 from migrator.errors import Refused
 from migrator.ledger import Chunk, Migration
+from migrator.planning import check_same_collection
 from migrator.project import Project
 from migrator.retrying import patiently
 from migrator.rollout.route import initial_route
@@ -72,6 +73,7 @@ def rollback(project: Project, report: Callable[[int, int], None] = lambda _done
             )
         try:
             with project.store(write=True) as store:
+                check_same_collection(project, store)
                 result = _Restore(project, migration, store, report).go()
         except StoreBusy as busy:
             raise Refused(f"{busy}: it leaves after its chunk; then again `migrator rollback {project.name}`") from busy

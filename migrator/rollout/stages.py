@@ -12,7 +12,7 @@ from typing import Any
 
 from migrator.errors import Refused, UsageProblem
 from migrator.ledger import Migration, Route, now
-from migrator.planning import check_fresh
+from migrator.planning import check_fresh, check_unmixed
 from migrator.project import Project
 from migrator.retrying import patiently
 from migrator.rollout.route import initial_route
@@ -62,6 +62,7 @@ def _prepare(project: Project, migration: Migration, _: Options) -> Step:
         raise Refused(f"{other.name} is active on {migration.collection}: finish it or roll it back first")
     with project.store() as store:
         plan = check_fresh(project, store)
+        check_unmixed(project, store, *project.encoder_ids())
     _check_encoders(project)
     check_verified(project, migration, plan.fingerprint)
     route = project.ledger.route(migration.collection)
@@ -127,8 +128,10 @@ def _canary(project: Project, migration: Migration, options: Options) -> Step:
         if higher and percent > higher[0]:
             raise Refused(f"{name} is at {route.canary_percent:g} %: the next step is {higher[0]} %, not {percent} %")
     with project.store() as store:
-        check_fresh(project, store)
+        plan = check_fresh(project, store)
     _check_encoders(project)
+    if percent > route.canary_percent:  # the way back is never barred
+        check_verified(project, migration, plan.fingerprint)
 
     def make() -> str:
         _move_route(
@@ -154,9 +157,10 @@ def _backfill(project: Project, migration: Migration, _: Options) -> Step:
             f"with new vectors: first `migrator rollout {name} --stage canary` up to 100 %"
         )
     with project.store() as store:
-        check_fresh(project, store)
+        plan = check_fresh(project, store)
         count = store.count()
     _check_encoders(project)
+    check_verified(project, migration, plan.fingerprint)
 
     def make() -> str:
         _move_route(project, migration, route, stage="backfill", phase="backfill")

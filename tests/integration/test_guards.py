@@ -149,6 +149,49 @@ def test_a_stale_plan_is_refused_and_says_what_changed(
     assert "backfill.chunk_size: 10 -> 11" in refused(3, "rollout", "--stage", "prepare")
 
 
+def test_a_backfill_and_a_rollback_keep_to_the_collection_of_the_migration(
+    world: World, migrator: Migrator, refused: Callable[..., str]
+) -> None:
+    to_stage(migrator, "backfill")
+    assert migrator("backfill", "--max-items", "20") == 0
+    half = world.vectors()
+    shutil.copytree(world.gallery, world.folder / "copy", ignore=shutil.ignore_patterns(".migrator"))
+    copied = (world.folder / "copy" / "index.faiss").read_bytes()
+    world.configure(store__path="./copy")
+    assert "store.path" in refused(3, "backfill")
+    assert "copy" in refused(3, "rollback")
+    world.configure(store__path="./gallery", images__uri="other/{path}")
+    assert "images.uri" in refused(3, "backfill")
+    world.configure(images__uri="{path}")
+    assert (world.folder / "copy" / "index.faiss").read_bytes() == copied
+    np.testing.assert_array_equal(world.vectors(), half)
+    assert migrator("rollback") == 0
+
+
+def test_a_half_migrated_collection_without_its_ledger_is_not_planned_anew(
+    world: World, migrator: Migrator, refused: Callable[..., str]
+) -> None:
+    to_stage(migrator, "backfill")
+    assert migrator("backfill", "--max-items", "20") == 0
+    shutil.move(world.folder / "migrator.db", world.folder / "lost.db")
+    assert "restore that ledger" in refused(3, "plan")
+    (world.folder / "migrator.db").unlink()
+    shutil.move(world.folder / "lost.db", world.folder / "migrator.db")
+    assert migrator("backfill") == 0
+
+
+def test_a_canary_goes_on_only_while_the_verification_holds(
+    world: World, migrator: Migrator, refused: Callable[..., str]
+) -> None:
+    to_stage(migrator, "prepare")
+    assert migrator("rollout", "--stage", "canary") == 0
+    assert migrator("rollout", "--stage", "canary") == 0
+    world.configure(verify__gate={"min_gain": 0.9})
+    assert migrator("verify") == 3
+    assert "verification" in refused(3, "rollout", "--stage", "canary")
+    assert migrator("rollout", "--stage", "canary", "--percent", "0") == 0
+
+
 def test_an_old_verification_does_not_count(world: World, migrator: Migrator, refused: Callable[..., str]) -> None:
     to_stage(migrator, "planned")
     world.configure(verify__max_age="1s")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import tomllib
 from pathlib import Path
 
@@ -49,3 +50,15 @@ def test_the_example_at_the_root_is_the_demo_seen_from_above(tmp_path: Path) -> 
     )
     (tmp_path / "migrations.yaml").write_text((ROOT / "migrations.yaml").read_text())
     assert load_config(tmp_path / "migrations.yaml").redacted() == load_config(folder / "migrations.yaml").redacted()
+
+
+def test_the_numbers_in_the_readme_are_those_of_the_committed_results() -> None:
+    readme = (ROOT / "README.md").read_text()
+    measured = json.loads((ROOT / "bench" / "results" / "demo.json").read_text())["demo"]["quality"]
+    for row in measured:
+        shown = f"| {row['what']} | {row['metrics']['map@100']:.4f} | {row['metrics']['recall@1']:.4f} |"
+        assert shown in readme
+    results = json.loads((ROOT / "bench" / "results" / "backfill.json").read_text())
+    assert f"| {results['pipeline']['median_ratio']:.2f} |" in readme
+    for row in results["engine"]:
+        assert f"| {row['median_vectors_per_second']:,} |" in readme
