@@ -42,7 +42,7 @@ from adapters.faiss_index import Index, row_checksums
 if TYPE_CHECKING:
     import filelock
 
-TRIES = 5  # a folder that is replaced again and again while we read it
+TRIES = 20  # a folder that is replaced again and again while we read it
 PAUSE = 0.05  # seconds between them: an application replaces its two files one after the other
 
 

@@ -63,6 +63,8 @@ def rollback(project: Project, report: Callable[[int, int], None] = lambda _done
     migration = check_can_roll_back(project)
     result = RolledBack(0, 0, {})
     if project.ledger.counts(migration.id).passes > 0:
+        with project.store() as store:
+            check_same_collection(project, store)  # before anything is stopped or changed
         if migration.state != "rolling_back":
             # From here on no backfill run gets or finishes a chunk.
             migration = project.ledger.move(migration, state="rolling_back", event="rollback begins")
@@ -73,7 +75,6 @@ def rollback(project: Project, report: Callable[[int, int], None] = lambda _done
             )
         try:
             with project.store(write=True) as store:
-                check_same_collection(project, store)
                 result = _Restore(project, migration, store, report).go()
         except StoreBusy as busy:
             raise Refused(f"{busy}: it leaves after its chunk; then again `migrator rollback {project.name}`") from busy
