@@ -210,16 +210,15 @@ class _Run:
 
     # -- called by the pipeline -----------------------------------------------------------------------------------
 
+    def _out_of_time(self) -> bool:
+        return self.max_seconds is not None and time.monotonic() - self.began >= self.max_seconds
+
     def _over_limit(self) -> bool:
-        seconds = self.max_seconds is not None and time.monotonic() - self.began >= self.max_seconds
-        return seconds or (self.max_items is not None and self.leased_items >= self.max_items)
+        return self._out_of_time() or (self.max_items is not None and self.leased_items >= self.max_items)
 
     def _enough(self) -> bool:
         self.encoded += 1
-        if self.stop.is_set():
-            return True
-        out_of_time = self.max_seconds is not None and time.monotonic() - self.began >= self.max_seconds
-        return self.encoded > 1 and out_of_time
+        return self.stop.is_set() or (self.encoded > 1 and self._out_of_time())
 
     def _lease(self) -> Chunk | None:
         if self.stop.is_set() or (self.leased_items and self._over_limit()):

@@ -120,7 +120,8 @@ class _Restore:
             self.report(number + 1, len(chunks))
         if self.after_cutover:
             last = max((json.loads(chunk.upto_id) for chunk in chunks if chunk.pass_number == 0), key=order_key)
-            self._re_encode(item for item in self._unstamped(last, None) if item not in handled | failed)
+            left_alone = handled | failed
+            self._re_encode(item for item in self._unstamped(last, None) if item not in left_alone)
         if self.store.count(stamp=self.stamp):
             self._re_encode(self._stamped())
         patiently(lambda: self.store.publish(final=True), seconds=self.settings.retry_for)
@@ -160,7 +161,8 @@ class _Restore:
         if self.after_cutover and chunk.pass_number == 0:
             start = None if chunk.after_id is None else json.loads(chunk.after_id)
             arrived = self._unstamped(start, json.loads(chunk.upto_id))
-            foreign += [item for item in arrived if item not in known and item not in handled | failed]
+            left_alone = known | handled | failed
+            foreign += [item for item in arrived if item not in left_alone]
         self._re_encode(foreign)
         self.project.ledger.set_restored(chunk)
         return known
