@@ -65,7 +65,13 @@ class Capabilities:
     """Several processes may write at once. If not, opening for writing takes a lock."""
     exact_vectors: bool
     """`read` gives back the vectors as they were written. A quantised index gives approximations."""
+    normalises: bool
+    """The store scales vectors to unit length: what is read differs from what was written by that, and by rounding."""
+    partial_update: bool
+    """A vector and its stamp are replaced in one request that leaves the rest of the item alone. If not, whole items
+    are written anew: read right before, checked right after, so that what an application changes meanwhile holds."""
     aliases: bool
+    """A collection can be addressed by an alias that is moved to another one in one step."""
     notes: tuple[str, ...] = ()
     """Sentences for the plan: what follows from the above for this collection."""
 
@@ -75,7 +81,9 @@ class CollectionInfo:
     """Facts of a collection, as the store tells them."""
 
     name: str
-    """Canonical and unique: two spellings of the same collection give the same name."""
+    """Canonical and unique: two spellings of the same collection, an alias among them, give the same name."""
+    local: str
+    """What the store's own client calls it: a collection's name, or the absolute folder of a FAISS gallery."""
     dim: int
     metric: Metric
     count: int
@@ -86,6 +94,8 @@ class CollectionInfo:
     """Payload field -> type, as the store names it."""
     bytes_on_disk: int | None = None
     """Size of the index, where the store can tell."""
+    alias: str | None = None
+    """The alias by which it was opened: an alias of the server, or a symbolic link to a folder."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,8 +191,55 @@ class Store(Protocol):
         """Removes what the migration left in the store besides the vectors: stamps and kept generations."""
         ...
 
+    # -- a second collection beside this one: the shadow strategy ---------------------------------------------------
+
+    def exists(self, local: str) -> bool:
+        """Whether this server, or file system, has a collection of that name (`CollectionInfo.local`); not an alias."""
+        ...
+
+    def sibling(self, local: str) -> Store:
+        """Another collection by its own name, over the same connection and for the same kind of use, reading or writing.
+
+        Raises `StoreRejected` if there is none. The connection is closed with the last of the stores that share it.
+        """
+        ...
+
+    def create_like(self, local: str, *, dim: int) -> Store:
+        """An empty collection of the same schema, metric and index parameters, for vectors of `dim`; opened.
+
+        One of that name that is there already is opened as it is if it fits, so that a killed call can be repeated;
+        `StoreRejected` if it does not fit.
+        """
+        ...
+
+    def insert(self, page: Page) -> WriteReport:
+        """Writes whole items, durably: vectors, payloads as `read` gives them, stamps. Replaces those there already.
+
+        Repeating the call changes nothing more. The rules for vectors are those of `write_vectors`, which takes an
+        item without a stamp as it is; here those that are not finite or all zeros are always `rejected`.
+        """
+        ...
+
+    def delete(self, ids: Sequence[ItemId]) -> None:
+        """Removes these items, durably; ids that no longer exist are no error."""
+        ...
+
+    def swap_alias(self, alias: str, *, to: str) -> None:
+        """Moves an existing alias to the collection `to` in one step: every query finds the one or the other.
+
+        Raises `StoreRejected`, with the alias as it was, if there is no such alias or no such collection.
+        """
+        ...
+
+    def drop(self) -> None:
+        """Deletes this collection and everything in it. Refused (`StoreRejected`) while an alias leads to it.
+
+        The store is closed by it.
+        """
+        ...
+
     def close(self) -> None:
-        """Lets go of the store, and of its lock where it holds one."""
+        """Lets go of the store, and of its lock where it holds one. Safe to repeat."""
         ...
 
 

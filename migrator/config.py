@@ -303,7 +303,8 @@ class Verify(Section):
 class Rollout(Section):
     """How the collection and its queries move."""
 
-    strategy: Literal["in_place"] = "in_place"
+    strategy: Literal["in_place", "shadow"] = "in_place"
+    """`in_place` replaces the vectors where they lie; `shadow` fills a second collection and moves the queries."""
     canary: Annotated[
         list[Annotated[int, Field(ge=1, le=100)]], Field(min_length=1, max_length=100), AfterValidator(_canary)
     ] = [1, 10, 50, 100]
@@ -339,19 +340,19 @@ class Migration(Section):
     new_encoder: NewEncoder
     train: Annotated[Train | None, Field(validate_default=True)] = None
     verify: Verify
-    rollout: Rollout = Rollout()
+    rollout: Annotated[Rollout, Field(validate_default=True)] = Rollout()
     backfill: Backfill = Backfill()
 
-    @field_validator("new_encoder")
+    @field_validator("rollout")
     @classmethod
-    def _same_dim(cls, new: NewEncoder, info: ValidationInfo) -> NewEncoder:
-        old = info.data.get("old_encoder")
-        if old is not None and old.dim != new.dim:
+    def _same_dim(cls, rollout: Rollout, info: ValidationInfo) -> Rollout:
+        old, new = info.data.get("old_encoder"), info.data.get("new_encoder")
+        if rollout.strategy == "in_place" and old is not None and new is not None and old.dim != new.dim:
             raise ValueError(
-                f"gives {new.dim}-d vectors but old_encoder gives {old.dim}, and in_place keeps the collection's "
-                f"length: set new_encoder.dim to {old.dim}"
+                f"new_encoder gives {new.dim}-d vectors but old_encoder {old.dim}-d ones, and in_place keeps the "
+                f"collection's length: set new_encoder.dim to {old.dim}, or rollout.strategy to shadow"
             )
-        return new
+        return rollout
 
     @field_validator("train")
     @classmethod

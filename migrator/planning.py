@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from adapters.base import CollectionInfo, Store
+from adapters.base import Capabilities, CollectionInfo, Store
 from migrator.encoding import embed, locate
 from migrator.errors import ConfigProblem, Refused
 from migrator.ledger import Plan
@@ -29,16 +29,30 @@ SAME_ENCODER = 0.99
 Other machines, image libraries and lossy indexes cost a little; another model costs nearly everything."""
 SEED = 0
 
-STAGES = (
-    ("train", "learn the new encoder against the old one's vectors"),
-    ("verify", "new queries against the old gallery must be at least as good as today"),
-    ("rollout --stage prepare", "claim the collection and write its route: every query to the old encoder"),
-    ("rollout --stage canary", "move queries to the new encoder step by step; stored vectors stay"),
-    ("rollout --stage backfill", "open the backfill, once every query is with the new encoder"),
-    ("backfill", "re-embed the stored images in bounded runs, by cron; old vectors go to the undo log first"),
-    ("rollout --stage cutover", "prove that every item was re-embedded, then make the new encoder the only one"),
-    ("rollout --stage finalize", "end the migration; with --drop-old the undo log is deleted"),
-)
+_TRAIN = ("train", "learn the new encoder against the old one's vectors")
+_FINALIZE = ("rollout --stage finalize", "end the migration; with --drop-old what is old is deleted")
+STAGES = {
+    "in_place": (
+        _TRAIN,
+        ("verify", "new queries against the old gallery must be at least as good as today"),
+        ("rollout --stage prepare", "claim the collection and write its route: every query to the old encoder"),
+        ("rollout --stage canary", "move queries to the new encoder step by step; stored vectors stay"),
+        ("rollout --stage backfill", "open the backfill, once every query is with the new encoder"),
+        ("backfill", "re-embed the stored images in bounded runs, by cron; old vectors go to the undo log first"),
+        ("rollout --stage cutover", "prove that every item was re-embedded, then make the new encoder the only one"),
+        _FINALIZE,
+    ),
+    "shadow": (
+        _TRAIN,
+        ("verify", "new queries against the new gallery must be at least as good as today"),
+        ("rollout --stage prepare", "claim the collection and write its route: every query to the old encoder"),
+        ("rollout --stage backfill", "make a collection like this one beside it and open its backfill"),
+        ("backfill", "copy and re-embed in bounded runs, by cron, and keep up with what changes"),
+        ("rollout --stage canary", "move queries to the new collection step by step; writes go to both"),
+        ("rollout --stage cutover", "prove that both hold the same items, then move the route, and the alias"),
+        _FINALIZE,
+    ),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,14 +78,21 @@ def make_plan(project: Project, report: Callable[[int, int], None] = lambda _don
         new = _new_or_untrained(project)
         check_unmixed(project, store, old.id, None if new.untrained else new.encoder.id)
         sample = _measure_sample(project, store, old, new, report)
-    risks = list(sample.risks) + list(capabilities.notes)
+    risks = list(sample.risks)
+    strategy = settings.rollout.strategy
+    can = describe_capabilities(capabilities)
+    recommended, why = recommend(capabilities, same_dim=old.dim == new.encoder.dim)
     vector_bytes = info.count * info.dim * 4
     rate = sample.images_per_second
     content: dict[str, Any] = {
         "migration": project.name,
-        "strategy": settings.rollout.strategy,
+        "strategy": strategy,
+        "recommended": {"strategy": recommended, "why": why},
+        "capabilities": can,
         "collection": {
             "name": info.name,
+            "local": info.local,
+            "alias": info.alias,
             "items": info.count,
             "dim": info.dim,
             "metric": info.metric,
@@ -89,18 +110,20 @@ def make_plan(project: Project, report: Callable[[int, int], None] = lambda _don
         "images_per_second": round(rate, 1),
         "backfill_seconds": round(info.count / rate) if rate else None,
         "chunks": -(-info.count // settings.backfill.chunk_size),
-        "undo_bytes": vector_bytes,
-        "index_bytes": 2 * (info.bytes_on_disk or vector_bytes) + vector_bytes,
+        "undo_bytes": vector_bytes if strategy == "in_place" else 0,
+        "index_bytes": _index_bytes(info, strategy, new.encoder.dim),
         "visible": capabilities.visible,
         "risks": risks,
-        "stages": [list(stage) for stage in STAGES],
+        "stages": [list(stage) for stage in STAGES[strategy]],
     }
     bound = bound_facts(project, info, old.id)
     fingerprint = fingerprint_of(bound)
     project.ledger.save_plan(
         project.name,
         collection=info.name,
-        strategy=settings.rollout.strategy,
+        source=info.local,
+        alias=info.alias,
+        strategy=strategy,
         old_encoder_id=old.id,
         new_encoder_id=None if new.untrained else new.encoder.id,
         fingerprint=fingerprint,
@@ -108,6 +131,55 @@ def make_plan(project: Project, report: Callable[[int, int], None] = lambda _don
         content=content,
     )
     return Planned(fingerprint, content)
+
+
+def _index_bytes(info: CollectionInfo, strategy: str, dim: int) -> int:
+    """What is needed beside the index at most: a new generation and what waits for it, or a second collection."""
+    vector_bytes = info.count * info.dim * 4
+    if strategy == "in_place":
+        return 2 * (info.bytes_on_disk or vector_bytes) + vector_bytes
+    return (info.bytes_on_disk or vector_bytes) * dim // info.dim
+
+
+def describe_capabilities(can: Capabilities) -> list[str]:
+    """What this store, with its version, schema and index, can and cannot do, and what follows, as sentences."""
+    visible = {
+        "at_once": "a written vector answers queries at once",
+        "on_publish": "written vectors answer queries at the end of each backfill run",
+        "at_cutover": "in place, the index is rebuilt at the cutover, and new vectors answer from then on",
+    }[can.visible]
+    return [
+        visible,
+        "stamps lie beside the vectors: an application's own writes are found by their missing stamp"
+        if can.stamps
+        else "the schema has no room for stamps: in place, migrator keeps checksums of what it wrote in the artifacts, "
+        "and finds an application's own writes by reading the vectors",
+        "a vector is replaced without touching the rest of its item"
+        if can.partial_update
+        else "in place, whole items are written anew: read right before and checked right after, so that deletions and "
+        "payload changes made in between hold",
+        "a rollback in place restores every vector bit for bit"
+        if can.exact_vectors and not can.normalises
+        else "a rollback in place restores every vector up to the store's own normalisation"
+        if can.exact_vectors
+        else "the index keeps approximations: in place, a rollback is exact only by the index file kept aside",
+        "several backfill runs may write at once" if can.concurrent_writers else "one process at a time may write",
+        "a shadow's cutover moves the alias in one step" if can.aliases else "there are no aliases: the route decides",
+        *can.notes,
+    ]
+
+
+def recommend(can: Capabilities, *, same_dim: bool) -> tuple[str, str]:
+    """The strategy that suits a store, and why."""
+    if not same_dim:
+        return "shadow", "the new vectors have another length than the stored ones"
+    if not can.update_in_place:
+        return "shadow", "this index cannot be changed in place, so nothing is gained before a rebuild"
+    if not can.exact_vectors:
+        return "shadow", "this index keeps approximations, which an undo log cannot improve upon"
+    if not can.stamps:
+        return "shadow", "without stamps every catch-up pass in place reads all vectors, and so does a shadow's"
+    return "in_place", "half the space, and every re-embedded item counts from the moment it is written"
 
 
 def check_unmixed(project: Project, store: Store, old_encoder_id: str, new_encoder_id: str | None) -> None:
@@ -126,8 +198,9 @@ def check_unmixed(project: Project, store: Store, old_encoder_id: str, new_encod
 
 def check_same_collection(project: Project, store: Store) -> None:
     """Refuses if the configuration has come to name another collection than the migration's."""
-    migration, name = project.migration(), store.describe().name
-    if name != migration.collection:
+    migration, info = project.migration(), store.describe()
+    name = info.name
+    if name != migration.collection and (migration.shadow is None or info.local != migration.shadow):
         raise Refused(
             f"{project.name} migrates {migration.collection}, but the configuration now names {name}: undo the change"
         )
@@ -199,10 +272,10 @@ def _check_collection(project: Project, info: CollectionInfo) -> None:
             f"{where}.old_encoder.dim: collection {info.name} holds {info.dim}-d vectors but encoder {old.arch} "
             f"gives {old.dim}: set old_encoder.dim to {info.dim}, with the weights that made them"
         )
-    if info.dim != new.dim:
+    if info.dim != new.dim and project.settings.rollout.strategy == "in_place":
         raise ConfigProblem(
             f"{where}.new_encoder.dim: collection {info.name} holds {info.dim}-d vectors but encoder {new.arch} "
-            f"gives {new.dim}: set new_encoder.dim to {info.dim}"
+            f"gives {new.dim}: set new_encoder.dim to {info.dim} or rollout.strategy to shadow"
         )
 
 
@@ -240,7 +313,6 @@ def _measure_sample(
     assert page.payloads is not None
     images = project.images()
     paths = locate(images, zip(page.ids, page.payloads, strict=True))
-    backfill = project.settings.backfill
     done = 0
 
     def step(more: int) -> None:
@@ -250,10 +322,7 @@ def _measure_sample(
 
     def measured(encoder: Encoder) -> tuple[NDArray[np.int64], NDArray[np.float32], dict[int, str], float]:
         began = time.monotonic()
-        found = embed(
-            images, paths, [encoder], batch_size=backfill.batch_size, threads=backfill.image_threads,
-            retry_for=backfill.retry_for, report=step,
-        )  # fmt: skip
+        found = embed(images, paths, [encoder], report=step, **project.loading())
         return found.rows, found.vectors[0], found.problems, time.monotonic() - began
 
     rows, recomputed, problems, _ = measured(old)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from migrator.backfill.copies import CopyLog
+from migrator.backfill.files import ChunkFiles
 from migrator.backfill.undo import UndoLog
 from migrator.config import Config, Encoder, find_migration, load_config
 from migrator.config import Migration as Settings
@@ -14,7 +17,7 @@ from migrator.errors import ConfigProblem, Refused
 from migrator.ledger import Ledger, Migration
 
 if TYPE_CHECKING:
-    from adapters.base import Store
+    from adapters.base import ItemId, Store
     from trainer.encoder import Encoder as LoadedEncoder
     from trainer.encoder import EncoderSpec
     from trainer.images import ImageSource
@@ -61,6 +64,10 @@ class Project:
             raise Refused(f"{self.name} has no new encoder yet: `migrator train {self.name}`")
         return migration.old_encoder_id, migration.new_encoder_id
 
+    def open_failures(self, migration: Migration) -> set[ItemId]:
+        """The items whose failure waits for a decision; nothing touches them meanwhile."""
+        return {json.loads(failure.item_id) for failure in self.ledger.failures(migration.id)}
+
     # -- folders ----------------------------------------------------------------------------------------------------
 
     def training_folder(self) -> Path:
@@ -75,20 +82,40 @@ class Project:
 
     def undo_log(self, migration: Migration) -> UndoLog:
         """The undo log of a migration."""
-        return UndoLog(self.config.artifacts, self.name, f"{migration.id}-{migration.created_at:%Y%m%dT%H%M%S%f}")
+        return UndoLog(ChunkFiles(self.config.artifacts, self.name, "undo", migration.key))
+
+    def copy_log(self, migration: Migration) -> CopyLog:
+        """The copy log of a migration."""
+        return CopyLog(ChunkFiles(self.config.artifacts, self.name, "copy", migration.key))
 
     # -- store, images, encoders ------------------------------------------------------------------------------------
 
     @contextmanager
     def store(self, *, write: bool = False) -> Iterator[Store]:
-        """The collection, closed at the end of the block."""
+        """The collection that is migrated, closed at the end of the block."""
         from adapters.registry import open_store
 
-        store = open_store(self.settings.store.settings(), write=write)
-        try:
-            yield store
-        finally:
-            store.close()
+        with closing(open_store(self.settings.store.settings(), write=write)) as store:
+            migration = self.ledger.migration(self.name)
+            moved = (
+                migration is not None
+                and migration.state in ("active", "rolling_back")
+                and migration.shadow is not None
+                and store.describe().local == migration.shadow
+            )
+            if migration is None or not moved:
+                yield store
+                return
+            # The cutover has moved the alias, and the collection that is migrated stays the one it was.
+            with closing(store.sibling(migration.source)) as source:
+                yield source
+
+    def loading(self) -> dict[str, Any]:
+        """How `migrator.encoding.embed` is to load images."""
+        backfill = self.settings.backfill
+        return {
+            "batch_size": backfill.batch_size, "threads": backfill.image_threads, "retry_for": backfill.retry_for,
+        }  # fmt: skip
 
     def images(self) -> ImageSource:
         """Where the images of the items are."""

@@ -18,6 +18,9 @@ class Status:
 
     migration: str
     collection: str | None
+    strategy: str | None
+    shadow: str | None
+    """The collection beside it that is being filled."""
     stage: str
     state: str
     plan: str | None
@@ -38,7 +41,7 @@ class Status:
     mixed_space: bool
     """Vectors of both encoders may lie in the collection: only new-encoder queries are right."""
     old_kept: bool
-    """The undo log is there: a rollback is possible."""
+    """The undo log, or the old collection of a shadow, is there: a rollback is possible."""
     next_command: str | None
 
     def as_json(self) -> dict[str, Any]:
@@ -52,7 +55,8 @@ def status_of(project: Project) -> Status:
     migration = ledger.migration(name)
     if migration is None:
         return Status(
-            migration=name, collection=None, stage="none", state="none", plan=None, old_encoder=None, new_encoder=None,
+            migration=name, collection=None, strategy=None, shadow=None, stage="none", state="none", plan=None,
+            old_encoder=None, new_encoder=None,
             verification=None, paused=None, epoch=None, canary_percent=None, items_total=0, items_done=0,
             items_failed=0, items_gone=0, catch_up_passes=0, chunks={}, items_per_second=None, eta_seconds=None,
             mixed_space=False, old_kept=False, next_command=f"migrator plan {name}",
@@ -72,6 +76,8 @@ def status_of(project: Project) -> Status:
     return Status(
         migration=name,
         collection=migration.collection,
+        strategy=migration.strategy,
+        shadow=migration.shadow,
         stage=migration.stage,
         state=migration.state,
         plan=plan.fingerprint if plan else None,
@@ -96,7 +102,9 @@ def status_of(project: Project) -> Status:
 
 
 def is_mixed(migration: Migration, counts: Counts) -> bool:
-    """Whether vectors of both encoders may lie side by side."""
+    """Whether vectors of both encoders may lie side by side. A shadow keeps them apart."""
+    if migration.strategy == "shadow":
+        return False
     if migration.state == "rolling_back":
         return True
     begun = counts.passes > 0 and migration.state in ("active", "finished")
@@ -125,14 +133,17 @@ def next_command(
         if migration.new_encoder_id is None:
             return f"migrator train {name}"
         return f"migrator rollout {name} --stage prepare" if verified == "pass" else f"migrator verify {name}"
-    if migration.stage in ("prepare", "canary"):
-        stage = "backfill" if route is not None and route.canary_percent >= 100 else "canary"
-        return f"migrator rollout {name} --stage {stage}"
-    if migration.stage == "backfill":
+    rollout = f"migrator rollout {name} --stage"
+    full = route is not None and route.canary_percent >= 100
+    if migration.strategy == "in_place" and migration.stage in ("prepare", "canary"):
+        return f"{rollout} {'backfill' if full else 'canary'}"
+    if migration.stage == "prepare":
+        return f"{rollout} backfill"
+    if migration.stage in ("backfill", "canary"):
         undone = sum(number for state, number in counts.by_state.items() if state != "done")
         if counts.passes == 0 or undone - counts.by_state.get("failed", 0):
             return f"migrator backfill {name}"
         if counts.open_failures or undone:
             return f"migrator failures {name}"
-        return f"migrator rollout {name} --stage cutover"
-    return f"migrator rollout {name} --stage finalize"
+        return f"{rollout} {'cutover' if full or migration.strategy == 'in_place' else 'canary'}"
+    return f"{rollout} finalize"

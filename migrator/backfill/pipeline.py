@@ -1,7 +1,7 @@
 """One chunk after the other through read, fetch, encode, undo and write, with the three kinds of work side by side.
 
-A reader thread leases chunks, reads their old state and has their images decoded in a pool; the calling thread
-encodes; a writer thread makes the undo log durable, writes the store and then the ledger. At any moment at most one
+A reader thread leases chunks, takes their items and has their images decoded in a pool; the calling thread encodes;
+a writer thread brings the vectors into the store and then tells the ledger. At any moment at most one
 chunk is being read, one encoded and one written. A chunk's vectors are written in one go, so a kill loses encoding
 work of the chunks in hand and nothing else.
 """
@@ -11,7 +11,7 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 
-from adapters.base import ItemId, Page, Payload, Store, StoreRejected
-from migrator.backfill.undo import OldVectors, UndoLog
+from adapters.base import ItemId, Payload, StoreRejected
+from migrator.backfill.transfer import Taken, Transfer
 from migrator.encoding import encode_batch
 from migrator.ledger import Chunk, Failure
 from migrator.retrying import patiently
@@ -41,12 +41,9 @@ GROUP = 16
 
 @dataclass(slots=True)
 class Work:
-    """A chunk on its way: its old state, and its images as they become ready."""
+    """A chunk on its way, and its images as they become ready."""
 
-    chunk: Chunk
-    page: Page
-    repeated: Sequence[ItemId] = ()
-    """Items that an earlier, unfinished attempt at this chunk has already written."""
+    taken: Taken
     images: queue.SimpleQueue[Future[Loaded]] = field(default_factory=queue.SimpleQueue)
     """Groups of images, in the order of the page."""
 
@@ -56,7 +53,7 @@ class Encoded:
     """A chunk whose new vectors are known and not yet written."""
 
     work: Work
-    rows: Sequence[int]  # positions in work.page
+    rows: Sequence[int]  # positions in work.taken.page
     vectors: NDArray[np.float32]  # (len(rows), dim), unit length
     failures: list[Failure]
 
@@ -81,33 +78,32 @@ class ChunkFailed(Exception):
 
 
 class Pipeline:
-    """Runs chunks through one store and one encoder.
+    """Runs chunks through one encoder and one strategy's `transfer`.
 
-    `lease` gives the next chunk or None; `items` its ids still to do; `finish` records a written chunk; `fail` a
-    refused one: these are called from the pipeline's threads. `enough` is asked before each chunk is encoded;
+    `lease` gives the next chunk or None; `leave` holds items not to be touched; `finish` records a written chunk;
+    `fail` a refused one: these are called from the pipeline's threads. `enough` is asked before each chunk is encoded;
     `on_batch` hears how many items each batch held.
     """
 
     def __init__(
         self,
         *,
-        store: Store,
+        transfer: Transfer,
         images: ImageSource,
         encoder: Encoder,
-        undo: UndoLog,
         batch_size: int,
         image_threads: int,
         retry_for: float,
         lease: Callable[[], Chunk | None],
-        items: Callable[[Chunk], list[ItemId]],
+        leave: Collection[ItemId],
         finish: Callable[[Finished], None],
         fail: Callable[[ChunkFailed], None],
         enough: Callable[[], bool],
         on_batch: Callable[[int], None],
     ) -> None:
-        self.store, self.images, self.encoder, self.undo = store, images, encoder, undo
+        self.transfer, self.images, self.encoder = transfer, images, encoder
         self.batch_size, self.retry_for = batch_size, retry_for
-        self.lease, self.items, self.finish, self.fail = lease, items, finish, fail
+        self.lease, self.leave, self.finish, self.fail = lease, leave, finish, fail
         self.enough, self.on_batch = enough, on_batch
         self.encoding_seconds = 0.0
         self._image_threads = image_threads
@@ -161,33 +157,23 @@ class Pipeline:
     # -- reader ---------------------------------------------------------------------------------------------------
 
     def _read_ahead(self, works: queue.SimpleQueue[Work | None], decoders: ThreadPoolExecutor) -> None:
-        work: Work | None = None
         try:
             while True:
                 self._ahead.acquire()
                 if self._abort.is_set() or (chunk := self.lease()) is None:
                     return
-                work = patiently(lambda chunk=chunk: self._read(chunk), seconds=self.retry_for)  # type: ignore[misc]
+                taken = patiently(lambda chunk=chunk: self.transfer.take(chunk, self.leave), seconds=self.retry_for)  # type: ignore[misc]
+                work, page = Work(taken), taken.page
                 works.put(work)
-                assert work.page.payloads is not None
-                for start in range(0, len(work.page), GROUP):
+                assert page.payloads is not None
+                for start in range(0, len(page), GROUP):
                     self._window.acquire()
                     if self._abort.is_set():
                         return
                     group = slice(start, start + GROUP)
-                    work.images.put(decoders.submit(self._load, work.page.ids[group], work.page.payloads[group]))
+                    work.images.put(decoders.submit(self._load, page.ids[group], page.payloads[group]))
         finally:
             works.put(None)
-
-    def _read(self, chunk: Chunk) -> Work:
-        page = self.store.read(self.items(chunk), vectors=True, payload=True)
-        before = self.undo.read(chunk)
-        repeated: list[ItemId] = []
-        if before is not None:
-            to_do = set(page.ids)
-            stamps = self.store.read([item for item in before.ids if item not in to_do], vectors=False, payload=False)
-            repeated = [item for item, stamp in zip(stamps.ids, stamps.stamps, strict=True) if stamp == self.encoder.id]
-        return Work(chunk, page, repeated)
 
     def _load(self, ids: Sequence[ItemId], payloads: Sequence[Payload]) -> Loaded:
         loaded: Loaded = []
@@ -207,17 +193,18 @@ class Pipeline:
         vectors: list[NDArray[np.float32]] = []
         failures: list[Failure] = []
         batch: list[tuple[int, NDArray[np.uint8]]] = []
-        last = len(work.page) - 1
+        ids = work.taken.page.ids
+        last = len(ids) - 1
         for row, image in enumerate(self._images_of(work)):
             if isinstance(image, ImageProblem):
-                failures.append(Failure(work.page.ids[row], "image", str(image)))
+                failures.append(Failure(ids[row], "image", str(image)))
             else:
                 batch.append((row, image))
             if len(batch) == self.batch_size or (row == last and batch):
                 began = time.monotonic()
                 for done, vector in encode_batch(self.encoder, batch):
                     if isinstance(vector, str):
-                        failures.append(Failure(work.page.ids[done], "encoder", vector))
+                        failures.append(Failure(ids[done], "encoder", vector))
                     else:
                         rows.append(done)
                         vectors.append(vector)
@@ -228,7 +215,7 @@ class Pipeline:
         return Encoded(work, rows, stacked, failures)
 
     def _images_of(self, work: Work) -> Iterator[NDArray[np.uint8] | ImageProblem]:
-        for _ in range(0, len(work.page), GROUP):
+        for _ in range(0, len(work.taken.page), GROUP):
             loaded = work.images.get().result()
             self._window.release()
             yield from loaded
@@ -236,23 +223,15 @@ class Pipeline:
     # -- writer ---------------------------------------------------------------------------------------------------
 
     def _write(self, encoded: Encoded) -> None:
-        work = encoded.work
+        taken = encoded.work.taken
         try:
-            self.finish(patiently(lambda: self._write_store(encoded), seconds=self.retry_for))
+            report = patiently(
+                lambda: self.transfer.bring(taken, encoded.rows, encoded.vectors), seconds=self.retry_for
+            )
         except StoreRejected as error:
-            self.fail(ChunkFailed(work.chunk, str(error)))
-
-    def _write_store(self, encoded: Encoded) -> Finished:
-        work, rows = encoded.work, list(encoded.rows)
-        ids = [work.page.ids[row] for row in rows]
-        failures = list(encoded.failures)
-        written: Sequence[ItemId] = ()
-        gone = 0
-        if ids:
-            assert work.page.vectors is not None
-            old = OldVectors(ids, work.page.vectors[rows], [work.page.stamps[row] for row in rows])
-            self.undo.record(work.chunk, old)  # before the write: a crash between the two only repeats the chunk
-            report = self.store.write_vectors(ids, encoded.vectors, self.encoder.id)
-            failures += [Failure(item, "store", reason) for item, reason in report.rejected.items()]
-            written, gone = report.written, len(report.gone)
-        return Finished(work.chunk, [*work.repeated, *written], gone, failures)
+            self.fail(ChunkFailed(taken.chunk, str(error)))
+            return
+        refused = [Failure(item, "store", reason) for item, reason in report.rejected.items()]
+        self.finish(
+            Finished(taken.chunk, [*taken.repeated, *report.written], len(report.gone), [*encoded.failures, *refused])
+        )

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
-from adapters.base import ItemId, Store, StoreBusy
-from migrator.backfill.chunks import cut_catch_up, cut_first_pass, items_to_do
+from adapters.base import ItemId, StoreBusy
+from migrator.backfill.chunks import cut_catch_up, cut_first_pass
 from migrator.backfill.pipeline import ChunkFailed, Finished, Pipeline
 from migrator.backfill.throttle import Throttle
+from migrator.backfill.transfer import Transfer, open_transfer
 from migrator.errors import Refused
-from migrator.ledger import Chunk, Ledger, Migration, this_process
+from migrator.ledger import BACKFILL_STAGES, Chunk, Ledger, Migration, this_process
 from migrator.planning import check_fresh
 from migrator.project import Project
 from migrator.retrying import patiently
@@ -65,8 +65,8 @@ def backfill(
     if migration.paused is not None:
         return Summary("paused", 0, 0, 0, 0, 0.0, 0.0, f"paused: {migration.paused}")
     try:
-        with project.store(write=True) as store:
-            return _Run(project, migration, store, max_seconds, max_items, stop or threading.Event(), report).go()
+        with open_transfer(project, migration) as transfer:
+            return _Run(project, migration, transfer, max_seconds, max_items, stop or threading.Event(), report).go()
     except StoreBusy as busy:
         return Summary("busy", 0, 0, 0, 0, 0.0, 0.0, f"another run is going on: {busy}")
 
@@ -81,7 +81,9 @@ def check_stage(project: Project) -> Migration:
         raise Refused(f"{name} is being rolled back: finish with `migrator rollback {name}`")
     if migration.stage == "cutover":
         raise Refused(f"{name} has been cut over: next is `migrator rollout {name} --stage finalize`")
-    if migration.stage != "backfill":
+    if migration.stage in BACKFILL_STAGES[migration.strategy] and migration.state == "active":
+        return migration
+    if migration.strategy == "in_place":
         route = project.ledger.route(migration.collection)
         percent = route.canary_percent if route and migration.state == "active" else 0
         if percent < 100:
@@ -89,8 +91,7 @@ def check_stage(project: Project) -> Migration:
                 f"{name}: {percent:g} % of the queries use the new encoder, and the others cannot be compared with "
                 f"new vectors: first `migrator rollout {name} --stage canary` up to 100 %"
             )
-        raise Refused(f"{name}: the backfill stage is not open: `migrator rollout {name} --stage backfill`")
-    return migration
+    raise Refused(f"{name}: the backfill stage is not open: `migrator rollout {name} --stage backfill`")
 
 
 class _Run:
@@ -100,19 +101,18 @@ class _Run:
         self,
         project: Project,
         migration: Migration,
-        store: Store,
+        transfer: Transfer,
         max_seconds: float | None,
         max_items: int | None,
         stop: threading.Event,
         report: Callable[[Progress], None],
     ) -> None:
-        self.project, self.migration, self.store = project, migration, store
+        self.project, self.migration, self.transfer = project, migration, transfer
         self.ledger: Ledger = project.ledger
         self.settings = project.settings.backfill
         self.max_seconds, self.max_items, self.stop, self.report = max_seconds, max_items, stop, report
         self.owner = this_process()
         self.began = time.monotonic()
-        self.stamp = ""
         self.encoding_seconds = 0.0
         self.leased_items = self.encoded = self.chunks = self.items = self.failed = self.gone = 0
         self.tried: set[int] = set()
@@ -122,35 +122,32 @@ class _Run:
 
     def go(self) -> Summary:
         """The whole run, from loading the encoder to publishing what was written."""
-        check_fresh(self.project, self.store)
+        check_fresh(self.project, self.transfer.source)
         encoder = self.project.new_encoder()
-        self.stamp = encoder.id
         images = self.project.images()
-        undo = self.project.undo_log(self.migration)
         run_id = self.ledger.start_run(self.migration.id, self.owner)
         ended = "failed"
         try:
             if self.ledger.counts(self.migration.id).passes == 0:
                 size = self.settings.chunk_size
                 patiently(
-                    lambda: cut_first_pass(self.store, self.ledger, self.migration, size=size),
+                    lambda: cut_first_pass(self.transfer, self.ledger, self.migration, size=size),
                     seconds=self.settings.retry_for,
                 )
             for _ in range(PASSES_A_RUN):
-                self.failing = self._open_failures()
+                self.failing = self.project.open_failures(self.migration)
                 counts = self.ledger.counts(self.migration.id)
                 self.done_before, self.total = counts.done, counts.planned
                 self.pass_number = max(counts.passes - 1, 0)
                 pipeline = Pipeline(
-                    store=self.store,
+                    transfer=self.transfer,
                     images=images,
                     encoder=encoder,
-                    undo=undo,
                     batch_size=self.settings.batch_size,
                     image_threads=self.settings.image_threads,
                     retry_for=self.settings.retry_for,
                     lease=self._lease,
-                    items=self._items,
+                    leave=self.failing,
                     finish=lambda finished: self._finish(finished, run_id),
                     fail=self._fail,
                     enough=self._enough,
@@ -166,7 +163,7 @@ class _Run:
                     break
             else:
                 ended = "limit"
-            patiently(self.store.publish, seconds=self.settings.retry_for)
+            patiently(self.transfer.publish, seconds=self.settings.retry_for)
         finally:
             self.ledger.return_leases(self.migration.id, self.owner)
             self.ledger.end_run(run_id, ended)
@@ -179,9 +176,6 @@ class _Run:
             time.monotonic() - self.began,
             self.encoding_seconds,
         )
-
-    def _open_failures(self) -> set[ItemId]:
-        return {json.loads(failure.item_id) for failure in self.ledger.failures(self.migration.id)}
 
     def _why_stopped(self) -> Ended | None:
         """Why there is more to do but not now; None when every chunk that can be done is done."""
@@ -198,12 +192,11 @@ class _Run:
         """Cuts a pass over items that arrived or changed since; returns how many there are."""
         return patiently(
             lambda: cut_catch_up(
-                self.store,
+                self.transfer,
                 self.ledger,
                 self.migration,
-                stamp=self.stamp,
                 size=self.settings.chunk_size,
-                leave=self._open_failures(),
+                leave=self.project.open_failures(self.migration),
             ),
             seconds=self.settings.retry_for,
         )
@@ -227,9 +220,6 @@ class _Run:
         if chunk is not None:
             self.leased_items += chunk.items
         return chunk
-
-    def _items(self, chunk: Chunk) -> list[ItemId]:
-        return items_to_do(self.store, chunk, stamp=self.stamp, leave=self.failing)
 
     def _on_batch(self, items: int) -> None:
         self.done_before += items

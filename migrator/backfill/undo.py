@@ -9,14 +9,14 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from migrator.errors import Refused, Unavailable
+from migrator.backfill.files import ChunkFiles
+from migrator.errors import Refused
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -36,20 +36,11 @@ class OldVectors:
 
 
 class UndoLog:
-    """The undo files of one migration, under `<artifacts>/<name>/undo-<key>/`.
+    """The undo files of one migration."""
 
-    `key` must be the migration's own for ever: a ledger that begins anew must not find the files of an earlier one.
-    """
-
-    def __init__(self, artifacts: str, name: str, key: str) -> None:
-        import fsspec
-
-        self._fs, root = fsspec.core.url_to_fs(artifacts)
-        self._local = self._fs.protocol == "file" or "file" in self._fs.protocol
-        self.folder = f"{root.rstrip('/')}/{name}/undo-{key}"
-
-    def _path(self, chunk: Chunk) -> str:
-        return f"{self.folder}/{chunk.pass_number:04d}-{chunk.ordinal:08d}.parquet"
+    def __init__(self, files: ChunkFiles) -> None:
+        self._files = files
+        self.folder = files.folder
 
     def record(self, chunk: Chunk, old: OldVectors) -> None:
         """Makes the old vectors of a chunk durable. Items that its file already holds stay as they are there."""
@@ -64,36 +55,16 @@ class UndoLog:
                 np.concatenate([before.vectors, old.vectors[new]]),
                 [*before.stamps, *(old.stamps[row] for row in new)],
             )
-        self._write(self._path(chunk), _to_parquet(old))
+        self._files.write(chunk, _to_parquet(old))
 
     def read(self, chunk: Chunk) -> OldVectors | None:
         """What the chunk overwrote; None if it never came to writing."""
-        path = self._path(chunk)
-        try:
-            content = self._fs.cat_file(path)
-        except FileNotFoundError:
-            return None
-        except OSError as error:
-            raise Unavailable(f"undo log {path}: {error.strerror or error}; try again") from error
-        return _from_parquet(content, path)
-
-    def _write(self, path: str, content: bytes) -> None:
-        try:
-            if self._local:
-                _make_folder_durably(self.folder)
-                _write_durably(path, content)
-            else:
-                self._fs.makedirs(self.folder, exist_ok=True)
-                self._fs.pipe_file(path, content)  # an object store shows a whole object or none
-        except OSError as error:
-            raise Unavailable(
-                f"undo log {path}: {error.strerror or error}; nothing was overwritten, run the command again"
-            ) from error
+        content = self._files.read(chunk)
+        return None if content is None else _from_parquet(content, self._files.path(chunk))
 
     def drop(self) -> None:
         """Deletes the undo files. After that there is no way back to the old vectors."""
-        if self._fs.exists(self.folder):
-            self._fs.rm(self.folder, recursive=True)
+        self._files.drop()
 
 
 def _to_parquet(old: OldVectors) -> bytes:
@@ -138,36 +109,3 @@ CHECKSUM = b"sha256"
 def _checksum(ids: Sequence[str], vectors: NDArray[np.float32], stamps: Sequence[str | None]) -> bytes:
     """Of all that a rollback takes from the file: Parquet's own checksums leave its metadata out."""
     return hashlib.sha256(json.dumps([ids, stamps]).encode() + vectors.tobytes()).hexdigest().encode()
-
-
-def _write_durably(path: str, content: bytes) -> None:
-    """Writes a file so that after a crash it is there whole or not at all: temporary file, fsync, rename, fsync."""
-    temporary = f"{path}.{os.getpid()}.tmp"
-    try:
-        with open(temporary, "wb") as file:  # noqa: PTH123 - fsspec gives plain strings
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)  # noqa: PTH105
-    except OSError:
-        if os.path.exists(temporary):  # noqa: PTH110
-            os.unlink(temporary)  # noqa: PTH108
-        raise
-    _sync_folder(os.path.dirname(path))  # noqa: PTH120
-
-
-def _make_folder_durably(folder: str) -> None:
-    if os.path.isdir(folder):  # noqa: PTH112
-        return
-    above = os.path.dirname(folder)  # noqa: PTH120
-    _make_folder_durably(above)
-    os.makedirs(folder, exist_ok=True)  # noqa: PTH103
-    _sync_folder(above)
-
-
-def _sync_folder(folder: str) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -41,6 +41,10 @@ def command(name: str | None, config_path: Path, as_json: bool) -> None:
 def _show(fingerprint: str, plan: dict[str, Any]) -> None:
     collection, check = plan["collection"], plan["old_encoder_check"]
     new = plan["new_encoder"]
+    if plan["strategy"] == "in_place":
+        disk = f"{size(plan['undo_bytes'])} undo log, {size(plan['index_bytes'])} next to the index"
+    else:
+        disk = f"{size(plan['index_bytes'])} for the second collection"
     print_facts(
         [
             ("plan", f"{fingerprint} for {plan['migration']} ({plan['strategy']})"),
@@ -51,9 +55,13 @@ def _show(fingerprint: str, plan: dict[str, Any]) -> None:
             ("new encoder", f"{new['arch']} {new['id'] or '(to be trained)'}"),
             ("backfill", f"{plan['chunks']} chunks, about {duration(plan['backfill_seconds'])} of work "
                          f"at {plan['images_per_second']:g} images/s"),
-            ("disk", f"{size(plan['undo_bytes'])} undo log, {size(plan['index_bytes'])} next to the index"),
+            ("disk", disk),
+            ("recommended", f"{plan['recommended']['strategy']}: {plan['recommended']['why']}"),
         ]
     )  # fmt: skip
+    click.echo("\nthis store")
+    for sentence in plan["capabilities"]:
+        click.echo(f"  - {sentence}")
     click.echo("\nrisks" if plan["risks"] else "\nno risks found")
     for risk in plan["risks"]:
         click.echo(f"  - {risk}")

@@ -26,13 +26,15 @@ def command(name: str | None, config_path: Path, as_json: bool, yes: bool) -> in
 
     Possible at every stage, until finalize was told to drop the undo log. Killed midway, run it again.
     """
-    from migrator.rollout.in_place import check_can_roll_back, rollback
+    from migrator.rollout.rollback import check_can_roll_back, rollback
 
     with open_project(config_path, name) as project:
         migration = check_can_roll_back(project)
-        confirm(
-            f"restore the old vectors of {migration.collection}, then send every query back to the old encoder", yes=yes
-        )
+        if migration.strategy == "in_place":
+            says = f"restore the old vectors of {migration.collection}, then send every query back to the old encoder"
+        else:
+            says = f"send every query back to {migration.collection} and delete {migration.shadow}"
+        confirm(says, yes=yes)
         with progress("rollback") as advance:
             result = rollback(project, advance)
     problems = {str(item): why for item, why in result.problems.items()}
@@ -42,11 +44,13 @@ def command(name: str | None, config_path: Path, as_json: bool, yes: bool) -> in
                 "migration": project.name,
                 "restored": result.restored,
                 "re_encoded": result.re_encoded,
+                "removed": result.removed,
                 "problems": problems,
             }
         )
     else:
-        click.echo(f"rolled back: {result.restored} items restored, {result.re_encoded} embedded again")
+        removed = f", {result.removed} removed" if result.removed else ""
+        click.echo(f"rolled back: {result.restored} items restored, {result.re_encoded} embedded again{removed}")
         for item, why in problems.items():
-            click.echo(f"item {item} keeps a new vector: {why}")
+            click.echo(f"item {item} could not be embedded with the old encoder: {why}")
     return 3 if problems else 0

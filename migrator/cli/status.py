@@ -33,6 +33,7 @@ def command(name: str | None, config_path: Path, as_json: bool) -> None:
         [
             ("migration", status.migration),
             ("collection", status.collection),
+            ("shadow", status.shadow),
             ("stage", f"{status.stage} ({status.state})" + (f", paused: {status.paused}" if status.paused else "")),
             ("plan", status.plan),
             ("old encoder", status.old_encoder),

@@ -1,9 +1,10 @@
 """Progress in SQL: what was planned, trained, verified, routed and written."""
 
-from migrator.ledger.ledger import Counts, Failure, LeaseLost, Ledger, RouteMoved, now, this_process
+from migrator.ledger.ledger import BACKFILL_STAGES, Counts, Failure, LeaseLost, Ledger, RouteMoved, now, this_process
 from migrator.ledger.models import STAGES, BackfillRun, Chunk, ItemFailure, Migration, Plan, Route, Stage, Verification
 
 __all__ = [
+    "BACKFILL_STAGES",
     "STAGES",
     "BackfillRun",
     "Chunk",

@@ -42,7 +42,7 @@ from migrator.ledger.models import (
     Verification,
 )
 
-SCHEMA = "0001"
+SCHEMA = "0002"
 """The newest revision in `versions/`; a ledger that is at it is opened without loading alembic."""
 
 LOCK: dict[str, Any] = {"key_share": True}
@@ -50,6 +50,9 @@ LOCK: dict[str, Any] = {"key_share": True}
 
 SPARE = 16
 """Further chunks that are looked at when the first free ones are lost to their late holders."""
+
+BACKFILL_STAGES: Mapping[str, tuple[Stage, ...]] = {"in_place": ("backfill",), "shadow": ("backfill", "canary")}
+"""The stages in which chunks are worked on. A shadow is kept up with the collection until the cutover."""
 
 UPGRADE_LOCK = 0x6D696772
 """PostgreSQL's advisory lock for creating or upgrading the tables."""
@@ -286,6 +289,8 @@ class Ledger:
         name: str,
         *,
         collection: str,
+        source: str,
+        alias: str | None,
         strategy: str,
         old_encoder_id: str,
         new_encoder_id: str | None,
@@ -301,7 +306,7 @@ class Ledger:
                     name=name, stage="planned", state="planned", paused=None, old_kept=False, created_at=now()
                 )
                 session.add(found)
-            found.collection, found.strategy = collection, strategy
+            found.collection, found.source, found.alias, found.strategy = collection, source, alias, strategy
             found.old_encoder_id, found.new_encoder_id = old_encoder_id, new_encoder_id
             found.changed_at = now()
             try:
@@ -463,15 +468,19 @@ class Ledger:
         detail: dict[str, Any] | None = None,
         route: dict[str, Any] | None = None,
         old_kept: bool | None = None,
+        shadow: str | None = None,
+        all_done: bool = False,
     ) -> Migration:
         """Moves a migration on from exactly the stage and state it was read in, with its route, in one transaction.
 
         `route` holds columns of `Route`; its `epoch` is the one last read (0 where there is none) and grows by one.
-        Raises `Refused` if somebody else moved it meanwhile, or holds the collection; `RouteMoved` likewise.
+        With `all_done` every chunk must be done at that instant. Raises `Refused` if that is not so, or if somebody
+        else moved it meanwhile, or holds the collection; `RouteMoved` likewise.
         """
         changes: dict[str, Any] = {"changed_at": now(), "stage": stage or migration.stage}
         changes["state"] = state or migration.state
         changes["old_kept"] = migration.old_kept if old_kept is None else old_kept
+        changes["shadow"] = migration.shadow if shadow is None else shadow
         try:
             with self._write() as session:
                 moved = session.execute(
@@ -487,6 +496,8 @@ class Ledger:
                     raise Refused(
                         f"{migration.name} was moved by another process meanwhile: `migrator status {migration.name}`"
                     )
+                if all_done and self._has_open_chunks(session, migration.id):
+                    raise Refused(f"{migration.name}: a backfill run cut further chunks: `migrator backfill` first")
                 if route is not None:
                     self._set_route(session, migration, route)
                 fresh = session.get_one(Migration, migration.id, populate_existing=True)
@@ -496,6 +507,15 @@ class Ledger:
             raise Refused(
                 f"another migration is active on {migration.collection}: finish it or roll it back first"
             ) from error
+
+    def _has_open_chunks(self, session: Session, migration_id: int) -> bool:
+        """No lease is given out while the caller's transaction holds the migration's row."""
+        return (
+            session.scalar(
+                sa.select(Chunk.id).where(Chunk.migration_id == migration_id, Chunk.state != "done").limit(1)
+            )
+            is not None
+        )
 
     def _set_route(self, session: Session, migration: Migration, route: dict[str, Any]) -> None:
         epoch = route["epoch"]
@@ -570,7 +590,7 @@ class Ledger:
         with self._write() as session:
             # One lease at a time, and none while the migration is being moved on. SQLite's write lock does the same.
             migration = session.get_one(Migration, migration_id, with_for_update=LOCK)
-            if (migration.stage, migration.state) != ("backfill", "active"):
+            if migration.state != "active" or migration.stage not in BACKFILL_STAGES[migration.strategy]:
                 raise LeaseLost(f"{migration.name} left the backfill stage (now {migration.stage}, {migration.state})")
             if migration.paused is not None:
                 return None
@@ -677,6 +697,12 @@ class Ledger:
             query = sa.select(Chunk).where(Chunk.migration_id == migration_id)
             if states:
                 query = query.where(Chunk.state.in_(states))
+            return session.scalars(query.order_by(Chunk.pass_number, Chunk.ordinal)).all()
+
+    def chunks_of_later_passes(self, migration_id: int) -> Sequence[Chunk]:
+        """The chunks of all passes but the first, in order."""
+        with self._read() as session:
+            query = sa.select(Chunk).where(Chunk.migration_id == migration_id, Chunk.pass_number > 0)
             return session.scalars(query.order_by(Chunk.pass_number, Chunk.ordinal)).all()
 
     def set_restored(self, chunk: Chunk) -> None:

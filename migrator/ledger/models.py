@@ -115,6 +115,13 @@ class Migration(Base):
     id: Mapped[int] = mapped_column(primary_key=True)
     name: Mapped[str]
     collection: Mapped[str]
+    """Canonical name of the collection that is migrated."""
+    source: Mapped[str]
+    """What the store's own client calls that collection."""
+    alias: Mapped[str | None]
+    """The alias by which the configuration addresses it."""
+    shadow: Mapped[str | None]
+    """The collection beside it that migrator makes; NULL in place and before `prepare`."""
     strategy: Mapped[str] = mapped_column(String(16))
     stage: Mapped[Stage]
     state: Mapped[State]
@@ -123,9 +130,14 @@ class Migration(Base):
     paused: Mapped[str | None] = mapped_column(Text)
     """The reason somebody gave for the pause; NULL while running."""
     old_kept: Mapped[bool]
-    """The undo log is still there, so a rollback is possible."""
+    """The undo log, or the old collection of a shadow, is still there, so a rollback is possible."""
     created_at: Mapped[dt.datetime]
     changed_at: Mapped[dt.datetime]
+
+    @property
+    def key(self) -> str:
+        """Names this migration and no other, of whatever ledger: for files and collections that it leaves."""
+        return f"{self.id}-{self.created_at:%Y%m%dT%H%M%S%f}"
 
 
 class Plan(Base):

@@ -13,17 +13,14 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from adapters.base import ItemId, Store, StoreBusy, order_key
+from adapters.base import ItemId, Store, order_key
 from migrator.encoding import embed, locate
 from migrator.errors import Refused
 from migrator.ledger import Chunk, Migration
-from migrator.planning import check_same_collection
 from migrator.project import Project
 from migrator.retrying import patiently
-from migrator.rollout.route import initial_route
 
 if TYPE_CHECKING:
     from trainer.encoder import Encoder
@@ -31,68 +28,7 @@ if TYPE_CHECKING:
 PAGE = 5_000
 
 
-@dataclass(frozen=True, slots=True)
-class RolledBack:
-    """What a rollback did."""
-
-    restored: int
-    """Items whose old vector was put back."""
-    re_encoded: int
-    """Items that the application wrote with the new encoder, embedded again with the old one."""
-    problems: dict[ItemId, str]
-    """Items that could not be embedded again, with the reason; they keep a vector of the new encoder."""
-
-
-def check_can_roll_back(project: Project) -> Migration:
-    """The migration, if there is something to take back and a way to do it."""
-    migration = project.migration()
-    if migration.state == "planned":
-        raise Refused(f"{project.name} has not begun: there is nothing to roll back")
-    if migration.state == "rolled_back":
-        raise Refused(f"{project.name} has been rolled back already: next is `migrator plan {project.name}`")
-    if migration.state == "finished" and not migration.old_kept:
-        raise Refused(
-            f"{project.name} is finished and its old vectors were dropped: "
-            "migrate again, with the old encoder as the new one"
-        )
-    return migration
-
-
-def rollback(project: Project, report: Callable[[int, int], None] = lambda _done, _of: None) -> RolledBack:
-    """Restores the old vectors, then the route. Killed at any point, the same command goes on where it was."""
-    migration = check_can_roll_back(project)
-    result = RolledBack(0, 0, {})
-    if project.ledger.counts(migration.id).passes > 0:
-        with project.store() as store:
-            check_same_collection(project, store)  # before anything is stopped or changed
-        if migration.state != "rolling_back":
-            # From here on no backfill run gets or finishes a chunk.
-            migration = project.ledger.move(migration, state="rolling_back", event="rollback begins")
-        if held := project.ledger.live_leases(migration.id):
-            raise Refused(
-                f"a backfill run ({held[0].lease_owner}) still holds a chunk: it leaves after that one; "
-                f"then again `migrator rollback {project.name}`"
-            )
-        try:
-            with project.store(write=True) as store:
-                result = _Restore(project, migration, store, report).go()
-        except StoreBusy as busy:
-            raise Refused(f"{busy}: it leaves after its chunk; then again `migrator rollback {project.name}`") from busy
-    route = project.ledger.route(migration.collection)
-    assert route is not None
-    project.ledger.move(
-        migration,
-        state="rolled_back",
-        event="rolled back",
-        detail={"restored": result.restored, "re_encoded": result.re_encoded, "problems": len(result.problems)},
-        route=initial_route(migration, salt=route.salt, epoch=route.epoch),
-        old_kept=False,
-    )
-    project.undo_log(migration).drop()
-    return result
-
-
-class _Restore:
+class Restore:
     """The way back of one collection."""
 
     def __init__(
@@ -108,10 +44,10 @@ class _Restore:
         self.problems: dict[ItemId, str] = {}
         self._old_encoder: Encoder | None = None
 
-    def go(self) -> RolledBack:
+    def go(self) -> None:
         """Chunk by chunk, the latest pass first: the first vector put back for an item is the one that counts."""
         chunks = self.project.ledger.chunks(self.migration.id)
-        failed = {json.loads(failure.item_id) for failure in self.project.ledger.failures(self.migration.id)}
+        failed = self.project.open_failures(self.migration)
         handled: set[ItemId] = set()  # of the catch-up passes, which are small
         for number, chunk in enumerate(sorted(chunks, key=lambda chunk: (-chunk.pass_number, chunk.ordinal))):
             touched = self._restore_chunk(chunk, handled, failed)
@@ -131,7 +67,6 @@ class _Restore:
                 f"{left} items still carry the new encoder's stamp: again `migrator rollback {self.project.name}`"
             )
         self.store.forget_migration()
-        return RolledBack(self.restored, self.re_encoded, self.problems)
 
     def _restore_chunk(self, chunk: Chunk, handled: set[ItemId], failed: set[ItemId]) -> set[ItemId]:
         old = self.undo.read(chunk)
@@ -202,9 +137,7 @@ class _Restore:
                 images,
                 locate(images, zip(page.ids, page.payloads, strict=True)),
                 [self._old_encoder],
-                batch_size=self.settings.batch_size,
-                threads=self.settings.image_threads,
-                retry_for=self.settings.retry_for,
+                **self.project.loading(),
             )
             self.problems.update({page.ids[row]: why for row, why in embedded.problems.items()})
             if len(embedded.rows):

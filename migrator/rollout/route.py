@@ -23,6 +23,7 @@ class Choice:
 
     encoder: str
     collection: str
+    """What the store's own client calls it: a collection's name, or the folder of a FAISS gallery."""
     epoch: int
 
 
@@ -39,6 +40,23 @@ def choose(route: Route, key: str) -> Choice:
     return Choice(route.query_encoder, route.query_collection, route.epoch)
 
 
+def writes(route: Route) -> list[Choice]:
+    """Where an item that is inserted, changed or deleted is to be written, and with which encoder.
+
+    One place, but for the window around a shadow's cutover, when both collections must be kept up.
+    """
+    return [
+        Choice(
+            encoder,
+            route.query_collection
+            if encoder == route.query_encoder
+            else route.canary_collection or route.query_collection,
+            route.epoch,
+        )
+        for encoder in route.write_encoders
+    ]
+
+
 def describe(route: Route) -> dict[str, Any]:
     """The route as `migrator route` prints it."""
     return {
@@ -52,6 +70,7 @@ def describe(route: Route) -> dict[str, Any]:
         "canary_percent": route.canary_percent,
         "salt": route.salt,
         "write_encoders": route.write_encoders,
+        "writes": [{"encoder": choice.encoder, "collection": choice.collection} for choice in writes(route)],
     }
 
 
@@ -87,6 +106,10 @@ class RouteClient:
         """How to search for `key` (a user, session or query id): the same answer for the same key within an epoch."""
         return choose(self.route(), key)
 
+    def writes(self) -> list[Choice]:
+        """Where to write an item, with which encoder each: see `writes`. A deletion goes to the same places."""
+        return writes(self.route())
+
     def close(self) -> None:
         """Lets go of the ledger."""
         self._ledger.close()
@@ -106,7 +129,7 @@ def initial_route(migration: Migration, *, salt: str, epoch: int) -> dict[str, A
     return {
         "epoch": epoch,
         "query_encoder": migration.old_encoder_id,
-        "query_collection": migration.collection,
+        "query_collection": migration.source,
         "canary_encoder": None,
         "canary_collection": None,
         "canary_percent": 0.0,

@@ -1,6 +1,9 @@
 """The state machine of a rollout. Each stage has guards that say which command comes first, and one change.
 
-prepare -> canary (step by step to 100 %) -> backfill -> cutover -> finalize
+in place: prepare -> canary (step by step to 100 %) -> backfill -> cutover -> finalize
+shadow:   prepare -> backfill -> canary (step by step to 100 %) -> cutover -> finalize
+
+In place, old queries must never meet new vectors, so the queries move first. A shadow is filled before it is asked.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ from migrator.ledger import Migration, Route, now
 from migrator.planning import check_fresh, check_unmixed
 from migrator.project import Project
 from migrator.retrying import patiently
+from migrator.rollout import shadow
 from migrator.rollout.route import initial_route
 
 READ_BACK = 256
@@ -63,6 +67,9 @@ def _prepare(project: Project, migration: Migration, _: Options) -> Step:
     with project.store() as store:
         plan = check_fresh(project, store)
         check_unmixed(project, store, *project.encoder_ids())
+        beside = shadow.shadow_name(migration) if migration.strategy == "shadow" else None
+        if beside is not None and store.exists(beside):
+            raise Refused(f"{beside} is there already and not this migration's: remove it, or plan again")
     _check_encoders(project)
     check_verified(project, migration, plan.fingerprint)
     route = project.ledger.route(migration.collection)
@@ -75,6 +82,7 @@ def _prepare(project: Project, migration: Migration, _: Options) -> Step:
             event="prepare",
             route=initial_route(migration, salt=secrets.token_hex(8), epoch=route.epoch if route else 0),
             old_kept=True,
+            shadow=beside,
         )
         return f"{migration.collection} is claimed; every query goes to the old encoder {migration.old_encoder_id}"
 
@@ -107,19 +115,23 @@ def _check_encoders(project: Project) -> None:
 
 def _canary(project: Project, migration: Migration, options: Options) -> Step:
     name = project.name
-    if migration.stage not in ("prepare", "canary"):
-        if migration.stage == "planned":
-            raise Refused(f"{name} is not prepared: `migrator rollout {name} --stage prepare`")
+    in_place = migration.strategy == "in_place"
+    if migration.stage == "planned":
+        raise Refused(f"{name} is not prepared: `migrator rollout {name} --stage prepare`")
+    if not in_place and migration.stage == "prepare":
+        raise Refused(f"{name} has no shadow to send queries to: `migrator rollout {name} --stage backfill`")
+    if migration.stage not in (("prepare", "canary") if in_place else ("backfill", "canary")):
+        mixed = "new vectors may be in the collection, which old queries cannot search; " if in_place else ""
         raise Refused(
-            f"{name} is at stage {migration.stage}: new vectors may be in the collection, which old queries cannot "
-            f"search; to take queries back use `migrator rollback {name}`"
+            f"{name} is at stage {migration.stage}: {mixed}to take queries back use `migrator rollback {name}`"
         )
     route = _route(project, migration)
     ladder = project.settings.rollout.canary
     higher = [rung for rung in ladder if rung > route.canary_percent]
     if options.percent is None:
         if not higher:
-            raise Refused(f"{name} is at 100 %: next is `migrator rollout {name} --stage backfill`")
+            following = "backfill" if in_place else "cutover"
+            raise Refused(f"{name} is at 100 %: next is `migrator rollout {name} --stage {following}`")
         percent = higher[0]
     else:
         percent = options.percent
@@ -132,14 +144,23 @@ def _canary(project: Project, migration: Migration, options: Options) -> Step:
     _check_encoders(project)
     if percent > route.canary_percent:  # the way back is never barred
         check_verified(project, migration, plan.fingerprint)
+        if not in_place:
+            _check_backfilled(project, migration, options)
 
     def make() -> str:
+        if not in_place and migration.stage == "backfill":
+            shadow.publish(project, migration)
         _move_route(
             project, migration, route, stage="canary", phase="canary", detail={"percent": percent},
-            canary_encoder=migration.new_encoder_id, canary_collection=migration.collection,
+            canary_encoder=migration.new_encoder_id,
+            canary_collection=migration.source if in_place else migration.shadow,
             canary_percent=float(percent),
+            write_encoders=[migration.old_encoder_id, *([] if in_place else [migration.new_encoder_id])],
         )  # fmt: skip
-        return f"{percent} % of the queries now use the new encoder; stored vectors are untouched"
+        moved = f"{percent} % of the queries now use the new encoder"
+        if in_place:
+            return f"{moved}; stored vectors are untouched"
+        return f"{moved} and {migration.shadow}; applications now write to both collections (`migrator route {name}`)"
 
     return Step(f"move the new encoder's share of the queries from {route.canary_percent:g} % to {percent} %", make)
 
@@ -148,10 +169,11 @@ def _backfill(project: Project, migration: Migration, _: Options) -> Step:
     name = project.name
     if migration.stage == "backfill":
         raise Refused(f"{name}: the backfill stage is open: run `migrator backfill {name}`")
-    if migration.stage not in ("prepare", "canary"):
+    in_place = migration.strategy == "in_place"
+    if migration.stage not in (("prepare", "canary") if in_place else ("prepare",)):
         raise Refused(f"{name} is at stage {migration.stage}: `migrator status {name}` names the next command")
     route = _route(project, migration)
-    if route.canary_percent < 100:
+    if in_place and route.canary_percent < 100:
         raise Refused(
             f"{name}: {route.canary_percent:g} % of the queries use the new encoder, and the others cannot be compared "
             f"with new vectors: first `migrator rollout {name} --stage canary` up to 100 %"
@@ -163,20 +185,33 @@ def _backfill(project: Project, migration: Migration, _: Options) -> Step:
     check_verified(project, migration, plan.fingerprint)
 
     def make() -> str:
+        if not in_place:
+            shadow.create(project, migration)
         _move_route(project, migration, route, stage="backfill", phase="backfill")
         return f"{name} may be backfilled: run `migrator backfill {name}` until it says complete, or let cron do it"
 
-    return Step(f"open the backfill of {count} items; their old vectors go to the undo log", make)
+    if in_place:
+        return Step(f"open the backfill of {count} items; their old vectors go to the undo log", make)
+    return Step(f"make {migration.shadow} and open the backfill of {count} items into it", make)
 
 
 def _cutover(project: Project, migration: Migration, options: Options) -> Step:
     name = project.name
+    before = "backfill" if migration.strategy == "in_place" else "canary"
     if migration.stage in ("cutover", "finalize"):
         raise Refused(f"{name} has been cut over: next is `migrator rollout {name} --stage finalize`")
-    if migration.stage != "backfill":
-        raise Refused(f"{name} is at stage {migration.stage}: cutover comes after `migrator backfill {name}`")
-    assert migration.new_encoder_id is not None
-    stamp = migration.new_encoder_id
+    if migration.stage != before:
+        raise Refused(f"{name} is at stage {migration.stage}: cutover comes after {before}: `migrator status {name}`")
+    failures = _check_backfilled(project, migration, options)
+    route = _route(project, migration)
+    if migration.strategy == "in_place":
+        return _cutover_in_place(project, migration, route, failures)
+    return _cutover_shadow(project, migration, route, failures)
+
+
+def _check_backfilled(project: Project, migration: Migration, options: Options) -> int:
+    """Every chunk is done and no more items failed than are accepted; returns how many."""
+    name = project.name
     counts = project.ledger.counts(migration.id)
     undone = sum(number for state, number in counts.by_state.items() if state != "done")
     if undone or not counts.passes:
@@ -189,10 +224,15 @@ def _cutover(project: Project, migration: Migration, options: Options) -> Step:
             f"{name}: {counts.open_failures} items failed (`migrator failures {name}`): mend them and "
             f"`migrator failures {name} --retry`, or go on without with --accept-failures {counts.open_failures}"
         )
+    return counts.open_failures
+
+
+def _cutover_in_place(project: Project, migration: Migration, route: Route, failures: int) -> Step:
+    name, stamp = project.name, migration.new_encoder_id
+    assert stamp is not None
     with project.store() as store:
         check_fresh(project, store)
-        _check_all_stamped(name, store.count(), store.count(stamp=stamp), counts.open_failures)
-    route = _route(project, migration)
+        _check_all_stamped(name, store.count(), store.count(stamp=stamp), failures)
 
     def make() -> str:
         with project.store(write=True) as store:
@@ -200,20 +240,53 @@ def _cutover(project: Project, migration: Migration, options: Options) -> Step:
         # A fresh connection must find what was written, counted and sampled, before the route says so.
         with project.store() as store:
             total, stamped = store.count(), store.count(stamp=stamp)
-            _check_all_stamped(name, total, stamped, counts.open_failures)
+            _check_all_stamped(name, total, stamped, failures)
             page = store.read(store.sample(READ_BACK, seed=route.epoch), vectors=True, payload=False)
             missing = sum(found != stamp for found in page.stamps)
-            if missing > counts.open_failures:
+            if missing > failures:
                 raise Refused(f"{name}: {missing} of {len(page)} items read back carry no new stamp: backfill again")
         _move_route(
-            project, migration, route, stage="cutover", phase="new",
-            detail={"items": total, "stamped": stamped, "failures_accepted": counts.open_failures},
+            project, migration, route, stage="cutover", phase="new", all_done=True,
+            detail={"items": total, "stamped": stamped, "failures_accepted": failures},
             query_encoder=stamp, canary_encoder=None, canary_collection=None, canary_percent=0.0,
             write_encoders=[stamp],
         )  # fmt: skip
         return f"{stamped} of {total} items carry the new encoder's vector; it is now the only encoder of the route"
 
     return Step("publish the index and make the new encoder the only one, for queries and for new items", make)
+
+
+def _cutover_shadow(project: Project, migration: Migration, route: Route, failures: int) -> Step:
+    name, beside = project.name, migration.shadow
+    assert beside is not None
+    if route.canary_percent < 100:
+        raise Refused(
+            f"{name}: {route.canary_percent:g} % of the queries use {beside}: first "
+            f"`migrator rollout {name} --stage canary` up to 100 %"
+        )
+    with project.store() as store:
+        check_fresh(project, store)
+    shadow.check_whole(project, migration)
+
+    def make() -> str:
+        shadow.publish(project, migration)
+        items = shadow.check_whole(project, migration)
+        shadow.point_alias(project, migration, beside)
+        try:
+            _move_route(
+                project, migration, route, stage="cutover", phase="new", all_done=True,
+                detail={"items": items, "failures_accepted": failures},
+                query_encoder=migration.new_encoder_id, query_collection=beside,
+                canary_encoder=None, canary_collection=None, canary_percent=0.0,
+                write_encoders=[migration.new_encoder_id],
+            )  # fmt: skip
+        except Refused:
+            shadow.point_alias(project, migration, migration.source)
+            raise
+        alias = f", and alias {migration.alias} leads to it" if migration.alias else ""
+        return f"{beside} with {items} items is now the only collection of the route{alias}; the old one is kept"
+
+    return Step(f"put {beside} in the place of {migration.collection}, for queries and for new items", make)
 
 
 def _check_all_stamped(name: str, total: int, stamped: int, failures: int) -> None:
@@ -234,21 +307,30 @@ def _finalize(project: Project, migration: Migration, options: Options) -> Step:
             raise Refused(f"{name} is finished; {kept}")
         raise Refused(f"{name} is at stage {migration.stage}: finalize comes after `rollout --stage cutover`")
 
+    in_place = migration.strategy == "in_place"
+    old = "the undo log" if in_place else f"the old collection {migration.collection}"
+    configure = "old_encoder" if in_place or migration.alias else f"store to {migration.shadow} and old_encoder"
+
     def make() -> str:
+        if options.drop_old and not in_place:
+            shadow.drop_source(project, migration)  # first: what the ledger calls gone must be gone
         project.ledger.move(
             migration, stage="finalize", state="finished",
             event="finalize", detail={"drop_old": options.drop_old}, old_kept=not options.drop_old,
         )  # fmt: skip
         if not options.drop_old:
-            return f"{name} is finished; the undo log is kept, `migrator rollback {name}` remains possible"
-        project.undo_log(migration).drop()
-        with project.store(write=True) as store:
-            store.forget_migration()
-        return f"{name} is finished; undo log and stamps are gone"
+            return f"{name} is finished; {old} is kept, `migrator rollback {name}` remains possible"
+        if in_place:
+            project.undo_log(migration).drop()
+            with project.store(write=True) as store:
+                store.forget_migration()
+        else:
+            project.copy_log(migration).drop()
+        return f"{name} is finished; {old} is gone. Before the next migration set {configure} to what is served now"
 
     if options.drop_old:
-        return Step("end the migration and delete the undo log: there is no way back after that", make)
-    return Step("end the migration; the undo log is kept", make)
+        return Step(f"end the migration and delete {old}: there is no way back after that", make)
+    return Step(f"end the migration; {old} is kept", make)
 
 
 _STEPS: dict[str, Callable[[Project, Migration, Options], Step]] = {
@@ -274,8 +356,10 @@ def _move_route(
     stage: Any,
     phase: str,
     detail: dict[str, Any] | None = None,
+    all_done: bool = False,
     **columns: Any,
 ) -> None:
     project.ledger.move(
-        migration, stage=stage, event=stage, detail=detail, route={"epoch": route.epoch, "phase": phase, **columns}
-    )
+        migration, stage=stage, event=stage, detail=detail, all_done=all_done,
+        route={"epoch": route.epoch, "phase": phase, **columns},
+    )  # fmt: skip

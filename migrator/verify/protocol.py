@@ -61,10 +61,12 @@ class Verified:
     """The outcome of one `verify`."""
 
     verdict: Verdict
+    served: str
+    """The test that the verdict compares with `old`: `cross` in place, `self` with a shadow."""
     tests: dict[str, dict[str, float]]
     """Test -> metric -> mean over the queries."""
     flips: dict[str, float]
-    """Shares of the queries whose first answer turned wrong or right, cross against old."""
+    """Shares of the queries whose first answer turned wrong or right, `served` against old."""
     queries: int
     without_relevant: int
     gallery: int
@@ -78,6 +80,7 @@ class Verified:
             "outcome": self.verdict.outcome,
             "reasons": list(self.verdict.reasons),
             "interval": None if interval is None else interval._asdict(),
+            "served": self.served,
             "tests": self.tests,
             "flips": self.flips,
             "queries": self.queries,
@@ -109,14 +112,19 @@ def verify(project: Project, report: Report = lambda *_: None) -> Verified:
         "self": (queries_new, gallery_new),
         "reverse": (queries_old, gallery_new),
     }
+    if old.dim != new.dim:  # such vectors cannot be compared, and in a shadow they never meet
+        del pairs["cross"], pairs["reverse"]
+    # In place, new queries meet old vectors; beside a shadow they only ever meet new ones.
+    served = "cross" if migration.strategy == "in_place" else "self"
     found = {test: _answers(embedded, asked, queries, gallery) for test, (queries, gallery) in pairs.items()}
     settings = project.settings.verify.gate
     per_query = {test: parse_metric(settings.metric).per_query(answers) for test, answers in found.items()}
     counted = ~np.isnan(per_query["old"])
-    verdict = gate(per_query["old"][counted], per_query["cross"][counted], settings, seed=project.settings.verify.seed)
-    flipped = flips(found["old"], found["cross"])
+    verdict = gate(per_query["old"][counted], per_query[served][counted], settings, seed=project.settings.verify.seed)
+    flipped = flips(found["old"], found[served])
     verified = Verified(
         verdict=verdict,
+        served=served,
         tests={test: _means(answers) for test, answers in found.items()},
         flips={name: _number(value) for name, value in flipped._asdict().items()},
         queries=int(counted.sum()),
@@ -145,7 +153,7 @@ def measure_mixed(project: Project, report: Report = lambda *_: None) -> dict[st
     with project.store() as store:
         asked = ask(project, store, images)
     count = len(asked.paths)
-    queries = embed(images, asked.paths, [new], report=lambda done: report("queries", done, count), **_loading(project))
+    queries = embed(images, asked.paths, [new], report=lambda done: report("queries", done, count), **project.loading())
     own = asked.own[queries.rows]
     ranking = rank(queries.vectors[0], asked.stored, 100, exclude=own)
     answers = relevance([asked.labels[row] for row in queries.rows], asked.gallery_labels, ranking, exclude=own)
@@ -224,13 +232,6 @@ class _Vectors:
     unreadable: dict[str, str]
 
 
-def _loading(project: Project) -> dict[str, Any]:
-    backfill = project.settings.backfill
-    return {
-        "batch_size": backfill.batch_size, "threads": backfill.image_threads, "retry_for": backfill.retry_for,
-    }  # fmt: skip
-
-
 def _embed_all(
     project: Project, images: ImageSource, asked: Asked, encoders: Sequence[Any], report: Report
 ) -> _Vectors:
@@ -243,7 +244,7 @@ def _embed_all(
 
         return step
 
-    loading = _loading(project)
+    loading = project.loading()
     queries = embed(images, asked.paths, encoders, report=count("queries", len(asked.paths)), **loading)
     gallery = embed(
         images, asked.gallery_paths, encoders[1:], report=count("gallery", len(asked.gallery_paths)), **loading

@@ -1,0 +1,94 @@
+"""Files that a migration leaves beside the ledger, durable before what depends on them is done."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+from migrator.errors import Unavailable
+
+if TYPE_CHECKING:
+    from migrator.ledger import Chunk
+
+
+class ChunkFiles:
+    """One Parquet file a chunk, under `<artifacts>/<name>/<kind>-<key>/`: a local folder, or any fsspec URL.
+
+    `key` must be the migration's own for ever: a ledger that begins anew must not find the files of an earlier one.
+    """
+
+    def __init__(self, artifacts: str, name: str, kind: str, key: str) -> None:
+        import fsspec
+
+        self._fs, root = fsspec.core.url_to_fs(artifacts)
+        self._local = self._fs.protocol == "file" or "file" in self._fs.protocol
+        self._kind = kind
+        self.folder = f"{root.rstrip('/')}/{name}/{kind}-{key}"
+
+    def path(self, chunk: Chunk) -> str:
+        """Where a chunk's file lies, whether there is one or not."""
+        return f"{self.folder}/{chunk.pass_number:04d}-{chunk.ordinal:08d}.parquet"
+
+    def read(self, chunk: Chunk) -> bytes | None:
+        """The content of a chunk's file; None if there is none. Raises `Unavailable`."""
+        path = self.path(chunk)
+        try:
+            content: bytes = self._fs.cat_file(path)
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise Unavailable(f"{self._kind} log {path}: {error.strerror or error}; try again") from error
+        return content
+
+    def write(self, chunk: Chunk, content: bytes) -> None:
+        """Makes a chunk's file durable, whole or not at all. Raises `Unavailable`."""
+        path = self.path(chunk)
+        try:
+            if self._local:
+                _make_folder_durably(self.folder)
+                _write_durably(path, content)
+            else:
+                self._fs.makedirs(self.folder, exist_ok=True)
+                self._fs.pipe_file(path, content)  # an object store shows a whole object or none
+        except OSError as error:
+            raise Unavailable(
+                f"{self._kind} log {path}: {error.strerror or error}; nothing was overwritten, run the command again"
+            ) from error
+
+    def drop(self) -> None:
+        """Deletes the files of all chunks."""
+        if self._fs.exists(self.folder):
+            self._fs.rm(self.folder, recursive=True)
+
+
+def _write_durably(path: str, content: bytes) -> None:
+    """Writes a file so that after a crash it is there whole or not at all: temporary file, fsync, rename, fsync."""
+    temporary = f"{path}.{os.getpid()}.tmp"
+    try:
+        with open(temporary, "wb") as file:  # noqa: PTH123 - fsspec gives plain strings
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)  # noqa: PTH105
+    except OSError:
+        if os.path.exists(temporary):  # noqa: PTH110
+            os.unlink(temporary)  # noqa: PTH108
+        raise
+    _sync_folder(os.path.dirname(path))  # noqa: PTH120
+
+
+def _make_folder_durably(folder: str) -> None:
+    if os.path.isdir(folder):  # noqa: PTH112
+        return
+    above = os.path.dirname(folder)  # noqa: PTH120
+    _make_folder_durably(above)
+    os.makedirs(folder, exist_ok=True)  # noqa: PTH103
+    _sync_folder(above)
+
+
+def _sync_folder(folder: str) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

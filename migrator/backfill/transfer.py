@@ -1,0 +1,309 @@
+"""How new vectors reach the queries: into the items themselves (`InPlace`), or into copies beside them (`Shadow`).
+
+A strategy says which items a chunk still has to do, takes them out, and brings them in with their new vectors.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import json
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from adapters.base import ItemId, Page, Store, WriteReport, order_key
+from migrator.backfill.copies import Copies, Copy, CopyLog, digests
+from migrator.backfill.undo import OldVectors, UndoLog
+from migrator.ledger import Chunk, Ledger, Migration
+from migrator.project import Project
+
+IDS = 10_000
+"""Ids a page: large, as only ids travel."""
+ITEMS = 5_000
+"""Items a page where vectors and payloads are compared."""
+REMEMBERED = 1_000_000
+"""Ids of a catch-up pass that are kept from its cutting, so that its chunks need not compare everything again."""
+
+
+@dataclass(frozen=True, slots=True)
+class Taken:
+    """A chunk's items that are still to be done, as they are."""
+
+    chunk: Chunk
+    page: Page
+    """Items to embed, with vectors and payloads."""
+    repeated: Sequence[ItemId] = ()
+    """Items that an earlier, unfinished attempt at this chunk has already written."""
+    surplus: Sequence[ItemId] = ()
+    """Copies whose items were deleted."""
+
+
+class Transfer(Protocol):
+    """What the backfill asks of a strategy. `leave` holds items that are not to be touched: open failures."""
+
+    source: Store
+    """The collection that is migrated."""
+
+    def everything(self) -> Iterator[ItemId]:
+        """All ids, in order: the first pass."""
+        ...
+
+    def outstanding(self, leave: Collection[ItemId]) -> Iterator[ItemId]:
+        """Ids, in order, of items that arrived, changed or went since they were done: a further pass."""
+        ...
+
+    def take(self, chunk: Chunk, leave: Collection[ItemId]) -> Taken:
+        """What a chunk has to do."""
+        ...
+
+    def bring(self, taken: Taken, rows: Sequence[int], vectors: NDArray[np.float32]) -> WriteReport:
+        """Writes `vectors` (len(rows), dim) of the items at `rows` of the page. May be repeated."""
+        ...
+
+    def publish(self) -> None:
+        """Lets what was written answer queries, as far as the stage allows."""
+        ...
+
+
+@contextmanager
+def open_transfer(project: Project, migration: Migration) -> Iterator[Transfer]:
+    """The strategy of a migration, with its collections open for writing. Raises `StoreBusy`."""
+    assert migration.new_encoder_id is not None
+    with project.store(write=True) as source:
+        if migration.strategy == "in_place":
+            yield InPlace(source, project.undo_log(migration), migration.new_encoder_id)
+            return
+        assert migration.shadow is not None, "prepare names the shadow"
+        with closing(source.sibling(migration.shadow)) as target:
+            yield Shadow(source, target, project.copy_log(migration), project.ledger, migration)
+
+
+class InPlace:
+    """Vectors are replaced where they lie, with a stamp beside each; the old ones go to the undo log first."""
+
+    def __init__(self, store: Store, undo: UndoLog, stamp: str) -> None:
+        self.source, self._undo, self._stamp = store, undo, stamp
+
+    def everything(self) -> Iterator[ItemId]:
+        """All ids, in order."""
+        return walk(self.source)
+
+    def outstanding(self, leave: Collection[ItemId]) -> Iterator[ItemId]:
+        """Ids of items without the stamp."""
+        return (item for item in self._unstamped(None) if item not in leave)
+
+    def _unstamped(self, after: ItemId | None, page: int = IDS) -> Iterator[ItemId]:
+        while ids := self.source.unstamped(self._stamp, after=after, limit=page):
+            yield from ids
+            after = ids[-1]
+
+    def due(self, chunk: Chunk, leave: Collection[ItemId]) -> list[ItemId]:
+        """Ids, in order, of the items in a chunk's range that do not carry the stamp."""
+        after, upto = bounds(chunk)
+        last = order_key(upto)
+        inside = itertools.takewhile(lambda item: order_key(item) <= last, self._unstamped(after, chunk.items + 1))
+        return [item for item in inside if item not in leave]
+
+    def take(self, chunk: Chunk, leave: Collection[ItemId]) -> Taken:
+        """The items of a chunk's range that do not carry the stamp."""
+        page = self.source.read(self.due(chunk, leave), vectors=True, payload=True)
+        before = self._undo.read(chunk)
+        repeated: list[ItemId] = []
+        if before is not None:
+            to_do = set(page.ids)
+            stamps = self.source.read([item for item in before.ids if item not in to_do], vectors=False, payload=False)
+            repeated = [item for item, stamp in zip(stamps.ids, stamps.stamps, strict=True) if stamp == self._stamp]
+        return Taken(chunk, page, repeated=repeated)
+
+    def bring(self, taken: Taken, rows: Sequence[int], vectors: NDArray[np.float32]) -> WriteReport:
+        """Makes the old vectors durable, then writes the new ones."""
+        page = taken.page
+        assert page.vectors is not None
+        ids = [page.ids[row] for row in rows]
+        if not ids:
+            return WriteReport(())
+        # Before the write: a crash between the two only repeats the chunk.
+        self._undo.record(taken.chunk, OldVectors(ids, page.vectors[list(rows)], [page.stamps[row] for row in rows]))
+        return self.source.write_vectors(ids, vectors, self._stamp)
+
+    def publish(self) -> None:
+        """New vectors may answer at once: every query comes from the new encoder."""
+        self.source.publish()
+
+
+class Shadow:
+    """Items are copied, with their new vectors, into a collection beside the first, which is left as it is.
+
+    A copy is due where the digest of vector and payload in the source is not the one that the copy log has, or where
+    the shadow lost it. What the application writes into the shadow itself it also writes into the source, so the same
+    rule covers it.
+    """
+
+    def __init__(self, source: Store, target: Store, log: CopyLog, ledger: Ledger, migration: Migration) -> None:
+        self.source, self.target = source, target
+        self._log, self._ledger, self._migration = log, ledger, migration
+        self._remembered: list[ItemId] | None = None
+
+    def everything(self) -> Iterator[ItemId]:
+        """All ids of the source, in order."""
+        return walk(self.source)
+
+    def outstanding(self, leave: Collection[ItemId]) -> Iterator[ItemId]:
+        """Ids of items whose copy is missing, out of date, or left over."""
+        found: list[ItemId] = []
+        self._remembered = found
+        for item, _ in self._differences(None, None):
+            if item not in leave:
+                if len(found) <= REMEMBERED:
+                    found.append(item)
+                yield item
+        if len(found) > REMEMBERED:
+            self._remembered = None
+
+    def take(self, chunk: Chunk, leave: Collection[ItemId]) -> Taken:
+        """The items of a chunk's range whose copy is due, and the copies there that are left over."""
+        after, upto = bounds(chunk)
+        if chunk.pass_number > 0 and self._remembered is not None:
+            due = [item for item in self._remembered if _inside(item, after, upto) and item not in leave]
+            page = self.source.read(due, vectors=True, payload=True)
+            there = set(page.ids)
+            return Taken(chunk, page, surplus=[item for item in due if item not in there])
+        if chunk.pass_number > 0:
+            found = [(item, due) for item, due in self._differences(after, upto) if item not in leave]
+            page = self.source.read([item for item, due in found if due], vectors=True, payload=True)
+            return Taken(chunk, page, surplus=[item for item, due in found if not due])
+        page = self.source.read(list(walk(self.source, after, upto)), vectors=True, payload=True)
+        copies = {**self._log.read(chunk), **self._later()}
+        there = set(walk(self.target, after, upto))
+        due_rows = [
+            row
+            for row, (item, digest) in enumerate(zip(page.ids, digests(page), strict=True))
+            if item not in leave and (item not in there or item not in copies or copies[item].source != digest)
+        ]
+        surplus = there.difference(page.ids)
+        return Taken(chunk, _rows(page, due_rows), surplus=[item for item in surplus if item in copies])
+
+    def bring(self, taken: Taken, rows: Sequence[int], vectors: NDArray[np.float32]) -> WriteReport:
+        """Writes the copies, reads them back, and notes what they were made from."""
+        page = taken.page
+        assert page.payloads is not None
+        written: Sequence[ItemId] = ()
+        rejected: dict[ItemId, str] = {}
+        lost: list[ItemId] = []
+        if rows:
+            made_from = digests(page)
+            ids = [page.ids[row] for row in rows]
+            report = self.target.insert(Page(ids, vectors, [page.payloads[row] for row in rows], [None] * len(ids)))
+            rejected.update(report.rejected)
+            written = report.written
+            back = self.target.read(written, vectors=True, payload=True)
+            copied = dict(zip(back.ids, digests(back, vectors=self.target.capabilities.exact_vectors), strict=True))
+            source = {page.ids[row]: made_from[row] for row in rows}
+            self._log.record(taken.chunk, {item: Copy(source[item], copied[item]) for item in copied})
+            lost = [item for item in written if item not in copied]  # deleted by the application, perhaps
+            rejected.update(dict.fromkeys(lost, "the store took the item and does not have it"))
+            written = back.ids
+        surplus = [*taken.surplus, *lost]
+        gone: list[ItemId] = []
+        if surplus:
+            # Looked at again: an item that came back must not lose its copy.
+            there = set(self.source.read(surplus, vectors=False, payload=False).ids)
+            gone = [item for item in surplus if item not in there]
+            self.target.delete(gone)
+        return WriteReport(written, gone, {item: why for item, why in rejected.items() if item not in gone})
+
+    def publish(self) -> None:
+        """Before the canary nobody searches the shadow; from then on it must be whole after every run."""
+        self.target.publish(final=self._migration.stage == "canary")
+
+    # -- comparing ------------------------------------------------------------------------------------------------
+
+    def _differences(self, after: ItemId | None, upto: ItemId | None) -> Iterator[tuple[ItemId, bool]]:
+        """Items in (after, upto], in order: True where a copy is due, False where a copy is left over."""
+        for lower, higher, copies in self.stretches(after, upto):
+            there = set(walk(self.target, lower, higher))
+            due: list[ItemId] = []
+            for page in pages(self.source, lower, higher):
+                for item, digest in zip(page.ids, digests(page), strict=True):
+                    copy = copies.get(item)
+                    if copy is None or copy.source != digest or item not in there:
+                        due.append(item)
+                    there.discard(item)
+            # What the application has put into the shadow ahead of the source is not in the log, and left alone.
+            surplus = sorted((item for item in there if item in copies), key=order_key)
+            yield from heapq.merge(
+                ((item, True) for item in due), ((item, False) for item in surplus), key=lambda pair: order_key(pair[0])
+            )
+
+    def stretches(
+        self, after: ItemId | None = None, upto: ItemId | None = None
+    ) -> Iterator[tuple[ItemId | None, ItemId | None, Copies]]:
+        """(after, upto] cut into pieces that fit into memory, with the log's entries for each."""
+        later = self._later()
+        lower, copies, items = after, dict(later), 0
+        for chunk in self._ledger.chunks(self._migration.id):
+            if chunk.pass_number > 0:
+                break
+            if after is not None and order_key(bounds(chunk)[1]) <= order_key(after):
+                continue
+            if upto is not None and chunk.after_id is not None and order_key(bounds(chunk)[0]) >= order_key(upto):  # type: ignore[arg-type]
+                break
+            copies = {**self._log.read(chunk), **copies}
+            items += chunk.items
+            if items >= ITEMS:
+                higher = _smaller(bounds(chunk)[1], upto)
+                yield lower, higher, copies
+                lower, copies, items = higher, dict(later), 0
+        if upto is None or lower is None or order_key(lower) < order_key(upto):
+            yield lower, upto, copies
+
+    def _later(self) -> Copies:
+        """The entries of all further passes, which win over those of the first."""
+        later: Copies = {}
+        for chunk in self._ledger.chunks_of_later_passes(self._migration.id):
+            later.update(self._log.read(chunk))
+        return later
+
+
+def bounds(chunk: Chunk) -> tuple[ItemId | None, ItemId]:
+    """The range (after, upto] of a chunk."""
+    return None if chunk.after_id is None else json.loads(chunk.after_id), json.loads(chunk.upto_id)
+
+
+def walk(store: Store, after: ItemId | None = None, upto: ItemId | None = None) -> Iterator[ItemId]:
+    """The ids in (after, upto], in order, page by page."""
+    while ids := store.scan_ids(after=after, upto=upto, limit=IDS):
+        yield from ids
+        after = ids[-1]
+
+
+def pages(store: Store, after: ItemId | None = None, upto: ItemId | None = None) -> Iterator[Page]:
+    """The items in (after, upto], in order, with vectors and payloads."""
+    while ids := store.scan_ids(after=after, upto=upto, limit=ITEMS):
+        yield store.read(ids, vectors=True, payload=True)
+        after = ids[-1]
+
+
+def _inside(item: ItemId, after: ItemId | None, upto: ItemId) -> bool:
+    return (after is None or order_key(item) > order_key(after)) and order_key(item) <= order_key(upto)
+
+
+def _smaller(one: ItemId, other: ItemId | None) -> ItemId:
+    return one if other is None else min(one, other, key=order_key)
+
+
+def _rows(page: Page, rows: Sequence[int]) -> Page:
+    """The part of a page at these rows."""
+    assert page.vectors is not None
+    assert page.payloads is not None
+    return Page(
+        [page.ids[row] for row in rows],
+        page.vectors[list(rows)],
+        [page.payloads[row] for row in rows],
+        [page.stamps[row] for row in rows],
+    )

@@ -1,0 +1,97 @@
+"""One command takes everything back, whatever the strategy and the stage."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+from adapters.base import ItemId, StoreBusy
+from migrator.errors import Refused
+from migrator.ledger import Migration
+from migrator.planning import check_same_collection
+from migrator.project import Project
+from migrator.rollout.in_place import Restore
+from migrator.rollout.route import initial_route
+from migrator.rollout.shadow import take_back
+
+Report = Callable[[int, int], None]
+"""Called with how much is done and how much there is."""
+
+
+@dataclass(frozen=True, slots=True)
+class RolledBack:
+    """What a rollback did."""
+
+    restored: int = 0
+    """Items whose old vector was put back. None with a shadow, which leaves the old collection as it is."""
+    re_encoded: int = 0
+    """Items that the application wrote with the new encoder, embedded again with the old one."""
+    removed: int = 0
+    """Items that the application deleted in the shadow after the cutover, and that are now gone here too."""
+    problems: Mapping[ItemId, str] = field(default_factory=dict)
+    """Items that could not be embedded again, with the reason."""
+
+
+def check_can_roll_back(project: Project) -> Migration:
+    """The migration, if there is something to take back and a way to do it."""
+    migration = project.migration()
+    if migration.state == "planned":
+        raise Refused(f"{project.name} has not begun: there is nothing to roll back")
+    if migration.state == "rolled_back":
+        raise Refused(f"{project.name} has been rolled back already: next is `migrator plan {project.name}`")
+    if migration.state == "finished" and not migration.old_kept:
+        raise Refused(
+            f"{project.name} is finished and its old vectors were dropped: "
+            "migrate again, with the old encoder as the new one"
+        )
+    return migration
+
+
+def rollback(project: Project, report: Report = lambda _done, _of: None) -> RolledBack:
+    """Restores the old state, then the route. Killed at any point, the same command goes on where it was."""
+    migration = check_can_roll_back(project)
+    result = RolledBack()
+    if migration.strategy == "shadow" or project.ledger.counts(migration.id).passes > 0:
+        with project.store() as store:
+            check_same_collection(project, store)  # before anything is stopped or changed
+        if migration.state != "rolling_back":
+            # From here on no backfill run gets or finishes a chunk.
+            migration = project.ledger.move(migration, state="rolling_back", event="rollback begins")
+        if held := project.ledger.live_leases(migration.id):
+            raise Refused(
+                f"a backfill run ({held[0].lease_owner}) still holds a chunk: it leaves after that one; "
+                f"then again `migrator rollback {project.name}`"
+            )
+        try:
+            result = (_restore if migration.strategy == "in_place" else _take_back)(project, migration, report)
+        except StoreBusy as busy:
+            raise Refused(f"{busy}: it leaves after its chunk; then again `migrator rollback {project.name}`") from busy
+    route = project.ledger.route(migration.collection)
+    assert route is not None
+    project.ledger.move(
+        migration,
+        state="rolled_back",
+        event="rolled back",
+        detail={
+            "restored": result.restored,
+            "re_encoded": result.re_encoded,
+            "removed": result.removed,
+            "problems": len(result.problems),
+        },
+        route=initial_route(migration, salt=route.salt, epoch=route.epoch),
+        old_kept=False,
+    )
+    project.undo_log(migration).drop()
+    return result
+
+
+def _restore(project: Project, migration: Migration, report: Report) -> RolledBack:
+    with project.store(write=True) as store:
+        restore = Restore(project, migration, store, report)
+        restore.go()
+    return RolledBack(restore.restored, restore.re_encoded, 0, restore.problems)
+
+
+def _take_back(project: Project, migration: Migration, report: Report) -> RolledBack:
+    back = take_back(project, migration, report)
+    return RolledBack(0, back.re_encoded, back.removed, back.problems)

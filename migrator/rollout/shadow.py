@@ -1,0 +1,206 @@
+"""The second collection of the shadow strategy: made, proved whole, put in the first one's place, and taken back.
+
+Nothing is dropped but the shadow, which migrator made under a name of its own, and at `finalize --drop-old` the old
+collection that this flag names; and neither while an alias leads to it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+from collections.abc import Callable
+from contextlib import closing
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from adapters.base import ItemId, Page
+from migrator.backfill.copies import Copies, digests
+from migrator.backfill.transfer import Shadow, open_transfer, pages, walk
+from migrator.encoding import embed, locate
+from migrator.errors import Refused
+from migrator.ledger import Migration, Route
+from migrator.project import Project
+from migrator.retrying import patiently
+from migrator.rollout.route import initial_route
+
+if TYPE_CHECKING:
+    from trainer.encoder import Encoder
+
+NAMED = 3
+"""Items that a message names."""
+
+
+def shadow_name(migration: Migration) -> str:
+    """What the shadow of a migration is called; no other collection bears this name by chance."""
+    return f"{migration.source}__{hashlib.sha256(migration.key.encode()).hexdigest()[:8]}"
+
+
+def create(project: Project, migration: Migration) -> None:
+    """Makes the shadow. One that a killed call has made is taken over."""
+    assert migration.shadow is not None
+    with project.store(write=True) as source:
+        source.create_like(migration.shadow, dim=project.settings.new_encoder.dim).close()
+
+
+def check_whole(project: Project, migration: Migration) -> int:
+    """The number of items in the shadow, if every one of the source is there as it is now; else refused.
+
+    Items with an open failure do not count.
+    """
+    leave = project.open_failures(migration)
+    with open_transfer(project, migration) as transfer:
+        assert isinstance(transfer, Shadow)
+        missing = list(itertools.islice(transfer.outstanding(leave), NAMED + 1))
+        if missing:
+            raise Refused(
+                f"{project.name}: {', '.join(repr(item) for item in missing[:NAMED])}"
+                f"{' and more' if len(missing) > NAMED else ''} arrived, changed or went since they were copied: "
+                f"`migrator backfill {project.name}`"
+            )
+        return transfer.target.count()
+
+
+def publish(project: Project, migration: Migration) -> None:
+    """Lets the shadow answer queries, as whole as it is."""
+    with open_transfer(project, migration) as transfer:
+        assert isinstance(transfer, Shadow)
+        patiently(lambda: transfer.target.publish(final=True), seconds=project.settings.backfill.retry_for)
+
+
+def point_alias(project: Project, migration: Migration, to: str) -> None:
+    """Moves the alias, where the collection is addressed by one."""
+    if migration.alias is None:
+        return
+    with project.store(write=True) as store:
+        store.swap_alias(migration.alias, to=to)
+
+
+def drop_source(project: Project, migration: Migration) -> None:
+    """Deletes the old collection. Refused while an alias leads to it. May be repeated."""
+    with project.store(write=True) as store:
+        if store.describe().local == migration.source:
+            store.drop()
+        elif store.exists(migration.source):
+            with closing(store.sibling(migration.source)) as source:
+                source.drop()
+
+
+@dataclass(slots=True)
+class TakenBack:
+    """What a rollback brought from the shadow into the old collection."""
+
+    re_encoded: int = 0
+    """Items that the application wrote after the cutover, embedded again with the old encoder."""
+    removed: int = 0
+    """Items that it deleted after the cutover."""
+    problems: dict[ItemId, str] = field(default_factory=dict)
+    """Items that could not be embedded again, with the reason: the old collection has their state before."""
+    synced: dict[ItemId, int] = field(default_factory=dict)
+    """Items already brought back, with the digest that they had in the shadow then."""
+
+
+def take_back(project: Project, migration: Migration, report: Callable[[int, int], None]) -> TakenBack:
+    """Everything after the state was set to `rolling_back`, but for the last move. May be repeated."""
+    assert migration.shadow is not None
+    result = TakenBack()
+    route = project.ledger.route(migration.collection)
+    assert route is not None
+    served = route.query_collection == migration.shadow
+    if served:
+        # The application keeps both collections up from here on, and searches the shadow until the old one is ready.
+        route = _dual_writes(project, migration, route)
+        _back_sync(project, migration, result, report)
+    point_alias(project, migration, migration.source)
+    project.ledger.move(
+        migration, event="route is back", route=initial_route(migration, salt=route.salt, epoch=route.epoch)
+    )
+    if migration.stage in ("cutover", "finalize"):
+        _back_sync(project, migration, result, report)  # what applications wrote that had not heard of it yet
+    with project.store(write=True) as source:
+        if source.exists(migration.shadow):
+            with closing(source.sibling(migration.shadow)) as target:
+                target.drop()
+    project.copy_log(migration).drop()
+    return result
+
+
+def _dual_writes(project: Project, migration: Migration, route: Route) -> Route:
+    project.ledger.move(
+        migration,
+        event="dual writes",
+        route={
+            "epoch": route.epoch,
+            "phase": "rolling_back",
+            "canary_encoder": migration.old_encoder_id,
+            "canary_collection": migration.source,
+            "canary_percent": 0.0,
+            "write_encoders": [migration.new_encoder_id, migration.old_encoder_id],
+        },
+    )
+    fresh = project.ledger.route(migration.collection)
+    assert fresh is not None
+    return fresh
+
+
+def _back_sync(project: Project, migration: Migration, result: TakenBack, report: Callable[[int, int], None]) -> None:
+    """Brings what changed in the shadow since it was copied into the source."""
+    assert migration.shadow is not None
+    with project.store() as source:
+        if not source.exists(migration.shadow):
+            return  # an earlier, killed call has come as far as dropping it
+    with open_transfer(project, migration) as transfer:
+        assert isinstance(transfer, Shadow)
+        back = _BackSync(project, transfer, result)
+        total = transfer.target.count()
+        done = 0
+        for lower, higher, copies in transfer.stretches():
+            done += back.stretch(lower, higher, copies)
+            report(min(done, total), total)
+        patiently(lambda: transfer.source.publish(final=True), seconds=project.settings.backfill.retry_for)
+
+
+class _BackSync:
+    def __init__(self, project: Project, transfer: Shadow, result: TakenBack) -> None:
+        self.project, self.source, self.target, self.result = project, transfer.source, transfer.target, result
+        self._old: Encoder | None = None
+
+    def stretch(self, lower: ItemId | None, higher: ItemId | None, copies: Copies) -> int:
+        """One piece of the collection; returns how many items of the shadow lie in it."""
+        exact = self.target.capabilities.exact_vectors
+        there: set[ItemId] = set()
+        for page in pages(self.target, lower, higher):
+            there.update(page.ids)
+            now = digests(page, vectors=exact)
+            changed = [
+                row
+                for row, (item, digest) in enumerate(zip(page.ids, now, strict=True))
+                if digest not in (self.result.synced.get(item), copies[item].shadow if item in copies else None)
+            ]
+            self._re_encode(page, changed)
+            self.result.synced.update({page.ids[row]: now[row] for row in changed})
+        deleted = [item for item in walk(self.source, lower, higher) if item in copies and item not in there]
+        if deleted:
+            self.source.delete(deleted)
+            self.result.removed += len(deleted)
+        return len(there)
+
+    def _re_encode(self, page: Page, rows: list[int]) -> None:
+        if not rows:
+            return
+        if self._old is None:
+            self._old = self.project.old_encoder()
+        assert page.payloads is not None
+        ids, payloads = [page.ids[row] for row in rows], [page.payloads[row] for row in rows]
+        images = self.project.images()
+        paths = locate(images, zip(ids, payloads, strict=True))
+        embedded = embed(images, paths, [self._old], **self.project.loading())
+        self.result.problems.update({ids[row]: why for row, why in embedded.problems.items()})
+        good = embedded.rows.tolist()
+        if not good:
+            return
+        items = Page(
+            [ids[row] for row in good], embedded.vectors[0], [payloads[row] for row in good], [None] * len(good)
+        )
+        report = patiently(lambda: self.source.insert(items), seconds=self.project.settings.backfill.retry_for)
+        self.result.problems.update({item: f"the store refused it: {why}" for item, why in report.rejected.items()})
+        self.result.re_encoded += len(report.written)
