@@ -16,7 +16,7 @@ from migrator.backfill.run import Summary, backfill
 from migrator.ledger import Ledger, Migration
 from migrator.planning import bound_facts, fingerprint_of
 from migrator.project import Project
-from migrator.rollout.in_place import rollback
+from migrator.rollout.rollback import rollback
 from migrator.rollout.route import initial_route
 
 FASHION = Path("/usr/share/datasets/fashion-mnist/train-images-idx3-ubyte.gz")
@@ -64,6 +64,8 @@ def open_backfill(project: Project, new_encoder_id: str, card: str = "{}") -> Mi
     ledger.save_plan(
         project.name,
         collection=info.name,
+        source=info.local,
+        alias=info.alias,
         strategy="in_place",
         old_encoder_id="old",
         new_encoder_id=new_encoder_id,

@@ -94,7 +94,7 @@ def serve() -> None:
     import pyarrow.parquet  # noqa: F401
 
     import migrator.backfill.run
-    import migrator.rollout.in_place
+    import migrator.rollout.rollback
     import migrator.rollout.stages
     import trainer.encoder
     from migrator.cli import run

@@ -12,10 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from adapters.base import ItemId, order_key
-from migrator.backfill import chunks as module
 from migrator.backfill import throttle
-from migrator.backfill.chunks import cut_catch_up, cut_first_pass, items_to_do
+from migrator.backfill import transfer as module
+from migrator.backfill.chunks import cut_catch_up, cut_first_pass
 from migrator.backfill.throttle import Throttle
+from migrator.backfill.transfer import InPlace
 from migrator.ledger import Chunk, Ledger, Migration
 
 STAMP = "new-encoder"
@@ -73,18 +74,22 @@ class Passes:
 MIGRATION = Migration(id=1)
 
 
+def in_place(store: Ids) -> InPlace:
+    return InPlace(store, undo=None, stamp=STAMP)  # type: ignore[arg-type]
+
+
 def first_pass(store: Ids, size: int) -> Passes:
     ledger = Passes()
-    cut_first_pass(store, ledger, MIGRATION, size=size)  # type: ignore[arg-type]
+    cut_first_pass(in_place(store), ledger, MIGRATION, size=size)  # type: ignore[arg-type]
     return ledger
 
 
 def catch_up(store: Ids, ledger: Passes, size: int, leave: Iterable[ItemId] = ()) -> int:
-    return cut_catch_up(store, ledger, MIGRATION, stamp=STAMP, size=size, leave=set(leave))  # type: ignore[arg-type]
+    return cut_catch_up(in_place(store), ledger, MIGRATION, size=size, leave=set(leave))  # type: ignore[arg-type]
 
 
 def to_do(store: Ids, chunk: Chunk, leave: Iterable[ItemId] = ()) -> list[ItemId]:
-    return items_to_do(store, chunk, stamp=STAMP, leave=set(leave))  # type: ignore[arg-type]
+    return in_place(store).due(chunk, set(leave))
 
 
 def exactly(found: Iterable[ItemId]) -> list[str]:
@@ -93,7 +98,7 @@ def exactly(found: Iterable[ItemId]) -> list[str]:
 
 @pytest.fixture(autouse=True)
 def small_pages(monkeypatch):
-    monkeypatch.setattr(module, "PAGE", 7)
+    monkeypatch.setattr(module, "IDS", 7)
 
 
 # --- the first pass --------------------------------------------------------------------------------------------------
@@ -116,21 +121,22 @@ def test_ranges_go_through_a_real_ledger(tmp_path):
     ledger = Ledger(f"sqlite:///{tmp_path}/migrator.db")
     ledger.save_encoder("old", "{}")
     ledger.save_plan(
-        "m", collection="c", strategy="in_place", old_encoder_id="old", new_encoder_id=None, fingerprint="", bound={},
+        "m", collection="c", source="c", alias=None,
+        strategy="in_place", old_encoder_id="old", new_encoder_id=None, fingerprint="", bound={},
         content={},
     )  # fmt: skip
     migration = ledger.migration("m")
     assert migration is not None
     store = Ids(ids)
-    assert cut_first_pass(store, ledger, migration, size=2) == 5  # type: ignore[arg-type]
+    assert cut_first_pass(in_place(store), ledger, migration, size=2) == 5
     chunks = ledger.chunks(migration.id)
     assert exactly(item for chunk in chunks for item in to_do(store, chunk)) == exactly(ids)
 
     store.stamps.update({"new one": False, 8: False})
-    cut_first_pass(store, ledger, migration, size=2)  # type: ignore[arg-type]
+    cut_first_pass(in_place(store), ledger, migration, size=2)
     assert [(c.after_id, c.upto_id) for c in ledger.chunks(migration.id)] == [(c.after_id, c.upto_id) for c in chunks]
     store.stamps.update(dict.fromkeys(ids, True))
-    assert cut_catch_up(store, ledger, migration, stamp=STAMP, size=1, leave=[]) == 2  # type: ignore[arg-type]
+    assert cut_catch_up(in_place(store), ledger, migration, size=1, leave=[]) == 2
     assert [(c.pass_number, c.upto_id) for c in ledger.chunks(migration.id)[5:]] == [(1, "8"), (1, '"new one"')]
     ledger.close()
 

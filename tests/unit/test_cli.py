@@ -64,7 +64,8 @@ def halfway(ledger) -> Migration:
     for encoder in ("old-id", "new-id"):
         ledger.save_encoder(encoder, "{}")
     ledger.save_plan(
-        "digits-v2", collection="digits [old]", strategy="in_place", old_encoder_id="old-id",
+        "digits-v2", collection="digits [old]", source="digits [old]", alias=None,
+        strategy="in_place", old_encoder_id="old-id",
         new_encoder_id="new-id", fingerprint="f1n9e7", bound={}, content={"collection": {"items": 30}},
     )  # fmt: skip
     migration = ledger.migration("digits-v2")

@@ -62,7 +62,8 @@ def plan(ledger: Ledger, name: str = "digits-v2", *, collection: str = "digits",
     for encoder in (OLD, NEW):
         ledger.save_encoder(encoder, "{}")
     ledger.save_plan(
-        name, collection=collection, strategy="in_place", old_encoder_id=OLD, new_encoder_id=new,
+        name, collection=collection, source=collection, alias=None,
+        strategy="in_place", old_encoder_id=OLD, new_encoder_id=new,
         fingerprint=f"plan of {name}", bound={"count": 3}, content={"chunks": 1},
     )  # fmt: skip
     migration = ledger.migration(name)
@@ -805,17 +806,17 @@ def test_an_older_ledger_is_upgraded_with_its_rows(template, tmp_path, monkeypat
         plan(old)
     package = tmp_path / "newer"
     shutil.copytree(Path(module.__file__).parent, package, ignore=shutil.ignore_patterns("__pycache__"))
-    (package / "versions" / "0002_a_mood.py").write_text(
-        "import sqlalchemy as sa\nfrom alembic import op\nrevision, down_revision = '0002', '0001'\n"
+    (package / "versions" / "0003_a_mood.py").write_text(
+        "import sqlalchemy as sa\nfrom alembic import op\nrevision, down_revision = '0003', '0002'\n"
         "def upgrade():\n    op.add_column('encoders', sa.Column('mood', sa.String()))\n"
     )
     monkeypatch.setattr(module, "__file__", str(package / "ledger.py"))
-    monkeypatch.setattr(module, "SCHEMA", "0002")
+    monkeypatch.setattr(module, "SCHEMA", "0003")
     with closing(Ledger(f"sqlite:///{path}")) as new:
         assert new.migration("digits-v2").state == "planned"
     with closing(sqlite3.connect(path)) as raw:
         assert raw.execute("SELECT id, mood FROM encoders ORDER BY id").fetchall() == [(NEW, None), (OLD, None)]
-        assert raw.execute(f"SELECT version_num FROM {VERSION_TABLE}").fetchall() == [("0002",)]
+        assert raw.execute(f"SELECT version_num FROM {VERSION_TABLE}").fetchall() == [("0003",)]
     monkeypatch.undo()
     with pytest.raises(UsageProblem, match="written by a newer migrator"):
         Ledger(f"sqlite:///{path}")

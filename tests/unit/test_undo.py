@@ -12,7 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from migrator.backfill import undo as module
+from migrator.backfill import files as module
+from migrator.backfill import undo
+from migrator.backfill.files import ChunkFiles
 from migrator.backfill.undo import OldVectors, UndoLog
 from migrator.errors import Refused, Unavailable
 from migrator.ledger import Chunk
@@ -61,20 +63,20 @@ def artifacts(request, tmp_path) -> str:
 
 @pytest.fixture
 def log(tmp_path) -> UndoLog:
-    return UndoLog(str(tmp_path), "digits-v2", "1")
+    return UndoLog(ChunkFiles(str(tmp_path), "digits-v2", "undo", "1"))
 
 
 # --- what was there comes back ---------------------------------------------------------------------------------------
 
 
 def test_vectors_come_back_bit_for_bit(artifacts):
-    log = UndoLog(artifacts, "digits-v2", "1")
+    log = UndoLog(ChunkFiles(artifacts, "digits-v2", "undo", "1"))
     assert log.read(chunk()) is None
     vectors = np.array([EXTREME[row % 10 :] + EXTREME[: row % 10] for row in range(len(IDS))], np.float32)
     assert np.count_nonzero(np.signbit(vectors) & (vectors == 0))
     before = OldVectors(IDS, vectors, [None, "stamp", *[None] * (len(IDS) - 2)])
     log.record(chunk(), before)
-    assert same(UndoLog(artifacts, "digits-v2", "1").read(chunk()), before)
+    assert same(UndoLog(ChunkFiles(artifacts, "digits-v2", "undo", "1")).read(chunk()), before)
 
 
 @settings(max_examples=60, deadline=None)
@@ -86,7 +88,7 @@ def test_any_ids_and_any_bits(tmp_path_factory, items, data):
         st.lists(st.none() | st.text(st.characters(codec="utf-8")), min_size=len(items), max_size=len(items))
     )
     before = OldVectors(items, bits.view(np.float32), stamps)
-    log = UndoLog(f"memory://{uuid.uuid4().hex}", "digits-v2", "1")
+    log = UndoLog(ChunkFiles(f"memory://{uuid.uuid4().hex}", "digits-v2", "undo", "1"))
     log.record(chunk(), before)
     assert same(log.read(chunk()), before)
     log.drop()
@@ -104,7 +106,10 @@ def test_vectors_in_another_layout(log):
 
 
 def test_each_chunk_of_each_migration_has_its_own_file(tmp_path):
-    logs = [UndoLog(str(tmp_path), name, number) for name, number in (("a", "1"), ("a", "2"), ("b", "1"))]
+    logs = [
+        UndoLog(ChunkFiles(str(tmp_path), name, "undo", number))
+        for name, number in (("a", "1"), ("a", "2"), ("b", "1"))
+    ]
     chunks = [chunk(0), chunk(1), chunk(0, pass_number=1), chunk(10**8)]
     written = {}
     for at, log in enumerate(logs):
@@ -121,7 +126,7 @@ def test_each_chunk_of_each_migration_has_its_own_file(tmp_path):
 
 
 def test_the_first_state_is_kept_and_new_items_are_added(artifacts):
-    log = UndoLog(artifacts, "digits-v2", "1")
+    log = UndoLog(ChunkFiles(artifacts, "digits-v2", "undo", "1"))
     first = old([1, "1", 3], stamps=["a", None, None])
     log.record(chunk(), first)
     half_new = old([3, 1, 4, "4"], seed=1, stamps=["new", "new", None, "b"])
@@ -137,7 +142,7 @@ def test_the_first_state_is_kept_and_new_items_are_added(artifacts):
 @settings(max_examples=40, deadline=None)
 @given(attempts=st.lists(st.lists(st.integers(0, 9), unique=True, max_size=6), min_size=1, max_size=5))
 def test_whatever_is_repeated_the_first_state_stands(attempts):
-    log = UndoLog(f"memory://{uuid.uuid4().hex}", "digits-v2", "1")
+    log = UndoLog(ChunkFiles(f"memory://{uuid.uuid4().hex}", "digits-v2", "undo", "1"))
     first: dict[int, bytes] = {}
     for number, items in enumerate(attempts):
         state = old(items, seed=number)
@@ -153,7 +158,7 @@ def test_whatever_is_repeated_the_first_state_stands(attempts):
 
 
 def test_drop(artifacts):
-    log = UndoLog(artifacts, "digits-v2", "1")
+    log = UndoLog(ChunkFiles(artifacts, "digits-v2", "undo", "1"))
     log.drop()  # nothing to drop is no error
     log.record(chunk(0), old(list(range(100)), dim=64))
     log.record(chunk(1), old(list(range(100)), dim=64))
@@ -299,11 +304,11 @@ def test_a_file_of_another_kind_is_refused(tmp_path, log):
 @given(data=st.data())
 def test_a_flipped_bit_never_becomes_a_wrong_vector(data):
     before = old([1, "2", 3], dim=8, stamps=["a", None, "b"])
-    content = bytearray(module._to_parquet(before))
+    content = bytearray(undo._to_parquet(before))
     at = data.draw(st.integers(0, len(content) - 1))
     content[at] ^= 1 << data.draw(st.integers(0, 7))
     try:
-        found = module._from_parquet(bytes(content), "some/path")
+        found = undo._from_parquet(bytes(content), "some/path")
     except Refused as refused:
         assert "\n" not in str(refused)  # noqa: PT017 - either is right
     else:
