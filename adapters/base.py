@@ -116,13 +116,15 @@ class Page:
 
 @dataclass(frozen=True, slots=True)
 class WriteReport:
-    """What became of a batch of writes. Every id given is in exactly one of the three."""
+    """What became of a batch of writes. Every id given is in exactly one of the four."""
 
     written: Sequence[ItemId]
     gone: Sequence[ItemId] = ()
     """Deleted since they were read. They stay deleted."""
     rejected: Mapping[ItemId, str] = field(default_factory=dict)
     """Refused by the store, with its reason."""
+    changed: Sequence[ItemId] = ()
+    """Written by the application since they were read. They keep what it wrote."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,8 +157,13 @@ class Store(Protocol):
         """The items as they were written last; ids that no longer exist are left out."""
         ...
 
-    def write_vectors(self, ids: Sequence[ItemId], vectors: Vectors, stamp: str | None) -> WriteReport:
+    def write_vectors(
+        self, ids: Sequence[ItemId], vectors: Vectors, stamp: str | None, made_from: Page | None = None
+    ) -> WriteReport:
         """Replaces the vectors of existing items, durably, together with their stamp (None removes it).
+
+        `made_from` is the page of these ids, with vectors and payloads, that the new vectors were made from: an item
+        that is no longer what it was there is not written but reported as `changed`.
 
         Never creates an item and never touches a payload. Repeating the call changes nothing more. Refuses, before
         anything is written, vectors of another shape and an id given twice (`StoreRejected`). With a stamp, vectors
@@ -198,7 +205,7 @@ class Store(Protocol):
         ...
 
     def sibling(self, local: str) -> Store:
-        """Another collection by its own name, over the same connection and for the same kind of use, reading or writing.
+        """Another collection by its own name, over the same connection, for reading or writing like this one.
 
         Raises `StoreRejected` if there is none. The connection is closed with the last of the stores that share it.
         """

@@ -122,14 +122,13 @@ class InPlace:
 
     def bring(self, taken: Taken, rows: Sequence[int], vectors: NDArray[np.float32]) -> WriteReport:
         """Makes the old vectors durable, then writes the new ones."""
-        page = taken.page
-        assert page.vectors is not None
-        ids = [page.ids[row] for row in rows]
-        if not ids:
+        if not rows:
             return WriteReport(())
+        old = _rows(taken.page, rows)
+        assert old.vectors is not None
         # Before the write: a crash between the two only repeats the chunk.
-        self._undo.record(taken.chunk, OldVectors(ids, page.vectors[list(rows)], [page.stamps[row] for row in rows]))
-        return self.source.write_vectors(ids, vectors, self._stamp)
+        self._undo.record(taken.chunk, OldVectors(old.ids, old.vectors, old.stamps))
+        return self.source.write_vectors(old.ids, vectors, self._stamp, made_from=old)
 
     def publish(self) -> None:
         """New vectors may answer at once: every query comes from the new encoder."""

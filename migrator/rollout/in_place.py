@@ -86,7 +86,7 @@ class Restore:
             back: dict[str | None, list[int]] = {}
             for item, vector, stamp in zip(now.ids, now.vectors, now.stamps, strict=True):
                 row = rows[item]
-                if stamp == self.stamp:
+                if stamp is not None and stamp.startswith(self.stamp):  # an adapter's claim on a cut-off write too
                     back.setdefault(old.stamps[row], []).append(row)
                 elif self.after_cutover and vector.tobytes() != old.vectors[row].tobytes():
                     foreign.append(item)

@@ -1,0 +1,841 @@
+"""Qdrant: a server over REST or gRPC, or a local folder that one process at a time may open.
+
+How a crash or the application's own writes cannot do harm: on a server a write first claims its items, with a word in
+the payload that begins with the stamp. Vector and stamp are then written on the condition that the claim still
+stands. An application that upserts an item takes the claim away with it, so its write wins, and a write that was cut
+off leaves a claim, which is not the stamp. A local folder has no other writers: there whole points are written.
+"""
+
+from __future__ import annotations
+
+import threading
+import uuid
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import numpy as np
+
+from adapters.base import (
+    Capabilities,
+    CollectionInfo,
+    Hits,
+    ItemId,
+    Metric,
+    Page,
+    Payload,
+    StoreBusy,
+    StoreRejected,
+    StoreUnavailable,
+    Vectors,
+    WriteReport,
+    order_key,
+)
+from adapters.vectors import as_batch, unusable
+
+if TYPE_CHECKING:
+    from qdrant_client import QdrantClient
+
+T = TypeVar("T")
+
+STAMP = "_migrator"
+KEYS = ("kind", "url", "api_key", "grpc", "path", "collection", "vector", "timeout")
+REQUEST_BYTES = 8 << 20  # the server takes 32 MiB; a float in JSON has about 12 bytes
+CONDITIONAL = (1, 16)  # the first server version with update_filter
+METRICS: Mapping[str, Metric] = {"Cosine": "cosine", "Dot": "ip", "Euclid": "l2"}
+
+
+def open_store(config: Mapping[str, Any], *, write: bool) -> QdrantStore:
+    """Opens `config["collection"]`, a name or an alias, at `url` or in the folder `path`.
+
+    Raises `StoreRejected` for what is not there or cannot be migrated, `StoreUnavailable` if the server does not
+    answer, `StoreBusy` if another process has the folder.
+    """
+    unknown = sorted(set(config) - set(KEYS))
+    if unknown:
+        raise StoreRejected(f"a qdrant store has no setting {unknown[0]!r}: known are {', '.join(KEYS[1:])}")
+    if ("url" in config) == ("path" in config):
+        raise StoreRejected("a qdrant store needs either `url`, of a server, or `path`, a local folder")
+    if not isinstance(config.get("collection"), str):
+        raise StoreRejected("a qdrant store needs `collection`, a collection's name or alias")
+    connection = _connect(config)
+    try:
+        return QdrantStore(connection, config["collection"], vector=config.get("vector"), write=write)
+    except BaseException:
+        connection.let_go()
+        raise
+
+
+def _connect(config: Mapping[str, Any]) -> Connection:
+    from qdrant_client import QdrantClient
+
+    timeout = int(config.get("timeout", 30))
+    if "url" in config:
+        where = str(config["url"])
+        client = _translated(
+            where,
+            lambda: QdrantClient(
+                url=where,
+                api_key=config.get("api_key"),
+                prefer_grpc=bool(config.get("grpc", False)),
+                timeout=timeout,
+                check_compatibility=False,
+            ),
+        )
+        return Connection(client, where.split("@")[-1].rstrip("/"), local=False)
+    folder = Path(config["path"]).absolute()
+    if not (folder / "meta.json").is_file():
+        raise StoreRejected(f"{folder} holds no local Qdrant: correct `path` of the store")
+    _check_free(folder)
+    # Searching is brute force there, which its users know.
+    warnings.filterwarnings("ignore", message="Local mode is not recommended", category=UserWarning)
+    client = _translated(str(folder), lambda: QdrantClient(path=str(folder), force_disable_check_same_thread=True))
+    return Connection(client, str(folder), local=True)
+
+
+def _check_free(folder: Path) -> None:
+    """Refuses a folder that another process has open, before the client reads it and leaves files open."""
+    import portalocker
+
+    lock = folder / ".lock"
+    if lock.exists():
+        with lock.open("r+") as file:
+            try:
+                portalocker.lock(file, portalocker.LockFlags.EXCLUSIVE | portalocker.LockFlags.NON_BLOCKING)
+            except portalocker.LockException as error:
+                raise StoreBusy(f"{folder} is open in another process") from error
+            portalocker.unlock(file)
+
+
+class Connection:
+    """A client that several stores share. The last one closes it."""
+
+    def __init__(self, client: QdrantClient, where: str, *, local: bool, keep: bool = False) -> None:
+        self.client, self.where, self.local = client, where, local
+        self._guard = threading.RLock() if local else nullcontext()  # the local client is not made for threads
+        self._users = 2 if keep else 1  # `keep`: somebody else closes it
+
+    def shared(self) -> Connection:
+        """This connection, for one more store."""
+        self._users += 1
+        return self
+
+    def let_go(self) -> None:
+        """One store less."""
+        self._users -= 1
+        if self._users == 0:
+            self.client.close()
+
+    def ask(self, call: Callable[[QdrantClient], T]) -> T:
+        """Makes a call, with the client's exceptions in this package's words."""
+        with self._guard:
+            return _translated(self.where, lambda: call(self.client))
+
+
+class _Missing(Exception):
+    """A point that a request names does not exist; the others were written."""
+
+
+def _translated(where: str, call: Callable[[], T]) -> T:
+    import grpc
+    from qdrant_client.common.client_exceptions import QdrantException, ResourceExhaustedResponse
+    from qdrant_client.http.exceptions import ResponseHandlingException, UnexpectedResponse
+
+    try:
+        return call()
+    except ResourceExhaustedResponse as error:
+        raise StoreUnavailable(f"{where} is overloaded", retry_after=error.retry_after_s) from error
+    except UnexpectedResponse as error:
+        raise _of_status(where, error.status_code or 500, error.content, error.headers.get("Retry-After")) from error
+    except (ResponseHandlingException, QdrantException) as error:
+        raise StoreUnavailable(f"{where} did not answer: {_short(error)}") from error
+    except grpc.RpcError as error:
+        raise _of_rpc(where, error) from error
+    except KeyError as error:  # the local client's word for a point that is not there
+        raise _Missing(str(error)) from error
+    except RuntimeError as error:
+        if "already accessed" in str(error):
+            raise StoreBusy(f"{where} is open in another process") from error
+        raise StoreUnavailable(f"{where} did not answer: {_short(error)}") from error
+    except (ValueError, TypeError, AssertionError) as error:
+        if type(error).__name__ == "JSONDecodeError":
+            raise StoreUnavailable(f"{where} answered with something that is not JSON: is it a Qdrant?") from error
+        raise StoreRejected(f"{where} refused: {_short(error)}") from error
+    except OSError as error:
+        raise StoreUnavailable(f"{where} did not answer: {_short(error)}") from error
+
+
+def _of_status(where: str, status: int, content: bytes, retry_after: str | None) -> Exception:
+    said = _short(content.decode(errors="replace"))
+    if status in (401, 403):
+        return StoreRejected(f"{where} refuses these credentials: correct `api_key`")
+    if status == 404 and "No point" in said:
+        return _Missing(said)
+    if status == 429 or status >= 500:
+        advised = float(retry_after) if retry_after and retry_after.isdigit() else None
+        return StoreUnavailable(f"{where} answered with status {status}: {said}", retry_after=advised)
+    return StoreRejected(f"{where} refused with status {status}: {said}")
+
+
+def _of_rpc(where: str, error: Any) -> Exception:
+    import grpc
+
+    code, said = error.code(), _short(error.details() or "")
+    if code in (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED):
+        return StoreRejected(f"{where} refuses these credentials: correct `api_key`")
+    if code == grpc.StatusCode.NOT_FOUND and "No point" in said:
+        return _Missing(said)
+    passing = (
+        grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.RESOURCE_EXHAUSTED,
+        grpc.StatusCode.ABORTED, grpc.StatusCode.CANCELLED, grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN,
+    )  # fmt: skip
+    if code in passing:
+        return StoreUnavailable(f"{where} did not answer ({code.name}): {said}")
+    return StoreRejected(f"{where} refused ({code.name}): {said}")
+
+
+def _short(error: object) -> str:
+    text = " ".join(str(error).split())
+    return text if len(text) <= 200 else text[:197] + "..."
+
+
+class QdrantStore:
+    """One collection of a Qdrant. It takes part in `connection`, and lets go of it when it is closed."""
+
+    def __init__(self, connection: Connection, collection: str, *, vector: str | None, write: bool) -> None:
+        self._connection, self._write = connection, write
+        self._open = True
+        self._local_name, self._alias = self._resolve(collection)
+        self._name, self._params = self._vector(vector)
+        self._named = bool(self._name)
+        self._indexed = False
+
+    # -- facts ----------------------------------------------------------------------------------------------------
+
+    def _ask(self, call: Callable[[QdrantClient], T]) -> T:
+        if not self._open:
+            raise StoreRejected(f"{self._local_name} was closed")
+        return self._connection.ask(call)
+
+    def _resolve(self, collection: str) -> tuple[str, str | None]:
+        """The collection's own name, and the alias if it was that."""
+        if collection in self._collections():
+            return collection, None
+        for found in self._connection.ask(lambda client: client.get_aliases()).aliases:
+            if found.alias_name == collection:
+                return found.collection_name, collection
+        raise StoreRejected(
+            f"{self._connection.where} has no collection or alias {collection!r}: correct `collection` of the store"
+        )
+
+    def _collections(self) -> set[str]:
+        return {found.name for found in self._connection.ask(lambda client: client.get_collections()).collections}
+
+    def _config(self) -> Any:
+        return self._connection.ask(lambda client: client.get_collection(self._local_name))
+
+    def _vector(self, wanted: str | None) -> tuple[str, Any]:
+        """Name (empty for the unnamed one) and parameters of the vector that is migrated."""
+        from qdrant_client import models
+
+        found = self._config().config.params.vectors
+        vectors = {"": found} if isinstance(found, models.VectorParams) else dict(found or {})
+        where = f"collection {self._local_name}"
+        if not vectors:
+            raise StoreRejected(f"{where} has no dense vectors: only these can be migrated")
+        names = ", ".join(repr(name) for name in vectors)
+        if wanted is None and len(vectors) > 1:
+            raise StoreRejected(f"{where} has the vectors {names}: name one with `vector`")
+        name = next(iter(vectors)) if wanted is None else wanted
+        if name not in vectors:
+            raise StoreRejected(f"{where} has no vector {name!r}, but {names}: correct `vector` of the store")
+        params = vectors[name]
+        if params.multivector_config is not None:
+            raise StoreRejected(f"{where} holds multi-vectors, which cannot be migrated")
+        if params.distance.value not in METRICS:
+            known = ", ".join(METRICS)
+            raise StoreRejected(f"{where} has the distance {params.distance.value}, known are {known}")
+        return name, params
+
+    @property
+    def capabilities(self) -> Capabilities:
+        """What this server, and this collection, allow."""
+        local = self._connection.local
+        notes = [
+            "an application that replaces a vector with update_vectors, and does not upsert the point, keeps the "
+            "stamp: let it delete the payload key _migrator too, or such a change is not found"
+        ]
+        if not local and not self._conditional():
+            notes.append(
+                "this server has no conditional updates (1.16 has): an upsert of the application within the "
+                "milliseconds of a write is found only if it changes the payload"
+            )
+        if local:
+            notes.append("a local folder is open in one process at a time: stop the application for each run")
+        datatype = getattr(self._params.datatype, "value", self._params.datatype) or "float32"
+        return Capabilities(
+            update_in_place=True,
+            visible="at_once",
+            stamps=True,
+            concurrent_writers=not local,
+            exact_vectors=datatype == "float32",
+            normalises=METRICS[self._params.distance.value] == "cosine",
+            partial_update=True,
+            aliases=True,
+            notes=tuple(notes),
+        )
+
+    def _conditional(self) -> bool:
+        version = self._version().split("-")[0].split(".")
+        return tuple(int(part) for part in version[:2] if part.isdigit()) >= CONDITIONAL
+
+    def _version(self) -> str:
+        return str(self._ask(lambda client: client.info()).version)
+
+    def describe(self) -> CollectionInfo:
+        """Facts of the collection as it is now. The schema is taken from the first points' payloads."""
+        config = self._config().config
+        records, _ = self._ask(
+            lambda client: client.scroll(self._local_name, limit=100, with_payload=True, with_vectors=False)
+        )
+        schema: dict[str, str] = {}
+        for record in records:
+            for field, value in (record.payload or {}).items():
+                if field != STAMP:
+                    schema.setdefault(field, type(value).__name__)
+        hnsw = self._params.hnsw_config or config.hnsw_config
+        index = f"HNSW m={hnsw.m} ef_construct={hnsw.ef_construct}" if hnsw else "brute force"
+        quantization = self._params.quantization_config or config.quantization_config
+        if quantization is not None:
+            index += f", {next(iter(quantization.model_dump(exclude_none=True)))} quantisation"
+        return CollectionInfo(
+            name=f"qdrant:{self._connection.where}/{self._local_name}",
+            local=self._local_name,
+            dim=self._params.size,
+            metric=METRICS[self._params.distance.value],
+            count=self.count(),
+            index="brute force (local)" if self._connection.local else index,
+            server=f"qdrant {'client ' if self._connection.local else ''}{self._version()}",
+            schema=schema,
+            alias=self._alias,
+        )
+
+    # -- reading --------------------------------------------------------------------------------------------------
+
+    def scan_ids(self, *, after: ItemId | None, upto: ItemId | None = None, limit: int) -> list[ItemId]:
+        """The next `limit` ids: integers ascending, then UUIDs."""
+        return self._scroll(self._filter(), after, upto, limit)
+
+    def unstamped(self, stamp: str, *, after: ItemId | None, limit: int) -> list[ItemId]:
+        """Ids of points whose payload does not carry the stamp."""
+        return self._scroll(self._filter(without=stamp), after, None, limit)
+
+    def _filter(self, *, stamp: str | None = None, without: str | None = None, ids: Sequence[ItemId] = ()) -> Any:
+        from qdrant_client import models
+
+        def carries(value: str) -> models.FieldCondition:
+            return models.FieldCondition(key=STAMP, match=models.MatchValue(value=value))
+
+        must: list[Any] = []
+        if self._named:
+            must.append(models.HasVectorCondition(has_vector=self._name))
+        if stamp is not None:
+            must.append(carries(stamp))
+        if ids:
+            must.append(models.HasIdCondition(has_id=list(ids)))
+        return models.Filter(must=must or None, must_not=None if without is None else [carries(without)])
+
+    def _scroll(self, condition: Any, after: ItemId | None, upto: ItemId | None, limit: int) -> list[ItemId]:
+        found: list[ItemId] = []
+        # The offset is inclusive and need not exist; what is no id of Qdrant's cannot be one.
+        offset: Any = after if after is not None and _can_be_id(after) else None
+        beyond = None if after is None else order_key(after)
+        last = None if upto is None else order_key(upto)
+        while len(found) < limit:
+            size = min(limit - len(found) + 1, 10_000)
+            records, offset = self._ask(
+                lambda client, offset=offset, size=size: client.scroll(  # type: ignore[misc]
+                    self._local_name,
+                    scroll_filter=condition,
+                    limit=size,
+                    offset=offset,
+                    with_payload=False,
+                    with_vectors=False,
+                    consistency=_majority(),
+                )
+            )
+            for record in records:
+                item = _plain(record.id)
+                key = order_key(item)
+                if last is not None and key > last:
+                    return found[:limit]
+                if beyond is None or key > beyond:
+                    found.append(item)
+            if offset is None:
+                break
+        return found[: max(limit, 0)]
+
+    def read(self, ids: Sequence[ItemId], *, vectors: bool, payload: bool) -> Page:
+        """The points as they were written last."""
+        found: dict[ItemId, Any] = {}
+        possible = [item for item in ids if _can_be_id(item)]
+        fields: Any = True if payload else [STAMP]
+        which: Any = False
+        if vectors or self._named:
+            which = [self._name] if self._named else True
+        for part in self._parts(possible):
+            records = self._ask(
+                lambda client, part=part: client.retrieve(  # type: ignore[misc]
+                    self._local_name, ids=part, with_payload=fields, with_vectors=which, consistency=_majority()
+                )
+            )
+            for record in records:
+                if not which or self._vector_of(record) is not None:
+                    found[_plain(record.id)] = record
+        there = [item for item in ids if item in found]
+        payloads = [dict(found[item].payload or {}) for item in there]
+        stamps = [_as_stamp(fields.pop(STAMP, None)) for fields in payloads]
+        stacked: Vectors | None = None
+        if vectors:
+            stacked = np.array([self._vector_of(found[item]) for item in there], np.float32)
+            stacked = stacked.reshape(len(there), self._params.size)
+        return Page(there, stacked, payloads if payload else None, stamps)
+
+    def _vector_of(self, record: Any) -> Any:
+        if self._named:
+            return (record.vector or {}).get(self._name)
+        return record.vector
+
+    def _parts(self, ids: Sequence[ItemId]) -> Iterator[list[ItemId]]:
+        size = self._per_request()
+        for start in range(0, len(ids), size):
+            yield list(ids[start : start + size])
+
+    def _per_request(self) -> int:
+        return int(max(1, min(5_000, REQUEST_BYTES // (12 * self._params.size + 500))))
+
+    def count(self, *, stamp: str | None = None) -> int:
+        """Exact number of points; with `stamp`, of those that carry it."""
+        condition = self._filter(stamp=stamp)
+        return int(self._ask(lambda client: client.count(self._local_name, count_filter=condition, exact=True)).count)
+
+    def sample(self, n: int, *, seed: int) -> list[ItemId]:
+        """`n` distinct ids in random order."""
+        everything: list[ItemId] = []
+        while more := self.scan_ids(after=everything[-1] if everything else None, limit=100_000):
+            everything += more
+        chosen = np.random.default_rng(seed).choice(len(everything), min(max(n, 0), len(everything)), replace=False)
+        return [everything[row] for row in chosen.tolist()]
+
+    def search(self, vectors: Vectors, k: int, *, exact: bool = False) -> Hits:
+        """The k nearest points to each of `vectors` (n, dim). `exact` compares with all of them."""
+        from qdrant_client import models
+
+        queries = as_batch(vectors, self._params.size)
+        if k < 1 or not np.isfinite(queries).all():
+            raise StoreRejected(f"a search needs finite vectors and at least one answer, k is {k}")
+        requests = [
+            models.QueryRequest(
+                query=query,
+                using=self._name or None,
+                limit=k,
+                with_payload=False,
+                params=models.SearchParams(exact=True) if exact and not self._connection.local else None,
+            )
+            for query in queries.tolist()
+        ]
+        ids: list[list[ItemId]] = []
+        scores: list[list[float]] = []
+        for start in range(0, len(requests), 100):
+            block = requests[start : start + 100]
+            answers = self._ask(
+                lambda client, block=block: client.query_batch_points(self._local_name, requests=block)  # type: ignore[misc]
+            )
+            for answer in answers:
+                ids.append([_plain(point.id) for point in answer.points])
+                values = [float(point.score) for point in answer.points]
+                if METRICS[self._params.distance.value] == "l2":
+                    values = [-(value**2) for value in values]
+                scores.append(values)
+        return Hits(ids, scores)
+
+    # -- writing --------------------------------------------------------------------------------------------------
+
+    def write_vectors(
+        self, ids: Sequence[ItemId], vectors: Vectors, stamp: str | None, made_from: Page | None = None
+    ) -> WriteReport:
+        """Replaces vectors and stamps; see the top of this file for what happens when others write too."""
+        self._must_write()
+        batch = as_batch(vectors, self._params.size, ids)
+        rejected = {} if stamp is None else unusable(ids, batch)
+        rows = {item: row for row, item in enumerate(ids)}
+        before = None if made_from is None else _contents(made_from)
+        written: list[ItemId] = []
+        gone: list[ItemId] = []
+        changed: list[ItemId] = []
+        for part in self._parts(list(ids)):
+            if self._connection.local and not self._has_more_vectors():
+                outcome = self._write_whole(part, rows, batch, stamp, before, rejected)
+            else:
+                outcome = self._write_claimed(part, rows, batch, stamp, before, rejected)
+            written += outcome[0]
+            gone += outcome[1]
+            changed += outcome[2]
+        lost = set(gone)
+        return WriteReport(written, gone, {item: why for item, why in rejected.items() if item not in lost}, changed)
+
+    def _has_more_vectors(self) -> bool:
+        from qdrant_client import models
+
+        params = self._config().config.params
+        several = not isinstance(params.vectors, models.VectorParams) and len(params.vectors or {}) > 1
+        return several or bool(params.sparse_vectors)
+
+    def _sort(
+        self, part: Sequence[ItemId], before: Mapping[ItemId, Any] | None, rejected: Mapping[ItemId, str]
+    ) -> tuple[dict[ItemId, Payload], list[ItemId], list[ItemId], dict[ItemId, str | None]]:
+        """Payloads of the points to write, those that are gone, those that changed, and the stamps as they are."""
+        page = self.read(part, vectors=before is not None, payload=True)
+        assert page.payloads is not None
+        now = dict(zip(page.ids, page.payloads, strict=True))
+        gone = [item for item in part if item not in now]
+        changed: list[ItemId] = []
+        if before is not None:
+            found = _contents(page)
+            changed = [item for item in now if item not in rejected and found[item] != before.get(item)]
+        leave = {*changed, *rejected}
+        to_write = {item: payload for item, payload in now.items() if item not in leave}
+        return to_write, gone, changed, dict(zip(page.ids, page.stamps, strict=True))
+
+    def _write_whole(
+        self,
+        part: list[ItemId],
+        rows: Mapping[ItemId, int],
+        vectors: Vectors,
+        stamp: str | None,
+        before: Mapping[ItemId, Any] | None,
+        rejected: Mapping[ItemId, str],
+    ) -> tuple[list[ItemId], list[ItemId], list[ItemId]]:
+        """Vector, payload and stamp of a point in one write. Only where nobody else can write at the same time."""
+        from qdrant_client import models
+
+        to_write, gone, changed, _ = self._sort(part, before, rejected)
+        points = [
+            models.PointStruct(
+                id=item, vector=self._as_vector(vectors[rows[item]]), payload=_with_stamp(payload, stamp)
+            )
+            for item, payload in to_write.items()
+        ]
+        if points:
+            self._ask(lambda client: client.upsert(self._local_name, points, wait=True))
+        return list(to_write), gone, changed
+
+    def _write_claimed(
+        self,
+        part: list[ItemId],
+        rows: Mapping[ItemId, int],
+        vectors: Vectors,
+        stamp: str | None,
+        before: Mapping[ItemId, Any] | None,
+        rejected: Mapping[ItemId, str],
+    ) -> tuple[list[ItemId], list[ItemId], list[ItemId]]:
+        """Vectors and stamps on the condition that a claim stands, which an upsert of somebody else removes."""
+        from qdrant_client import models
+
+        claim = f"{stamp or ''}#{uuid.uuid4().hex}"
+        remaining = [item for item in part if item not in rejected and _can_be_id(item)]
+        self._index_stamps()
+        if stamp is not None:
+            self._despite_missing(
+                remaining,
+                lambda items: self._ask(
+                    lambda client: client.set_payload(self._local_name, {STAMP: claim}, points=_ids(items), wait=True)
+                ),
+            )
+        to_write, gone, changed, _ = self._sort(part, before, rejected)
+        if stamp is not None and changed:
+            self._clear(changed)
+        points = list(to_write)
+        if not points:
+            return [], gone, changed
+        claimed = self._filter(stamp=claim)
+
+        def put(items: list[ItemId]) -> None:
+            these = [models.PointVectors(id=item, vector=self._as_vector(vectors[rows[item]])) for item in items]
+            condition = {"update_filter": claimed} if stamp is not None and self._conditional() else {}
+            self._ask(lambda client: client.update_vectors(self._local_name, these, wait=True, **condition))
+
+        self._despite_missing(points, put)
+        if stamp is None:
+            self._clear(points)
+            there = set(self.read(points, vectors=False, payload=False).ids)
+            return [item for item in points if item in there], [*gone, *(i for i in points if i not in there)], changed
+        self._ask(
+            lambda client: client.set_payload(
+                self._local_name, {STAMP: stamp}, points=self._filter(stamp=claim, ids=points), wait=True
+            )
+        )
+        page = self.read(points, vectors=False, payload=not self._conditional())
+        stamps = dict(zip(page.ids, page.stamps, strict=True))
+        late = [item for item in page.ids if stamps[item] != stamp]
+        if page.payloads is not None:  # without conditions all that can be seen afterwards is another payload
+            later = dict(zip(page.ids, page.payloads, strict=True))
+            overwritten = [item for item in page.ids if later[item] != to_write[item] and item not in late]
+            if overwritten:
+                self._clear(overwritten)
+            late += overwritten
+        lost = [item for item in points if item not in stamps]
+        done = [item for item in points if item in stamps and item not in set(late)]
+        return done, [*gone, *lost], [*changed, *late]
+
+    def _despite_missing(self, items: Sequence[ItemId], change: Callable[[list[ItemId]], Any]) -> None:
+        """Makes a change to those points that exist; a point that goes meanwhile must not stop the others."""
+        remaining = list(items)
+        while remaining:
+            try:
+                change(remaining)
+                return
+            except _Missing:
+                there = set(self.read(remaining, vectors=False, payload=False).ids)
+                remaining = [item for item in remaining if item in there]
+
+    def _clear(self, items: Sequence[ItemId]) -> None:
+        """Takes the stamps of these points away."""
+        self._despite_missing(
+            items,
+            lambda these: self._ask(
+                lambda client: client.delete_payload(self._local_name, [STAMP], points=_ids(these), wait=True)
+            ),
+        )
+
+    def _index_stamps(self) -> None:
+        """Lets the server find stamps without looking at every payload."""
+        from qdrant_client import models
+
+        if self._indexed or self._connection.local:
+            return
+        self._ask(
+            lambda client: client.create_payload_index(
+                self._local_name, STAMP, field_schema=models.PayloadSchemaType.KEYWORD, wait=True
+            )
+        )
+        self._indexed = True
+
+    def _as_vector(self, vector: Vectors) -> Any:
+        return {self._name: vector.tolist()} if self._named else vector.tolist()
+
+    def publish(self, *, final: bool = False) -> None:
+        """Nothing: a written vector answers at once."""
+        self._must_write()
+        self._ask(lambda client: client.get_collection(self._local_name))
+
+    def forget_migration(self) -> None:
+        """Removes the stamps."""
+        self._must_write()
+        from qdrant_client import models
+
+        carrying = models.Filter(must_not=[models.IsEmptyCondition(is_empty=models.PayloadField(key=STAMP))])
+        self._ask(lambda client: client.delete_payload(self._local_name, [STAMP], points=carrying, wait=True))
+        if not self._connection.local:
+            self._ask(lambda client: client.delete_payload_index(self._local_name, STAMP, wait=True))
+            self._indexed = False
+
+    # -- a second collection ----------------------------------------------------------------------------------------
+
+    def exists(self, local: str) -> bool:
+        """Whether there is a collection of that name."""
+        self._ask(lambda client: None)
+        return local in self._collections()
+
+    def sibling(self, local: str) -> QdrantStore:
+        """Another collection over the same connection."""
+        self._ask(lambda client: None)
+        connection = self._connection.shared()
+        try:
+            store = QdrantStore(connection, local, vector=self._name or None, write=self._write)
+            if store._alias is not None:
+                raise StoreRejected(f"{local} is an alias and no collection")
+            return store
+        except BaseException:
+            connection.let_go()
+            raise
+
+    def create_like(self, local: str, *, dim: int) -> QdrantStore:
+        """An empty collection with the same settings and payload indexes, for vectors of `dim`."""
+        from qdrant_client import models
+
+        self._must_write()
+        info = self._config()
+        if self._has_more_vectors():
+            raise StoreRejected(
+                f"collection {self._local_name} holds more vectors than {self._name or 'the unnamed one'}, which a "
+                "copy would lose: use rollout.strategy in_place"
+            )
+        config = info.config
+        params = self._params.model_copy(update={"size": dim})
+        if not self.exists(local):
+            self._ask(
+                lambda client: client.create_collection(
+                    local,
+                    vectors_config={self._name: params} if self._named else params,
+                    shard_number=config.params.shard_number,
+                    sharding_method=config.params.sharding_method,
+                    replication_factor=config.params.replication_factor,
+                    write_consistency_factor=config.params.write_consistency_factor,
+                    on_disk_payload=config.params.on_disk_payload,
+                    hnsw_config=_diff(models.HnswConfigDiff, config.hnsw_config),
+                    optimizers_config=_diff(models.OptimizersConfigDiff, config.optimizer_config),
+                    wal_config=_diff(models.WalConfigDiff, config.wal_config),
+                    quantization_config=config.quantization_config,
+                )
+            )
+        if not self._connection.local:  # repeated after a kill: one that is there stays as it is
+            for field, index in (info.payload_schema or {}).items():
+                if field != STAMP:
+                    self._ask(
+                        lambda client, field=field, index=index: client.create_payload_index(  # type: ignore[misc]
+                            local, field, field_schema=index.params or index.data_type, wait=True
+                        )
+                    )
+        store = self.sibling(local)
+        if (store._params.size, store._params.distance) != (dim, params.distance):
+            store.close()
+            raise StoreRejected(
+                f"{local} is there already, with {store._params.size}-d vectors instead of {dim}-d ones: remove it"
+            )
+        return store
+
+    def insert(self, page: Page) -> WriteReport:
+        """Upserts whole points."""
+        from qdrant_client import models
+
+        self._must_write()
+        assert page.vectors is not None
+        assert page.payloads is not None
+        vectors = as_batch(page.vectors, self._params.size, page.ids)
+        rejected = unusable(page.ids, vectors)
+        rejected.update(
+            {item: "Qdrant's ids are unsigned integers and UUIDs" for item in page.ids if not _can_be_id(item)}
+        )
+        points = [
+            models.PointStruct(id=item, vector=self._as_vector(vector), payload=_with_stamp(payload, stamp))
+            for item, vector, payload, stamp in zip(page.ids, vectors, page.payloads, page.stamps, strict=True)
+            if item not in rejected
+        ]
+        size = self._per_request()
+        for start in range(0, len(points), size):
+            rejected.update(self._upsert(points[start : start + size]))
+        return WriteReport([item for item in page.ids if item not in rejected], (), rejected)
+
+    def _upsert(self, points: list[Any]) -> dict[ItemId, str]:
+        """Writes points; halves a batch that is refused, down to the point that is to blame."""
+        try:
+            self._ask(lambda client: client.upsert(self._local_name, points, wait=True))
+        except StoreRejected as refusal:
+            if len(points) == 1:
+                return {_plain(points[0].id): str(refusal)}
+            half = len(points) // 2
+            return {**self._upsert(points[:half]), **self._upsert(points[half:])}
+        return {}
+
+    def delete(self, ids: Sequence[ItemId]) -> None:
+        """Removes these points."""
+        self._must_write()
+        possible = [item for item in ids if _can_be_id(item)]
+        if possible:
+            self._ask(lambda client: client.delete(self._local_name, points_selector=_ids(possible), wait=True))
+
+    def swap_alias(self, alias: str, *, to: str) -> None:
+        """Moves the alias in one request."""
+        from qdrant_client import models
+
+        self._must_write()
+        leads_to = {found.alias_name: found.collection_name for found in self._ask(lambda c: c.get_aliases()).aliases}
+        if alias not in leads_to:
+            raise StoreRejected(f"{self._connection.where} has no alias {alias!r}")
+        if not self.exists(to):
+            raise StoreRejected(f"{self._connection.where} has no collection {to!r} to point {alias!r} at")
+        if leads_to[alias] == to:
+            return
+        self._ask(
+            lambda client: client.update_collection_aliases(
+                [
+                    models.DeleteAliasOperation(delete_alias=models.DeleteAlias(alias_name=alias)),
+                    models.CreateAliasOperation(create_alias=models.CreateAlias(collection_name=to, alias_name=alias)),
+                ]
+            )
+        )
+
+    def drop(self) -> None:
+        """Deletes the collection, unless an alias leads to it."""
+        self._must_write()
+        aliases = self._ask(lambda client: client.get_collection_aliases(self._local_name)).aliases
+        if aliases:
+            raise StoreRejected(f"{self._local_name} is not deleted: the alias {aliases[0].alias_name!r} leads to it")
+        self._ask(lambda client: client.delete_collection(self._local_name))
+        self.close()
+
+    def _must_write(self) -> None:
+        if self._open and not self._write:
+            raise StoreRejected(f"{self._local_name} was opened for reading only")
+        if not self._open:
+            raise StoreRejected(f"{self._local_name} was closed")
+
+    def close(self) -> None:
+        """Lets go of the connection. Safe to repeat."""
+        if self._open:
+            self._open = False
+            self._connection.let_go()
+
+
+def _ids(items: Sequence[ItemId]) -> Any:
+    """For the client's types, whose lists also hold UUID objects."""
+    return list(items)
+
+
+def _majority() -> Any:
+    from qdrant_client import models
+
+    return models.ReadConsistencyType.MAJORITY
+
+
+def _can_be_id(item: ItemId) -> bool:
+    """Whether Qdrant could have given this id: an unsigned integer, or a UUID in its usual form."""
+    if isinstance(item, int):
+        return 0 <= item < 2**64
+    try:
+        return str(uuid.UUID(item)) == item
+    except ValueError:
+        return False
+
+
+def _plain(item: Any) -> ItemId:
+    return item if isinstance(item, int) else str(item)
+
+
+def _as_stamp(value: Any) -> str | None:
+    return None if value is None else str(value)
+
+
+def _with_stamp(payload: Payload, stamp: str | None) -> dict[str, Any]:
+    return dict(payload) if stamp is None else {**payload, STAMP: stamp}
+
+
+def _contents(page: Page) -> dict[ItemId, tuple[bytes, Payload]]:
+    assert page.vectors is not None
+    assert page.payloads is not None
+    return {
+        item: (vector.tobytes(), dict(payload))
+        for item, vector, payload in zip(page.ids, page.vectors, page.payloads, strict=True)
+    }
+
+
+def _diff(kind: Any, config: Any) -> Any:
+    """What can be asked for of a collection's present settings."""
+    if config is None:
+        return None
+    return kind(
+        **{name: value for name, value in config.model_dump(exclude_none=True).items() if name in kind.model_fields}
+    )
