@@ -179,9 +179,10 @@ class Shadow:
         page = self.source.read(list(walk(self.source, after, upto)), vectors=True, payload=True)
         copies = {**self._log.read(chunk), **self._later()}
         there = set(walk(self.target, after, upto))
+        can = self.source.capabilities
         due_rows = [
             row
-            for row, (item, digest) in enumerate(zip(page.ids, digests(page), strict=True))
+            for row, (item, digest) in enumerate(zip(page.ids, digests(page, can), strict=True))
             if item not in leave and (item not in there or item not in copies or copies[item].source != digest)
         ]
         surplus = there.difference(page.ids)
@@ -195,13 +196,13 @@ class Shadow:
         rejected: dict[ItemId, str] = {}
         lost: list[ItemId] = []
         if rows:
-            made_from = digests(page)
+            made_from = digests(page, self.source.capabilities)
             ids = [page.ids[row] for row in rows]
             report = self.target.insert(Page(ids, vectors, [page.payloads[row] for row in rows], [None] * len(ids)))
             rejected.update(report.rejected)
             written = report.written
             back = self.target.read(written, vectors=True, payload=True)
-            copied = dict(zip(back.ids, digests(back, vectors=self.target.capabilities.exact_vectors), strict=True))
+            copied = dict(zip(back.ids, digests(back, self.target.capabilities), strict=True))
             source = {page.ids[row]: made_from[row] for row in rows}
             self._log.record(taken.chunk, {item: Copy(source[item], copied[item]) for item in copied})
             lost = [item for item in written if item not in copied]  # deleted by the application, perhaps
@@ -224,11 +225,12 @@ class Shadow:
 
     def _differences(self, after: ItemId | None, upto: ItemId | None) -> Iterator[tuple[ItemId, bool]]:
         """Items in (after, upto], in order: True where a copy is due, False where a copy is left over."""
+        can = self.source.capabilities
         for lower, higher, copies in self.stretches(after, upto):
             there = set(walk(self.target, lower, higher))
             due: list[ItemId] = []
             for page in pages(self.source, lower, higher):
-                for item, digest in zip(page.ids, digests(page), strict=True):
+                for item, digest in zip(page.ids, digests(page, can), strict=True):
                     copy = copies.get(item)
                     if copy is None or copy.source != digest or item not in there:
                         due.append(item)

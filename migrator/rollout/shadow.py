@@ -166,11 +166,11 @@ class _BackSync:
 
     def stretch(self, lower: ItemId | None, higher: ItemId | None, copies: Copies) -> int:
         """One piece of the collection; returns how many items of the shadow lie in it."""
-        exact = self.target.capabilities.exact_vectors
+        can = self.target.capabilities
         there: set[ItemId] = set()
         for page in pages(self.target, lower, higher):
             there.update(page.ids)
-            now = digests(page, vectors=exact)
+            now = digests(page, can)
             changed = [
                 row
                 for row, (item, digest) in enumerate(zip(page.ids, now, strict=True))

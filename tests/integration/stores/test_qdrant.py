@@ -115,7 +115,7 @@ def made_with(client: QdrantClient, distance: models.Distance, vector: str, sett
 
 
 class InMemory(QdrantContract):
-    def test_a_second_writer(self) -> None:  # type: ignore[override]
+    def test_a_second_writer(self, make: Make) -> None:  # type: ignore[override]
         pytest.skip("all stores in memory share one client; a folder's second writer has its own test below")
 
 

@@ -1,0 +1,209 @@
+"""Whole migrations on every store, in place and with a shadow, by the commands that a user types."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+
+from migrator.project import Project
+from migrator.rollout.route import RouteClient
+from tests.kinds import Kind, QdrantFolder
+from tests.world import NAME, World, embed_images
+
+Call = Callable[..., int]
+
+KINDS = [QdrantFolder]
+
+
+@pytest.fixture(params=KINDS, ids=lambda kind: kind.name)
+def kind(request: pytest.FixtureRequest, world: World) -> Kind:
+    kind: Kind = request.param(world)
+    kind.use()
+    return kind
+
+
+def names(kind: Kind) -> list[str]:
+    return [item.payload["path"] for item in kind.items().values()]
+
+
+def expected(kind: Kind, which: str, local: str | None = None) -> bool:
+    """Every item has the vector of its image by that encoder."""
+    items = kind.items(local)
+    vectors = embed_images(kind.world, which, [item.payload["path"] for item in items.values()])
+    return all(item.near(vector) for item, vector in zip(items.values(), vectors, strict=True))
+
+
+def to_prepared(migrator: Call) -> None:
+    assert migrator("plan") == 0
+    assert migrator("verify") == 0
+    assert migrator("rollout", "--stage", "prepare") == 0
+
+
+def canary(migrator: Call) -> None:
+    for _ in range(4):
+        assert migrator("rollout", "--stage", "canary") == 0
+
+
+def test_in_place_there_and_back(kind: Kind, migrator: Call) -> None:
+    before = kind.items()
+    assert expected(kind, "old")
+    to_prepared(migrator)
+    canary(migrator)
+    assert migrator("rollout", "--stage", "backfill") == 0
+    assert migrator("backfill", "--max-items", "30") == 0
+    # The application goes on meanwhile: an item comes, one is changed, one goes.
+    kind.upsert_images([500, 3], ["00007.png", "00009.png"])
+    kind.delete([2])
+    assert migrator("backfill") == 0
+    assert migrator("rollout", "--stage", "cutover") == 0
+    assert expected(kind, "new")
+    assert set(kind.items()) == {*before, 500} - {2}
+    assert migrator("rollback") == 0
+    assert expected(kind, "old")
+    after = kind.items()
+    untouched = set(before) - {2, 3}
+    assert all(after[item] == before[item] or after[item].near(before[item].vector) for item in untouched)
+    with kind.opened() as store:
+        assert not any(store.read(list(after), vectors=False, payload=False).stamps)
+
+
+def prepared_shadow(world: World, migrator: Call) -> str:
+    world.configure(rollout__strategy="shadow")
+    to_prepared(migrator)
+    with Project.open(world.config) as project:
+        shadow = project.migration().shadow
+    assert shadow is not None
+    return shadow
+
+
+def route(world: World) -> RouteClient:
+    return RouteClient(f"sqlite:///{world.folder}/migrator.db", NAME, ttl=0)
+
+
+def test_shadow_there_and_back(kind: Kind, world: World, migrator: Call, capsys: pytest.CaptureFixture[str]) -> None:
+    before = kind.items()
+    with kind.opened() as store:
+        source, alias = store.describe().local, store.describe().alias
+    shadow = prepared_shadow(world, migrator)
+    assert not kind.exists(shadow)
+    assert migrator("rollout", "--stage", "canary") == 3  # there is nothing to send queries to
+    assert migrator("rollout", "--stage", "backfill") == 0
+    assert migrator("backfill", "--max-items", "30") == 0
+    assert migrator("rollout", "--stage", "canary") == 3  # not everything is copied
+    kind.upsert_images([500, 3], ["00007.png", "00009.png"])
+    kind.delete([2])
+    assert migrator("backfill") == 0
+    assert kind.items() == {**{item: before[item] for item in before if item not in (2, 3)}, **some(kind, 3, 500)}
+    assert expected(kind, "new", shadow)
+    assert set(kind.items(shadow)) == {*before, 500} - {2}
+
+    client = route(world)
+    with Project.open(world.config) as project:
+        old_id, new_id = project.encoder_ids()
+    assert [(w.encoder, w.collection) for w in client.writes()] == [(old_id, source)]
+    canary(migrator)
+    assert [(w.encoder, w.collection) for w in client.writes()] == [(old_id, source), (new_id, shadow)]
+    assert (client.choose("k").encoder, client.choose("k").collection) == (new_id, shadow)
+    # What an application without dual writes does in the window is found, and the cutover waits for it.
+    kind.upsert_images([4], ["00011.png"])
+    kind.delete([5])
+    assert migrator("rollout", "--stage", "cutover") == 3
+    assert "4, 5" in capsys.readouterr().err
+    assert migrator("backfill") == 0
+    assert migrator("rollout", "--stage", "cutover") == 0
+    assert [(w.encoder, w.collection) for w in client.writes()] == [(new_id, shadow)]
+    assert (client.choose("k").encoder, client.choose("k").collection) == (new_id, shadow)
+    client.close()
+    with kind.opened() as store:
+        assert store.describe().local == (shadow if alias else source)
+    assert kind.exists(source)
+    assert expected(kind, "old", source)
+    assert expected(kind, "new", shadow)
+
+    # After the cutover the application writes to the shadow alone. A rollback brings it all home.
+    old_items = kind.items(source)
+    if alias:
+        kind.upsert_images([501, 6], ["00013.png", "00014.png"], "new")
+        kind.delete([7])
+    assert migrator("rollout", "--stage", "finalize") == 0
+    capsys.readouterr()
+    assert migrator("rollback", "--json") == 0
+    result = json.loads(capsys.readouterr().out)
+    assert (result["re_encoded"], result["removed"], result["problems"]) == ((2, 1, {}) if alias else (0, 0, {}))
+    with kind.opened() as store:
+        assert (store.describe().local, store.describe().alias) == (source, alias)
+    assert not kind.exists(shadow)
+    assert expected(kind, "old")
+    after = kind.items()
+    if alias:
+        assert set(after) == {*old_items, 501} - {7}
+        assert after[6].payload["path"] == "00014.png"
+    assert all(after[item].near(old_items[item].vector) for item in set(old_items) - {6, 7})
+    capsys.readouterr()
+    assert migrator("status", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["state"] == "rolled_back"
+
+
+def some(kind: Kind, *ids: int) -> dict[int, object]:
+    items = kind.items()
+    return {item: items[item] for item in ids}
+
+
+def test_the_old_collection_goes_only_when_told(kind: Kind, world: World, migrator: Call) -> None:
+    with kind.opened() as store:
+        source, alias = store.describe().local, store.describe().alias
+    shadow = prepared_shadow(world, migrator)
+    assert migrator("rollout", "--stage", "backfill") == 0
+    assert migrator("backfill") == 0
+    canary(migrator)
+    assert migrator("rollout", "--stage", "cutover") == 0
+    assert migrator("rollout", "--stage", "finalize") == 0
+    assert kind.exists(source)
+    assert migrator("rollout", "--stage", "finalize", "--drop-old") == 0
+    if alias:
+        assert not kind.exists(source)
+        assert expected(kind, "new")
+        assert kind.exists(shadow)
+    assert migrator("rollback") == 3
+
+
+def test_a_rollback_before_the_cutover_leaves_nothing_behind(kind: Kind, world: World, migrator: Call) -> None:
+    before = kind.items()
+    shadow = prepared_shadow(world, migrator)
+    assert migrator("rollout", "--stage", "backfill") == 0
+    assert migrator("backfill") == 0
+    canary(migrator)
+    assert migrator("rollback") == 0
+    assert kind.items() == before
+    assert not kind.exists(shadow)
+    # And the next one may begin.
+    assert prepared_shadow(world, migrator) != shadow
+    assert migrator("rollback") == 0
+
+
+def test_a_shadow_may_have_another_dimension(
+    kind: Kind, world: World, migrator: Call, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import torch
+
+    from trainer.encoder import EncoderSpec, Preprocessing, build_model, save_encoder
+
+    spec = EncoderSpec(arch="test_resnet", dim=40, preprocessing=Preprocessing(image_size=16))
+    torch.manual_seed(5)
+    save_encoder(build_model(spec), spec, world.folder / "wide.safetensors")
+    world.configure(new_encoder={"arch": "test_resnet", "weights": "wide.safetensors", "dim": 40, "image_size": 16})
+    assert migrator("plan") == 2
+    assert "rollout.strategy to shadow" in capsys.readouterr().err
+    shadow = prepared_shadow(world, migrator)
+    assert migrator("rollout", "--stage", "backfill") == 0
+    assert migrator("backfill") == 0
+    canary(migrator)
+    assert migrator("rollout", "--stage", "cutover") == 0
+    items = kind.items(shadow)
+    assert {len(item.vector) for item in items.values()} == {40}
+    assert all(abs(np.linalg.norm(item.vector) - 1) < 1e-5 for item in items.values())
+    assert migrator("rollback") == 0
+    assert expected(kind, "old")

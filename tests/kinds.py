@@ -1,0 +1,156 @@
+"""The world's gallery in each kind of store, as the application that owns it writes and reads it."""
+
+from __future__ import annotations
+
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from adapters.base import Store
+from adapters.registry import open_store
+from tests.world import DIM, World, embed_images
+
+
+@dataclass(frozen=True)
+class Item:
+    """What lies in a store: vector and payload."""
+
+    vector: np.ndarray
+    payload: Mapping[str, Any]
+
+    def __eq__(self, other: object) -> bool:
+        return (
+            isinstance(other, Item)
+            and np.array_equal(self.vector, other.vector)
+            and dict(self.payload) == dict(other.payload)
+        )
+
+    def near(self, vector: np.ndarray) -> bool:
+        """The same vector, up to a store's own normalisation."""
+        return bool(np.allclose(self.vector, vector, rtol=0, atol=1e-6))
+
+
+class Kind(ABC):
+    """One kind of store, holding the world's collection."""
+
+    name: str
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+
+    @abstractmethod
+    def settings(self) -> dict[str, Any]:
+        """The `store` section of migrations.yaml."""
+
+    @abstractmethod
+    def put(self, ids: Sequence[Any], vectors: np.ndarray, payloads: Sequence[Mapping[str, Any]]) -> None:
+        """Makes the collection if need be, and upserts items into it, as the application does."""
+
+    @abstractmethod
+    def delete(self, ids: Sequence[Any]) -> None: ...
+
+    def use(self) -> None:
+        """Moves the world's items into this store and points the configuration at it."""
+        import faiss
+        import pyarrow.parquet as pq
+
+        index = faiss.read_index(str(self.world.gallery / "index.faiss"))
+        rows = pq.read_table(self.world.gallery / "items.parquet").to_pylist()
+        ids = [row.pop("id") for row in rows]
+        vectors = index.reconstruct_n(0, index.ntotal)
+        document = yaml.safe_load(self.world.config.read_text())
+        (migration,) = document["migrations"].values()
+        migration["store"] = self.settings()
+        self.world.config.write_text(yaml.safe_dump(document))
+        self.put(ids, vectors, rows)
+
+    @contextmanager
+    def opened(self) -> Iterator[Store]:
+        """The collection through the adapter, read only; its own name, or where its alias leads."""
+        from migrator.config import load_config
+
+        config = load_config(self.world.config)
+        (migration,) = config.migrations.values()
+        with closing(open_store(migration.store.settings(), write=False)) as store:
+            yield store
+
+    def items(self, local: str | None = None) -> dict[Any, Item]:
+        """Everything in the collection, or in another one beside it."""
+        with self.opened() as first:
+            if local is None:
+                return _items(first)
+            with closing(first.sibling(local)) as store:
+                return _items(store)
+
+    def exists(self, local: str) -> bool:
+        with self.opened() as store:
+            return store.exists(local)
+
+    def upsert_images(self, ids: Sequence[Any], names: Sequence[str], which: str = "old") -> None:
+        """The application embeds images with one of the encoders and writes the items."""
+        payloads = [{"path": name, "kind": "kind 0"} for name in names]
+        self.put(ids, embed_images(self.world, which, names), payloads)
+
+
+def _items(store: Store) -> dict[Any, Item]:
+    found: dict[Any, Item] = {}
+    ids = store.scan_ids(after=None, limit=10**6)
+    page = store.read(ids, vectors=True, payload=True)
+    assert page.vectors is not None
+    assert page.payloads is not None
+    for item, vector, payload in zip(page.ids, page.vectors, page.payloads, strict=True):
+        assert item not in found
+        found[item] = Item(vector, json.loads(json.dumps(dict(payload))))
+    assert len(found) == store.count()
+    return found
+
+
+class QdrantFolder(Kind):
+    """A local Qdrant with the collection `toys_v1`, which the configuration addresses by the alias `toys`."""
+
+    name = "qdrant"
+
+    @property
+    def folder(self) -> Path:
+        return self.world.folder / "qdrant"
+
+    def settings(self) -> dict[str, Any]:
+        return {"kind": "qdrant", "path": "./qdrant", "collection": "toys"}
+
+    @contextmanager
+    def client(self) -> Iterator[Any]:
+        from qdrant_client import QdrantClient, models
+
+        with closing(QdrantClient(path=str(self.folder))) as client:
+            if not client.get_collections().collections:
+                params = models.VectorParams(size=DIM, distance=models.Distance.COSINE)
+                client.create_collection("toys_v1", params)
+                client.update_collection_aliases(
+                    [
+                        models.CreateAliasOperation(
+                            create_alias=models.CreateAlias(collection_name="toys_v1", alias_name="toys")
+                        )
+                    ]
+                )
+            yield client
+
+    def put(self, ids: Sequence[Any], vectors: np.ndarray, payloads: Sequence[Mapping[str, Any]]) -> None:
+        from qdrant_client import models
+
+        points = [
+            models.PointStruct(id=item, vector=vector.tolist(), payload=dict(payload))
+            for item, vector, payload in zip(ids, vectors, payloads, strict=True)
+        ]
+        with self.client() as client:
+            client.upsert("toys", points)
+
+    def delete(self, ids: Sequence[Any]) -> None:
+        with self.client() as client:
+            client.delete("toys", list(ids))
