@@ -13,10 +13,12 @@ files alone, whichever of them a killed process had reached.
 from __future__ import annotations
 
 import bisect
+import heapq
+import itertools
 import os
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,11 +38,24 @@ from adapters.base import (
     WriteReport,
     order_key,
 )
-from adapters.faiss_files import Folder, Identity, Items, Segment, Stamps, Vanished, identity
+from adapters.faiss_changes import ABSENT, Change, Changes, fitting
+from adapters.faiss_files import (
+    Folder,
+    Identity,
+    Items,
+    Segment,
+    Stamps,
+    Vanished,
+    identity,
+    make_folder,
+    replace_link,
+)
 from adapters.faiss_index import Index, row_checksums
+from adapters.vectors import as_batch, unusable
 
 if TYPE_CHECKING:
     import filelock
+    import pyarrow as pa
 
 TRIES = 20  # a folder that is replaced again and again while we read it
 PAUSE = 0.05  # seconds between them: an application replaces its two files one after the other
@@ -74,6 +89,7 @@ class _State:
         self.carried = np.zeros(len(self.ids), bool)
         """Vectors that only a rebuild of a quantised index has changed since the original."""
         self.unbalanced = False
+        self.changes = Changes()
         self._written: Vectors | None = None
 
     @property
@@ -130,6 +146,18 @@ class _State:
         self.stamps[ranks[applied | pending]] = self.number(segment.stamp)
         self.carried[ranks[pending]] = False
 
+    def checksums_of(self, ids: Sequence[ItemId]) -> dict[ItemId, np.uint64]:
+        """Checksums of the vectors in the index, of those ids that the files have."""
+        ranks = self.ranks(ids)
+        there = np.flatnonzero(ranks >= 0)
+        sums = self.checksums(ranks[there])
+        return {ids[row]: checksum for row, checksum in zip(there.tolist(), sums, strict=True)}
+
+    def apply_change(self, change: Change) -> None:
+        """Takes over what was inserted and removed, but for what somebody else wrote since."""
+        if change.vectors is None or change.vectors.shape[1] == self.index.dim:
+            self.changes.apply(change, self.checksums_of(change.ids))
+
     def followed_by(self, index: Index) -> _State:
         """The state in which `index` holds everything that was written."""
         following = _State(self.folder, self.items, index, self.generation)
@@ -150,6 +178,12 @@ class _State:
         if pending.any():
             vectors[pending] = self.written[ranks[pending]]
         return vectors
+
+    def all_after(self, item: ItemId | None) -> Iterator[ItemId]:
+        """Ids beyond `item`, in order, with what was inserted and removed."""
+        changed = self.changes.by_id
+        plain = (self.ids[rank] for rank in range(self.after(item), len(self.ids)) if self.ids[rank] not in changed)
+        return heapq.merge(plain, self.changes.after(item), key=order_key)
 
     def after(self, item: ItemId | None) -> int:
         """The first place beyond `item`."""
@@ -203,6 +237,7 @@ class FaissStore:
             self._held = folder.lock()
         try:
             self._state = self._load()
+            self._first_items = self._state.generation[1]
         except BaseException:
             self.close()
             raise
@@ -227,11 +262,13 @@ class FaissStore:
 
     def _read(self, generation: tuple[Identity, Identity]) -> _State:
         folder = self._folder
-        state = _State(folder, folder.read_items(), folder.read_index(folder.index), generation)
+        state = _State(folder, folder.read_items(), folder.read_index(folder.live(folder.index)), generation)
         for file in folder.stamp_files():
             state.apply_stamps(folder.read_stamps(file))
         for file in folder.segment_files():
             state.apply_segment(folder.read_segment(file))
+        for file in folder.change_files():
+            state.apply_change(folder.read_change(file))
         return state
 
     def _current(self) -> _State:
@@ -272,7 +309,9 @@ class FaissStore:
             stamps=True,
             concurrent_writers=False,
             exact_vectors=index.exact_vectors,
-            aliases=False,
+            normalises=False,
+            partial_update=True,
+            aliases=True,
             notes=tuple(notes),
         )
 
@@ -285,9 +324,11 @@ class FaissStore:
         index = state.index
         return CollectionInfo(
             name=f"faiss:{self._folder.path}",
+            local=str(self._folder.path),
+            alias=self._folder.alias,
             dim=index.dim,
             metric=index.metric,
-            count=len(state.ids),
+            count=self.count(),
             index=index.description,
             server=f"faiss {faiss.__version__}",
             schema={field.name: str(field.type) for field in state.items.payload.schema},
@@ -300,23 +341,40 @@ class FaissStore:
         """The next `limit` ids beyond `after` and not beyond `upto`: integers ascending, or strings by code point."""
         with self._lock:
             state = self._current()
-        end = len(state.ids) if upto is None else state.after(upto)
-        start = state.after(after)
-        return list(state.ids[start : min(end, start + max(limit, 0))])
+            if not state.changes:
+                end = len(state.ids) if upto is None else state.after(upto)
+                start = state.after(after)
+                return list(state.ids[start : min(end, start + max(limit, 0))])
+            last = None if upto is None else order_key(upto)
+            ids = itertools.takewhile(lambda item: last is None or order_key(item) <= last, state.all_after(after))
+            return list(itertools.islice(ids, max(limit, 0)))
 
     def read(self, ids: Sequence[ItemId], *, vectors: bool, payload: bool) -> Page:
         """Items with what was written last, published or not."""
         with self._lock:
             state = self._current()
-            ranks = state.ranks(ids)
-            ranks = ranks[ranks >= 0]
+            staged = state.changes.by_id
+            there = [item for item in ids if (staged[item] is not None if item in staged else item in state.rank)]
+            plain = [item for item in there if item not in staged]
+            ranks = state.ranks(plain)
             found = state.vectors(ranks) if vectors else None
             stamps = [state.known_stamps[number] for number in state.stamps[ranks].tolist()]
+            payloads = state.items.payload.take(state.items.rows[ranks]).to_pylist() if payload else None
+        if len(plain) == len(there):
+            return Page(there, found, payloads, stamps)
+        place = {item: row for row, item in enumerate(plain)}
+        mixed = [(place.get(item, -1), staged.get(item)) for item in there]
         return Page(
-            state.at(ranks),
-            found,
-            state.items.payload.take(state.items.rows[ranks]).to_pylist() if payload else None,
-            stamps,
+            there,
+            None
+            if found is None
+            else np.array(
+                [found[row] if changed is None else changed.vector for row, changed in mixed], np.float32
+            ).reshape(len(there), state.index.dim),
+            None
+            if payloads is None
+            else [payloads[row] if changed is None else changed.payload for row, changed in mixed],
+            [stamps[row] if changed is None else changed.stamp for row, changed in mixed],
         )
 
     def unstamped(self, stamp: str, *, after: ItemId | None, limit: int) -> list[ItemId]:
@@ -325,6 +383,15 @@ class FaissStore:
             state = self._current()
             number = state.number(stamp)
             found: list[ItemId] = []
+            if state.changes:
+                staged = state.changes.by_id
+                for item in state.all_after(after):
+                    if len(found) >= limit:
+                        break
+                    changed = staged.get(item)
+                    if (changed.stamp if changed else state.known_stamps[state.stamps[state.rank[item]]]) != stamp:
+                        found.append(item)
+                return found
             start, block = state.after(after), max(4096, 2 * limit)
             while len(found) < limit and start < len(state.ids):
                 ranks = start + np.flatnonzero(state.stamps[start : start + block] != number)
@@ -336,20 +403,27 @@ class FaissStore:
         """Number of items; with `stamp`, of those whose last written vector carries it."""
         with self._lock:
             state = self._current()
-            return len(state.ids) if stamp is None else int(np.count_nonzero(state.stamps == state.number(stamp)))
+            changed = state.ranks(list(state.changes.by_id))
+            changed = changed[changed >= 0]
+            staged = [item.stamp for _, item in state.changes.staged()]
+            if stamp is None:
+                return len(state.ids) - len(changed) + len(staged)
+            carries = state.stamps == state.number(stamp)
+            return int(np.count_nonzero(carries)) - int(np.count_nonzero(carries[changed])) + staged.count(stamp)
 
     def sample(self, n: int, *, seed: int) -> list[ItemId]:
         """`n` distinct ids in random order."""
         with self._lock:
             state = self._current()
-        count = len(state.ids)
-        return state.at(np.random.default_rng(seed).choice(count, size=min(max(n, 0), count), replace=False))
+            ids = list(state.all_after(None)) if state.changes else state.ids
+        chosen = np.random.default_rng(seed).choice(len(ids), size=min(max(n, 0), len(ids)), replace=False)
+        return [ids[place] for place in chosen.tolist()]
 
     def search(self, vectors: Vectors, k: int, *, exact: bool = False) -> Hits:
         """The k nearest published items to each of `vectors` (n, dim). `exact` compares with all of them."""
         with self._lock:
             state = self._current()
-            queries = _as_vectors(vectors, state.index.dim)
+            queries = as_batch(vectors, state.index.dim)
             if k < 1 or not np.isfinite(queries).all():
                 raise StoreRejected(f"a search needs finite vectors and at least one answer, k is {k}")
             scores, labels = state.index.search(queries, k, exact=exact)
@@ -363,7 +437,9 @@ class FaissStore:
 
     # -- writing --------------------------------------------------------------------------------------------------
 
-    def write_vectors(self, ids: Sequence[ItemId], vectors: Vectors, stamp: str | None) -> WriteReport:
+    def write_vectors(
+        self, ids: Sequence[ItemId], vectors: Vectors, stamp: str | None, made_from: Page | None = None
+    ) -> WriteReport:
         """Makes `vectors` (n, dim) durable in a segment; `publish` brings them into the index.
 
         With a stamp, vectors that are not finite or all zeros are `rejected`. Without one they are taken: it may be
@@ -373,25 +449,83 @@ class FaissStore:
             self._must_write()
             with self._lock:
                 state = self._current()
-                vectors = _as_vectors(vectors, state.index.dim)
-                if len(vectors) != len(ids):
-                    raise StoreRejected(f"{len(vectors)} vectors for {len(ids)} ids")
-                if len(set(ids)) < len(ids):
-                    twice = next(item for number, item in enumerate(ids) if item in ids[:number])
-                    raise StoreRejected(f"the id {twice!r} is given more than once: every write must be unambiguous")
-                ranks = state.ranks(ids)
-                rejected = {} if stamp is None else _rejected(ids, vectors, ranks)
-                rows = np.flatnonzero(ranks >= 0)
-                if rejected:
-                    rows = np.array([row for row in rows.tolist() if ids[row] not in rejected], np.int64)
-                replaced = state.checksums(ranks[rows])
-            written = [ids[row] for row in rows.tolist()]
-            if written:
-                segment = Segment(written, vectors[rows], stamp, replaced)
+                vectors = as_batch(vectors, state.index.dim, ids)
+                rejected = {} if stamp is None else unusable(ids, vectors)
+                now = self.read(ids, vectors=made_from is not None, payload=self._items_replaced(state))
+                there = set(now.ids)
+                rejected = {item: why for item, why in rejected.items() if item in there}
+                changed = [] if made_from is None else _changed(made_from, now)
+                leave = {*rejected, *changed}
+                rows = [row for row, item in enumerate(ids) if item in there and item not in leave]
+                written = [ids[row] for row in rows]
+                staged = [row for row in rows if ids[row] in state.changes.by_id]
+                plain = [row for row in rows if ids[row] not in state.changes.by_id]
+                replaced = state.checksums(state.ranks([ids[row] for row in plain]))
+            if plain:
+                segment = Segment([ids[row] for row in plain], vectors[plain], stamp, replaced)
                 self._folder.write_segment(segment)
                 with self._lock:
                     self._state.apply_segment(segment)
-        return WriteReport(written, [ids[row] for row in np.flatnonzero(ranks < 0).tolist()], rejected)
+            if staged:
+                again = self.read([ids[row] for row in staged], vectors=False, payload=True)
+                self._insert(Page(again.ids, vectors[staged], again.payloads, [stamp] * len(staged)))
+        return WriteReport(written, [item for item in ids if item not in there], rejected, changed)
+
+    def _items_replaced(self, state: _State) -> bool:
+        """Whether payloads may have changed since this store was opened."""
+        return state.generation[1] != self._first_items
+
+    def insert(self, page: Page) -> WriteReport:
+        """Makes whole items durable beside the two files; `publish(final=True)` brings them in."""
+        with self._writing:
+            self._must_write()
+            return self._insert(page)
+
+    def _insert(self, page: Page) -> WriteReport:
+        assert page.vectors is not None
+        assert page.payloads is not None
+        with self._lock:
+            state = self._current()
+            vectors = as_batch(page.vectors, state.index.dim, page.ids)
+            rejected = unusable(page.ids, vectors)
+            strings = state.items.strings
+            rejected.update(
+                {
+                    item: f"ids here are {'strings' if strings else 'integers'}"
+                    for item in page.ids
+                    if isinstance(item, str) != strings
+                }
+            )
+            payload, wrong = fitting(page.payloads, state.items.payload.schema)
+            rejected.update({page.ids[row]: why for row, why in wrong.items()})
+            rows = [row for row, item in enumerate(page.ids) if item not in rejected]
+            ids = [page.ids[row] for row in rows]
+            change = Change(
+                ids, self._replaced(state, ids), vectors[rows], payload.take(rows), [page.stamps[row] for row in rows]
+            )
+        if ids:
+            self._folder.write_change(change)
+            with self._lock:
+                self._state.apply_change(change)
+        return WriteReport(ids, (), rejected)
+
+    def delete(self, ids: Sequence[ItemId]) -> None:
+        """Makes removals durable beside the two files; `publish(final=True)` carries them out."""
+        with self._writing:
+            self._must_write()
+            with self._lock:
+                state = self._current()
+                there = list(self.read(ids, vectors=False, payload=False).ids)
+                change = Change(there, self._replaced(state, there))
+            if there:
+                self._folder.write_change(change)
+                with self._lock:
+                    self._state.apply_change(change)
+
+    @staticmethod
+    def _replaced(state: _State, ids: Sequence[ItemId]) -> NDArray[np.uint64]:
+        present = state.checksums_of(ids)
+        return np.array([present.get(item, ABSENT) for item in ids], np.uint64)
 
     def publish(self, *, final: bool = False) -> None:
         """Replaces index.faiss by one that holds what was written. Indexes that need a rebuild get it with `final`.
@@ -403,7 +537,7 @@ class FaissStore:
             for _ in range(TRIES):
                 with self._lock:
                     state = self._current()
-                if self._publish(state, final):
+                if self._merge(state) if final and state.changes else self._publish(state, final):
                     return
         raise StoreUnavailable(f"{self._folder.index} is being replaced all the time: try again when it rests")
 
@@ -441,6 +575,48 @@ class FaissStore:
         # Oldest first: an older row must never outlive the newer one that took it back.
         folder.remove(old_files)
         return True
+
+    def _merge(self, state: _State) -> bool:
+        """One attempt at bringing inserted and removed items into the two files; False if one was replaced."""
+        folder = self._folder
+        old_files = [*folder.stamp_files(), *folder.segment_files(), *folder.change_files()]
+        table, vectors, labels, stamps = _merged(state)
+        index = folder.read_index(folder.index)
+        index.fill(vectors, labels)
+        ready = folder.prepare(index.write)
+        try:
+            # Of vectors that the files do not hold yet: until they do, these stamps fit nothing.
+            self._write_merged_stamps(stamps, vectors, labels, index)
+            with self._lock:
+                if folder.identity() != state.generation:
+                    return False
+                folder.replace_both(ready, table)
+                folder.remove(old_files)
+                self._state = self._load()
+                self._first_items = self._state.generation[1]
+        finally:
+            ready.unlink(missing_ok=True)
+        return True
+
+    def _write_merged_stamps(
+        self, stamps: Mapping[int, tuple[ItemId, str]], vectors: Vectors, labels: NDArray[np.int64], index: Index
+    ) -> None:
+        if not stamps:
+            return
+        rows = np.array(list(stamps), np.int64)
+        kept = vectors[rows]
+        if not index.exact_vectors:
+            filled = index.reread()
+            order = np.argsort(filled.labels)
+            kept = filled.vectors(order[np.searchsorted(filled.labels[order], labels[rows])])
+        self._folder.write_stamps(
+            Stamps(
+                [item for item, _ in stamps.values()],
+                [stamp for _, stamp in stamps.values()],
+                row_checksums(kept),
+                False,
+            )
+        )
 
     def _following(self, state: _State, final: bool) -> tuple[_State, Callable[[Callable[[bytes], object]], object]]:
         """The generation after `state`, and what writes its index file."""
@@ -488,7 +664,7 @@ class FaissStore:
             self._must_write()
             with self._lock:
                 state = self._current()
-                waiting = int(state.pending.sum())
+                waiting = int(state.pending.sum()) + len(state.changes.by_id)
                 if waiting:
                     raise StoreRejected(
                         f"{self._folder.path}: {waiting} written vectors are not published: publish them, or restore "
@@ -500,8 +676,63 @@ class FaissStore:
                 state.carried[:] = False
                 state.unbalanced = False
 
+    # -- a second collection ----------------------------------------------------------------------------------------
+
+    def exists(self, local: str) -> bool:
+        """Whether there is a folder of that path with an index in it."""
+        with self._lock:
+            self._current()
+        return Path(local, "index.faiss").is_file() and not Path(local).is_symlink()
+
+    def sibling(self, local: str) -> FaissStore:
+        """The collection in another folder."""
+        with self._lock:
+            self._current()
+        return FaissStore(Folder(local), write=self._held is not None)
+
+    def create_like(self, local: str, *, dim: int) -> FaissStore:
+        """A new folder with an empty index of the same kind and parameters, and the same columns."""
+        self._must_write()
+        path = Path(local)
+        if path.exists():
+            store = FaissStore(Folder(path), write=True)
+            if not store._folder.created.exists():
+                store.close()
+                raise StoreRejected(f"{path} is there already and was not made by migrator: remove it, or plan again")
+            if store.describe().dim != dim:
+                store.close()
+                raise StoreRejected(f"{path} is there already, for vectors of another dimension than {dim}: remove it")
+            return store
+        with self._lock:
+            state = self._current()
+        make_folder(path, state.index.like(dim), state.items.empty_table())
+        return FaissStore(Folder(path), write=True)
+
+    def swap_alias(self, alias: str, *, to: str) -> None:
+        """Replaces the symbolic link `alias` by one to the folder `to`."""
+        self._must_write()
+        link = Path(alias)
+        if not link.is_symlink():
+            raise StoreRejected(f"{link} is no symbolic link that could be pointed at {to}")
+        if not self.exists(to):
+            raise StoreRejected(f"{to} holds no collection to point {link} at")
+        replace_link(link, Path(to))
+
+    def drop(self) -> None:
+        """Deletes the two files and `.migrator/`, and the folder if nothing else lies in it."""
+        with self._writing:
+            self._must_write()
+            folder = self._folder
+            for link in folder.path.parent.iterdir():
+                if link.is_symlink() and link.resolve() == folder.path:
+                    raise StoreRejected(f"{folder.path} is not deleted: the symbolic link {link} leads to it")
+        self.close()
+        folder.delete()
+
     def _must_write(self) -> None:
-        if self._open and self._held is None:
+        if not self._open:
+            raise StoreRejected(f"{self._folder.path} was closed")
+        if self._held is None:
             raise StoreRejected(f"{self._folder.path} was opened for reading only")
 
     def close(self) -> None:
@@ -526,16 +757,54 @@ def _same(state: _State, original: Index) -> NDArray[np.bool_]:
     return same
 
 
-def _as_vectors(vectors: Vectors, dim: int) -> Vectors:
-    with np.errstate(over="ignore"):
-        array = np.ascontiguousarray(vectors, np.float32)
-    if array.ndim != 2 or array.shape[1] != dim:
-        raise StoreRejected(f"vectors of shape {array.shape} do not fit a collection of dimension {dim}")
-    return array
+def _changed(made_from: Page, now: Page) -> list[ItemId]:
+    """Items whose vector, or payload where it is given, is another than it was."""
+    assert made_from.vectors is not None
+    assert now.vectors is not None
+    before = dict(zip(made_from.ids, row_checksums(made_from.vectors).tolist(), strict=True))
+    after = zip(now.ids, row_checksums(now.vectors).tolist(), strict=True)
+    changed = {item for item, checksum in after if before.get(item) != checksum}
+    if now.payloads is not None and made_from.payloads is not None:
+        payloads = dict(zip(made_from.ids, made_from.payloads, strict=True))
+        changed |= {item for item, fields in zip(now.ids, now.payloads, strict=True) if payloads.get(item) != fields}
+    return [item for item in now.ids if item in changed]
 
 
-def _rejected(ids: Sequence[ItemId], vectors: Vectors, ranks: NDArray[np.int64]) -> dict[ItemId, str]:
-    finite = np.logical_and.reduce(np.isfinite(vectors), axis=1)
-    zero = np.logical_not(np.logical_or.reduce(vectors != 0, axis=1))
-    wrong = np.flatnonzero((~finite | zero) & (ranks >= 0)).tolist()
-    return {ids[row]: "the vector is all zeros" if finite[row] else "the vector is not finite" for row in wrong}
+def _merged(
+    state: _State,
+) -> tuple[pa.Table, Vectors, NDArray[np.int64], dict[int, tuple[ItemId, str]]]:
+    """The items table with all changes, and by its rows: vectors (m, dim), FAISS ids (m,), and stamps where there are.
+
+    Rows that stay keep their order; what is new comes after them.
+    """
+    import pyarrow as pa
+
+    items, staged = state.items, state.changes.by_id
+    by_row = np.argsort(items.rows)  # rank of each row
+    kept = [int(rank) for rank in by_row if staged.get(state.ids[rank], True) is not None]
+    new = [item for item, _ in state.changes.staged() if item not in state.rank]
+    ids = [*(state.ids[rank] for rank in kept), *new]
+    vectors = np.empty((len(ids), state.index.dim), np.float32)
+    vectors[: len(kept)] = state.vectors(np.array(kept, np.int64))
+    payload = items.payload.take(items.rows[kept]).to_pylist()
+    stamps: dict[int, tuple[ItemId, str]] = {}
+    for row, item in enumerate(ids):
+        changed = staged.get(item)
+        if changed is not None:
+            vectors[row] = changed.vector
+            if row < len(kept):
+                payload[row] = dict(changed.payload)
+            else:
+                payload.append(dict(changed.payload))
+        stamp = changed.stamp if changed is not None else state.known_stamps[state.stamps[kept[row]]]
+        if stamp is not None:
+            stamps[row] = (item, stamp)
+    table = pa.Table.from_pylist(payload, schema=items.payload.schema)
+    if items.faiss_ids is not None:
+        first = int(items.faiss_ids.max(initial=-1)) + 1
+        labels = np.concatenate([items.faiss_ids[kept], np.arange(first, first + len(new))]).astype(np.int64)
+    elif state.index.has_id_map:
+        labels = np.array(ids, np.int64)
+    else:
+        labels = np.arange(len(ids))
+    return items.table(ids, labels, table), vectors, labels, stamps

@@ -1,11 +1,14 @@
 """The files of a FAISS folder: the user's two, and ours in `.migrator/` beside them.
 
     index.faiss                  the user's index; replaced by an atomic rename and in no other way
-    items.parquet                the user's items; never written
+    items.parquet                the user's items; replaced only when items are inserted or removed
     .migrator/lock               held by the one writer; lock.json says who that is
     .migrator/segments/N.parquet vectors of one write, until they are part of index.faiss
     .migrator/stamps/N.parquet   stamps of the vectors that index.faiss holds
     .migrator/original.faiss     index.faiss as it was before the first publication
+    .migrator/changes/N.parquet  items inserted or removed, until they are part of the user's two files
+    .migrator/next.json          both files are to be replaced by items.next and index.next, and this has begun
+    .migrator/created            the folder was made by migrator
 
 Every file of ours is written to a temporary name, fsynced and renamed.
 """
@@ -30,6 +33,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from adapters.base import ItemId, StoreBusy, StoreRejected, StoreUnavailable, Vectors
+from adapters.faiss_changes import Change
 from adapters.faiss_index import Index, read_index
 
 if TYPE_CHECKING:
@@ -74,6 +78,29 @@ class Items:
     rows: NDArray[np.int64]
     """Row numbers in the file."""
     payload: pa.Table
+    schema: pa.Schema
+    """Of the file: the ids' columns, and the payload's as the application wrote them."""
+
+    @property
+    def strings(self) -> bool:
+        """Whether ids are strings."""
+        import pyarrow as pa
+
+        return not pa.types.is_integer(_value_type(self.schema.field("id").type))
+
+    def table(self, ids: Sequence[ItemId], faiss_ids: NDArray[np.int64], payload: pa.Table) -> pa.Table:
+        """A file's table with other items in it, of the same columns in the same order."""
+        import pyarrow as pa
+
+        columns: dict[str, Any] = {name: payload.column(name) for name in payload.schema.names}
+        columns["id"] = pa.array(ids, pa.large_string() if self.strings else pa.int64())
+        columns["faiss_id"] = pa.array(faiss_ids)
+        table = pa.table({name: columns[name] for name in self.schema.names})
+        return table.cast(self.schema)
+
+    def empty_table(self) -> pa.Table:
+        """A file's table without items."""
+        return self.schema.empty_table()
 
 
 class Folder:
@@ -81,9 +108,14 @@ class Folder:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(os.path.realpath(path))
+        self.alias = os.path.abspath(path) if os.path.islink(path) else None  # noqa: PTH100, PTH114 - link kept
         self.index = self.path / "index.faiss"
         self.items = self.path / "items.parquet"
         self.ours = self.path / ".migrator"
+        self.changes = self.ours / "changes"
+        self.created = self.ours / "created"
+        self._next = {self.items: self.ours / "items.next", self.index: self.ours / "index.next"}
+        self._next_record = self.ours / "next.json"
         self.segments = self.ours / "segments"
         self.stamps = self.ours / "stamps"
         self.original = self.ours / "original.faiss"
@@ -102,7 +134,12 @@ class Folder:
     def identity(self) -> tuple[Identity, Identity]:
         """Tells generations of the two files apart."""
         with translated(self.path):
-            return identity(self.index.stat()), identity(self.items.stat())
+            return identity(self.live(self.index).stat()), identity(self.live(self.items).stat())
+
+    def live(self, file: Path) -> Path:
+        """Where a user's file is: a killed process may have left the next one beside it."""
+        following = self._next[file]
+        return following if self._next_record.exists() and following.exists() else file
 
     def read_index(self, path: Path) -> Index:
         """The index in `path`."""
@@ -116,7 +153,7 @@ class Folder:
         """The items table, checked: ids of one type, none missing, none twice."""
         import pyarrow as pa
 
-        path = self.items
+        path = self.live(self.items)
         table = _read_parquet(path)
         names = table.schema.names
         if len(set(names)) < len(names):
@@ -139,7 +176,8 @@ class Folder:
         for one, other in itertools.pairwise(ordered):
             if one == other:
                 raise StoreRejected(f"{path} holds the id {one!r} more than once: ids must be unique")
-        return Items(ordered, None if faiss_ids is None else faiss_ids[rows], rows, payload.combine_chunks())
+        faiss_ids = None if faiss_ids is None else faiss_ids[rows]
+        return Items(ordered, faiss_ids, rows, payload.combine_chunks(), table.schema)
 
     # -- the lock -------------------------------------------------------------------------------------------------
 
@@ -148,7 +186,7 @@ class Folder:
         import filelock
 
         with translated(self.ours):
-            for folder in (self.ours, self.segments, self.stamps):
+            for folder in (self.ours, self.segments, self.stamps, self.changes):
                 folder.mkdir(exist_ok=True)
             lock = filelock.FileLock(self.ours / "lock", thread_local=False)
             try:
@@ -162,8 +200,9 @@ class Folder:
                     "since": datetime.now(UTC).isoformat(timespec="seconds"),
                 }
                 self._write(self.ours / "lock.json", lambda file: file.write(json.dumps(holder).encode()))
-                for leftover in (*self.ours.glob("*.tmp"), *self.segments.glob("*.tmp"), *self.stamps.glob("*.tmp")):
+                for leftover in self.ours.glob("**/*.tmp"):
                     leftover.unlink()
+                self._finish_replacement()
             except BaseException:
                 lock.release()
                 raise
@@ -175,6 +214,17 @@ class Folder:
             return f"process {holder['pid']} on {holder['host']} since {holder['since']}"
         except (OSError, ValueError, KeyError, TypeError):
             return "another process"
+
+    def delete(self) -> None:
+        """Deletes the two files and ours, and the folder if nothing else lies in it. Call without the lock."""
+        with translated(self.path):
+            # The index first: without it this is no collection any more, whatever a kill leaves.
+            for file in (self.index, self.items):
+                file.unlink(missing_ok=True)
+            shutil.rmtree(self.ours, ignore_errors=True)
+            with contextlib.suppress(OSError):
+                self.path.rmdir()
+            _sync_folder(self.path.parent)
 
     # -- segments and stamps --------------------------------------------------------------------------------------
 
@@ -205,12 +255,9 @@ class Folder:
     def read_segment(self, path: Path) -> Segment:
         """A segment as it was written."""
         table, metadata = _read_ours(path)
-        vectors = table.column("vector").combine_chunks()
-        dim = vectors.type.byte_width // 4
-        data = np.frombuffer(vectors.buffers()[1], "<f4", len(vectors) * dim).reshape(len(vectors), dim)
         return Segment(
             table.column("id").to_pylist(),
-            data.astype(np.float32, copy=False),
+            _vectors(table.column("vector")),
             metadata.get("stamp"),
             table.column("replaced").to_numpy(),
         )
@@ -239,6 +286,35 @@ class Folder:
             table.column("checksum").to_numpy(),
             json.loads(metadata["unbalanced"]),
         )
+
+    def change_files(self) -> list[Path]:
+        """Changes in the order in which they were written."""
+        return _numbered(self.changes)
+
+    def write_change(self, change: Change) -> None:
+        """Makes a change durable, as the latest."""
+        import pyarrow as pa
+
+        columns: dict[str, Any] = {"id": _id_array(change.ids), "replaced": pa.array(change.replaced)}
+        if change.vectors is not None:
+            assert change.payload is not None
+            vectors = np.ascontiguousarray(change.vectors, "<f4")
+            kind = pa.binary(4 * vectors.shape[1])
+            columns["vector"] = pa.Array.from_buffers(kind, len(vectors), [None, pa.py_buffer(vectors)])
+            columns["stamp"] = pa.array(change.stamps, pa.string())
+            for name in change.payload.schema.names:
+                columns[f"payload.{name}"] = change.payload.column(name)
+        self._write_parquet(self._next_file(self.changes), pa.table(columns), {})
+
+    def read_change(self, path: Path) -> Change:
+        """A change as it was written."""
+        table, _ = _read_ours(path)
+        ids, replaced = table.column("id").to_pylist(), table.column("replaced").to_numpy()
+        if "vector" not in table.schema.names:
+            return Change(ids, replaced)
+        payload = table.select([name for name in table.schema.names if name.startswith("payload.")])
+        payload = payload.rename_columns([name.removeprefix("payload.") for name in payload.schema.names])
+        return Change(ids, replaced, _vectors(table.column("vector")), payload, table.column("stamp").to_pylist())
 
     def remove(self, files: Sequence[Path]) -> None:
         """Removes files in the order given."""
@@ -270,6 +346,38 @@ class Folder:
         with translated(self.index):
             path.replace(self.index)
             _sync_folder(self.path)
+
+    def replace_both(self, index: Path, table: pa.Table) -> None:
+        """Replaces items.parquet and index.faiss; `index` is a file from `prepare`.
+
+        Once next.json is there the replacement will be completed, if not by this process then by the next writer;
+        readers of this package take the next files meanwhile.
+        """
+        import pyarrow.parquet as pq
+
+        mode = stat.S_IMODE(self.items.stat().st_mode)
+        with translated(self.items):
+            self._write(self._next[self.items], lambda file: pq.write_table(table, file))
+            self._next[self.items].chmod(mode)
+            index.replace(self._next[self.index])
+            _sync_folder(self.ours)
+            record = {file.name: identity(file.stat()) for file in self._next}
+            self._write(self._next_record, lambda file: file.write(json.dumps(record).encode()))
+        self._finish_replacement()
+
+    def _finish_replacement(self) -> None:
+        """Completes a replacement that has begun, unless the application has replaced a file since."""
+        with translated(self.path):
+            if self._next_record.exists():
+                record = json.loads(self._next_record.read_bytes())
+                for file, following in self._next.items():
+                    if following.exists() and list(identity(file.stat())) == record[file.name]:
+                        following.replace(file)
+                _sync_folder(self.path)
+                self._next_record.unlink()
+                _sync_folder(self.ours)
+            for following in self._next.values():
+                following.unlink(missing_ok=True)
 
     def keep_original(self) -> None:
         """Keeps index.faiss as it is now, so that it can be published again bit for bit."""
@@ -330,6 +438,38 @@ class Folder:
             raise
 
 
+def make_folder(path: Path, index: Index, items: pa.Table) -> None:
+    """A folder of migrator's own with these two files, there as a whole or not at all."""
+    import pyarrow.parquet as pq
+
+    temporary = path.with_name(f".{path.name}.tmp")
+    with translated(path):
+        shutil.rmtree(temporary, ignore_errors=True)
+        (temporary / ".migrator").mkdir(parents=True)
+        (temporary / ".migrator" / "created").touch()
+        with (temporary / "index.faiss").open("wb") as file:
+            index.write(file.write)
+            file.flush()
+            os.fsync(file.fileno())
+        with (temporary / "items.parquet").open("wb") as file:
+            pq.write_table(items, file)
+            file.flush()
+            os.fsync(file.fileno())
+        _sync_folder(temporary)
+        temporary.rename(path)
+        _sync_folder(path.parent)
+
+
+def replace_link(link: Path, target: Path) -> None:
+    """Points a symbolic link elsewhere, in one step."""
+    temporary = link.with_name(f".{link.name}.tmp")
+    with translated(link):
+        temporary.unlink(missing_ok=True)
+        temporary.symlink_to(target)
+        temporary.replace(link)
+        _sync_folder(link.parent)
+
+
 class Vanished(StoreUnavailable):
     """A file was removed or replaced while it was being used; looking again may help."""
 
@@ -367,6 +507,14 @@ def _sync_folder(path: Path) -> None:
         os.close(handle)
 
 
+def _vectors(column: pa.ChunkedArray) -> Vectors:
+    """A column of fixed-size binaries as (n, dim) float32."""
+    vectors = column.combine_chunks()
+    dim = vectors.type.byte_width // 4
+    data = np.frombuffer(vectors.buffers()[1], "<f4", len(vectors) * dim).reshape(len(vectors), dim)
+    return data.astype(np.float32, copy=False)
+
+
 def _numbered(folder: Path) -> list[Path]:
     return sorted(folder.glob("[0-9]*.parquet"), key=lambda path: int(path.stem)) if folder.is_dir() else []
 
@@ -383,12 +531,18 @@ def _plain(column: pa.ChunkedArray, path: Path, name: str) -> pa.ChunkedArray:
 
     if column.null_count:
         raise StoreRejected(f"{path}: the column `{name}` has {column.null_count} empty rows: every item needs one")
-    kind = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
+    kind = _value_type(column.type)
     if pa.types.is_integer(kind):
         return column.cast(pa.int64())
     if pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind):
         return column.cast(pa.large_string())
     raise StoreRejected(f"{path}: the column `{name}` must be integers or strings, it is {column.type}")
+
+
+def _value_type(kind: pa.DataType) -> pa.DataType:
+    import pyarrow as pa
+
+    return kind.value_type if pa.types.is_dictionary(kind) else kind
 
 
 def _to_python_times(table: pa.Table) -> pa.Table:

@@ -272,6 +272,78 @@ class Index:
         self._flat = self._flat_view()
         self.__dict__.pop("checksums", None)
 
+    def fill(self, vectors: Vectors, labels: NDArray[np.int64]) -> None:
+        """Makes the index hold exactly `vectors` (m, dim) under `labels` (m,), with the parameters it has.
+
+        What it learns from vectors is learnt anew, unless there are fewer than FAISS needs; if it has never learnt,
+        it learns from them and from random directions.
+        """
+        vectors = np.ascontiguousarray(vectors, np.float32)
+        if self._kind in IVF:
+            self._map_directly(_faiss().DirectMap.NoMap)
+        inner = self._inner
+        self._outer.reset()
+        needs = self._training_needs()
+        if len(vectors) >= needs or not inner.is_trained:
+            self._forget_training()
+            more = np.random.default_rng(0).standard_normal((max(0, needs - len(vectors)), self.dim))
+            inner.train(np.concatenate([vectors, more.astype(np.float32)]))
+        if self._id_map is not None or self._kind in IVF:
+            self._outer.add_with_ids(vectors, labels)
+        else:
+            self._outer.add(vectors)
+
+    def reread(self) -> Index:
+        """This index as another reader will see it."""
+        return Index(self._outer, "the filled index")
+
+    def like(self, dim: int) -> Index:
+        """An empty index of the same kind and parameters, for vectors of `dim`. It has learnt nothing."""
+        faiss = _faiss()
+        inner, metric = self._inner, self._inner.metric_type
+        pq, sq = self._product_quantizer(), self._scalar_quantizer()
+        if pq is not None and dim % pq.M:
+            raise StoreRejected(
+                f"{self.name} cuts vectors into {pq.M} parts, which does not divide {dim}: choose another dimension"
+            )
+        if self._kind in IVF:
+            quantizer = faiss.downcast_index(inner.quantizer)
+            if type(quantizer).__name__ not in FLAT:
+                raise StoreRejected(f"{self.name} has a coarse quantizer of the kind {type(quantizer).__name__}")
+            coarse = faiss.IndexFlat(dim, quantizer.metric_type)
+        if self._kind in FLAT:
+            made = faiss.IndexFlat(dim, metric)
+        elif self._kind == "IndexHNSWFlat":
+            made = faiss.IndexHNSWFlat(dim, inner.hnsw.nb_neighbors(1), metric)
+        elif self._kind == "IndexHNSWSQ":
+            made = faiss.IndexHNSWSQ(dim, sq.qtype, inner.hnsw.nb_neighbors(1), metric)
+        elif self._kind == "IndexHNSWPQ":
+            made = faiss.IndexHNSWPQ(dim, pq.M, inner.hnsw.nb_neighbors(1), pq.nbits, metric)
+        elif self._kind == "IndexScalarQuantizer":
+            made = faiss.IndexScalarQuantizer(dim, sq.qtype, metric)
+        elif self._kind == "IndexPQ":
+            made = faiss.IndexPQ(dim, pq.M, pq.nbits, metric)
+            made.search_type = inner.search_type
+        elif self._kind == "IndexIVFFlat":
+            made = faiss.IndexIVFFlat(coarse, dim, inner.nlist, metric)
+        elif self._kind == "IndexIVFScalarQuantizer":
+            made = faiss.IndexIVFScalarQuantizer(coarse, dim, inner.nlist, sq.qtype, metric, inner.by_residual)
+        else:
+            made = faiss.IndexIVFPQ(coarse, dim, inner.nlist, pq.M, pq.nbits, metric)
+            made.by_residual, made.polysemous_ht = inner.by_residual, inner.polysemous_ht
+        if self._kind in IVF:
+            made.own_fields = True
+            coarse.this.disown()
+            made.nprobe = inner.nprobe
+        if self._kind in HNSW:
+            made.hnsw.efConstruction, made.hnsw.efSearch = inner.hnsw.efConstruction, inner.hnsw.efSearch
+        if self._id_map is not None:
+            outer = type(self._id_map)(made)
+            outer.own_fields = True
+            made.this.disown()
+            made = outer
+        return Index(made, "the new index")
+
     def _map_directly(self, kind: int) -> None:
         """Builds the table from ids to places in the lists anew. One that came from a file, or outlived a reset, may
         have lost entries."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -95,20 +95,21 @@ class Project:
         """The collection that is migrated, closed at the end of the block."""
         from adapters.registry import open_store
 
-        with closing(open_store(self.settings.store.settings(), write=write)) as store:
+        store = open_store(self.settings.store.settings(), write=write)
+        try:
             migration = self.ledger.migration(self.name)
-            moved = (
+            if (
                 migration is not None
                 and migration.state in ("active", "rolling_back")
                 and migration.shadow is not None
                 and store.describe().local == migration.shadow
-            )
-            if migration is None or not moved:
-                yield store
-                return
-            # The cutover has moved the alias, and the collection that is migrated stays the one it was.
-            with closing(store.sibling(migration.source)) as source:
-                yield source
+            ):
+                # The cutover has moved the alias, and the collection that is migrated stays the one it was.
+                shadow, store = store, store.sibling(migration.source)
+                shadow.close()
+            yield store
+        finally:
+            store.close()
 
     def loading(self) -> dict[str, Any]:
         """How `migrator.encoding.embed` is to load images."""

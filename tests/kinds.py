@@ -65,11 +65,14 @@ class Kind(ABC):
         rows = pq.read_table(self.world.gallery / "items.parquet").to_pylist()
         ids = [row.pop("id") for row in rows]
         vectors = index.reconstruct_n(0, index.ntotal)
+        self._configure()
+        self.put(ids, vectors, rows)
+
+    def _configure(self) -> None:
         document = yaml.safe_load(self.world.config.read_text())
         (migration,) = document["migrations"].values()
         migration["store"] = self.settings()
         self.world.config.write_text(yaml.safe_dump(document))
-        self.put(ids, vectors, rows)
 
     @contextmanager
     def opened(self) -> Iterator[Store]:
@@ -154,3 +157,56 @@ class QdrantFolder(Kind):
     def delete(self, ids: Sequence[Any]) -> None:
         with self.client() as client:
             client.delete("toys", list(ids))
+
+
+class FaissFolder(Kind):
+    """A folder `toys_v1`, which the configuration addresses by the symbolic link `toys`."""
+
+    name = "faiss"
+
+    @property
+    def folder(self) -> Path:
+        return self.world.folder / "toys_v1"
+
+    def settings(self) -> dict[str, Any]:
+        return {"kind": "faiss", "path": "./toys"}
+
+    def use(self) -> None:
+        self.world.gallery.rename(self.folder)
+        (self.world.folder / "toys").symlink_to(self.folder)
+        self._configure()
+
+    def _content(self) -> dict[Any, tuple[np.ndarray, dict[str, Any]]]:
+        import faiss
+        import pyarrow.parquet as pq
+
+        folder = (self.world.folder / "toys").resolve()
+        index = faiss.read_index(str(folder / "index.faiss"))
+        rows = pq.read_table(folder / "items.parquet").to_pylist()
+        vectors = index.reconstruct_n(0, index.ntotal)
+        return {row.pop("id"): (vector, row) for vector, row in zip(vectors, rows, strict=True)}
+
+    def _put(self, content: Mapping[Any, tuple[np.ndarray, Mapping[str, Any]]]) -> None:
+        import faiss
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        folder = (self.world.folder / "toys").resolve()
+        index = faiss.IndexFlatIP(DIM)
+        index.add(np.array([vector for vector, _ in content.values()], np.float32))
+        faiss.write_index(index, str(folder / "index.new"))
+        table = pa.Table.from_pylist([{"id": item, **payload} for item, (_, payload) in content.items()])
+        pq.write_table(table, folder / "items.new")
+        (folder / "items.new").replace(folder / "items.parquet")
+        (folder / "index.new").replace(folder / "index.faiss")
+
+    def put(self, ids: Sequence[Any], vectors: np.ndarray, payloads: Sequence[Mapping[str, Any]]) -> None:
+        content: dict[Any, Any] = self._content()
+        content.update({item: (vector, payload) for item, vector, payload in zip(ids, vectors, payloads, strict=True)})
+        self._put(content)
+
+    def delete(self, ids: Sequence[Any]) -> None:
+        content = self._content()
+        for item in ids:
+            del content[item]
+        self._put(content)

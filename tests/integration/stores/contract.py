@@ -575,10 +575,11 @@ class StoreContract:
         with closing(collection.open()) as moved:
             assert (moved.describe().local, moved.count()) == (f"{info.local}__shadow", 3)
             moved.swap_alias(alias, to=info.local)
-            with closing(moved.sibling(f"{info.local}__shadow")) as shadow:
-                shadow.drop()
-            assert not moved.exists(f"{info.local}__shadow")
-            assert moved.exists(info.local)
+        with closing(collection.open()) as back:
+            assert back.describe().local == info.local
+            back.sibling(f"{info.local}__shadow").drop()
+            assert not back.exists(f"{info.local}__shadow")
+            assert back.exists(info.local)
 
     def test_a_collection_is_dropped_whole(
         self, store: Store, collection: Collection, ids: list[ItemId], beside: str

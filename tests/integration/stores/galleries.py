@@ -42,9 +42,19 @@ class Gallery(Collection):
 
     path: Path
     flavour: Flavour
+    link: Path | None = None
 
     def open(self, *, write: bool = True) -> Store:
-        return open_store({"kind": "faiss", "path": str(self.path)}, write=write)
+        return open_store({"kind": "faiss", "path": str(self.link or self.path)}, write=write)
+
+    def add_alias(self) -> str:
+        self.link = self.path.with_name("current")
+        self.link.symlink_to(self.path)
+        return str(self.link)
+
+    def alias_leads_to(self) -> str:
+        assert self.link is not None
+        return str(self.link.resolve())
 
     @property
     def index_file(self) -> Path:
