@@ -1,0 +1,800 @@
+"""Milvus: a server over gRPC, or Milvus Lite, a local file that one process at a time may open.
+
+Reads come in two kinds, for on a server a page in the order of the keys (`iterator`) is served from whatever is there,
+however strong a consistency is asked for. So a strong query goes before such pages, and items are read by key, which
+is strong by itself. Where the server can change single fields that is used; elsewhere whole rows are written anew,
+with the row as it was right before.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import logging
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import numpy as np
+
+from adapters.base import (
+    Capabilities,
+    CollectionInfo,
+    Hits,
+    ItemId,
+    Metric,
+    Page,
+    StoreBusy,
+    StoreRejected,
+    StoreUnavailable,
+    Vectors,
+    WriteReport,
+    order_key,
+)
+from adapters.vectors import as_batch, unusable
+
+if TYPE_CHECKING:
+    from pymilvus import MilvusClient
+
+T = TypeVar("T")
+Row = dict[str, Any]
+
+STAMP = "_migrator"
+KEYS = ("kind", "uri", "token", "database", "collection", "vector", "timeout")
+MESSAGE_BYTES = 16 << 20  # the server takes 64 MiB
+ROWS = 5_000  # in one request
+PAGE = 16_000  # the server gives 16,384; in Lite every page costs as much as the whole collection
+METRICS: Mapping[str, Metric] = {"COSINE": "cosine", "IP": "ip", "L2": "l2"}
+PASSING = {1, 2, 3, 4, 5, 8, 9, 10, 11, 12, 13, 500, 501, 502, 503, 504, 505, 600, 901, 902, 903, 904}
+"""Codes of a server that is starting, overloaded or moving things about."""
+SMALLEST, LARGEST = -(2**63), 2**63 - 1
+
+
+def open_store(config: Mapping[str, Any], *, write: bool) -> MilvusStore:
+    """Opens `config["collection"]`, a name or an alias, at `uri`: a server, or a file of Milvus Lite.
+
+    Raises `StoreRejected` for what is not there or cannot be migrated, `StoreUnavailable` if the server does not
+    answer, `StoreBusy` if another process has the file.
+    """
+    unknown = sorted(set(config) - set(KEYS))
+    if unknown:
+        raise StoreRejected(f"a milvus store has no setting {unknown[0]!r}: known are {', '.join(KEYS[1:])}")
+    for key in ("uri", "collection"):
+        if not isinstance(config.get(key), str):
+            raise StoreRejected(f"a milvus store needs `{key}`")
+    connection = Connection(config)
+    try:
+        return MilvusStore(connection, config["collection"], vector=config.get("vector"), write=write)
+    except BaseException:
+        connection.let_go()
+        raise
+
+
+class Connection:
+    """A client that several stores share. The last one closes it."""
+
+    _lite: dict[str, int] = {}  # noqa: RUF012 - how many connections this process has to each file
+    _lite_lock = threading.Lock()
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        from pymilvus import MilvusClient
+
+        # It logs every error, also those that are expected, with a traceback.
+        logging.getLogger("pymilvus").setLevel(logging.CRITICAL)
+        uri, self.database = str(config["uri"]), str(config.get("database", "default"))
+        self.timeout = float(config.get("timeout", 30))
+        self.lite = "://" not in uri
+        self.where = str(Path(uri).absolute()) if self.lite else uri.split("@")[-1].rstrip("/")
+        self._users = 1
+        if self.lite and not Path(uri).exists():
+            raise StoreRejected(f"{self.where} does not exist: correct `uri` of the store")
+        given: Row = {"uri": self.where if self.lite else uri, "timeout": self.timeout}
+        if config.get("token"):
+            given["token"] = config["token"]
+        if not self.lite and self.database != "default":
+            given["db_name"] = self.database
+        with self._lite_lock:
+            if self.lite:
+                self._lite[self.where] = self._lite.get(self.where, 0) + 1
+        try:
+            self.client: MilvusClient = self._translated(lambda: MilvusClient(**given))
+        except BaseException:
+            self._release()
+            raise
+
+    def shared(self) -> Connection:
+        """This connection, for one more store."""
+        self._users += 1
+        return self
+
+    def let_go(self) -> None:
+        """One store less."""
+        self._users -= 1
+        if self._users == 0:
+            self.client.close()
+            self._release()
+
+    def _release(self) -> None:
+        """Lite's server in this process holds the file until it is told to let go."""
+        if not self.lite:
+            return
+        with self._lite_lock:
+            self._lite[self.where] -= 1
+            if self._lite[self.where] == 0:
+                from milvus_lite import server_manager_instance
+
+                server_manager_instance.release_server(self.where)
+
+    def ask(self, call: Callable[[MilvusClient], T]) -> T:
+        """Makes a call, with the client's exceptions in this package's words."""
+        return self._translated(lambda: call(self.client))
+
+    def _translated(self, call: Callable[[], T]) -> T:
+        import grpc
+        from pymilvus.exceptions import ConnectionConfigException, MilvusException
+
+        try:
+            return call()
+        except ConnectionConfigException as error:
+            if "Open local milvus failed" in str(error):
+                raise StoreBusy(f"{self.where} is open in another process, or is no file of Milvus Lite") from error
+            raise StoreRejected(f"{self.where} cannot be opened: {_short(error)}") from error
+        except MilvusException as error:
+            raise self._of_code(error) from error
+        except grpc.RpcError as error:
+            raise self._of_rpc(error) from error
+        except (TypeError, ValueError) as error:
+            raise StoreRejected(f"{self.where} refused: {_short(error)}") from error
+        except OSError as error:
+            raise StoreUnavailable(f"{self.where} did not answer: {_short(error)}") from error
+
+    def _of_code(self, error: Any) -> Exception:
+        said = _short(getattr(error, "message", "") or error)
+        code = error.code
+        if "auth" in said.lower() or "Unauthenticated" in said or "UNAUTHENTICATED" in str(code):
+            return StoreRejected(f"{self.where} refuses these credentials: correct `token`")
+        if code == 100 and "collection" in said.lower():
+            return StoreRejected(f"{self.where}: {said}: correct `collection` of the store")
+        if code == 101:
+            return StoreRejected(f"{self.where}: the collection is not loaded: load it, then again")
+        known = isinstance(code, int)
+        if not known or "Retry timeout" in said or "rate limit" in said or (not self.lite and code in PASSING):
+            return StoreUnavailable(f"{self.where} did not answer: {said}")
+        return StoreRejected(f"{self.where} refused (code {code}): {said}")
+
+    def _of_rpc(self, error: Any) -> Exception:
+        import grpc
+
+        code, said = error.code(), _short(error.details() or "")
+        if code == grpc.StatusCode.UNAUTHENTICATED:
+            return StoreRejected(f"{self.where} refuses these credentials: correct `token`")
+        if code in (grpc.StatusCode.UNIMPLEMENTED, grpc.StatusCode.INVALID_ARGUMENT):
+            return StoreRejected(f"{self.where} cannot do this ({code.name}): {said}")
+        return StoreUnavailable(f"{self.where} did not answer ({code.name}): {said}")
+
+
+def _short(error: object) -> str:
+    text = " ".join(str(error).split())
+    return text if len(text) <= 200 else text[:197] + "..."
+
+
+class MilvusStore:
+    """One collection of a Milvus. It takes part in `connection`, and lets go of it when it is closed."""
+
+    def __init__(self, connection: Connection, collection: str, *, vector: str | None, write: bool) -> None:
+        from pymilvus import DataType
+
+        self._connection, self._write = connection, write
+        self._open = True
+        found = self._describe(collection)
+        self._local_name = str(found["collection_name"])
+        self._alias = collection if collection != self._local_name else None
+        self._dynamic = bool(found.get("enable_dynamic_field"))
+        self._fields: dict[str, Row] = {field["name"]: field for field in found["fields"]}
+        key = next(field for field in found["fields"] if field.get("is_primary"))
+        self._key = str(key["name"])
+        self._strings = key["type"] == DataType.VARCHAR
+        self._vector, self._dim = self._vector_field(vector)
+        if found.get("auto_id") or key.get("auto_id"):
+            raise StoreRejected(
+                f"collection {self._local_name} makes its own keys (auto_id), which no vector can be written to: "
+                "copy it into one with keys of your own"
+            )
+        state = self._ask(lambda client: client.get_load_state(self._local_name, timeout=connection.timeout))
+        if str(state["state"]) not in ("Loaded", "LoadState.Loaded"):
+            raise StoreRejected(f"collection {self._local_name} is not loaded: load it, then again")
+        self._index = self._ask(lambda client: _index_of(client, self._local_name, self._vector))
+        if self._index.get("metric_type") not in METRICS:
+            raise StoreRejected(
+                f"{self._local_name}.{self._vector} has the metric {self._index.get('metric_type')}, known are "
+                f"{', '.join(METRICS)}"
+            )
+        self._metric = METRICS[self._index["metric_type"]]
+        self._partial = self._can_update_fields()
+
+    def _describe(self, collection: str) -> Row:
+        def call(client: MilvusClient) -> Row:
+            if not client.has_collection(collection, timeout=self._connection.timeout):
+                raise StoreRejected(
+                    f"{self._connection.where} has no collection or alias {collection!r}: "
+                    "correct `collection` of the store"
+                )
+            found: Row = client.describe_collection(collection, timeout=self._connection.timeout)
+            return found
+
+        return self._connection.ask(call)
+
+    def _vector_field(self, wanted: str | None) -> tuple[str, int]:
+        from pymilvus import DataType
+
+        kinds = (
+            DataType.FLOAT_VECTOR, DataType.BINARY_VECTOR, DataType.FLOAT16_VECTOR, DataType.BFLOAT16_VECTOR,
+            DataType.SPARSE_FLOAT_VECTOR, DataType.INT8_VECTOR,
+        )  # fmt: skip
+        vectors = {name: field for name, field in self._fields.items() if field["type"] in kinds}
+        names = ", ".join(vectors) or "none"
+        where = f"collection {self._local_name}"
+        if wanted is None and len(vectors) != 1:
+            raise StoreRejected(f"{where} has the vector fields {names}: name one with `vector`")
+        name = next(iter(vectors)) if wanted is None else wanted
+        if name not in vectors:
+            raise StoreRejected(f"{where} has no vector field {name!r}, but {names}: correct `vector` of the store")
+        if vectors[name]["type"] != DataType.FLOAT_VECTOR:
+            kind = DataType(vectors[name]["type"]).name
+            raise StoreRejected(f"{where}: {name} is a {kind}: only FLOAT_VECTOR can be migrated")
+        return name, int(vectors[name]["params"]["dim"])
+
+    def _can_update_fields(self) -> bool:
+        """Milvus changes single fields of a row from 2.6 on, Milvus Lite from 3 on."""
+        version = self._version()
+        digits = version.removeprefix("milvus_lite-").removeprefix("v").split("-")[0].split(".")
+        return self._connection.lite or [int(part) for part in digits[:2] if part.isdigit()] >= [2, 6]
+
+    def _version(self) -> str:
+        timeout = self._connection.timeout
+        return str(self._connection.ask(lambda client: client.get_server_version(timeout=timeout)))
+
+    def _ask(self, call: Callable[[MilvusClient], T]) -> T:
+        if not self._open:
+            raise StoreRejected(f"{self._local_name} was closed")
+        return self._connection.ask(call)
+
+    # -- facts ----------------------------------------------------------------------------------------------------
+
+    @property
+    def capabilities(self) -> Capabilities:
+        """What this server, and this collection, allow."""
+        lite = self._connection.lite
+        notes = []
+        if not self._partial:
+            notes.append(
+                "this server writes whole rows (2.6 changes single fields): in place, what an application deletes or "
+                "changes within about 0.3 s of a write can be lost; stop its writes during runs, or use a shadow"
+            )
+        if lite:
+            notes.append("Milvus Lite is open in one process at a time: stop the application for each run")
+        return Capabilities(
+            update_in_place=True,
+            visible="at_once",
+            stamps=self._dynamic,
+            concurrent_writers=not lite,
+            exact_vectors=True,
+            normalises=False,
+            partial_update=self._partial,
+            aliases=True,
+            notes=tuple(notes),
+        )
+
+    def describe(self) -> CollectionInfo:
+        """Facts of the collection as it is now. Rows with one key inserted twice count twice here."""
+        from pymilvus import DataType
+
+        schema = {
+            name: DataType(field["type"]).name
+            for name, field in self._fields.items()
+            if name not in (self._key, self._vector)
+        }
+        if self._dynamic:
+            rows = self._query("", fields=["*"], limit=100)
+            for row in rows:
+                for name, value in row.items():
+                    if name not in (self._key, self._vector, STAMP):
+                        schema.setdefault(name, type(value).__name__)
+        where = (
+            self._connection.where if self._connection.lite else f"{self._connection.where}/{self._connection.database}"
+        )
+        parameters = " ".join(f"{name}={value}" for name, value in sorted(_parameters(self._index).items()))
+        return CollectionInfo(
+            name=f"milvus:{where}/{self._local_name}",
+            local=self._local_name,
+            dim=self._dim,
+            metric=self._metric,
+            count=self._count_rows(""),
+            index=f"{self._index['index_type']} {parameters}".strip(),
+            server=f"milvus {self._version().removeprefix('v')}",
+            schema=schema,
+            alias=self._alias,
+        )
+
+    # -- reading --------------------------------------------------------------------------------------------------
+
+    def _query(
+        self, condition: str, *, fields: list[str], limit: int | None = None, ordered: bool = False
+    ) -> list[Row]:
+        """Rows by a condition. Strong, but for `ordered` pages on a server."""
+        more: Row = {} if limit is None else {"limit": limit}
+        if ordered:
+            more["iterator"] = "True"
+        found = self._ask(
+            lambda client: client.query(
+                self._local_name,
+                filter=condition,
+                output_fields=fields,
+                consistency_level="Strong",
+                strict_float32=True,
+                timeout=self._connection.timeout,
+                **more,
+            )
+        )
+        return list(found)
+
+    def _barrier(self) -> None:
+        """Waits until the pages that follow show everything that has been written up to now."""
+        if not self._connection.lite:
+            self._query(f"{self._key} in [{self._literal('' if self._strings else 0)}]", fields=[self._key])
+
+    def _literal(self, item: ItemId) -> str:
+        return json.dumps(item, ensure_ascii=False) if isinstance(item, str) else str(item)
+
+    def _beyond(self, after: ItemId | None) -> str | None:
+        """The condition for keys beyond `after`; None if there can be none."""
+        if after is None:
+            return "" if not self._strings else f'{self._key} >= ""'
+        if isinstance(after, str) != self._strings:
+            # All integers come before all strings.
+            return None if isinstance(after, str) else f'{self._key} >= ""'
+        if isinstance(after, int):
+            if after >= LARGEST:
+                return None
+            return "" if after < SMALLEST + 1 else f"{self._key} > {after}"
+        return f"{self._key} > {self._literal(after)}"
+
+    def _keys(self, condition: str, after: ItemId | None, upto: ItemId | None, limit: int) -> list[ItemId]:
+        self._barrier()
+        found: list[ItemId] = []
+        last = None if upto is None else order_key(upto)
+        size = min(limit, PAGE)
+        while len(found) < limit:
+            beyond = self._beyond(after)
+            if beyond is None:
+                break
+            both = " and ".join(f"({part})" for part in (beyond, condition) if part)
+            page: list[ItemId] = [
+                row[self._key] for row in self._query(both, fields=[self._key], limit=size, ordered=True)
+            ]
+            page.sort(key=order_key)
+            if after == SMALLEST:  # a bound that the server's language cannot say
+                page = [item for item in page if item != SMALLEST]
+            if not page:
+                break
+            after = page[-1]
+            found += itertools.takewhile(lambda item: last is None or order_key(item) <= last, page)
+            if len(page) < size or (last is not None and order_key(after) > last):
+                break
+        return found[: max(limit, 0)]
+
+    def scan_ids(self, *, after: ItemId | None, upto: ItemId | None = None, limit: int) -> list[ItemId]:
+        """The next `limit` keys in order."""
+        return self._keys("", after, upto, limit)
+
+    def unstamped(self, stamp: str, *, after: ItemId | None, limit: int) -> list[ItemId]:
+        """Keys of rows that do not carry the stamp."""
+        self._must_keep_stamps()
+        return self._keys(f"not exists {STAMP} or {STAMP} != {self._literal(stamp)}", after, None, limit)
+
+    def _must_keep_stamps(self) -> None:
+        if not self._dynamic:
+            raise StoreRejected(f"collection {self._local_name} has no dynamic field to keep stamps in")
+
+    def _parts(self, ids: Sequence[ItemId]) -> Iterator[list[ItemId]]:
+        size = max(1, min(ROWS, MESSAGE_BYTES // (4 * self._dim + 2_000)))
+        for start in range(0, len(ids), size):
+            yield list(ids[start : start + size])
+
+    def _rows(self, ids: Sequence[ItemId], fields: list[str]) -> dict[ItemId, Row]:
+        """Rows by key, strongly consistent. A row whose key is of the wrong type or size cannot exist."""
+        possible = [item for item in ids if isinstance(item, str) == self._strings and self._fits(item)]
+        if not possible:
+            return {}
+        listed = ", ".join(self._literal(item) for item in possible if item != SMALLEST)
+        found = self._query(f"{self._key} in [{listed}]", fields=fields) if listed else []
+        if SMALLEST in possible:
+            found += self._query(f"{self._key} < {SMALLEST + 1}", fields=fields)
+        return {row[self._key]: row for row in found}
+
+    def _fits(self, item: ItemId) -> bool:
+        return isinstance(item, str) or SMALLEST <= item <= LARGEST
+
+    def read(self, ids: Sequence[ItemId], *, vectors: bool, payload: bool) -> Page:
+        """The rows as they were written last."""
+        fields = (
+            ["*"] if payload else [self._key, *([self._vector] if vectors else []), *([STAMP] if self._dynamic else [])]
+        )
+        rows: dict[ItemId, Row] = {}
+        for part in self._parts(ids):
+            rows.update(self._rows(part, fields))
+        if not self._open:
+            raise StoreRejected(f"{self._local_name} was closed")
+        return self._page([item for item in ids if item in rows], rows, vectors=vectors, payload=payload)
+
+    def _page(self, ids: list[ItemId], rows: Mapping[ItemId, Row], *, vectors: bool, payload: bool) -> Page:
+        stacked: Vectors | None = None
+        if vectors:
+            stacked = np.array([rows[item][self._vector] for item in ids], np.float32).reshape(len(ids), self._dim)
+        return Page(
+            ids,
+            stacked,
+            [self._payload(rows[item]) for item in ids] if payload else None,
+            [rows[item].get(STAMP) for item in ids],
+        )
+
+    def _payload(self, row: Row) -> Row:
+        return {name: _plain(value) for name, value in row.items() if name not in (self._key, self._vector, STAMP)}
+
+    def count(self, *, stamp: str | None = None) -> int:
+        """Exact number of keys; with `stamp`, of those that carry it.
+
+        A server keeps a key that was inserted twice in two rows and counts both, so there the keys are gone through.
+        """
+        if stamp is not None:
+            self._must_keep_stamps()
+        condition = "" if stamp is None else f"{STAMP} == {self._literal(stamp)}"
+        if self._connection.lite:
+            return self._count_rows(condition)
+        total, after = 0, None
+        while keys := self._keys(condition, after, None, PAGE):
+            total, after = total + len(keys), keys[-1]
+        return total
+
+    def _count_rows(self, condition: str) -> int:
+        (row,) = self._query(condition, fields=["count(*)"])
+        return int(row["count(*)"])
+
+    def sample(self, n: int, *, seed: int) -> list[ItemId]:
+        """`n` distinct keys in random order."""
+        everything: list[ItemId] = []
+        while more := self.scan_ids(after=everything[-1] if everything else None, limit=200_000):
+            everything += more
+        chosen = np.random.default_rng(seed).choice(len(everything), min(max(n, 0), len(everything)), replace=False)
+        return [everything[row] for row in chosen.tolist()]
+
+    def search(self, vectors: Vectors, k: int, *, exact: bool = False) -> Hits:
+        """The k nearest rows to each of `vectors` (n, dim). `exact` reads all of them and compares."""
+        queries = as_batch(vectors, self._dim)
+        if k < 1 or not np.isfinite(queries).all():
+            raise StoreRejected(f"a search needs finite vectors and at least one answer, k is {k}")
+        if exact:
+            return self._search_all(queries, k)
+        ids: list[list[ItemId]] = []
+        scores: list[list[float]] = []
+        sign = -1.0 if self._metric == "l2" else 1.0
+        for start in range(0, len(queries), 1000):
+            block = list(queries[start : start + 1000])
+            answers = self._ask(
+                lambda client, block=block: client.search(  # type: ignore[misc]
+                    self._local_name,
+                    data=block,
+                    anns_field=self._vector,
+                    limit=min(k, 16_384),
+                    search_params={
+                        "params": {"ef": min(max(k, 64), 32_768)} if self._index["index_type"] == "HNSW" else {}
+                    },
+                    output_fields=[self._key],
+                    consistency_level="Strong",
+                    timeout=self._connection.timeout,
+                )
+            )
+            for answer in answers:
+                ids.append([hit["entity"].get(self._key, hit.get("id")) for hit in answer])
+                scores.append([sign * float(hit["distance"]) for hit in answer])
+        return Hits(ids, scores)
+
+    def _search_all(self, queries: Vectors, k: int) -> Hits:
+        best: list[list[tuple[float, ItemId]]] = [[] for _ in queries]
+        after: ItemId | None = None
+        while ids := self.scan_ids(after=after, limit=ROWS):
+            page = self.read(ids, vectors=True, payload=False)
+            assert page.vectors is not None
+            scores = self._scores(queries, page.vectors)
+            for row, found in enumerate(best):
+                found += zip(scores[row].tolist(), page.ids, strict=True)
+                found.sort(key=lambda pair: -pair[0])
+                del found[k:]
+            after = ids[-1]
+        return Hits([[item for _, item in found] for found in best], [[score for score, _ in found] for found in best])
+
+    def _scores(self, queries: Vectors, vectors: Vectors) -> Vectors:
+        if self._metric == "l2":
+            difference = queries[:, None, :] - vectors[None, :, :]
+            squared: Vectors = -np.einsum("qnd,qnd->qn", difference, difference)
+            return squared
+        products: Vectors = queries @ vectors.T
+        if self._metric == "cosine":
+            lengths = np.linalg.norm(queries, axis=1)[:, None] * np.linalg.norm(vectors, axis=1)[None, :]
+            products /= np.where(lengths == 0, 1, lengths)
+        return products
+
+    # -- writing --------------------------------------------------------------------------------------------------
+
+    def write_vectors(
+        self, ids: Sequence[ItemId], vectors: Vectors, stamp: str | None, made_from: Page | None = None
+    ) -> WriteReport:
+        """Writes the vectors, as single fields or as whole rows, and looks afterwards what became of them."""
+        self._must_write()
+        batch = as_batch(vectors, self._dim, ids)
+        rejected = {} if stamp is None else unusable(ids, batch)
+        place = {item: row for row, item in enumerate(ids)}
+        before = None if made_from is None else _contents(made_from)
+        written: list[ItemId] = []
+        gone: list[ItemId] = []
+        changed: list[ItemId] = []
+        for part in self._parts(list(ids)):
+            rows = self._rows(part, ["*"])
+            gone += [item for item in part if item not in rows]
+            now = self._page(list(rows), rows, vectors=True, payload=True)
+            found = _contents(now)
+            moved = [
+                item for item in rows if before is not None and found[item] != before.get(item) and item not in rejected
+            ]
+            changed += moved
+            leave = {*moved, *rejected}
+            todo = [item for item in rows if item not in leave]
+            refused = self._upsert(
+                [self._changed_row(rows[item], batch[place[item]], stamp) for item in todo], partial=self._partial
+            )
+            rejected.update(refused)
+            todo = [item for item in todo if item not in refused]
+            after = self._rows(todo, [self._key, self._vector, *([STAMP] if self._dynamic else [])])
+            for item in todo:
+                row = after.get(item)
+                if row is None:
+                    gone.append(item)
+                elif self._is_written(row, batch[place[item]], stamp):
+                    written.append(item)
+                else:
+                    changed.append(item)
+        lost = set(gone)
+        return WriteReport(written, gone, {item: why for item, why in rejected.items() if item not in lost}, changed)
+
+    def _is_written(self, row: Row, vector: Vectors, stamp: str | None) -> bool:
+        same = np.array_equal(np.asarray(row[self._vector], np.float32), vector, equal_nan=True)
+        return same and (not self._dynamic or row.get(STAMP) == stamp)
+
+    def _changed_row(self, row: Row, vector: Vectors, stamp: str | None) -> Row:
+        changed = {self._key: row[self._key], self._vector: vector}
+        if not self._partial or (stamp is None and STAMP in row):  # a single field cannot be taken away
+            changed = {**{name: _plain(value) for name, value in row.items() if name != STAMP}, **changed}
+        if stamp is not None and self._dynamic:
+            changed[STAMP] = stamp
+        return changed
+
+    def _upsert(self, rows: list[Row], *, partial: bool) -> dict[ItemId, str]:
+        """Writes rows; halves a batch that is refused, down to the row that is to blame."""
+        if not rows:
+            return {}
+        if partial:  # all rows of a request must have the same fields
+            whole = [row for row in rows if len(row) > 2 + (STAMP in row)]
+            if whole and len(whole) < len(rows):
+                fields = [row for row in rows if len(row) <= 2 + (STAMP in row)]
+                return {**self._upsert(whole, partial=False), **self._upsert(fields, partial=True)}
+            partial = not whole
+        more: Row = {"partial_update": True} if partial else {}
+        try:
+            self._ask(lambda client: client.upsert(self._local_name, rows, timeout=self._connection.timeout, **more))
+        except StoreRejected as refusal:
+            if len(rows) == 1:
+                return {rows[0][self._key]: str(refusal)}
+            half = len(rows) // 2
+            return {**self._upsert(rows[:half], partial=partial), **self._upsert(rows[half:], partial=partial)}
+        return {}
+
+    def publish(self, *, final: bool = False) -> None:
+        """Nothing: a written vector answers at once."""
+        self._must_write()
+
+    def forget_migration(self) -> None:
+        """Takes the stamps away. Every row that carries one is written once more for that."""
+        self._must_write()
+        if not self._dynamic:
+            return
+        after: ItemId | None = None
+        while ids := self._keys(f"exists {STAMP}", after, None, ROWS):
+            page = self.read(ids, vectors=True, payload=False)
+            assert page.vectors is not None
+            self.write_vectors(page.ids, page.vectors, None)
+            after = ids[-1]
+
+    # -- a second collection ----------------------------------------------------------------------------------------
+
+    def exists(self, local: str) -> bool:
+        """Whether there is a collection of that name."""
+        return local in self._ask(lambda client: client.list_collections(timeout=self._connection.timeout))
+
+    def sibling(self, local: str) -> MilvusStore:
+        """Another collection over the same connection."""
+        if not self.exists(local):
+            raise StoreRejected(f"{self._connection.where} has no collection {local!r}")
+        connection = self._connection.shared()
+        try:
+            return MilvusStore(connection, local, vector=self._vector, write=self._write)
+        except BaseException:
+            connection.let_go()
+            raise
+
+    def create_like(self, local: str, *, dim: int) -> MilvusStore:
+        """An empty collection with the same fields and indexes, for vectors of `dim`, loaded."""
+        self._must_write()
+        timeout = self._connection.timeout
+        if not self.exists(local):
+            found = self._describe(self._local_name)
+            self._ask(lambda client: _create(client, local, found, self._vector, dim, timeout))
+        # Repeated after a kill: neither step harms where it was done before.
+        self._ask(lambda client: _index_like(client, self._local_name, local, timeout))
+        self._ask(lambda client: client.load_collection(local, timeout=timeout))
+        store = self.sibling(local)
+        if store._dim != dim:
+            store.close()
+            raise StoreRejected(
+                f"{local} is there already, with {store._dim}-d vectors instead of {dim}-d ones: remove it"
+            )
+        return store
+
+    def insert(self, page: Page) -> WriteReport:
+        """Upserts whole rows."""
+        self._must_write()
+        assert page.vectors is not None
+        assert page.payloads is not None
+        vectors = as_batch(page.vectors, self._dim, page.ids)
+        rejected = unusable(page.ids, vectors)
+        kind = "strings" if self._strings else "integers"
+        rejected.update({item: f"keys here are {kind}" for item in page.ids if isinstance(item, str) != self._strings})
+        place = {item: row for row, item in enumerate(page.ids)}
+        for part in self._parts([item for item in page.ids if item not in rejected]):
+            rows = []
+            for item in part:
+                row = place[item]
+                stamp = page.stamps[row]
+                fields = {**page.payloads[row], self._key: item, self._vector: vectors[row]}
+                rows.append({**fields, STAMP: stamp} if stamp is not None and self._dynamic else fields)
+            rejected.update(self._upsert(rows, partial=False))
+        return WriteReport([item for item in page.ids if item not in rejected], (), rejected)
+
+    def delete(self, ids: Sequence[ItemId]) -> None:
+        """Removes these rows."""
+        self._must_write()
+        possible = [item for item in ids if isinstance(item, str) == self._strings]
+        for part in self._parts(possible):
+            self._delete(part)
+
+    def _delete(self, ids: list[ItemId]) -> None:
+        keys: Any = ids
+        self._ask(lambda client: client.delete(self._local_name, ids=keys, timeout=self._connection.timeout))
+
+    def swap_alias(self, alias: str, *, to: str) -> None:
+        """Moves the alias in one request."""
+        self._must_write()
+        timeout = self._connection.timeout
+        if not self.exists(to):
+            raise StoreRejected(f"{self._connection.where} has no collection {to!r} to point {alias!r} at")
+        known = self._ask(
+            lambda client: (
+                client.has_collection(alias, timeout=timeout)
+                and client.describe_collection(alias, timeout=timeout)["collection_name"]
+            )
+        )
+        if not known or known == alias:
+            raise StoreRejected(f"{self._connection.where} has no alias {alias!r}")
+        self._ask(lambda client: client.alter_alias(to, alias, timeout=timeout))
+
+    def drop(self) -> None:
+        """Deletes the collection, unless an alias leads to it."""
+        self._must_write()
+        timeout = self._connection.timeout
+        aliases = self._ask(lambda client: client.list_aliases(self._local_name, timeout=timeout))["aliases"]
+        if aliases:
+            raise StoreRejected(f"{self._local_name} is not deleted: the alias {aliases[0]!r} leads to it")
+        self._ask(lambda client: client.drop_collection(self._local_name, timeout=timeout))
+        self.close()
+
+    def _must_write(self) -> None:
+        if not self._open:
+            raise StoreRejected(f"{self._local_name} was closed")
+        if not self._write:
+            raise StoreRejected(f"{self._local_name} was opened for reading only")
+
+    def close(self) -> None:
+        """Lets go of the connection. Safe to repeat."""
+        if self._open:
+            self._open = False
+            self._connection.let_go()
+
+
+def _contents(page: Page) -> dict[ItemId, tuple[bytes, Any]]:
+    assert page.vectors is not None
+    assert page.payloads is not None
+    return {
+        item: (vector.tobytes(), dict(payload))
+        for item, vector, payload in zip(page.ids, page.vectors, page.payloads, strict=True)
+    }
+
+
+def _plain(value: Any) -> Any:
+    """Of the client's list types, plain ones."""
+    if isinstance(value, (str, int, float, bool, dict, bytes)) or value is None:
+        return value
+    if isinstance(value, np.ndarray):
+        return value.tolist()
+    if isinstance(value, np.generic):
+        return value.item()
+    return [_plain(inner) for inner in value]
+
+
+_NOT_PARAMETERS = {
+    "index_type", "metric_type", "field_name", "index_name", "total_rows", "indexed_rows", "pending_index_rows",
+    "state",
+}  # fmt: skip
+
+
+def _parameters(index: Row) -> Row:
+    return {name: value for name, value in index.items() if name not in _NOT_PARAMETERS}
+
+
+def _index_of(client: MilvusClient, collection: str, field: str) -> Row:
+    for name in client.list_indexes(collection):
+        found: Row | None = client.describe_index(collection, name)
+        if found and found.get("field_name") == field:
+            return found
+    raise StoreRejected(f"{collection}.{field} has no index: create one, then again")
+
+
+def _create(client: MilvusClient, local: str, like: Row, vector: str, dim: int, timeout: float) -> None:
+    """A collection with the fields of another one; the index comes after it."""
+    schema = client.create_schema(
+        auto_id=False,
+        enable_dynamic_field=bool(like.get("enable_dynamic_field")),
+        description=like.get("description", ""),
+    )
+    for field in like["fields"]:
+        parameters = dict(field.get("params") or {})
+        if field["name"] == vector:
+            parameters["dim"] = dim
+        for name in ("is_primary", "is_partition_key", "element_type", "nullable", "default_value", "description"):
+            if field.get(name):
+                parameters[name] = field[name]
+        schema.add_field(field["name"], field["type"], **parameters)
+    client.create_collection(
+        local,
+        schema=schema,
+        num_shards=like.get("num_shards") or 1,
+        consistency_level=like.get("consistency_level_name", "Bounded"),
+        timeout=timeout,
+    )
+
+
+def _index_like(client: MilvusClient, collection: str, local: str, timeout: float) -> None:
+    there = set(client.list_indexes(local))
+    for name in client.list_indexes(collection):
+        if name in there:
+            continue
+        index: Row = client.describe_index(collection, name)
+        parameters = client.prepare_index_params()
+        more: Row = {"metric_type": index["metric_type"]} if index.get("metric_type") else {}
+        parameters.add_index(
+            field_name=index["field_name"],
+            index_type=index.get("index_type", ""),
+            index_name=name,
+            params=_parameters(index),
+            **more,
+        )
+        client.create_index(local, parameters, timeout=timeout)

@@ -1,0 +1,212 @@
+"""The Milvus adapter under the contract of all stores: Milvus Lite, and a real server."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import strategies as st
+from pymilvus import DataType, MilvusClient
+
+from adapters.base import ItemId, Store, Vectors
+from adapters.milvus import STAMP, Connection
+from adapters.registry import open_store
+from tests.integration.stores.contract import DIM, Collection, Make, StoreContract
+from tests.milvus_server import MilvusServer, milvus_server
+
+
+@dataclass
+class Rows(Collection):
+    """A collection that the application reaches with a client of its own."""
+
+    client: MilvusClient
+    uri: str
+    name: str
+    dynamic: bool
+    aliases: list[str] = field(default_factory=list)
+
+    def open(self, *, write: bool = True) -> Store:
+        name = self.aliases[0] if self.aliases else self.name
+        return open_store({"kind": "milvus", "uri": self.uri, "collection": name}, write=write)
+
+    def add_alias(self) -> str:
+        self.aliases.append(f"{self.name}_alias")
+        self.client.create_alias(self.name, self.aliases[0])
+        return self.aliases[0]
+
+    def alias_leads_to(self) -> str:
+        return str(self.client.describe_collection(self.aliases[0])["collection_name"])
+
+    def create(self, *, strings: bool, metric: str, index: str) -> None:
+        schema = self.client.create_schema(auto_id=False, enable_dynamic_field=self.dynamic)
+        if strings:
+            schema.add_field("key", DataType.VARCHAR, is_primary=True, max_length=200)
+        else:
+            schema.add_field("key", DataType.INT64, is_primary=True)
+        schema.add_field("embedding", DataType.FLOAT_VECTOR, dim=DIM)
+        schema.add_field("path", DataType.VARCHAR, max_length=400)
+        schema.add_field("price", DataType.DOUBLE)
+        parameters = self.client.prepare_index_params()
+        settings = {"HNSW": {"M": 8, "efConstruction": 64}, "IVF_FLAT": {"nlist": 8}}.get(index, {})
+        parameters.add_index("embedding", index_type=index, metric_type=metric, params=settings)
+        self.client.create_collection(self.name, schema=schema, index_params=parameters)
+
+    def insert(self, ids: Sequence[ItemId], vectors: Vectors, payloads: Sequence[dict[str, Any]]) -> None:
+        rows = [
+            {"key": item, "embedding": vector, **payload}
+            for item, vector, payload in zip(ids, vectors, payloads, strict=True)
+        ]
+        if rows:
+            self.client.upsert(self.name, rows)
+
+    def rows(self) -> list[dict[str, Any]]:
+        self.client.query(self.name, filter="", output_fields=["count(*)"], consistency_level="Strong")
+        return list(
+            self.client.query(
+                self.name,
+                filter="",
+                limit=10_000,
+                output_fields=["*"],
+                consistency_level="Strong",
+                strict_float32=True,
+                iterator="True",
+            )
+        )
+
+    def replace(self, ids: Sequence[ItemId], vectors: Vectors) -> None:
+        found = {row["key"]: row for row in self.rows()}
+        payloads = [
+            {name: value for name, value in found[item].items() if name not in ("key", "embedding", STAMP)}
+            for item in ids
+        ]
+        self.insert(ids, vectors, payloads)
+
+    def delete(self, ids: Sequence[ItemId]) -> None:
+        self.client.delete(self.name, ids=list(ids))
+
+    def visible(self) -> dict[ItemId, np.ndarray]:
+        return {row["key"]: np.array(row["embedding"], np.float32) for row in self.rows()}
+
+
+TEXTS = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\x00"), max_size=5) | st.sampled_from(
+    ["7", "07", " ", "a b", "it's", '"', "\\", '\\"', "é", "e\u0301", "𝄞", "\n", "%", "{x}"]
+)
+
+
+def words() -> list[ItemId]:
+    return [f"{word} {number}" for number in range(50) for word in ("cat", "it's", "Ärger", '"𝄞"')]
+
+
+def maker(client: MilvusClient, uri: str, *, strings: bool, metric: str, index: str, dynamic: bool) -> Make:
+    def make(ids: Sequence[ItemId], vectors: Vectors, payloads: Sequence[dict[str, Any]]) -> Rows:
+        rows = Rows(client, uri, f"test_{uuid.uuid4().hex[:12]}", dynamic)
+        rows.create(strings=strings, metric=metric, index=index)
+        rows.insert(ids, vectors, payloads)
+        return rows
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def lite(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(tmp_path_factory.mktemp("lite") / "milvus.db")
+
+
+@pytest.fixture(scope="module")
+def lite_client(lite: str) -> Iterator[MilvusClient]:
+    client = MilvusClient(lite)
+    # The last connection of the adapter ends the Milvus Lite of this process: one is kept for the application's client.
+    kept = Connection({"uri": lite})
+    yield client
+    client.close()
+    kept.let_go()
+
+
+class InLite(StoreContract):
+    strings = False
+    metric, index, dynamic = "COSINE", "HNSW", True
+
+    @pytest.fixture
+    def make(self, lite: str, lite_client: MilvusClient) -> Iterator[Make]:
+        before = set(lite_client.list_collections())
+        yield maker(lite_client, lite, strings=self.strings, metric=self.metric, index=self.index, dynamic=self.dynamic)
+        drop_new(lite_client, before)
+
+    def test_a_second_writer(self, make: Make) -> None:  # type: ignore[override]
+        pytest.skip("stores of one process share its Milvus Lite; a second process has its own test below")
+
+
+def drop_new(client: MilvusClient, before: set[str]) -> None:
+    for name in set(client.list_collections()) - before:
+        for alias in client.list_aliases(name)["aliases"]:
+            client.drop_alias(alias)
+        client.drop_collection(name)
+
+
+class TestLite(InLite):
+    pass
+
+
+class TestLiteWithStrings(InLite):
+    id_strategy = TEXTS
+    metric, index = "IP", "FLAT"
+    strings = True
+
+    @pytest.fixture
+    def ids(self) -> list[ItemId]:
+        return words()
+
+
+class TestLiteWithoutDynamicField(InLite):
+    metric, index, dynamic = "L2", "IVF_FLAT", False
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MilvusServer]:
+    with milvus_server(tmp_path_factory.mktemp("milvus")) as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def server_client(server: MilvusServer) -> Iterator[MilvusClient]:
+    client = MilvusClient(server.uri)
+    yield client
+    client.close()
+
+
+class OnAServer(StoreContract):
+    strings = False
+    metric, index, dynamic = "COSINE", "HNSW", True
+
+    @pytest.fixture
+    def ids(self) -> list[ItemId]:
+        """Fewer: a server takes its time."""
+        return [int(item) for item in np.random.default_rng(7).permutation(np.arange(-50, 350, 2))]
+
+    @pytest.fixture
+    def make(self, server: MilvusServer, server_client: MilvusClient) -> Iterator[Make]:
+        before = set(server_client.list_collections())
+        yield maker(
+            server_client, server.uri, strings=self.strings, metric=self.metric, index=self.index, dynamic=self.dynamic
+        )
+        drop_new(server_client, before)
+
+
+@pytest.mark.xdist_group("milvus")
+class TestServer(OnAServer):
+    pass
+
+
+@pytest.mark.xdist_group("milvus")
+class TestServerWithStrings(OnAServer):
+    id_strategy = TEXTS
+    metric, index = "IP", "IVF_FLAT"
+    strings = True
+
+    @pytest.fixture
+    def ids(self) -> list[ItemId]:
+        return words()
