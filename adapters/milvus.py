@@ -357,7 +357,8 @@ class MilvusStore:
         if isinstance(after, int):
             if after >= LARGEST:
                 return None
-            return "" if after < SMALLEST + 1 else f"{self._key} > {after}"
+            # The language cannot say the smallest integer.
+            return "" if after < SMALLEST else f"{self._key} >= {after + 1}"
         return f"{self._key} > {self._literal(after)}"
 
     def _keys(self, condition: str, after: ItemId | None, upto: ItemId | None, limit: int) -> list[ItemId]:
@@ -374,8 +375,6 @@ class MilvusStore:
                 row[self._key] for row in self._query(both, fields=[self._key], limit=size, ordered=True)
             ]
             page.sort(key=order_key)
-            if after == SMALLEST:  # a bound that the server's language cannot say
-                page = [item for item in page if item != SMALLEST]
             if not page:
                 break
             after = page[-1]
@@ -391,7 +390,7 @@ class MilvusStore:
     def unstamped(self, stamp: str, *, after: ItemId | None, limit: int) -> list[ItemId]:
         """Keys of rows that do not carry the stamp."""
         self._must_keep_stamps()
-        return self._keys(f"not exists {STAMP} or {STAMP} != {self._literal(stamp)}", after, None, limit)
+        return self._keys(f"(not (exists {STAMP})) or ({STAMP} != {self._literal(stamp)})", after, None, limit)
 
     def _must_keep_stamps(self) -> None:
         if not self._dynamic:

@@ -162,6 +162,51 @@ class FaissStore(Store):
     """The folder."""
 
 
+class MilvusStore(Store):
+    """A collection of a Milvus server, or of a Milvus Lite file."""
+
+    kind: Literal["milvus"]
+    uri: Annotated[Text, AfterValidator(_location)]
+    """http(s)://host:port of a server, or the file of a Milvus Lite."""
+    token: Text | None = None
+    database: Text | None = None
+    collection: Text
+    """Name or alias."""
+    vector: Text | None = None
+    """The vector field; needed where there are several."""
+    timeout: Annotated[int, Field(ge=1, le=3600)] = 30
+    """Seconds for one request."""
+
+    def settings(self) -> dict[str, Any]:
+        """As `Store.settings`, without what was not given."""
+        return self.model_dump(mode="json", exclude_none=True)
+
+
+class QdrantStore(Store):
+    """A collection of a Qdrant server, or of a local folder."""
+
+    kind: Literal["qdrant"]
+    url: Text | None = None
+    """http(s)://host:port of a server."""
+    path: LocalPath | None = None
+    """Folder of a local Qdrant, in place of `url`."""
+    engine: Literal["edge"] | None = None
+    """`edge`: the folder is a shard of qdrant-edge."""
+    api_key: Text | None = None
+    grpc: bool | None = None
+    """Speak gRPC, which is faster, where the server has its port open."""
+    collection: Text | None = None
+    """Name or alias; every Qdrant but an edge shard needs it."""
+    vector: Text | None = None
+    """The vector's name; needed where there are several."""
+    timeout: Annotated[int, Field(ge=1, le=3600)] = 30
+    """Seconds for one request."""
+
+    def settings(self) -> dict[str, Any]:
+        """As `Store.settings`, without what was not given."""
+        return self.model_dump(mode="json", exclude_none=True)
+
+
 class OtherStore(Store):
     """A store of another kind; its adapter checks its keys."""
 
@@ -170,7 +215,7 @@ class OtherStore(Store):
     kind: Annotated[
         str,
         StringConstraints(pattern=r"^[a-z][a-z0-9_-]{0,62}$"),
-        Field(json_schema_extra={"not": {"const": "faiss"}}),
+        Field(json_schema_extra={"not": {"enum": ["faiss", "milvus", "qdrant"]}}),
     ]
     """The adapter's name."""
     path: LocalPath | None = None
@@ -181,9 +226,14 @@ class OtherStore(Store):
         return self.model_dump(mode="json", exclude=None if self.path else {"path"})
 
 
+_STORES: Mapping[str | int | None, type[Store]] = {
+    "<faiss>": FaissStore, "<milvus>": MilvusStore, "<qdrant>": QdrantStore
+}  # fmt: skip
+
+
 def _store_kind(value: Any) -> str:
     kind = value.get("kind") if isinstance(value, Mapping) else getattr(value, "kind", None)
-    return "<faiss>" if kind == "faiss" else "<other>"
+    return f"<{kind}>" if f"<{kind}>" in _STORES else "<other>"
 
 
 class Images(Section):
@@ -333,7 +383,11 @@ class Migration(Section):
     """One collection, one old encoder, one new encoder."""
 
     store: Annotated[
-        Annotated[FaissStore, Tag("<faiss>")] | Annotated[OtherStore, Tag("<other>")], Discriminator(_store_kind)
+        Annotated[FaissStore, Tag("<faiss>")]
+        | Annotated[MilvusStore, Tag("<milvus>")]
+        | Annotated[QdrantStore, Tag("<qdrant>")]
+        | Annotated[OtherStore, Tag("<other>")],
+        Discriminator(_store_kind),
     ]
     images: Images
     old_encoder: OldEncoder
@@ -546,9 +600,11 @@ def _compose(path: Path) -> yaml.Node:
     return node
 
 
-def _known_keys(at: Place) -> list[str]:
-    """The keys that the section at `at` may hold."""
+def _known_keys(at: Place, tag: str | None) -> list[str]:
+    """The keys that the section at `at` may hold; `tag` tells which kind of store it is."""
     section: type[Section] = Migration if len(at) >= 2 else Config
+    if tag in _STORES:
+        return list(_STORES[tag].model_fields)
     for key in at[2:]:
         inner = section.model_fields[str(key)].annotation
         members = (get_args(member)[0] if get_args(member) else member for member in get_args(inner))  # of a union
@@ -556,10 +612,10 @@ def _known_keys(at: Place) -> list[str]:
     return [field.alias or name for name, field in section.model_fields.items()]
 
 
-def _wording(kind: str, message: str, at: Place) -> str:
+def _wording(kind: str, message: str, at: Place, tag: str | None) -> str:
     """A pydantic problem in this program's words, without the value."""
     if kind == "extra_forbidden":
-        known = _known_keys(at[:-1])
+        known = _known_keys(at[:-1], tag)
         near = difflib.get_close_matches(str(at[-1]), known, n=1)
         return f'unknown key; did you mean "{near[0]}"?' if near else f"unknown key; known are {', '.join(known)}"
     if kind == "string_pattern_mismatch" and len(at) == 2:
@@ -588,7 +644,8 @@ def load_config(path: Path) -> Config:
     except ValidationError as error:
         for detail in error.errors(include_url=False, include_input=False):
             at = tuple(part for part in detail["loc"] if part != "[key]" and not str(part).startswith("<"))
-            document.report(at, _wording(detail["type"], detail["msg"], at))
+            tag = next((str(part) for part in detail["loc"] if part in _STORES), None)
+            document.report(at, _wording(detail["type"], detail["msg"], at, tag))
     if document.problems:
         raise ConfigProblem("\n".join(text for _, text in sorted(document.problems.values())))
     config._path = absolute

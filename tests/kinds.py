@@ -210,3 +210,56 @@ class FaissFolder(Kind):
         for item in ids:
             del content[item]
         self._put(content)
+
+
+class MilvusLite(Kind):
+    """A Milvus Lite file with the collection `toys_v1`, which the configuration addresses by the alias `toys`."""
+
+    name = "milvus-lite"
+
+    @property
+    def uri(self) -> str:
+        return str(self.world.folder / "milvus.db")
+
+    def settings(self) -> dict[str, Any]:
+        return {"kind": "milvus", "uri": "./milvus.db", "collection": "toys"}
+
+    @contextmanager
+    def client(self) -> Iterator[Any]:
+        from milvus_lite import server_manager_instance
+        from pymilvus import MilvusClient
+
+        client = MilvusClient(self.uri)
+        try:
+            if not client.list_collections():
+                make_milvus_collection(client, "toys_v1")
+                client.create_alias("toys_v1", "toys")
+            yield client
+        finally:
+            client.close()
+            server_manager_instance.release_server(self.uri)
+
+    def put(self, ids: Sequence[Any], vectors: np.ndarray, payloads: Sequence[Mapping[str, Any]]) -> None:
+        rows = [
+            {"id": item, "embedding": vector, **payload}
+            for item, vector, payload in zip(ids, vectors, payloads, strict=True)
+        ]
+        with self.client() as client:
+            client.upsert("toys", rows)
+
+    def delete(self, ids: Sequence[Any]) -> None:
+        with self.client() as client:
+            client.delete("toys", ids=list(ids))
+
+
+def make_milvus_collection(client: Any, name: str) -> None:
+    """As an application makes one, with an HNSW index and a dynamic field."""
+    from pymilvus import DataType
+
+    schema = client.create_schema(auto_id=False, enable_dynamic_field=True)
+    schema.add_field("id", DataType.INT64, is_primary=True)
+    schema.add_field("embedding", DataType.FLOAT_VECTOR, dim=DIM)
+    schema.add_field("path", DataType.VARCHAR, max_length=200)
+    index = client.prepare_index_params()
+    index.add_index("embedding", index_type="HNSW", metric_type="COSINE", params={"M": 8, "efConstruction": 64})
+    client.create_collection(name, schema=schema, index_params=index)

@@ -201,7 +201,8 @@ def _cutover(project: Project, migration: Migration, options: Options) -> Step:
     if migration.stage in ("cutover", "finalize"):
         raise Refused(f"{name} has been cut over: next is `migrator rollout {name} --stage finalize`")
     if migration.stage != before:
-        raise Refused(f"{name} is at stage {migration.stage}: cutover comes after {before}: `migrator status {name}`")
+        first = f"`migrator backfill {name}`" if before == "backfill" else "the canary"
+        raise Refused(f"{name} is at stage {migration.stage}: cutover comes after {first}")
     failures = _check_backfilled(project, migration, options)
     route = _route(project, migration)
     if migration.strategy == "in_place":

@@ -102,10 +102,10 @@ def test_what_is_left_out_has_defaults(tmp_path):
 
 
 def test_a_store_of_another_kind_keeps_its_keys(tmp_path):
-    store = "{kind: qdrant, path: ./q, collection: products, vector: image, options: {timeout: 3}}"
+    store = "{kind: chroma, path: ./q, collection: products, vector: image, options: {timeout: 3}}"
     config = load_config(write(tmp_path, edited("{kind: faiss, path: ./gallery}", store)))
     assert config.migrations["digits-v2"].store.settings() == {
-        "kind": "qdrant",
+        "kind": "chroma",
         "path": str(tmp_path / "q"),
         "collection": "products",
         "vector": "image",
@@ -114,6 +114,28 @@ def test_a_store_of_another_kind_keeps_its_keys(tmp_path):
     remote = edited("{kind: faiss, path: ./gallery}", "{kind: pgvector, table: items}")
     settings = load_config(write(tmp_path, remote)).migrations["digits-v2"].store.settings()
     assert settings == {"kind": "pgvector", "table": "items"}
+
+
+@pytest.mark.parametrize(
+    ("store", "settings"),
+    [
+        ("{kind: milvus, uri: ./m.db, collection: c}", {"uri": "m.db", "collection": "c"}),
+        ('{kind: milvus, uri: "http://h:1", collection: c}', {"uri": "http://h:1", "collection": "c"}),
+        ("{kind: qdrant, path: ./q, collection: c, vector: v}", {"path": "q", "collection": "c", "vector": "v"}),
+    ],
+)
+def test_stores_have_their_files_beside_the_configuration(tmp_path, store, settings):
+    config = load_config(write(tmp_path, edited("{kind: faiss, path: ./gallery}", store)))
+    found = config.migrations["digits-v2"].store.settings()
+    local = {"m.db": str(tmp_path / "m.db"), "q": str(tmp_path / "q")}
+    expected = {key: local.get(value, value) for key, value in settings.items()}
+    assert {key: value for key, value in found.items() if key not in ("kind", "timeout")} == expected
+
+
+def test_an_unknown_key_of_a_store_is_told_with_the_keys_of_its_kind(tmp_path):
+    text = edited("{kind: faiss, path: ./gallery}", "{kind: milvus, uri: ./m.db, colection: c, collection: d}")
+    (problem,) = problems(tmp_path, text)
+    assert problem.endswith('store.colection: unknown key; did you mean "collection"?')
 
 
 def test_training_items_may_come_from_the_store(tmp_path):
@@ -200,7 +222,7 @@ def test_secrets_are_not_printed(tmp_path, monkeypatch):
     monkeypatch.setenv("SECRET", SECRET)
     text = edited(
         "{kind: faiss, path: ./gallery}",
-        f'{{kind: qdrant, url: "https://u:{SECRET}@host:6333", api_key: "${{SECRET}}", collection: "${{SECRET}}",'
+        f'{{kind: weaviate, url: "https://u:{SECRET}@host:6333", api_key: "${{SECRET}}", collection: "${{SECRET}}",'
         f" headers: {{authorization: {SECRET}}}, TLS-Password: {SECRET}, access_key: [{SECRET}],"
         f' plain: "http://h/?api_key={SECRET}&a=1"}}',
     ).replace("sqlite:///migrator.db", f"postgresql+psycopg://ann:{SECRET}/@{SECRET}@db/migrator?password={SECRET}")
@@ -212,7 +234,7 @@ def test_secrets_are_not_printed(tmp_path, monkeypatch):
     assert shown["ledger"] == "postgresql+psycopg://***@db/migrator?password=***"
     store = shown["migrations"]["digits-v2"]["store"]
     assert store == {
-        "kind": "qdrant",
+        "kind": "weaviate",
         "url": "https://***@host:6333",
         "api_key": "***",
         "collection": "${SECRET}",

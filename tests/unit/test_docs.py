@@ -26,6 +26,8 @@ SECTIONS = {  # heading in docs/configuration.md -> definitions of the JSON Sche
     "Top level": ["Config"],
     "A migration": ["Migration"],
     "store": ["FaissStore"],
+    "store: milvus": ["MilvusStore"],
+    "store: qdrant": ["QdrantStore"],
     "images": ["Images"],
     "old_encoder and new_encoder": ["OldEncoder", "NewEncoder"],
     "train": ["Train"],
