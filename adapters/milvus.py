@@ -2,14 +2,18 @@
 
 Reads come in two kinds, for on a server a page in the order of the keys (`iterator`) is served from whatever is there,
 however strong a consistency is asked for. So a strong query goes before such pages, and items are read by key, which
-is strong by itself. Where the server can change single fields that is used; elsewhere whole rows are written anew,
-with the row as it was right before.
+is strong by itself.
+
+Where the server can change single fields, that is used. But then an application's write need not replace the whole
+row either (in Milvus Lite no upsert does), and a stamp may outlive the vector that it was written with. So there a
+stamp carries the checksum of its vector and holds as long as that fits. Elsewhere whole rows are written anew, with
+the row as it was right before, and an application's write takes the stamp away.
 """
 
 from __future__ import annotations
 
+import hashlib
 import itertools
-import json
 import logging
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -48,6 +52,8 @@ PAGE = 16_000  # the server gives 16,384; in Lite every page costs as much as th
 METRICS: Mapping[str, Metric] = {"COSINE": "cosine", "IP": "ip", "L2": "l2"}
 PASSING = {1, 2, 3, 4, 5, 8, 9, 10, 11, 12, 13, 500, 501, 502, 503, 504, 505, 600, 901, 902, 903, 904}
 """Codes of a server that is starting, overloaded or moving things about."""
+ESCAPES = {"\\": "\\\\", '"': '\\"', "\n": "\\n", "\r": "\\r", "\t": "\\t"}
+"""In the server's language; it knows no more of them, and takes other characters as they are."""
 SMALLEST, LARGEST = -(2**63), 2**63 - 1
 
 
@@ -201,6 +207,8 @@ class MilvusStore:
                 f"collection {self._local_name} makes its own keys (auto_id), which no vector can be written to: "
                 "copy it into one with keys of your own"
             )
+        if connection.lite:  # in Lite that is a matter of this process alone
+            self._ask(lambda client: client.load_collection(self._local_name, timeout=connection.timeout))
         state = self._ask(lambda client: client.get_load_state(self._local_name, timeout=connection.timeout))
         if str(state["state"]) not in ("Loaded", "LoadState.Loaded"):
             raise StoreRejected(f"collection {self._local_name} is not loaded: load it, then again")
@@ -345,7 +353,9 @@ class MilvusStore:
             self._query(f"{self._key} in [{self._literal('' if self._strings else 0)}]", fields=[self._key])
 
     def _literal(self, item: ItemId) -> str:
-        return json.dumps(item, ensure_ascii=False) if isinstance(item, str) else str(item)
+        if isinstance(item, int):
+            return str(item)
+        return '"' + "".join(ESCAPES.get(character, character) for character in item) + '"'
 
     def _beyond(self, after: ItemId | None) -> str | None:
         """The condition for keys beyond `after`; None if there can be none."""
@@ -390,7 +400,32 @@ class MilvusStore:
     def unstamped(self, stamp: str, *, after: ItemId | None, limit: int) -> list[ItemId]:
         """Keys of rows that do not carry the stamp."""
         self._must_keep_stamps()
-        return self._keys(f"(not (exists {STAMP})) or ({STAMP} != {self._literal(stamp)})", after, None, limit)
+        if not self._partial:
+            return self._keys(f"(not (exists {STAMP})) or ({STAMP} != {self._literal(stamp)})", after, None, limit)
+        found = (item for item, carried in self._stamps(after) if carried != stamp)
+        return list(itertools.islice(found, max(limit, 0)))
+
+    def _stamps(self, after: ItemId | None) -> Iterator[tuple[ItemId, str | None]]:
+        """Every key beyond `after`, in order, with the stamp that holds."""
+        self._barrier()
+        size = max(1, min(PAGE, MESSAGE_BYTES // (4 * self._dim + 200)))
+        while (beyond := self._beyond(after)) is not None:
+            rows = self._query(beyond, fields=[self._key, self._vector, STAMP], limit=size, ordered=True)
+            rows.sort(key=lambda row: order_key(row[self._key]))
+            yield from ((row[self._key], self._stamp_of(row)) for row in rows)
+            if len(rows) < size:
+                break
+            after = rows[-1][self._key]
+
+    def _stamp_of(self, row: Row) -> str | None:
+        value: str | None = row.get(STAMP)
+        if value is None or not self._partial:
+            return value
+        stamp, _, checksum = value.rpartition(":")
+        return stamp if checksum == _checksum(row[self._vector]) else None
+
+    def _as_value(self, stamp: str | None, vector: Vectors) -> str | None:
+        return stamp if stamp is None or not self._partial else f"{stamp}:{_checksum(vector)}"
 
     def _must_keep_stamps(self) -> None:
         if not self._dynamic:
@@ -417,9 +452,11 @@ class MilvusStore:
 
     def read(self, ids: Sequence[ItemId], *, vectors: bool, payload: bool) -> Page:
         """The rows as they were written last."""
-        fields = (
-            ["*"] if payload else [self._key, *([self._vector] if vectors else []), *([STAMP] if self._dynamic else [])]
-        )
+        fields = ["*"] if payload else [self._key]
+        if not payload and (vectors or (self._partial and self._dynamic)):
+            fields.append(self._vector)
+        if not payload and self._dynamic:
+            fields.append(STAMP)
         rows: dict[ItemId, Row] = {}
         for part in self._parts(ids):
             rows.update(self._rows(part, fields))
@@ -435,7 +472,7 @@ class MilvusStore:
             ids,
             stacked,
             [self._payload(rows[item]) for item in ids] if payload else None,
-            [rows[item].get(STAMP) for item in ids],
+            [self._stamp_of(rows[item]) for item in ids],
         )
 
     def _payload(self, row: Row) -> Row:
@@ -448,6 +485,8 @@ class MilvusStore:
         """
         if stamp is not None:
             self._must_keep_stamps()
+            if self._partial:
+                return sum(carried == stamp for _, carried in self._stamps(None))
         condition = "" if stamp is None else f"{STAMP} == {self._literal(stamp)}"
         if self._connection.lite:
             return self._count_rows(condition)
@@ -568,26 +607,20 @@ class MilvusStore:
 
     def _is_written(self, row: Row, vector: Vectors, stamp: str | None) -> bool:
         same = np.array_equal(np.asarray(row[self._vector], np.float32), vector, equal_nan=True)
-        return same and (not self._dynamic or row.get(STAMP) == stamp)
+        return same and (not self._dynamic or self._stamp_of(row) == stamp)
 
     def _changed_row(self, row: Row, vector: Vectors, stamp: str | None) -> Row:
-        changed = {self._key: row[self._key], self._vector: vector}
-        if not self._partial or (stamp is None and STAMP in row):  # a single field cannot be taken away
+        changed: Row = {self._key: row[self._key], self._vector: vector}
+        if not self._partial:
             changed = {**{name: _plain(value) for name, value in row.items() if name != STAMP}, **changed}
-        if stamp is not None and self._dynamic:
-            changed[STAMP] = stamp
+        if self._dynamic and (stamp is not None or self._partial):  # a single field is emptied, not taken away
+            changed[STAMP] = self._as_value(stamp, vector)
         return changed
 
     def _upsert(self, rows: list[Row], *, partial: bool) -> dict[ItemId, str]:
         """Writes rows; halves a batch that is refused, down to the row that is to blame."""
         if not rows:
             return {}
-        if partial:  # all rows of a request must have the same fields
-            whole = [row for row in rows if len(row) > 2 + (STAMP in row)]
-            if whole and len(whole) < len(rows):
-                fields = [row for row in rows if len(row) <= 2 + (STAMP in row)]
-                return {**self._upsert(whole, partial=False), **self._upsert(fields, partial=True)}
-            partial = not whole
         more: Row = {"partial_update": True} if partial else {}
         try:
             self._ask(lambda client: client.upsert(self._local_name, rows, timeout=self._connection.timeout, **more))
@@ -664,8 +697,10 @@ class MilvusStore:
             for item in part:
                 row = place[item]
                 stamp = page.stamps[row]
-                fields = {**page.payloads[row], self._key: item, self._vector: vectors[row]}
-                rows.append({**fields, STAMP: stamp} if stamp is not None and self._dynamic else fields)
+                fields: Row = {**page.payloads[row], self._key: item, self._vector: vectors[row]}
+                if self._dynamic and (stamp is not None or self._connection.lite):
+                    fields[STAMP] = self._as_value(stamp, vectors[row])
+                rows.append(fields)
             rejected.update(self._upsert(rows, partial=False))
         return WriteReport([item for item in page.ids if item not in rejected], (), rejected)
 
@@ -677,8 +712,10 @@ class MilvusStore:
             self._delete(part)
 
     def _delete(self, ids: list[ItemId]) -> None:
-        keys: Any = ids
-        self._ask(lambda client: client.delete(self._local_name, ids=keys, timeout=self._connection.timeout))
+        # Not `ids=`: the client puts strings between quotes as they are.
+        condition = f"{self._key} in [{', '.join(self._literal(item) for item in ids)}]"
+        timeout = self._connection.timeout
+        self._ask(lambda client: client.delete(self._local_name, filter=condition, timeout=timeout))
 
     def swap_alias(self, alias: str, *, to: str) -> None:
         """Moves the alias in one request."""
@@ -726,6 +763,10 @@ def _contents(page: Page) -> dict[ItemId, tuple[bytes, Any]]:
         item: (vector.tobytes(), dict(payload))
         for item, vector, payload in zip(page.ids, page.vectors, page.payloads, strict=True)
     }
+
+
+def _checksum(vector: Any) -> str:
+    return hashlib.blake2b(np.ascontiguousarray(vector, "<f4").tobytes(), digest_size=8).hexdigest()
 
 
 def _plain(value: Any) -> Any:
@@ -796,4 +837,4 @@ def _index_like(client: MilvusClient, collection: str, local: str, timeout: floa
             params=_parameters(index),
             **more,
         )
-        client.create_index(local, parameters, timeout=timeout)
+        client.create_index(local, parameters, timeout=timeout, sync=False)  # there is nothing to wait for yet
