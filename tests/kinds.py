@@ -173,10 +173,10 @@ class FaissFolder(Kind):
 
     def use(self) -> None:
         self.world.gallery.rename(self.folder)
-        (self.world.folder / "toys").symlink_to(self.folder)
+        (self.world.folder / "toys").symlink_to(self.folder.name)
         self._configure()
 
-    def _content(self) -> dict[Any, tuple[np.ndarray, dict[str, Any]]]:
+    def content(self) -> dict[Any, tuple[np.ndarray, dict[str, Any]]]:
         import faiss
         import pyarrow.parquet as pq
 
@@ -186,7 +186,7 @@ class FaissFolder(Kind):
         vectors = index.reconstruct_n(0, index.ntotal)
         return {row.pop("id"): (vector, row) for vector, row in zip(vectors, rows, strict=True)}
 
-    def _put(self, content: Mapping[Any, tuple[np.ndarray, Mapping[str, Any]]]) -> None:
+    def replace_content(self, content: Mapping[Any, tuple[np.ndarray, Mapping[str, Any]]]) -> None:
         import faiss
         import pyarrow as pa
         import pyarrow.parquet as pq
@@ -201,15 +201,15 @@ class FaissFolder(Kind):
         (folder / "index.new").replace(folder / "index.faiss")
 
     def put(self, ids: Sequence[Any], vectors: np.ndarray, payloads: Sequence[Mapping[str, Any]]) -> None:
-        content: dict[Any, Any] = self._content()
+        content: dict[Any, Any] = self.content()
         content.update({item: (vector, payload) for item, vector, payload in zip(ids, vectors, payloads, strict=True)})
-        self._put(content)
+        self.replace_content(content)
 
     def delete(self, ids: Sequence[Any]) -> None:
-        content = self._content()
+        content = self.content()
         for item in ids:
             del content[item]
-        self._put(content)
+        self.replace_content(content)
 
 
 class MilvusLite(Kind):
