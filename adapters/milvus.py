@@ -587,7 +587,7 @@ class MilvusStore:
             ]
             changed += moved
             leave = {*moved, *rejected}
-            todo = [item for item in rows if item not in leave]
+            todo = [item for item in part if item in rows and item not in leave]
             refused = self._upsert(
                 [self._changed_row(rows[item], batch[place[item]], stamp) for item in todo], partial=self._partial
             )

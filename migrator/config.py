@@ -190,13 +190,11 @@ class QdrantStore(Store):
     """http(s)://host:port of a server."""
     path: LocalPath | None = None
     """Folder of a local Qdrant, in place of `url`."""
-    engine: Literal["edge"] | None = None
-    """`edge`: the folder is a shard of qdrant-edge."""
     api_key: Text | None = None
     grpc: bool | None = None
     """Speak gRPC, which is faster, where the server has its port open."""
-    collection: Text | None = None
-    """Name or alias; every Qdrant but an edge shard needs it."""
+    collection: Text
+    """Name or alias."""
     vector: Text | None = None
     """The vector's name; needed where there are several."""
     timeout: Annotated[int, Field(ge=1, le=3600)] = 30

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from migrator.demo_stores import STORES, Gallery
 from migrator.errors import Refused, UsageProblem
 from migrator.project import Project
 
@@ -38,7 +39,7 @@ ledger: sqlite:///migrator.db
 artifacts: ./artifacts
 migrations:
   {name}:
-    store: {{kind: faiss, path: ./gallery}}
+    store: {store}
     images: {{root: ./images, uri: "{{path}}"}}
     old_encoder: {{arch: resnet10t, weights: old/encoder.safetensors, dim: {dim}, image_size: {size}}}
     new_encoder: {{arch: resnet18, dim: {dim}, image_size: {size}}}
@@ -68,8 +69,8 @@ def make_folder(folder: Path, *, replace: bool) -> None:
     (folder / MARKER).touch()
 
 
-def make_old_system(folder: Path) -> None:
-    """What a user already has: images, an old encoder, a gallery that it filled, and labelled queries."""
+def make_old_system(folder: Path, store: str) -> None:
+    """What a user already has: images, an old encoder, a gallery in a `store` that it filled, and labelled queries."""
     labels = _save_images(folder / "images")
     order = np.random.default_rng(0).permutation(len(labels))
     queries, gallery = order[:QUERIES], np.sort(order[QUERIES:])
@@ -78,8 +79,11 @@ def make_old_system(folder: Path) -> None:
     _save_list(folder / "train.csv", training, labels)
     _save_list(folder / "old-train.csv", training[: int(OLD_SHARE * TRAINING)], labels)
     old = _train_old(folder)
-    _save_gallery(folder, gallery, labels, old)
-    (folder / "migrations.yaml").write_text(CONFIG.format(name=NAME, dim=DIM, size=SIZE, queries=QUERIES))
+    _save_gallery(folder, store, gallery, labels, old)
+    settings = STORES[store].settings
+    (folder / "migrations.yaml").write_text(
+        CONFIG.format(name=NAME, store=settings, dim=DIM, size=SIZE, queries=QUERIES)
+    )
 
 
 def _save_images(folder: Path) -> NDArray[np.int64]:
@@ -120,23 +124,17 @@ def _train_old(folder: Path) -> Encoder:
     return load_encoder(EncoderSpec(**{**spec.__dict__, "weights": folder / "old" / "encoder.safetensors"}))
 
 
-def _save_gallery(folder: Path, gallery: NDArray[np.int64], labels: NDArray[np.int64], old: Encoder) -> None:
-    import faiss
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
+def _save_gallery(
+    folder: Path, store: str, gallery: NDArray[np.int64], labels: NDArray[np.int64], old: Encoder
+) -> None:
     from migrator.encoding import embed
     from trainer.images import ImageSource
 
     paths = [_file(number) for number in gallery]
     images = ImageSource(str(folder / "images"))
     vectors = embed(images, paths, [old], batch_size=64, threads=2, retry_for=0).vectors[0]
-    index = faiss.IndexFlatIP(DIM)
-    index.add(vectors)
-    (folder / "gallery").mkdir()
-    faiss.write_index(index, str(folder / "gallery" / "index.faiss"))
-    items = pa.table({"id": gallery, "path": paths, "digit": [str(label) for label in labels[gallery]]})
-    pq.write_table(items, folder / "gallery" / "items.parquet")
+    digits = [str(label) for label in labels[gallery]]
+    STORES[store].fill(folder, Gallery(gallery.tolist(), paths, digits, vectors))
 
 
 def walk(folder: Path, *, keep_at: str | None, run: Run, say: Say) -> None:
@@ -208,33 +206,26 @@ def results(folder: Path) -> list[tuple[str, dict[str, float]]]:
 
 
 def check(folder: Path) -> list[str]:
-    """Looks at the finished gallery as a stranger would, with faiss and the images; returns what was checked.
+    """Looks at the finished gallery as a stranger would, with the store's own client; returns what was checked.
 
     Raises `Refused` if anything is not as it must be.
     """
-    import faiss
-    import pyarrow.parquet as pq
-
     from migrator.encoding import embed
 
     with Project.open(folder / "migrations.yaml") as project:
         migration = project.migration()
         new = project.new_encoder()
-        index = faiss.read_index(str(folder / "gallery" / "index.faiss"))
-        items = pq.read_table(folder / "gallery" / "items.parquet")
         with project.store() as store:
             stamped = store.count(stamp=new.id)
+        gallery = STORES[project.settings.store.settings()["kind"]].read(folder)
         # Embedded again from the images, in other batches than the backfill's.
-        fresh = embed(
-            project.images(), items.column("path").to_pylist(), [new], batch_size=97, threads=2, retry_for=0
-        ).vectors[0]
+        fresh = embed(project.images(), gallery.paths, [new], batch_size=97, threads=2, retry_for=0).vectors[0]
         route = project.ledger.route(migration.collection)
     found = dict(results(folder))
     old, cross, new_self = (list(found.values())[row]["map@100"] for row in (0, 1, -1))
-    stored = index.reconstruct_n(0, index.ntotal)
-    nearest = float(np.einsum("nd,nd->n", stored, fresh).min())
+    nearest = float(np.einsum("nd,nd->n", gallery.vectors, fresh).min())
     checks = [
-        (index.ntotal == items.num_rows == stamped, f"all {stamped} of {items.num_rows} items carry the new stamp"),
+        (len(gallery.ids) == stamped, f"all {stamped} of {len(gallery.ids)} items carry the new stamp"),
         (nearest > 0.9999, f"every stored vector is the new encoder's for its image: least cosine {nearest:.6f}"),
         (cross > old, f"new queries against the old gallery beat the old system: mAP@100 {cross:.4f} > {old:.4f}"),
         (new_self > old, f"the finished gallery beats the old system: mAP@100 {new_self:.4f} > {old:.4f}"),

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import tempfile
 import threading
 import urllib.error
 import urllib.request
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from time import monotonic
@@ -36,7 +38,12 @@ class MilvusServer:
         server = Wheel(MilvusServerConfig(), wait_for_started=False)
         server.set_base_dir(str(self._folder))
         self._server = server
-        server.start()
+        with warnings.catch_warnings():
+            warnings.simplefilter(
+                "ignore", ResourceWarning
+            )  # it leaves the sockets it tried ports with to the collector
+            server.start()
+            gc.collect()
         self._wait(server)
 
     def _wait(self, server: object) -> None:

@@ -13,15 +13,19 @@ from migrator.cli.common import duration, print_table, yes_option
 @click.command("demo")
 @click.option("--dir", "folder", type=click.Path(path_type=Path), default=Path("demo"), show_default=True)
 @click.option(
+    "--store", type=click.Choice(["faiss", "milvus", "qdrant"]), default="faiss", show_default=True,
+    help="Where the gallery lies: embedded in each case, no server is needed.",
+)  # fmt: skip
+@click.option(
     "--keep-at",
     type=click.Choice(["prepare", "canary", "backfill", "cutover"]),
     help="Stop when this stage is open, to play on by hand.",
 )
 @yes_option
-def command(folder: Path, keep_at: str | None, yes: bool) -> None:
+def command(folder: Path, store: str, keep_at: str | None, yes: bool) -> None:
     """Run a whole migration on scanned digits.
 
-    Trains an old encoder and fills a FAISS gallery with it, then upgrades it with the commands a user has.
+    Trains an old encoder and fills a gallery with it, then upgrades it with the commands a user has.
     Exit code 3 if the new encoder turns out not to be compatible.
     """
     from migrator import demo
@@ -29,8 +33,8 @@ def command(folder: Path, keep_at: str | None, yes: bool) -> None:
 
     began = time.monotonic()
     demo.make_folder(folder, replace=yes)
-    click.echo("Making the old system: images, an encoder trained on few of them, a FAISS gallery ...")
-    demo.make_old_system(folder)
+    click.echo("Making the old system: images, an encoder trained on few of them, a gallery ...")
+    demo.make_old_system(folder, store)
     demo.walk(folder, keep_at=keep_at, run=run, say=click.echo)
     if keep_at is not None:
         return

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from migrator import __version__, demo
 from migrator.config import load_config
+from migrator.demo_stores import STORES
 
 ROOT = Path(__file__).parents[2]
 
@@ -46,7 +47,9 @@ def test_the_example_at_the_root_is_the_demo_seen_from_above(tmp_path: Path) -> 
     folder = tmp_path / "demo"
     folder.mkdir()
     (folder / "migrations.yaml").write_text(
-        demo.CONFIG.format(name=demo.NAME, dim=demo.DIM, size=demo.SIZE, queries=demo.QUERIES)
+        demo.CONFIG.format(
+            name=demo.NAME, store=STORES["faiss"].settings, dim=demo.DIM, size=demo.SIZE, queries=demo.QUERIES
+        )
     )
     (tmp_path / "migrations.yaml").write_text((ROOT / "migrations.yaml").read_text())
     assert load_config(tmp_path / "migrations.yaml").redacted() == load_config(folder / "migrations.yaml").redacted()
