@@ -50,8 +50,8 @@ def _read_faiss(folder: Path) -> Gallery:
 
     index = faiss.read_index(str(folder / "gallery" / "index.faiss"))
     items = pq.read_table(folder / "gallery" / "items.parquet")
-    columns = (items.column(name).to_pylist() for name in ("id", "path", "digit"))
-    return Gallery(*columns, index.reconstruct_n(0, index.ntotal))
+    ids, paths, digits = (items.column(name).to_pylist() for name in ("id", "path", "digit"))
+    return Gallery(ids, paths, digits, index.reconstruct_n(0, index.ntotal))
 
 
 def _fill_milvus(folder: Path, gallery: Gallery) -> None:

@@ -367,9 +367,9 @@ class StoreContract:
     def test_exact_search_is_brute_force(self, store: Store, collection: Collection) -> None:
         queries = unit_vectors(7, seed=9)
         hits = store.search(queries, 10, exact=True)
-        visible = collection.visible()
+        visible, metric = collection.visible(), store.describe().metric
         for query, ids, scores in zip(queries, hits.ids, hits.scores, strict=True):
-            expected = {item: _score(store, query, vector) for item, vector in visible.items()}
+            expected = {item: _score(metric, query, vector) for item, vector in visible.items()}
             best = sorted(expected.values(), reverse=True)[:10]
             np.testing.assert_allclose(scores, best, rtol=1e-4, atol=1e-5)
             np.testing.assert_allclose([expected[item] for item in ids], best, rtol=1e-4, atol=1e-5)
@@ -793,7 +793,7 @@ def _equal(one: dict[ItemId, np.ndarray], other: dict[ItemId, np.ndarray], store
     return one.keys() == other.keys() and all(np.allclose(one[item], other[item], rtol=0, atol=atol) for item in one)
 
 
-def _score(store: Store, query: np.ndarray, vector: np.ndarray) -> float:
-    if store.describe().metric == "l2":
+def _score(metric: str, query: np.ndarray, vector: np.ndarray) -> float:
+    if metric == "l2":
         return -float(((query - vector) ** 2).sum())
     return float(query @ vector)
