@@ -9,7 +9,10 @@ import platform
 from pathlib import Path
 from typing import Any
 
-PACKAGES = ("torch", "timm", "faiss-cpu", "numpy", "pyarrow", "pillow", "sqlalchemy")
+PACKAGES = (
+    "torch", "timm", "faiss-cpu", "pymilvus", "milvus-lite", "qdrant-client", "numpy", "pyarrow", "pillow",
+    "sqlalchemy",
+)  # fmt: skip
 
 
 def machine() -> dict[str, Any]:

@@ -535,7 +535,7 @@ def test_the_schema_accepts_what_loads(tmp_path):
     for text in (EXAMPLE, TEMPLATE, edited("items: train.csv", 'items: {from: store, label: "{c}"}')):
         load_config(write(tmp_path, text))
         assert conforms(yaml.safe_load(text), rules, rules)
-    other = edited("{kind: faiss, path: ./gallery}", "{kind: qdrant, url: x}")
+    other = edited("{kind: faiss, path: ./gallery}", "{kind: qdrant, url: x, collection: c}")
     assert conforms(yaml.safe_load(other), rules, rules)
 
 
