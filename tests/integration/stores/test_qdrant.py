@@ -145,6 +145,92 @@ class TestUuidsInMemory(InMemory):
             yield made_with(client, models.Distance.COSINE, "", None)
 
 
+class Remote(Points):
+    """As if the client spoke to a server: other processes may write at any moment."""
+
+    def open(self, *, write: bool = True) -> QdrantStore:
+        connection = Connection(self.client, "remote", local=False, keep=True)
+        return QdrantStore(connection, self.aliases[0] if self.aliases else self.name, vector=None, write=write)
+
+
+@pytest.fixture
+def remote() -> Iterator[Make]:
+    with closing(QdrantClient(":memory:")) as client:
+
+        def make(ids: Sequence[ItemId], vectors: Vectors, payloads: Sequence[dict[str, Any]]) -> Remote:
+            points = Remote(client, f"test_{uuid.uuid4().hex[:12]}", "")
+            points.create(models.Distance.DOT)
+            points.insert(ids, vectors, payloads)
+            return points
+
+        yield make
+
+
+# What local mode says of settings that only a server has.
+LOCAL_MODE = ("ignore:Payload indexes have no effect:UserWarning", "ignore:Local mode performs exact:UserWarning")
+
+
+@pytest.mark.filterwarnings(*LOCAL_MODE)
+class TestWithClaims(QdrantContract):
+    """The way of writing that a server needs, with claims and conditions, which local mode understands too."""
+
+    @pytest.fixture
+    def make(self, remote: Make) -> Make:
+        return remote
+
+    def test_one_thread_reads_while_another_writes(self, make: Make) -> None:  # type: ignore[override]
+        pytest.skip("the client in memory is not made for two threads")
+
+
+@pytest.mark.filterwarnings(*LOCAL_MODE)
+@pytest.mark.parametrize("moment", range(1, 12))
+@pytest.mark.parametrize("what", ["upsert", "delete", "payload"])
+def test_an_application_writes_between_two_requests(
+    remote: Make, monkeypatch: pytest.MonkeyPatch, moment: int, what: str
+) -> None:
+    """Whatever it does, and whenever: its write stays, and a stamp stands only beside a vector of ours."""
+    ids: list[ItemId] = [1, 2, 3]
+    old, new, theirs = unit_vectors(3), unit_vectors(3, seed=1), unit_vectors(1, seed=2)
+    points = remote(ids, old, payloads_of(ids))
+    assert isinstance(points, Remote)
+    store = points.open()
+    page = store.read(ids, vectors=True, payload=True)
+    requests = itertools.count(1)
+    ask = store._connection.ask
+
+    def interposed(call: Any) -> Any:
+        if next(requests) == moment:
+            if what == "upsert":
+                points.insert([2], theirs, [{"path": "theirs.png", "price": 0.0}])
+            elif what == "delete":
+                points.delete([2])
+            else:
+                points.client.set_payload(points.name, {"price": -7.0}, points=[2])
+        return ask(call)
+
+    monkeypatch.setattr(store._connection, "ask", interposed)
+    report = store.write_vectors(ids, new, "new", made_from=page)
+    happened = next(requests) > moment
+    assert sorted([*report.written, *report.gone, *report.changed], key=str) == ids
+    assert {1, 3} <= set(report.written)
+    monkeypatch.undo()
+    found = store.read([2], vectors=True, payload=True)
+    if not happened:
+        assert list(found.stamps) == ["new"]
+    elif what == "delete":
+        assert len(found) == 0
+    elif what == "upsert":
+        np.testing.assert_array_equal(found.vectors, theirs)
+        assert found.payloads == [{"path": "theirs.png", "price": 0.0}]
+        assert list(found.stamps) != ["new"]
+    else:
+        assert found.payloads is not None
+        assert found.payloads[0]["price"] == -7.0
+        if list(found.stamps) == ["new"]:
+            np.testing.assert_array_equal(found.vectors, new[1:2])
+    store.close()
+
+
 @pytest.mark.skipif("QDRANT_URL" not in os.environ, reason="QDRANT_URL is not set: no Qdrant server to test with")
 class TestOnAServer(QdrantContract):
     """The same against the server at QDRANT_URL (and QDRANT_API_KEY)."""
