@@ -74,6 +74,11 @@ def make_plan(project: Project, report: Callable[[int, int], None] = lambda _don
         info = store.describe()
         capabilities = store.capabilities
         _check_collection(project, info)
+        if settings.rollout.strategy == "in_place" and not capabilities.stamps:
+            raise Refused(
+                f"collection {info.name} has no room for stamps, by which in_place finds what an application changed: "
+                "set rollout.strategy to shadow"
+            )
         old = project.load(project.old_spec())
         new = _new_or_untrained(project)
         check_unmixed(project, store, old.id, None if new.untrained else new.encoder.id)
@@ -152,8 +157,7 @@ def describe_capabilities(can: Capabilities) -> list[str]:
         visible,
         "stamps lie beside the vectors: an application's own writes are found by their missing stamp"
         if can.stamps
-        else "the schema has no room for stamps: in place, migrator keeps checksums of what it wrote in the artifacts, "
-        "and finds an application's own writes by reading the vectors",
+        else "the schema has no room for stamps, without which an application's writes cannot be found in place",
         "a vector is replaced without touching the rest of its item"
         if can.partial_update
         else "in place, whole items are written anew: read right before and checked right after, so that deletions and "
@@ -178,12 +182,16 @@ def recommend(can: Capabilities, *, same_dim: bool) -> tuple[str, str]:
     if not can.exact_vectors:
         return "shadow", "this index keeps approximations, which an undo log cannot improve upon"
     if not can.stamps:
-        return "shadow", "without stamps every catch-up pass in place reads all vectors, and so does a shadow's"
+        return "shadow", "the schema has no room for stamps, which in_place needs"
+    if not can.partial_update:
+        return "shadow", "whole items are written here, and what an application writes at that moment could be lost"
     return "in_place", "half the space, and every re-embedded item counts from the moment it is written"
 
 
 def check_unmixed(project: Project, store: Store, old_encoder_id: str, new_encoder_id: str | None) -> None:
     """Refuses a collection that holds vectors of a migration which this ledger knows nothing of."""
+    if not store.capabilities.stamps:
+        return  # nothing has ever been written into it in place
     stamps = store.read(store.sample(SAMPLE, seed=SEED), vectors=False, payload=False).stamps
     foreign = {stamp for stamp in stamps if stamp not in (None, old_encoder_id)}
     if new_encoder_id is not None and new_encoder_id != old_encoder_id and store.count(stamp=new_encoder_id):

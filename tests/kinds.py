@@ -217,6 +217,10 @@ class MilvusLite(Kind):
 
     name = "milvus-lite"
 
+    def __init__(self, world: World, *, dynamic: bool = True) -> None:
+        super().__init__(world)
+        self.dynamic = dynamic
+
     @property
     def uri(self) -> str:
         return str(self.world.folder / "milvus.db")
@@ -232,7 +236,7 @@ class MilvusLite(Kind):
         client = MilvusClient(self.uri)
         try:
             if not client.list_collections():
-                make_milvus_collection(client, "toys_v1")
+                make_milvus_collection(client, "toys_v1", dynamic=self.dynamic)
                 client.create_alias("toys_v1", "toys")
             yield client
         finally:
@@ -252,14 +256,15 @@ class MilvusLite(Kind):
             client.delete("toys", ids=list(ids))
 
 
-def make_milvus_collection(client: Any, name: str) -> None:
-    """As an application makes one, with an HNSW index and a dynamic field."""
+def make_milvus_collection(client: Any, name: str, *, dynamic: bool = True) -> None:
+    """As an application makes one, with an HNSW index."""
     from pymilvus import DataType
 
-    schema = client.create_schema(auto_id=False, enable_dynamic_field=True)
+    schema = client.create_schema(auto_id=False, enable_dynamic_field=dynamic)
     schema.add_field("id", DataType.INT64, is_primary=True)
     schema.add_field("embedding", DataType.FLOAT_VECTOR, dim=DIM)
     schema.add_field("path", DataType.VARCHAR, max_length=200)
+    schema.add_field("kind", DataType.VARCHAR, max_length=50)
     index = client.prepare_index_params()
     index.add_index("embedding", index_type="HNSW", metric_type="COSINE", params={"M": 8, "efConstruction": 64})
     client.create_collection(name, schema=schema, index_params=index)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import os
+import socket
 import tempfile
 import threading
 import urllib.error
@@ -35,6 +36,8 @@ class MilvusServer:
         from milvus import MilvusServer as Wheel
         from milvus import MilvusServerConfig
 
+        if self._server is not None:
+            self._wait_for_port(self._server.listen_port)  # type: ignore[attr-defined]
         server = Wheel(MilvusServerConfig(), wait_for_started=False)
         server.set_base_dir(str(self._folder))
         self._server = server
@@ -45,6 +48,18 @@ class MilvusServer:
             server.start()
             gc.collect()
         self._wait(server)
+
+    @staticmethod
+    def _wait_for_port(port: int) -> None:
+        """Until the port of a killed server can be taken again; else the wheel moves to another one."""
+        deadline, pause = monotonic() + START, threading.Event()
+        while True:
+            with socket.socket() as probe, contextlib.suppress(OSError):
+                probe.bind(("127.0.0.1", port))
+                return
+            if monotonic() > deadline:
+                raise TimeoutError(f"port {port} does not become free")
+            pause.wait(0.2)
 
     def _wait(self, server: object) -> None:
         """Until a client gets an answer, and not only the web page that says all is well."""

@@ -207,3 +207,35 @@ def test_a_shadow_may_have_another_dimension(
     assert all(abs(np.linalg.norm(item.vector) - 1) < 1e-5 for item in items.values())
     assert migrator("rollback") == 0
     assert expected(kind, "old")
+
+
+def test_in_place_needs_room_for_stamps(world: World, migrator: Call, capsys: pytest.CaptureFixture[str]) -> None:
+    kind = MilvusLite(world, dynamic=False)
+    kind.use()
+    assert migrator("plan") == 3
+    assert "set rollout.strategy to shadow" in capsys.readouterr().err
+    shadow = prepared_shadow(world, migrator)
+    assert migrator("rollout", "--stage", "backfill") == 0
+    assert migrator("backfill") == 0
+    assert expected(kind, "new", shadow)
+    assert migrator("rollback") == 0
+    assert expected(kind, "old")
+
+
+@pytest.mark.parametrize(
+    ("store", "code", "says"),
+    [
+        ({"kind": "milvus", "uri": "./nowhere.db", "collection": "toys"}, 2, "does not exist"),
+        ({"kind": "milvus", "uri": "http://127.0.0.1:1", "collection": "toys", "timeout": 2}, 4, "did not answer"),
+        ({"kind": "qdrant", "url": "http://127.0.0.1:1", "collection": "toys", "timeout": 2}, 4, "did not answer"),
+        ({"kind": "qdrant", "path": "./images", "collection": "toys"}, 2, "holds no local Qdrant"),
+    ],
+)
+def test_a_store_that_is_not_there(
+    world: World, migrator: Call, capsys: pytest.CaptureFixture[str], store: dict[str, object], code: int, says: str
+) -> None:
+    world.configure(store=store)
+    assert migrator("plan") == code
+    error = capsys.readouterr().err
+    assert says in error
+    assert error.count("\n") == 1

@@ -1,0 +1,40 @@
+"""What a plan says of a store, and which strategy it recommends."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from adapters.base import Capabilities
+from migrator.planning import describe_capabilities, recommend
+
+PLAIN = Capabilities(
+    update_in_place=True, visible="at_once", stamps=True, concurrent_writers=True, exact_vectors=True,
+    normalises=False, partial_update=True, aliases=True, notes=("a note",),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("change", "same_dim", "strategy", "why"),
+    [
+        ({}, True, "in_place", "half the space"),
+        ({}, False, "shadow", "another length"),
+        ({"update_in_place": False, "visible": "at_cutover"}, True, "shadow", "cannot be changed in place"),
+        ({"exact_vectors": False}, True, "shadow", "approximations"),
+        ({"stamps": False}, True, "shadow", "stamps"),
+        ({"partial_update": False}, True, "shadow", "whole items"),
+    ],
+)
+def test_the_strategy_follows_from_what_the_store_can_do(change, same_dim, strategy, why):
+    found, reason = recommend(replace(PLAIN, **change), same_dim=same_dim)
+    assert found == strategy
+    assert why in reason
+
+
+def test_every_capability_has_its_sentence():
+    said = describe_capabilities(PLAIN)
+    assert said[-1] == "a note"
+    for field in ("visible", "stamps", "concurrent_writers", "normalises", "partial_update", "aliases"):
+        other = {"visible": "on_publish"}.get(field, not getattr(PLAIN, field))
+        assert describe_capabilities(replace(PLAIN, **{field: other})) != said, field
