@@ -58,6 +58,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 TRIES = 20  # a folder that is replaced again and again while we read it
+STEADY = 6  # looks at the same two files that do not fit before they are refused: the second may be on its way
 PAUSE = 0.05  # seconds between them: an application replaces its two files one after the other
 
 
@@ -246,14 +247,16 @@ class FaissStore:
 
     def _load(self) -> _State:
         """The folder as it is, all files of one generation."""
+        seen: list[tuple[Identity, Identity]] = []
         for attempt in range(TRIES):
             if attempt:
                 time.sleep(PAUSE)
             generation = self._folder.identity()
+            seen.append(generation)
             try:
                 state = self._read(generation)
             except (StoreRejected, Vanished):
-                if self._folder.identity() == generation and attempt:
+                if self._folder.identity() == generation and seen.count(generation) >= STEADY:
                     raise
                 continue
             if self._folder.identity() == generation:

@@ -1,7 +1,7 @@
 """What was copied into a shadow, and from what: the digests by which later changes on either side are found.
 
-One Parquet file a chunk in the artifacts folder. An entry is written after its item lies in the shadow, so an item
-without one is copied again; a lost file costs work and nothing else.
+One Parquet file a chunk in the artifacts folder. An item is entered as begun before it is written to the shadow, and
+with its digests when it lies there: one that is only begun is copied again, or removed if it is gone by then.
 """
 
 from __future__ import annotations
@@ -33,6 +33,9 @@ class Copy(NamedTuple):
     shadow: int
     """Of vector and payload in the shadow, as read back after writing."""
 
+
+BEGUN = Copy(-1, -1)
+"""Digests that no item has: the copy may or may not be there."""
 
 Copies: TypeAlias = dict[ItemId, Copy]
 

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from adapters.base import ItemId, Page, Store, WriteReport, order_key
-from migrator.backfill.copies import Copies, Copy, CopyLog, digests
+from migrator.backfill.copies import BEGUN, Copies, Copy, CopyLog, digests
 from migrator.backfill.undo import OldVectors, UndoLog
 from migrator.ledger import Chunk, Ledger, Migration
 from migrator.project import Project
@@ -198,6 +198,8 @@ class Shadow:
         if rows:
             made_from = digests(page, self.source.capabilities)
             ids = [page.ids[row] for row in rows]
+            # Before the write: a copy that a kill leaves unrecorded would look like the application's own.
+            self._log.record(taken.chunk, dict.fromkeys(ids, BEGUN))
             report = self.target.insert(Page(ids, vectors, [page.payloads[row] for row in rows], [None] * len(ids)))
             rejected.update(report.rejected)
             written = report.written
