@@ -134,7 +134,7 @@ class Connection:
             return _translated(self.where, lambda: call(self.client))
 
 
-class _Missing(StoreUnavailable):
+class _Missing(Exception):
     """A point that a request names does not exist; the others were written."""
 
 

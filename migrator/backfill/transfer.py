@@ -127,7 +127,10 @@ class InPlace:
         old = _rows(taken.page, rows)
         assert old.vectors is not None
         # Before the write: a crash between the two only repeats the chunk.
-        self._undo.record(taken.chunk, OldVectors(old.ids, old.vectors, old.stamps))
+        # A repeated chunk may find what an attempt cut off has written, which bears a stamp or an adapter's claim to
+        # one; a vector without either is the application's, perhaps newer than what the first attempt recorded.
+        theirs = [item for item, stamp in zip(old.ids, old.stamps, strict=True) if stamp is None]
+        self._undo.record(taken.chunk, OldVectors(old.ids, old.vectors, old.stamps), theirs)
         return self.source.write_vectors(old.ids, vectors, self._stamp, made_from=old)
 
     def publish(self) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -42,18 +42,23 @@ class UndoLog:
         self._files = files
         self.folder = files.folder
 
-    def record(self, chunk: Chunk, old: OldVectors) -> None:
-        """Makes the old vectors of a chunk durable. Items that its file already holds stay as they are there."""
+    def record(self, chunk: Chunk, old: OldVectors, theirs: Collection[ItemId] = ()) -> None:
+        """Makes the old vectors of a chunk durable. Items that its file already holds stay as they are there.
+
+        But for `theirs`, which the application has written since: what it wrote is their old state now.
+        """
         before = self.read(chunk)
         if before is not None:
-            known = set(before.ids)
+            renewed = set(theirs)
+            kept = [row for row, item in enumerate(before.ids) if item not in renewed]
+            known = {before.ids[row] for row in kept}
             new = [row for row, item in enumerate(old.ids) if item not in known]
             if not new:
                 return
             old = OldVectors(
-                [*before.ids, *(old.ids[row] for row in new)],
-                np.concatenate([before.vectors, old.vectors[new]]),
-                [*before.stamps, *(old.stamps[row] for row in new)],
+                [*(before.ids[row] for row in kept), *(old.ids[row] for row in new)],
+                np.concatenate([before.vectors[kept], old.vectors[new]]),
+                [*(before.stamps[row] for row in kept), *(old.stamps[row] for row in new)],
             )
         self._files.write(chunk, _to_parquet(old))
 
