@@ -35,8 +35,8 @@ def measure(kind: str, items: int) -> dict[str, Any]:
         migration = {
             "store": yaml.safe_load(STORES[kind].settings),
             "images": {"root": "."},
-            "old_encoder": encoder,
-            "new_encoder": encoder,
+            "old_encoder": dict(encoder),
+            "new_encoder": dict(encoder),
             "verify": {"label": "{path}"},
             "backfill": {"chunk_size": CHUNK, "batch_size": 256, "image_threads": 2},
         }
