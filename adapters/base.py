@@ -157,6 +157,13 @@ class Store(Protocol):
         """The items as they were written last; ids that no longer exist are left out."""
         ...
 
+    def scan(self, *, after: ItemId | None, upto: ItemId | None = None, limit: int) -> Page:
+        """The next `limit` items beyond `after` and not beyond `upto`, with vectors and payloads, in order.
+
+        What `scan_ids` and then `read` give, in one go. Fewer than `limit` come only where there are no more.
+        """
+        ...
+
     def write_vectors(
         self, ids: Sequence[ItemId], vectors: Vectors, stamp: str | None, made_from: Page | None = None
     ) -> WriteReport:

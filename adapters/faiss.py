@@ -380,6 +380,11 @@ class FaissStore:
             [stamps[row] if changed is None else changed.stamp for row, changed in mixed],
         )
 
+    def scan(self, *, after: ItemId | None, upto: ItemId | None = None, limit: int) -> Page:
+        """The next `limit` items, as `read` gives them."""
+        with self._lock:
+            return self.read(self.scan_ids(after=after, upto=upto, limit=limit), vectors=True, payload=True)
+
     def unstamped(self, stamp: str, *, after: ItemId | None, limit: int) -> list[ItemId]:
         """Ids beyond `after` of items whose last written vector does not carry `stamp`."""
         with self._lock:

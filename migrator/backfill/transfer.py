@@ -102,23 +102,28 @@ class InPlace:
             yield from ids
             after = ids[-1]
 
-    def due(self, chunk: Chunk, leave: Collection[ItemId]) -> list[ItemId]:
+    def take(self, chunk: Chunk, leave: Collection[ItemId]) -> Taken:
+        """The items of a chunk's range that do not carry the stamp."""
+        before = self._undo.read(chunk)
+        begun = set() if before is None else set(before.ids)
+        if chunk.pass_number > 0:  # a few items of a range that may be the whole collection
+            page = self.source.read(self._due(chunk, leave), vectors=True, payload=True)
+            begun.difference_update(page.ids)
+            stamps = self.source.read(list(begun), vectors=False, payload=False)
+            done = [item for item, stamp in zip(stamps.ids, stamps.stamps, strict=True) if stamp == self._stamp]
+            return Taken(chunk, page, repeated=done)
+        page = _joined(list(pages(self.source, *bounds(chunk), size=chunk.items + 1)))
+        carries = [stamp == self._stamp for stamp in page.stamps]
+        due = [row for row, item in enumerate(page.ids) if not carries[row] and item not in leave]
+        done = [item for row, item in enumerate(page.ids) if carries[row] and item in begun]
+        return Taken(chunk, page if len(due) == len(page) else _rows(page, due), repeated=done)
+
+    def _due(self, chunk: Chunk, leave: Collection[ItemId]) -> list[ItemId]:
         """Ids, in order, of the items in a chunk's range that do not carry the stamp."""
         after, upto = bounds(chunk)
         last = order_key(upto)
         inside = itertools.takewhile(lambda item: order_key(item) <= last, self._unstamped(after, chunk.items + 1))
         return [item for item in inside if item not in leave]
-
-    def take(self, chunk: Chunk, leave: Collection[ItemId]) -> Taken:
-        """The items of a chunk's range that do not carry the stamp."""
-        page = self.source.read(self.due(chunk, leave), vectors=True, payload=True)
-        before = self._undo.read(chunk)
-        repeated: list[ItemId] = []
-        if before is not None:
-            to_do = set(page.ids)
-            stamps = self.source.read([item for item in before.ids if item not in to_do], vectors=False, payload=False)
-            repeated = [item for item, stamp in zip(stamps.ids, stamps.stamps, strict=True) if stamp == self._stamp]
-        return Taken(chunk, page, repeated=repeated)
 
     def bring(self, taken: Taken, rows: Sequence[int], vectors: NDArray[np.float32]) -> WriteReport:
         """Makes the old vectors durable, then writes the new ones."""
@@ -179,9 +184,9 @@ class Shadow:
             found = [(item, due) for item, due in self._differences(after, upto) if item not in leave]
             page = self.source.read([item for item, due in found if due], vectors=True, payload=True)
             return Taken(chunk, page, surplus=[item for item, due in found if not due])
-        page = self.source.read(list(walk(self.source, after, upto)), vectors=True, payload=True)
+        page = _joined(list(pages(self.source, after, upto, size=chunk.items + 1)))
         copies = {**self._log.read(chunk), **self._later()}
-        there = set(walk(self.target, after, upto))
+        there = set(walk(self.target, after, upto)) if copies else set()
         can = self.source.capabilities
         due_rows = [
             row
@@ -285,14 +290,19 @@ def walk(store: Store, after: ItemId | None = None, upto: ItemId | None = None) 
     """The ids in (after, upto], in order, page by page."""
     while ids := store.scan_ids(after=after, upto=upto, limit=IDS):
         yield from ids
+        if len(ids) < IDS:
+            return
         after = ids[-1]
 
 
-def pages(store: Store, after: ItemId | None = None, upto: ItemId | None = None) -> Iterator[Page]:
-    """The items in (after, upto], in order, with vectors and payloads."""
-    while ids := store.scan_ids(after=after, upto=upto, limit=ITEMS):
-        yield store.read(ids, vectors=True, payload=True)
-        after = ids[-1]
+def pages(store: Store, after: ItemId | None = None, upto: ItemId | None = None, size: int = ITEMS) -> Iterator[Page]:
+    """The items in (after, upto], in order, with vectors and payloads; at least one page, which may be empty."""
+    while True:
+        page = store.scan(after=after, upto=upto, limit=size)
+        yield page
+        if len(page) < size:
+            return
+        after = page.ids[-1]
 
 
 def _inside(item: ItemId, after: ItemId | None, upto: ItemId) -> bool:
@@ -301,6 +311,18 @@ def _inside(item: ItemId, after: ItemId | None, upto: ItemId) -> bool:
 
 def _smaller(one: ItemId, other: ItemId | None) -> ItemId:
     return one if other is None else min(one, other, key=order_key)
+
+
+def _joined(some: Sequence[Page]) -> Page:
+    """Pages as one."""
+    if len(some) == 1:
+        return some[0]
+    return Page(
+        [item for page in some for item in page.ids],
+        np.concatenate([page.vectors for page in some if page.vectors is not None]),
+        [payload for page in some for payload in page.payloads or ()],
+        [stamp for page in some for stamp in page.stamps],
+    )
 
 
 def _rows(page: Page, rows: Sequence[int]) -> Page:

@@ -95,6 +95,16 @@ def assert_same(store: Store, actual: Vectors, desired: Vectors) -> None:
         np.testing.assert_array_equal(actual, desired)
 
 
+def assert_same_page(one: Page, other: Page) -> None:
+    assert list(one.ids) == list(other.ids)
+    assert one.vectors is not None
+    assert other.vectors is not None
+    assert (one.vectors.shape, one.vectors.dtype) == (other.vectors.shape, other.vectors.dtype)
+    np.testing.assert_array_equal(one.vectors, other.vectors)
+    assert list(one.payloads or ()) == list(other.payloads or ())
+    assert list(one.stamps) == list(other.stamps)
+
+
 class StoreContract:
     """Give `make`, and ids of the kind to be tested."""
 
@@ -189,6 +199,8 @@ class StoreContract:
                 assert store.scan_ids(after=after, upto=upto, limit=limit) == between[:limit]
                 if store.capabilities.stamps:
                     assert store.unstamped("s", after=after, limit=limit) == beyond[:limit]
+                scanned = store.scan(after=after, upto=upto, limit=limit)
+                assert_same_page(scanned, store.read(between[:limit], vectors=True, payload=True))
             page = store.read(ids, vectors=False, payload=True)
             assert list(page.ids) == ids
             assert [dict(payload) for payload in page.payloads or ()] == payloads_of(ids)
@@ -196,6 +208,15 @@ class StoreContract:
     def test_ids_come_back_as_plain_python(self, store: Store) -> None:
         found = [*everything(store), *store.sample(3, seed=0), *store.search(unit_vectors(1), 3).ids[0]]
         assert {type(item) for item in found} in ({int}, {str})
+
+    def test_a_scan_tells_the_stamps(self, stamped: Store, ids: list[ItemId], new: Vectors) -> None:
+        stamped.write_vectors(ids[:30], new[:30], "new")
+        order = sorted(ids, key=order_key)
+        page = stamped.scan(after=order[9], upto=order[150], limit=10**6)
+        assert_same_page(page, stamped.read(order[10:151], vectors=True, payload=True))
+        assert [item for item, stamp in zip(page.ids, page.stamps, strict=True) if stamp == "new"] == [
+            item for item in order[10:151] if item in ids[:30]
+        ]
 
     def test_an_integer_and_its_digits_are_two_items(self, store: Store, ids: list[ItemId]) -> None:
         other = str(ids[0]) if isinstance(ids[0], int) else 7
