@@ -26,6 +26,7 @@ from adapters.base import (
     Metric,
     Page,
     Payload,
+    Store,
     StoreBusy,
     StoreRejected,
     StoreUnavailable,
@@ -41,13 +42,13 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 STAMP = "_migrator"
-KEYS = ("kind", "url", "api_key", "grpc", "path", "collection", "vector", "timeout")
+KEYS = ("kind", "url", "api_key", "grpc", "path", "engine", "collection", "vector", "timeout")
 REQUEST_BYTES = 8 << 20  # the server takes 32 MiB; a float in JSON has about 12 bytes
 CONDITIONAL = (1, 16)  # the first server version with update_filter
 METRICS: Mapping[str, Metric] = {"Cosine": "cosine", "Dot": "ip", "Euclid": "l2"}
 
 
-def open_store(config: Mapping[str, Any], *, write: bool) -> QdrantStore:
+def open_store(config: Mapping[str, Any], *, write: bool) -> Store:
     """Opens `config["collection"]`, a name or an alias, at `url` or in the folder `path`.
 
     Raises `StoreRejected` for what is not there or cannot be migrated, `StoreUnavailable` if the server does not
@@ -60,6 +61,10 @@ def open_store(config: Mapping[str, Any], *, write: bool) -> QdrantStore:
         raise StoreRejected("a qdrant store needs either `url`, of a server, or `path`, a local folder")
     if not isinstance(config.get("collection"), str):
         raise StoreRejected("a qdrant store needs `collection`, a collection's name or alias")
+    if "engine" in config and config["engine"] != "local":
+        from adapters import qdrant_edge
+
+        return qdrant_edge.open_store(config, write=write)
     connection = _connect(config)
     try:
         return QdrantStore(connection, config["collection"], vector=config.get("vector"), write=write)
@@ -348,34 +353,55 @@ class QdrantStore:
         return models.Filter(must=must or None, must_not=None if without is None else [carries(without)])
 
     def _scroll(self, condition: Any, after: ItemId | None, upto: ItemId | None, limit: int) -> list[ItemId]:
-        found: list[ItemId] = []
+        records = self._records(condition, after, upto, limit, 10_000, fields=False, which=False)
+        return [_plain(record.id) for record in records]
+
+    def _records(
+        self,
+        condition: Any,
+        after: ItemId | None,
+        upto: ItemId | None,
+        limit: int,
+        per_request: int,
+        *,
+        fields: Any,
+        which: Any,
+    ) -> list[Any]:
+        """The next `limit` points that meet the condition, with the payload `fields` and the vectors asked for."""
+        found: list[Any] = []
         # The offset is inclusive and need not exist; what is no id of Qdrant's cannot be one.
         offset: Any = after if after is not None and _can_be_id(after) else None
         beyond = None if after is None else order_key(after)
         last = None if upto is None else order_key(upto)
         while len(found) < limit:
-            size = min(limit - len(found) + 1, 10_000)
+            size = min(limit - len(found) + 1, per_request)
             records, offset = self._ask(
                 lambda client, offset=offset, size=size: client.scroll(  # type: ignore[misc]
                     self._local_name,
                     scroll_filter=condition,
                     limit=size,
                     offset=offset,
-                    with_payload=False,
-                    with_vectors=False,
+                    with_payload=fields,
+                    with_vectors=which,
                     consistency=_majority(),
                 )
             )
             for record in records:
-                item = _plain(record.id)
-                key = order_key(item)
+                key = order_key(_plain(record.id))
                 if last is not None and key > last:
                     return found[:limit]
-                if beyond is None or key > beyond:
-                    found.append(item)
+                # An unnamed vector cannot be asked for in a filter, and a point may lack it.
+                if (beyond is None or key > beyond) and (not which or self._vector_of(record) is not None):
+                    found.append(record)
             if offset is None:
                 break
         return found[: max(limit, 0)]
+
+    def scan(self, *, after: ItemId | None, upto: ItemId | None = None, limit: int) -> Page:
+        """The next `limit` points with vectors and payloads, in one scroll."""
+        which = [self._name] if self._named else True
+        records = self._records(self._filter(), after, upto, limit, self._per_request(), fields=True, which=which)
+        return self._page(records, vectors=True, payload=True)
 
     def read(self, ids: Sequence[ItemId], *, vectors: bool, payload: bool) -> Page:
         """The points as they were written last."""
@@ -394,19 +420,21 @@ class QdrantStore:
             for record in records:
                 if not which or self._vector_of(record) is not None:
                     found[_plain(record.id)] = record
-        there = [item for item in ids if item in found]
-        payloads = [dict(found[item].payload or {}) for item in there]
+        return self._page([found[item] for item in ids if item in found], vectors=vectors, payload=payload)
+
+    def _page(self, records: Sequence[Any], *, vectors: bool, payload: bool) -> Page:
+        payloads = [dict(record.payload or {}) for record in records]
         stamps = [_as_stamp(fields.pop(STAMP, None)) for fields in payloads]
         stacked: Vectors | None = None
         if vectors:
-            stacked = np.array([self._vector_of(found[item]) for item in there], np.float32)
-            stacked = stacked.reshape(len(there), self._params.size)
-        return Page(there, stacked, payloads if payload else None, stamps)
+            stacked = np.array([self._vector_of(record) for record in records], np.float32)
+            stacked = stacked.reshape(len(records), self._params.size)
+        return Page([_plain(record.id) for record in records], stacked, payloads if payload else None, stamps)
 
     def _vector_of(self, record: Any) -> Any:
         if self._named:
             return (record.vector or {}).get(self._name)
-        return record.vector
+        return record.vector or None  # a server gives {} for none
 
     def _parts(self, ids: Sequence[ItemId]) -> Iterator[list[ItemId]]:
         size = self._per_request()
