@@ -15,6 +15,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import logging
+import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -371,31 +372,49 @@ class MilvusStore:
             return "" if after < SMALLEST else f"{self._key} >= {after + 1}"
         return f"{self._key} > {self._literal(after)}"
 
-    def _keys(self, condition: str, after: ItemId | None, upto: ItemId | None, limit: int) -> list[ItemId]:
+    def _upto(self, upto: ItemId | None) -> str | None:
+        """The condition for keys not beyond `upto`; None if there can be none."""
+        if upto is None:
+            return ""
+        if isinstance(upto, str) != self._strings:
+            return "" if isinstance(upto, str) else None
+        if isinstance(upto, int):
+            if upto < SMALLEST:
+                return None
+            return "" if upto >= LARGEST else f"{self._key} < {upto + 1}"
+        return f"{self._key} <= {self._literal(upto)}"
+
+    def _pages(
+        self, condition: str, after: ItemId | None, upto: ItemId | None, limit: int, fields: list[str], size: int
+    ) -> Iterator[list[Row]]:
+        """Up to `limit` rows in the order of the keys, in pages of `size`, as they are when the first is asked for."""
         self._barrier()
-        found: list[ItemId] = []
-        last = None if upto is None else order_key(upto)
-        size = min(limit, PAGE)
-        while len(found) < limit:
-            beyond = self._beyond(after)
-            if beyond is None:
+        inside = self._upto(upto)
+        while limit > 0 and inside is not None and (beyond := self._beyond(after)) is not None:
+            size = min(size, limit)
+            both = " and ".join(f"({part})" for part in (beyond, inside, condition) if part)
+            page = self._query(both, fields=fields, limit=size, ordered=True)
+            page.sort(key=lambda row: order_key(row[self._key]))
+            if page:
+                yield page
+            if len(page) < size:
                 break
-            both = " and ".join(f"({part})" for part in (beyond, condition) if part)
-            page: list[ItemId] = [
-                row[self._key] for row in self._query(both, fields=[self._key], limit=size, ordered=True)
-            ]
-            page.sort(key=order_key)
-            if not page:
-                break
-            after = page[-1]
-            found += itertools.takewhile(lambda item: last is None or order_key(item) <= last, page)
-            if len(page) < size or (last is not None and order_key(after) > last):
-                break
-        return found[: max(limit, 0)]
+            limit -= len(page)
+            after = page[-1][self._key]
+
+    def _keys(self, condition: str, after: ItemId | None, upto: ItemId | None, limit: int) -> list[ItemId]:
+        pages = self._pages(condition, after, upto, limit, [self._key], PAGE)
+        return [row[self._key] for page in pages for row in page]
 
     def scan_ids(self, *, after: ItemId | None, upto: ItemId | None = None, limit: int) -> list[ItemId]:
         """The next `limit` keys in order."""
         return self._keys("", after, upto, limit)
+
+    def scan(self, *, after: ItemId | None, upto: ItemId | None = None, limit: int) -> Page:
+        """The next `limit` rows in order."""
+        pages = self._pages("", after, upto, limit, ["*"], self._fitting)
+        rows = {row[self._key]: row for page in pages for row in page}
+        return self._page(list(rows), rows, vectors=True, payload=True)
 
     def unstamped(self, stamp: str, *, after: ItemId | None, limit: int) -> list[ItemId]:
         """Keys of rows that do not carry the stamp."""
@@ -407,15 +426,8 @@ class MilvusStore:
 
     def _stamps(self, after: ItemId | None) -> Iterator[tuple[ItemId, str | None]]:
         """Every key beyond `after`, in order, with the stamp that holds."""
-        self._barrier()
-        size = max(1, min(PAGE, MESSAGE_BYTES // (4 * self._dim + 200)))
-        while (beyond := self._beyond(after)) is not None:
-            rows = self._query(beyond, fields=[self._key, self._vector, STAMP], limit=size, ordered=True)
-            rows.sort(key=lambda row: order_key(row[self._key]))
-            yield from ((row[self._key], self._stamp_of(row)) for row in rows)
-            if len(rows) < size:
-                break
-            after = rows[-1][self._key]
+        for page in self._pages("", after, None, sys.maxsize, [self._key, self._vector, STAMP], self._fitting):
+            yield from ((row[self._key], self._stamp_of(row)) for row in page)
 
     def _stamp_of(self, row: Row) -> str | None:
         value: str | None = row.get(STAMP)
@@ -431,8 +443,13 @@ class MilvusStore:
         if not self._dynamic:
             raise StoreRejected(f"collection {self._local_name} has no dynamic field to keep stamps in")
 
+    @property
+    def _fitting(self) -> int:
+        """Rows that fit into one request or one answer."""
+        return max(1, min(ROWS, MESSAGE_BYTES // (4 * self._dim + 2_000)))
+
     def _parts(self, ids: Sequence[ItemId]) -> Iterator[list[ItemId]]:
-        size = max(1, min(ROWS, MESSAGE_BYTES // (4 * self._dim + 2_000)))
+        size = self._fitting
         for start in range(0, len(ids), size):
             yield list(ids[start : start + size])
 
