@@ -100,6 +100,8 @@ class InPlace:
     def _unstamped(self, after: ItemId | None, page: int = IDS) -> Iterator[ItemId]:
         while ids := self.source.unstamped(self._stamp, after=after, limit=page):
             yield from ids
+            if len(ids) < page:
+                return
             after = ids[-1]
 
     def take(self, chunk: Chunk, leave: Collection[ItemId]) -> Taken:

@@ -205,6 +205,38 @@ class StoreContract:
             assert list(page.ids) == ids
             assert [dict(payload) for payload in page.payloads or ()] == payloads_of(ids)
 
+    @SLOW
+    @given(data=st.data())
+    def test_what_stays_is_seen_exactly_once_whatever_comes_and_goes(self, make: Make, data: st.DataObject) -> None:
+        """An application inserts and deletes between any two pages."""
+        ids = data.draw(st.lists(self.id_strategy, unique=True, min_size=3, max_size=20))
+        arriving = data.draw(st.lists(self.id_strategy, unique=True, max_size=6).map(set)) - set(ids)
+        leaving = data.draw(st.lists(st.sampled_from(ids), unique=True, max_size=len(ids) - 2))
+        collection = make(ids, unit_vectors(len(ids)), payloads_of(ids))
+        size = data.draw(st.integers(1, 6))
+        whole_items = data.draw(st.booleans())
+        left: set[ItemId] = set()
+        seen: list[ItemId] = []
+        with closing(collection.open(write=False)) as store:
+            while True:
+                after = seen[-1] if seen else None
+                if whole_items:
+                    page = list(store.scan(after=after, limit=size).ids)
+                else:
+                    page = store.scan_ids(after=after, limit=size)
+                if not page:
+                    break
+                seen += page
+                for _ in range(data.draw(st.integers(0, 2))):
+                    if arriving and data.draw(st.booleans()):
+                        item = arriving.pop()
+                        collection.insert([item], unit_vectors(1), payloads_of([item]))
+                    elif leaving:
+                        left.add(leaving[-1])
+                        collection.delete([leaving.pop()])
+        assert seen == sorted(set(seen), key=order_key)
+        assert set(ids) - left <= set(seen)
+
     def test_ids_come_back_as_plain_python(self, store: Store) -> None:
         found = [*everything(store), *store.sample(3, seed=0), *store.search(unit_vectors(1), 3).ids[0]]
         assert {type(item) for item in found} in ({int}, {str})
