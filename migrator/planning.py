@@ -74,10 +74,10 @@ def make_plan(project: Project, report: Callable[[int, int], None] = lambda _don
         info = store.describe()
         capabilities = store.capabilities
         _check_collection(project, info)
-        if settings.rollout.strategy == "in_place" and not capabilities.stamps:
+        if settings.rollout.strategy == "in_place" and not (capabilities.stamps or can_log_stamps(capabilities)):
             raise Refused(
-                f"collection {info.name} has no room for stamps, by which in_place finds what an application changed: "
-                "set rollout.strategy to shadow"
+                f"collection {info.name} has no room for stamps and does not give vectors back as they were written, "
+                "so what an application changes could not be found: set rollout.strategy to shadow"
             )
         old = project.load(project.old_spec())
         new = _new_or_untrained(project)
@@ -157,7 +157,10 @@ def describe_capabilities(can: Capabilities) -> list[str]:
         visible,
         "stamps lie beside the vectors: an application's own writes are found by their missing stamp"
         if can.stamps
-        else "the schema has no room for stamps, without which an application's writes cannot be found in place",
+        else "the schema has no room for stamps: in place they are kept as digests in the artifacts folder, and every "
+        "look for an application's own writes reads all vectors"
+        if can_log_stamps(can)
+        else "there is no room for stamps, without which an application's writes cannot be found in place",
         "a vector is replaced without touching the rest of its item"
         if can.partial_update
         else "in place, whole items are written anew: read right before and checked right after, so that deletions and "
@@ -173,6 +176,11 @@ def describe_capabilities(can: Capabilities) -> list[str]:
     ]
 
 
+def can_log_stamps(can: Capabilities) -> bool:
+    """Whether a stamp log, which knows vectors by their bits, can stand in for stamps in the store."""
+    return can.exact_vectors and not can.normalises
+
+
 def recommend(can: Capabilities, *, same_dim: bool) -> tuple[str, str]:
     """The strategy that suits a store, and why."""
     if not same_dim:
@@ -181,8 +189,8 @@ def recommend(can: Capabilities, *, same_dim: bool) -> tuple[str, str]:
         return "shadow", "this index cannot be changed in place, so nothing is gained before a rebuild"
     if not can.exact_vectors:
         return "shadow", "this index keeps approximations, which an undo log cannot improve upon"
-    if not can.stamps:
-        return "shadow", "the schema has no room for stamps, which in_place needs"
+    if not (can.stamps or can_log_stamps(can)):
+        return "shadow", "the store has no room for stamps, which in_place needs"
     if not can.partial_update:
         return "shadow", "whole items are written here, and what an application writes at that moment could be lost"
     return "in_place", "half the space, and every re-embedded item counts from the moment it is written"
@@ -191,7 +199,7 @@ def recommend(can: Capabilities, *, same_dim: bool) -> tuple[str, str]:
 def check_unmixed(project: Project, store: Store, old_encoder_id: str, new_encoder_id: str | None) -> None:
     """Refuses a collection that holds vectors of a migration which this ledger knows nothing of."""
     if not store.capabilities.stamps:
-        return  # nothing has ever been written into it in place
+        return  # what an unknown migration left there cannot be told
     stamps = store.read(store.sample(SAMPLE, seed=SEED), vectors=False, payload=False).stamps
     foreign = {stamp for stamp in stamps if stamp not in (None, old_encoder_id)}
     if new_encoder_id is not None and new_encoder_id != old_encoder_id and store.count(stamp=new_encoder_id):

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from migrator.backfill.copies import CopyLog
-from migrator.backfill.files import ChunkFiles
+from migrator.backfill.files import ChunkFiles, LogFiles
+from migrator.backfill.stamps import StampLog, stamped_beside
 from migrator.backfill.undo import UndoLog
 from migrator.config import Config, Encoder, find_migration, load_config
 from migrator.config import Migration as Settings
@@ -88,6 +89,15 @@ class Project:
         """The copy log of a migration."""
         return CopyLog(ChunkFiles(self.config.artifacts, self.name, "copy", migration.key))
 
+    def stamp_log(self, migration: Migration) -> StampLog:
+        """The stamp log of a migration whose store keeps no stamps."""
+        return StampLog(LogFiles(self.config.artifacts, self.name, "stamps", migration.key))
+
+    @staticmethod
+    def _needs_stamp_log(migration: Migration) -> bool:
+        going_on = migration.state in ("active", "rolling_back")
+        return migration.strategy == "in_place" and (going_on or (migration.state == "finished" and migration.old_kept))
+
     # -- store, images, encoders ------------------------------------------------------------------------------------
 
     @contextmanager
@@ -107,6 +117,11 @@ class Project:
                 # The cutover has moved the alias, and the collection that is migrated stays the one it was.
                 shadow, store = store, store.sibling(migration.source)
                 shadow.close()
+            if migration is not None and self._needs_stamp_log(migration) and not store.capabilities.stamps:
+                log = self.stamp_log(migration)
+                if self.ledger.counts(migration.id).by_state.get("done"):
+                    log.check()
+                store = stamped_beside(store, log)
             yield store
         finally:
             store.close()

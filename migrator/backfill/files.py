@@ -11,8 +11,8 @@ if TYPE_CHECKING:
     from migrator.ledger import Chunk
 
 
-class ChunkFiles:
-    """One Parquet file a chunk, under `<artifacts>/<name>/<kind>-<key>/`: a local folder, or any fsspec URL.
+class LogFiles:
+    """Files in a folder of their own, `<artifacts>/<name>/<kind>-<key>/`: a local one, or any fsspec URL.
 
     `key` must be the migration's own for ever: a ledger that begins anew must not find the files of an earlier one.
     """
@@ -25,13 +25,24 @@ class ChunkFiles:
         self._kind = kind
         self.folder = f"{root.rstrip('/')}/{name}/{kind}-{key}"
 
-    def path(self, chunk: Chunk) -> str:
-        """Where a chunk's file lies, whether there is one or not."""
-        return f"{self.folder}/{chunk.pass_number:04d}-{chunk.ordinal:08d}.parquet"
+    def path(self, name: str) -> str:
+        """Where a file lies, whether there is one or not."""
+        return f"{self.folder}/{name}"
 
-    def read(self, chunk: Chunk) -> bytes | None:
-        """The content of a chunk's file; None if there is none. Raises `Unavailable`."""
-        path = self.path(chunk)
+    def names(self) -> list[str]:
+        """The names of all files, sorted. Raises `Unavailable`."""
+        self._fs.invalidate_cache()
+        try:
+            found = self._fs.ls(self.folder, detail=False)
+        except FileNotFoundError:
+            return []
+        except OSError as error:
+            raise Unavailable(f"{self._kind} log {self.folder}: {error.strerror or error}; try again") from error
+        return sorted(name for path in found if (name := path.rsplit("/", 1)[-1]).endswith(".parquet"))
+
+    def read(self, name: str) -> bytes | None:
+        """The content of a file; None if there is none. Raises `Unavailable`."""
+        path = self.path(name)
         try:
             content: bytes = self._fs.cat_file(path)
         except FileNotFoundError:
@@ -40,9 +51,9 @@ class ChunkFiles:
             raise Unavailable(f"{self._kind} log {path}: {error.strerror or error}; try again") from error
         return content
 
-    def write(self, chunk: Chunk, content: bytes) -> None:
-        """Makes a chunk's file durable, whole or not at all. Raises `Unavailable`."""
-        path = self.path(chunk)
+    def write(self, name: str, content: bytes) -> None:
+        """Makes a file durable, whole or not at all. Raises `Unavailable`."""
+        path = self.path(name)
         try:
             if self._local:
                 _make_folder_durably(self.folder)
@@ -56,9 +67,37 @@ class ChunkFiles:
             ) from error
 
     def drop(self) -> None:
-        """Deletes the files of all chunks."""
+        """Deletes all files."""
         if self._fs.exists(self.folder):
             self._fs.rm(self.folder, recursive=True)
+
+
+class ChunkFiles:
+    """One Parquet file a chunk."""
+
+    def __init__(self, artifacts: str, name: str, kind: str, key: str) -> None:
+        self._files = LogFiles(artifacts, name, kind, key)
+        self.folder = self._files.folder
+
+    def path(self, chunk: Chunk) -> str:
+        """Where a chunk's file lies, whether there is one or not."""
+        return self._files.path(_name(chunk))
+
+    def read(self, chunk: Chunk) -> bytes | None:
+        """The content of a chunk's file; None if there is none. Raises `Unavailable`."""
+        return self._files.read(_name(chunk))
+
+    def write(self, chunk: Chunk, content: bytes) -> None:
+        """Makes a chunk's file durable, whole or not at all. Raises `Unavailable`."""
+        self._files.write(_name(chunk), content)
+
+    def drop(self) -> None:
+        """Deletes the files of all chunks."""
+        self._files.drop()
+
+
+def _name(chunk: Chunk) -> str:
+    return f"{chunk.pass_number:04d}-{chunk.ordinal:08d}.parquet"
 
 
 def _write_durably(path: str, content: bytes) -> None:

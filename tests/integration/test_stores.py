@@ -48,6 +48,10 @@ def canary(migrator: Call) -> None:
 
 
 def test_in_place_there_and_back(kind: Kind, migrator: Call) -> None:
+    in_place_there_and_back(kind, migrator)
+
+
+def in_place_there_and_back(kind: Kind, migrator: Call) -> None:
     before = kind.items()
     assert expected(kind, "old")
     to_prepared(migrator)
@@ -209,17 +213,50 @@ def test_a_shadow_may_have_another_dimension(
     assert expected(kind, "old")
 
 
-def test_in_place_needs_room_for_stamps(world: World, migrator: Call, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.fixture
+def without_room(world: World) -> Kind:
+    """A collection whose schema has no room for stamps."""
     kind = MilvusLite(world, dynamic=False)
     kind.use()
-    assert migrator("plan") == 3
-    assert "set rollout.strategy to shadow" in capsys.readouterr().err
-    shadow = prepared_shadow(world, migrator)
+    return kind
+
+
+def test_in_place_without_room_for_stamps(
+    without_room: Kind, world: World, migrator: Call, capsys: pytest.CaptureFixture[str]
+) -> None:
+    kind, before = without_room, without_room.items()
+    assert migrator("plan") == 0
+    assert "kept as digests in the artifacts folder" in capsys.readouterr().out
+    in_place_there_and_back(kind, migrator)
+    after = kind.items()
+    assert {item: after[item] for item in set(before) - {2, 3}} == {item: before[item] for item in set(before) - {2, 3}}
+    assert not list((world.folder / "artifacts").rglob("stamps-*"))
+
+
+def test_a_stamp_log_that_lost_files(
+    without_room: Kind, world: World, migrator: Call, capsys: pytest.CaptureFixture[str]
+) -> None:
+    to_prepared(migrator)
+    canary(migrator)
     assert migrator("rollout", "--stage", "backfill") == 0
-    assert migrator("backfill") == 0
-    assert expected(kind, "new", shadow)
+    assert migrator("backfill", "--max-items", "30") == 0
+    (folder,) = (world.folder / "artifacts").rglob("stamps-*")
+    kept = sorted(folder.iterdir())[0]
+    content = kept.read_bytes()
+    halves = [lambda: kept.unlink(), lambda: kept.write_bytes(content[: len(content) // 2])]
+    for damage in halves:
+        damage()
+        items = without_room.items()
+        capsys.readouterr()
+        for verb in ("backfill", "rollback"):
+            assert migrator(verb) == 3
+            error = capsys.readouterr().err
+            assert "restore this" in error
+            assert "Traceback" not in error
+        assert without_room.items() == items
+        kept.write_bytes(content)
     assert migrator("rollback") == 0
-    assert expected(kind, "old")
+    assert expected(without_room, "old")
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,8 @@ PLAIN = Capabilities(
         ({}, False, "shadow", "another length"),
         ({"update_in_place": False, "visible": "at_cutover"}, True, "shadow", "cannot be changed in place"),
         ({"exact_vectors": False}, True, "shadow", "approximations"),
-        ({"stamps": False}, True, "shadow", "stamps"),
+        ({"stamps": False}, True, "in_place", "half the space"),
+        ({"stamps": False, "normalises": True}, True, "shadow", "stamps"),
         ({"partial_update": False}, True, "shadow", "whole items"),
     ],
 )
