@@ -8,6 +8,7 @@ off leaves a claim, which is not the stamp. A local folder has no other writers:
 
 from __future__ import annotations
 
+import json
 import threading
 import uuid
 import warnings
@@ -42,9 +43,12 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 STAMP = "_migrator"
-KEYS = ("kind", "url", "api_key", "grpc", "path", "engine", "collection", "vector", "timeout")
+KEYS = ("kind", "url", "api_key", "grpc", "grpc_port", "path", "engine", "collection", "vector", "timeout")
 REQUEST_BYTES = 8 << 20  # the server takes 32 MiB; a float in JSON has about 12 bytes
-CONDITIONAL = (1, 16)  # the first server version with update_filter
+OLDEST = (1, 10)  # the first server version that answers as the client asks (query/batch)
+NAMED_SINCE = (1, 13)  # the first that can be asked which points have a certain vector
+CONDITIONAL = (1, 16)  # the first with update_filter
+SHRUGS = 5  # times that a server may miss a point which it has
 METRICS: Mapping[str, Metric] = {"Cosine": "cosine", "Dot": "ip", "Euclid": "l2"}
 
 
@@ -76,20 +80,8 @@ def open_store(config: Mapping[str, Any], *, write: bool) -> Store:
 def _connect(config: Mapping[str, Any]) -> Connection:
     from qdrant_client import QdrantClient
 
-    timeout = int(config.get("timeout", 30))
     if "url" in config:
-        where = str(config["url"])
-        client = _translated(
-            where,
-            lambda: QdrantClient(
-                url=where,
-                api_key=config.get("api_key"),
-                prefer_grpc=bool(config.get("grpc", False)),
-                timeout=timeout,
-                check_compatibility=False,
-            ),
-        )
-        return Connection(client, where.split("@")[-1].rstrip("/"), local=False)
+        return _reach(config)
     folder = Path(config["path"]).absolute()
     if not (folder / "meta.json").is_file():
         raise StoreRejected(f"{folder} holds no local Qdrant: correct `path` of the store")
@@ -98,6 +90,45 @@ def _connect(config: Mapping[str, Any]) -> Connection:
     warnings.filterwarnings("ignore", message="Local mode is not recommended", category=UserWarning)
     client = _translated(str(folder), lambda: QdrantClient(path=str(folder), force_disable_check_same_thread=True))
     return Connection(client, str(folder), local=True)
+
+
+def _reach(config: Mapping[str, Any]) -> Connection:
+    """A connection to the server at `url`, which must be a Qdrant."""
+    from qdrant_client import QdrantClient
+
+    url, key = str(config["url"]), config.get("api_key")
+    where = url.split("@")[-1].rstrip("/")
+    if not url.startswith(("http://", "https://")):
+        raise StoreRejected(f"`url` of a qdrant store is http://HOST:PORT or https://HOST:PORT, not {where!r}")
+    if key is not None and not (isinstance(key, str) and key.isascii() and key.isprintable() and key.strip() == key):
+        # The client would put it into an error message, and call it a broken connection.
+        raise StoreRejected("`api_key` of a qdrant store has characters that no key has, perhaps the end of a line")
+    # `plan` says so, once, and not as a warning among other lines.
+    warnings.filterwarnings("ignore", message="Api key is used with an insecure connection", category=UserWarning)
+    client = _translated(
+        where,
+        lambda: QdrantClient(
+            url=url,
+            api_key=key,
+            prefer_grpc=bool(config.get("grpc", False)),
+            grpc_port=int(config.get("grpc_port", 6334)),
+            timeout=int(config.get("timeout", 30)),
+            check_compatibility=False,
+        ),
+    )
+    connection = Connection(client, where, local=False, exposed=key is not None and url.startswith("http://"))
+    try:
+        connection.version()
+    except _Denied:
+        connection.let_go()
+        raise
+    except (_Foreign, StoreRejected) as error:
+        connection.let_go()
+        raise StoreRejected(f"{where} does not answer like a Qdrant: correct `url` of the store") from error
+    except BaseException:
+        connection.let_go()
+        raise
+    return connection
 
 
 def _check_free(folder: Path) -> None:
@@ -117,8 +148,12 @@ def _check_free(folder: Path) -> None:
 class Connection:
     """A client that several stores share. The last one closes it."""
 
-    def __init__(self, client: QdrantClient, where: str, *, local: bool, keep: bool = False) -> None:
+    def __init__(
+        self, client: QdrantClient, where: str, *, local: bool, keep: bool = False, exposed: bool = False
+    ) -> None:
         self.client, self.where, self.local = client, where, local
+        self.exposed = exposed  # the api key travels unencrypted
+        self._version: str | None = None
         self._guard = threading.RLock() if local else nullcontext()  # the local client is not made for threads
         self._users = 2 if keep else 1  # `keep`: somebody else closes it
 
@@ -138,13 +173,39 @@ class Connection:
         with self._guard:
             return _translated(self.where, lambda: call(self.client))
 
+    def version(self) -> str:
+        """Version of the server, asked for once; of the client, for a folder."""
+        if self._version is None:
+            info = self.ask(lambda client: client.info())
+            if "qdrant" not in info.title:
+                raise _Foreign(f"{self.where} calls itself {_short(info.title)}")
+            self._version = str(info.version)
+        return self._version
+
+    def release(self) -> tuple[int, ...]:
+        """Its first two numbers."""
+        return tuple(int(part) for part in self.version().split("-")[0].split(".")[:2] if part.isdigit())
+
 
 class _Missing(Exception):
     """A point that a request names does not exist; the others were written."""
 
 
+class _Foreign(StoreUnavailable):
+    """What answered does not speak like a Qdrant: another server, or a proxy that stands before it."""
+
+
+class _Denied(StoreRejected):
+    """Wrong credentials."""
+
+
+class _BadRequest(StoreRejected):
+    """Something in this request is wrong, perhaps a single point."""
+
+
 def _translated(where: str, call: Callable[[], T]) -> T:
     import grpc
+    from pydantic import ValidationError
     from qdrant_client.common.client_exceptions import QdrantException, ResourceExhaustedResponse
     from qdrant_client.http.exceptions import ResponseHandlingException, UnexpectedResponse
 
@@ -154,7 +215,11 @@ def _translated(where: str, call: Callable[[], T]) -> T:
         raise StoreUnavailable(f"{where} is overloaded", retry_after=error.retry_after_s) from error
     except UnexpectedResponse as error:
         raise _of_status(where, error.status_code or 500, error.content, error.headers.get("Retry-After")) from error
-    except (ResponseHandlingException, QdrantException) as error:
+    except ResponseHandlingException as error:
+        if isinstance(error.source, ValidationError):
+            raise _Foreign(f"{where} answered with something that is not Qdrant's: is it a Qdrant?") from error
+        raise StoreUnavailable(f"{where} did not answer: {_short(error.source)}") from error
+    except QdrantException as error:
         raise StoreUnavailable(f"{where} did not answer: {_short(error)}") from error
     except grpc.RpcError as error:
         raise _of_rpc(where, error) from error
@@ -164,24 +229,35 @@ def _translated(where: str, call: Callable[[], T]) -> T:
         if "already accessed" in str(error):
             raise StoreBusy(f"{where} is open in another process") from error
         raise StoreUnavailable(f"{where} did not answer: {_short(error)}") from error
-    except (ValueError, TypeError, AssertionError) as error:
-        if type(error).__name__ == "JSONDecodeError":
-            raise StoreUnavailable(f"{where} answered with something that is not JSON: is it a Qdrant?") from error
-        raise StoreRejected(f"{where} refused: {_short(error)}") from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise _Foreign(f"{where} answered with something that is not JSON: is it a Qdrant?") from error
+    except AssertionError as error:  # the client's word for an answer without a result
+        raise _Foreign(f"{where} answered with nothing: {_short(error)}") from error
+    except (ValueError, TypeError) as error:
+        raise _BadRequest(f"{where} refused: {_short(error)}") from error
     except OSError as error:
         raise StoreUnavailable(f"{where} did not answer: {_short(error)}") from error
 
 
 def _of_status(where: str, status: int, content: bytes, retry_after: str | None) -> Exception:
-    said = _short(content.decode(errors="replace"))
+    said = _said(content)
     if status in (401, 403):
-        return StoreRejected(f"{where} refuses these credentials: correct `api_key`")
+        return _Denied(f"{where} refuses these credentials ({said}): correct `api_key` of the store")
     if status == 404 and "No point" in said:
         return _Missing(said)
-    if status == 429 or status >= 500:
+    if status in (408, 429) or status >= 500:
         advised = float(retry_after) if retry_after and retry_after.isdigit() else None
         return StoreUnavailable(f"{where} answered with status {status}: {said}", retry_after=advised)
-    return StoreRejected(f"{where} refused with status {status}: {said}")
+    kind = _BadRequest if status in (400, 413, 422) else StoreRejected
+    return kind(f"{where} refused with status {status}: {said}")
+
+
+def _said(content: bytes) -> str:
+    """The error in a server's answer."""
+    try:
+        return _short(json.loads(content)["status"]["error"])
+    except (ValueError, LookupError, TypeError):
+        return _short(content.decode(errors="replace"))
 
 
 def _of_rpc(where: str, error: Any) -> Exception:
@@ -189,7 +265,7 @@ def _of_rpc(where: str, error: Any) -> Exception:
 
     code, said = error.code(), _short(error.details() or "")
     if code in (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED):
-        return StoreRejected(f"{where} refuses these credentials: correct `api_key`")
+        return _Denied(f"{where} refuses these credentials ({said}): correct `api_key` of the store")
     if code == grpc.StatusCode.NOT_FOUND and "No point" in said:
         return _Missing(said)
     passing = (
@@ -198,7 +274,8 @@ def _of_rpc(where: str, error: Any) -> Exception:
     )  # fmt: skip
     if code in passing:
         return StoreUnavailable(f"{where} did not answer ({code.name}): {said}")
-    return StoreRejected(f"{where} refused ({code.name}): {said}")
+    kind = _BadRequest if code in (grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.OUT_OF_RANGE) else StoreRejected
+    return kind(f"{where} refused ({code.name}): {said}")
 
 
 def _short(error: object) -> str:
@@ -226,10 +303,16 @@ class QdrantStore:
 
     def _resolve(self, collection: str) -> tuple[str, str | None]:
         """The collection's own name, and the alias if it was that."""
-        if collection in self._collections():
+        there = self._collections()
+        if collection in there:
             return collection, None
         for found in self._connection.ask(lambda client: client.get_aliases()).aliases:
             if found.alias_name == collection:
+                if found.collection_name not in there:
+                    raise StoreRejected(
+                        f"the alias {collection!r} leads to {found.collection_name!r}, which is no collection of "
+                        f"{self._connection.where}"
+                    )
                 return found.collection_name, collection
         raise StoreRejected(
             f"{self._connection.where} has no collection or alias {collection!r}: correct `collection` of the store"
@@ -262,6 +345,12 @@ class QdrantStore:
         if params.distance.value not in METRICS:
             known = ", ".join(METRICS)
             raise StoreRejected(f"{where} has the distance {params.distance.value}, known are {known}")
+        oldest = NAMED_SINCE if name else OLDEST
+        if not self._connection.local and self._connection.release() < oldest:
+            raise StoreRejected(
+                f"{self._connection.where} is a Qdrant {self._connection.version()}: migrating "
+                f"{'a named' if name else 'a'} vector needs {'.'.join(map(str, oldest))} or newer"
+            )
         return name, params
 
     @property
@@ -277,6 +366,8 @@ class QdrantStore:
                 "this server has no conditional updates (1.16 has): an upsert of the application within the "
                 "milliseconds of a write is found only if it changes the payload"
             )
+        if self._connection.exposed:
+            notes.append("the api key travels over http, where others can read it: use https")
         if local:
             notes.append("a local folder is open in one process at a time: stop the application for each run")
         datatype = getattr(self._params.datatype, "value", self._params.datatype) or "float32"
@@ -293,11 +384,7 @@ class QdrantStore:
         )
 
     def _conditional(self) -> bool:
-        version = self._version().split("-")[0].split(".")
-        return tuple(int(part) for part in version[:2] if part.isdigit()) >= CONDITIONAL
-
-    def _version(self) -> str:
-        return str(self._ask(lambda client: client.info()).version)
+        return self._connection.release() >= CONDITIONAL
 
     def describe(self) -> CollectionInfo:
         """Facts of the collection as it is now. The schema is taken from the first points' payloads."""
@@ -322,7 +409,7 @@ class QdrantStore:
             metric=METRICS[self._params.distance.value],
             count=self.count(),
             index="brute force (local)" if self._connection.local else index,
-            server=f"qdrant {'client ' if self._connection.local else ''}{self._version()}",
+            server=f"qdrant {'client ' if self._connection.local else ''}{self._connection.version()}",
             schema=schema,
             alias=self._alias,
         )
@@ -373,6 +460,7 @@ class QdrantStore:
         offset: Any = after if after is not None and _can_be_id(after) else None
         beyond = None if after is None else order_key(after)
         last = None if upto is None else order_key(upto)
+        reached: tuple[bool, int, str] | None = None
         while len(found) < limit:
             size = min(limit - len(found) + 1, per_request)
             records, offset = self._ask(
@@ -388,6 +476,9 @@ class QdrantStore:
             )
             for record in records:
                 key = order_key(_plain(record.id))
+                if reached is not None and key <= reached:
+                    raise StoreRejected(f"{self._where()} gives its points out of order: {record.id} comes again")
+                reached = key
                 if last is not None and key > last:
                     return found[:limit]
                 # An unnamed vector cannot be asked for in a filter, and a point may lack it.
@@ -395,6 +486,8 @@ class QdrantStore:
                     found.append(record)
             if offset is None:
                 break
+            if not records:
+                raise StoreRejected(f"{self._where()} gives an empty page and says that there are more")
         return found[: max(limit, 0)]
 
     def scan(self, *, after: ItemId | None, upto: ItemId | None = None, limit: int) -> Page:
@@ -420,6 +513,9 @@ class QdrantStore:
             for record in records:
                 if not which or self._vector_of(record) is not None:
                     found[_plain(record.id)] = record
+        missing = [item for item in possible if item not in found]
+        if missing and not self._connection.local and (left := self._count(self._filter(ids=missing))):
+            raise StoreUnavailable(f"{self._where()} gave {left} points less than were asked for and are there")
         return self._page([found[item] for item in ids if item in found], vectors=vectors, payload=payload)
 
     def _page(self, records: Sequence[Any], *, vectors: bool, payload: bool) -> Page:
@@ -427,9 +523,29 @@ class QdrantStore:
         stamps = [_as_stamp(fields.pop(STAMP, None)) for fields in payloads]
         stacked: Vectors | None = None
         if vectors:
-            stacked = np.array([self._vector_of(record) for record in records], np.float32)
-            stacked = stacked.reshape(len(records), self._params.size)
+            stacked = self._stacked(records)
         return Page([_plain(record.id) for record in records], stacked, payloads if payload else None, stamps)
+
+    def _stacked(self, records: Sequence[Any]) -> Vectors:
+        dim = self._params.size
+        try:
+            vectors = np.array([self._vector_of(record) for record in records], np.float32).reshape(len(records), dim)
+        except (ValueError, TypeError) as error:
+            for record in records:
+                if np.shape(self._vector_of(record)) != (dim,):
+                    raise StoreRejected(
+                        f"{self._where()} gave point {record.id} a vector that is not {dim} numbers"
+                    ) from error
+            raise
+        # Over REST it could not be put back, and no search finds it.
+        finite = np.logical_and.reduce(np.isfinite(vectors), axis=1)
+        if not finite.all():
+            item = records[int(np.flatnonzero(~finite)[0])].id
+            raise StoreRejected(f"{self._where()} holds a vector that is not finite, of point {item}: mend it first")
+        return vectors
+
+    def _where(self) -> str:
+        return f"collection {self._local_name} of {self._connection.where}"
 
     def _vector_of(self, record: Any) -> Any:
         if self._named:
@@ -446,7 +562,9 @@ class QdrantStore:
 
     def count(self, *, stamp: str | None = None) -> int:
         """Exact number of points; with `stamp`, of those that carry it."""
-        condition = self._filter(stamp=stamp)
+        return self._count(self._filter(stamp=stamp))
+
+    def _count(self, condition: Any) -> int:
         return int(self._ask(lambda client: client.count(self._local_name, count_filter=condition, exact=True)).count)
 
     def sample(self, n: int, *, seed: int) -> list[ItemId]:
@@ -508,11 +626,19 @@ class QdrantStore:
                 outcome = self._write_whole(part, rows, batch, stamp, before, rejected)
             else:
                 outcome = self._write_claimed(part, rows, batch, stamp, before, rejected)
-            written += outcome[0]
-            gone += outcome[1]
-            changed += outcome[2]
+            written += outcome.written
+            gone += outcome.gone
+            changed += outcome.changed
+            rejected.update(outcome.rejected)
         lost = set(gone)
         return WriteReport(written, gone, {item: why for item, why in rejected.items() if item not in lost}, changed)
+
+    def _change(self, call: Callable[[QdrantClient], Any]) -> None:
+        """Makes a change, and sees that it was made and not only noted for later."""
+        result = self._ask(call)
+        status = getattr(getattr(result, "status", None), "value", None)
+        if status != "completed":
+            raise StoreUnavailable(f"{self._where()} took a change and has not made it yet ({status})")
 
     def _has_more_vectors(self) -> bool:
         from qdrant_client import models
@@ -522,9 +648,14 @@ class QdrantStore:
         return several or bool(params.sparse_vectors)
 
     def _sort(
-        self, part: Sequence[ItemId], before: Mapping[ItemId, Any] | None, rejected: Mapping[ItemId, str]
-    ) -> tuple[dict[ItemId, Payload], list[ItemId], list[ItemId], dict[ItemId, str | None]]:
-        """Payloads of the points to write, those that are gone, those that changed, and the stamps as they are."""
+        self,
+        part: Sequence[ItemId],
+        rows: Mapping[ItemId, int],
+        vectors: Vectors,
+        before: Mapping[ItemId, Any] | None,
+        rejected: Mapping[ItemId, str],
+    ) -> tuple[dict[ItemId, Payload], list[ItemId], list[ItemId]]:
+        """Payloads of the points to write, those that are gone, and those that changed."""
         page = self.read(part, vectors=before is not None, payload=True)
         assert page.payloads is not None
         now = dict(zip(page.ids, page.payloads, strict=True))
@@ -532,10 +663,25 @@ class QdrantStore:
         changed: list[ItemId] = []
         if before is not None:
             found = _contents(page)
-            changed = [item for item in now if item not in rejected and found[item] != before.get(item)]
+            changed = [
+                item
+                for item in now
+                if item not in rejected
+                and found[item] != before.get(item)
+                and not self._half_done(found[item], before.get(item), vectors[rows[item]])
+            ]
         leave = {*changed, *rejected}
         to_write = {item: payload for item, payload in now.items() if item not in leave}
-        return to_write, gone, changed, dict(zip(page.ids, page.stamps, strict=True))
+        return to_write, gone, changed
+
+    def _half_done(self, now: tuple[bytes, Payload], before: tuple[bytes, Payload] | None, new: Vectors) -> bool:
+        """Whether all that changed is that the new vector is there, from a call that was cut off and is repeated."""
+        if before is None or now[1] != before[1]:
+            return False
+        target = new.astype(np.float64)
+        if METRICS[self._params.distance.value] == "cosine" and target.any():
+            target /= np.linalg.norm(target)
+        return bool(np.allclose(np.frombuffer(now[0], np.float32), target, rtol=0, atol=1e-6))
 
     def _write_whole(
         self,
@@ -545,20 +691,19 @@ class QdrantStore:
         stamp: str | None,
         before: Mapping[ItemId, Any] | None,
         rejected: Mapping[ItemId, str],
-    ) -> tuple[list[ItemId], list[ItemId], list[ItemId]]:
+    ) -> WriteReport:
         """Vector, payload and stamp of a point in one write. Only where nobody else can write at the same time."""
         from qdrant_client import models
 
-        to_write, gone, changed, _ = self._sort(part, before, rejected)
+        to_write, gone, changed = self._sort(part, rows, vectors, before, rejected)
         points = [
             models.PointStruct(
                 id=item, vector=self._as_vector(vectors[rows[item]]), payload=_with_stamp(payload, stamp)
             )
             for item, payload in to_write.items()
         ]
-        if points:
-            self._ask(lambda client: client.upsert(self._local_name, points, wait=True))
-        return list(to_write), gone, changed
+        refused = self._upsert(points) if points else {}
+        return WriteReport([item for item in to_write if item not in refused], gone, refused, changed)
 
     def _write_claimed(
         self,
@@ -568,7 +713,7 @@ class QdrantStore:
         stamp: str | None,
         before: Mapping[ItemId, Any] | None,
         rejected: Mapping[ItemId, str],
-    ) -> tuple[list[ItemId], list[ItemId], list[ItemId]]:
+    ) -> WriteReport:
         """Vectors and stamps on the condition that a claim stands, which an upsert of somebody else removes."""
         from qdrant_client import models
 
@@ -578,29 +723,32 @@ class QdrantStore:
         if stamp is not None:
             self._despite_missing(
                 remaining,
-                lambda items: self._ask(
+                lambda items: self._change(
                     lambda client: client.set_payload(self._local_name, {STAMP: claim}, points=_ids(items), wait=True)
                 ),
             )
-        to_write, gone, changed, _ = self._sort(part, before, rejected)
+        to_write, gone, changed = self._sort(part, rows, vectors, before, rejected)
         if stamp is not None and changed:
             self._clear(changed)
-        points = list(to_write)
-        if not points:
-            return [], gone, changed
         claimed = self._filter(stamp=claim)
 
         def put(items: list[ItemId]) -> None:
             these = [models.PointVectors(id=item, vector=self._as_vector(vectors[rows[item]])) for item in items]
             condition = {"update_filter": claimed} if stamp is not None and self._conditional() else {}
-            self._ask(lambda client: client.update_vectors(self._local_name, these, wait=True, **condition))
+            self._change(lambda client: client.update_vectors(self._local_name, these, wait=True, **condition))
 
-        self._despite_missing(points, put)
+        refused = self._put_all(list(to_write), put)
+        if refused:
+            self._clear(list(refused))
+        points = [item for item in to_write if item not in refused]
+        if not points:
+            return WriteReport((), gone, refused, changed)
         if stamp is None:
             self._clear(points)
             there = set(self.read(points, vectors=False, payload=False).ids)
-            return [item for item in points if item in there], [*gone, *(i for i in points if i not in there)], changed
-        self._ask(
+            lost = [item for item in points if item not in there]
+            return WriteReport([item for item in points if item in there], [*gone, *lost], refused, changed)
+        self._change(
             lambda client: client.set_payload(
                 self._local_name, {STAMP: stamp}, points=self._filter(stamp=claim, ids=points), wait=True
             )
@@ -616,24 +764,41 @@ class QdrantStore:
             late += overwritten
         lost = [item for item in points if item not in stamps]
         done = [item for item in points if item in stamps and item not in set(late)]
-        return done, [*gone, *lost], [*changed, *late]
+        return WriteReport(done, [*gone, *lost], refused, [*changed, *late])
+
+    def _put_all(self, items: list[ItemId], put: Callable[[list[ItemId]], None]) -> dict[ItemId, str]:
+        """Writes items; halves a batch that is refused, down to the item that is to blame, and says which were."""
+        if not items:
+            return {}
+        try:
+            self._despite_missing(items, put)
+        except _BadRequest as refusal:
+            if len(items) == 1:
+                return {items[0]: str(refusal)}
+            half = len(items) // 2
+            return {**self._put_all(items[:half], put), **self._put_all(items[half:], put)}
+        return {}
 
     def _despite_missing(self, items: Sequence[ItemId], change: Callable[[list[ItemId]], Any]) -> None:
         """Makes a change to those points that exist; a point that goes meanwhile must not stop the others."""
         remaining = list(items)
+        shrugs = 0
         while remaining:
             try:
                 change(remaining)
                 return
-            except _Missing:
+            except _Missing as missing:
                 there = set(self.read(remaining, vectors=False, payload=False).ids)
+                shrugs += len(there) == len(remaining)
+                if shrugs > SHRUGS:  # a point may come back, but not over and over
+                    raise StoreUnavailable(f"{self._where()} misses points that it has: {missing}") from missing
                 remaining = [item for item in remaining if item in there]
 
     def _clear(self, items: Sequence[ItemId]) -> None:
         """Takes the stamps of these points away."""
         self._despite_missing(
             items,
-            lambda these: self._ask(
+            lambda these: self._change(
                 lambda client: client.delete_payload(self._local_name, [STAMP], points=_ids(these), wait=True)
             ),
         )
@@ -644,7 +809,7 @@ class QdrantStore:
 
         if self._indexed or self._connection.local:
             return
-        self._ask(
+        self._change(
             lambda client: client.create_payload_index(
                 self._local_name, STAMP, field_schema=models.PayloadSchemaType.KEYWORD, wait=True
             )
@@ -665,9 +830,9 @@ class QdrantStore:
         from qdrant_client import models
 
         carrying = models.Filter(must_not=[models.IsEmptyCondition(is_empty=models.PayloadField(key=STAMP))])
-        self._ask(lambda client: client.delete_payload(self._local_name, [STAMP], points=carrying, wait=True))
+        self._change(lambda client: client.delete_payload(self._local_name, [STAMP], points=carrying, wait=True))
         if not self._connection.local:
-            self._ask(lambda client: client.delete_payload_index(self._local_name, STAMP, wait=True))
+            self._change(lambda client: client.delete_payload_index(self._local_name, STAMP, wait=True))
             self._indexed = False
 
     # -- a second collection ----------------------------------------------------------------------------------------
@@ -722,7 +887,7 @@ class QdrantStore:
         if not self._connection.local:  # repeated after a kill: one that is there stays as it is
             for field, index in (info.payload_schema or {}).items():
                 if field != STAMP:
-                    self._ask(
+                    self._change(
                         lambda client, field=field, index=index: client.create_payload_index(  # type: ignore[misc]
                             local, field, field_schema=index.params or index.data_type, wait=True
                         )
@@ -760,8 +925,8 @@ class QdrantStore:
     def _upsert(self, points: list[Any]) -> dict[ItemId, str]:
         """Writes points; halves a batch that is refused, down to the point that is to blame."""
         try:
-            self._ask(lambda client: client.upsert(self._local_name, points, wait=True))
-        except StoreRejected as refusal:
+            self._change(lambda client: client.upsert(self._local_name, points, wait=True))
+        except _BadRequest as refusal:
             if len(points) == 1:
                 return {_plain(points[0].id): str(refusal)}
             half = len(points) // 2
@@ -773,7 +938,7 @@ class QdrantStore:
         self._must_write()
         possible = [item for item in ids if _can_be_id(item)]
         if possible:
-            self._ask(lambda client: client.delete(self._local_name, points_selector=_ids(possible), wait=True))
+            self._change(lambda client: client.delete(self._local_name, points_selector=_ids(possible), wait=True))
 
     def swap_alias(self, alias: str, *, to: str) -> None:
         """Moves the alias in one request."""
