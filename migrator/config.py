@@ -193,6 +193,8 @@ class QdrantStore(Store):
     api_key: Text | None = None
     grpc: bool | None = None
     """Speak gRPC, which is faster, where the server has its port open."""
+    grpc_port: Annotated[int | None, Field(ge=1, le=65535)] = None
+    """The server's port for gRPC, where it is not 6334."""
     collection: Text
     """Name or alias."""
     vector: Text | None = None
