@@ -15,6 +15,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import logging
+import os
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -37,6 +38,7 @@ from adapters.base import (
     WriteReport,
     order_key,
 )
+from adapters.milvus_known import Contents, Known
 from adapters.vectors import as_batch, unusable
 
 if TYPE_CHECKING:
@@ -49,7 +51,8 @@ STAMP = "_migrator"
 KEYS = ("kind", "uri", "token", "database", "collection", "vector", "timeout")
 MESSAGE_BYTES = 16 << 20  # the server takes 64 MiB
 ROWS = 5_000  # in one request
-PAGE = 16_000  # the server gives 16,384; in Lite every page costs as much as the whole collection
+PAGE = 16_000  # the server gives 16,384
+LITE_PAGE = 100_000  # in Milvus Lite every page costs as much as the whole collection
 METRICS: Mapping[str, Metric] = {"COSINE": "cosine", "IP": "ip", "L2": "l2"}
 PASSING = {1, 2, 3, 4, 5, 8, 9, 10, 11, 12, 13, 500, 501, 502, 503, 504, 505, 600, 901, 902, 903, 904}
 """Codes of a server that is starting, overloaded or moving things about."""
@@ -92,7 +95,7 @@ class Connection:
         uri, self.database = str(config["uri"]), str(config.get("database", "default"))
         self.timeout = float(config.get("timeout", 30))
         self.lite = "://" not in uri
-        self.where = str(Path(uri).absolute()) if self.lite else uri.split("@")[-1].rstrip("/")
+        self.where = os.path.realpath(uri) if self.lite else uri.split("@")[-1].rstrip("/")
         self._users = 1
         if self.lite and not Path(uri).exists():
             raise StoreRejected(f"{self.where} does not exist: correct `uri` of the store")
@@ -132,6 +135,16 @@ class Connection:
                 from milvus_lite import server_manager_instance
 
                 server_manager_instance.release_server(self.where)
+
+    def engine_of(self, collection: str) -> Any:
+        """The collection in the engine of Milvus Lite, which runs in this process; None if there is none."""
+        from milvus_lite import MilvusLiteError, server_manager_instance
+
+        _, engine, _ = server_manager_instance._servers.get(self.where, (None, None, None))
+        try:
+            return None if engine is None else engine.get_collection(collection)
+        except MilvusLiteError:
+            return None
 
     def ask(self, call: Callable[[MilvusClient], T]) -> T:
         """Makes a call, with the client's exceptions in this package's words."""
@@ -221,6 +234,8 @@ class MilvusStore:
             )
         self._metric = METRICS[self._index["metric_type"]]
         self._partial = self._can_update_fields()
+        local = self._local_name
+        self._known = Known((lambda: connection.engine_of(local)) if connection.lite else None, 4 * self._dim + 500)
 
     def _describe(self, collection: str) -> Row:
         def call(client: MilvusClient) -> Row:
@@ -403,15 +418,24 @@ class MilvusStore:
             after = page[-1][self._key]
 
     def _keys(self, condition: str, after: ItemId | None, upto: ItemId | None, limit: int) -> list[ItemId]:
-        pages = self._pages(condition, after, upto, limit, [self._key], PAGE)
+        size = LITE_PAGE if self._connection.lite else PAGE
+        pages = self._pages(condition, after, upto, limit, [self._key], size)
         return [row[self._key] for page in pages for row in page]
 
     def scan_ids(self, *, after: ItemId | None, upto: ItemId | None = None, limit: int) -> list[ItemId]:
         """The next `limit` keys in order."""
+        with self._known.held() as known:
+            if known and self._open:
+                if self._known.keys is None:
+                    self._known.keys = self._keys("", None, None, sys.maxsize)
+                return self._known.between(after, upto, limit)
         return self._keys("", after, upto, limit)
 
     def scan(self, *, after: ItemId | None, upto: ItemId | None = None, limit: int) -> Page:
         """The next `limit` rows in order."""
+        with self._known.held() as known:
+            if known:
+                return self.read(self.scan_ids(after=after, upto=upto, limit=limit), vectors=True, payload=True)
         pages = self._pages("", after, upto, limit, ["*"], self._fitting)
         rows = {row[self._key]: row for page in pages for row in page}
         return self._page(list(rows), rows, vectors=True, payload=True)
@@ -426,6 +450,17 @@ class MilvusStore:
 
     def _stamps(self, after: ItemId | None) -> Iterator[tuple[ItemId, str | None]]:
         """Every key beyond `after`, in order, with the stamp that holds."""
+        while True:
+            with self._known.held() as known:
+                if not known:
+                    break
+                keys = self.scan_ids(after=after, limit=LITE_PAGE)
+                self.read(self._known.unread(keys), vectors=False, payload=False)
+                stamps = [(item, self._known.stamps.get(item)) for item in keys]
+            yield from stamps
+            if len(keys) < LITE_PAGE:
+                return
+            after = keys[-1]
         for page in self._pages("", after, None, sys.maxsize, [self._key, self._vector, STAMP], self._fitting):
             yield from ((row[self._key], self._stamp_of(row)) for row in page)
 
@@ -475,11 +510,16 @@ class MilvusStore:
         if not payload and self._dynamic:
             fields.append(STAMP)
         rows: dict[ItemId, Row] = {}
-        for part in self._parts(ids):
-            rows.update(self._rows(part, fields))
-        if not self._open:
-            raise StoreRejected(f"{self._local_name} was closed")
-        return self._page([item for item in ids if item in rows], rows, vectors=vectors, payload=payload)
+        with self._known.held() as known:
+            for part in self._parts(ids):
+                rows.update(self._rows(part, fields))
+            if not self._open:
+                raise StoreRejected(f"{self._local_name} was closed")
+            page = self._page([item for item in ids if item in rows], rows, vectors=vectors, payload=payload)
+            if known:
+                stamps = dict(zip(page.ids, page.stamps, strict=True))
+                self._known.saw(stamps, _contents(page) if vectors and payload else {})
+        return page
 
     def _page(self, ids: list[ItemId], rows: Mapping[ItemId, Row], *, vectors: bool, payload: bool) -> Page:
         stacked: Vectors | None = None
@@ -558,15 +598,14 @@ class MilvusStore:
     def _search_all(self, queries: Vectors, k: int) -> Hits:
         best: list[list[tuple[float, ItemId]]] = [[] for _ in queries]
         after: ItemId | None = None
-        while ids := self.scan_ids(after=after, limit=ROWS):
-            page = self.read(ids, vectors=True, payload=False)
+        while page := self.scan(after=after, limit=ROWS):
             assert page.vectors is not None
             scores = self._scores(queries, page.vectors)
             for row, found in enumerate(best):
                 found += zip(scores[row].tolist(), page.ids, strict=True)
                 found.sort(key=lambda pair: -pair[0])
                 del found[k:]
-            after = ids[-1]
+            after = page.ids[-1]
         return Hits([[item for _, item in found] for found in best], [[score for score, _ in found] for found in best])
 
     def _scores(self, queries: Vectors, vectors: Vectors) -> Vectors:
@@ -595,21 +634,20 @@ class MilvusStore:
         gone: list[ItemId] = []
         changed: list[ItemId] = []
         for part in self._parts(list(ids)):
-            rows = self._rows(part, ["*"])
-            gone += [item for item in part if item not in rows]
-            now = self._page(list(rows), rows, vectors=True, payload=True)
-            found = _contents(now)
-            moved = [
-                item for item in rows if before is not None and found[item] != before.get(item) and item not in rejected
-            ]
-            changed += moved
-            leave = {*moved, *rejected}
-            todo = [item for item in part if item in rows and item not in leave]
-            refused = self._upsert(
-                [self._changed_row(rows[item], batch[place[item]], stamp) for item in todo], partial=self._partial
-            )
-            rejected.update(refused)
-            todo = [item for item in todo if item not in refused]
+            with self._known.held() as known:
+                rows, moved = self._as_they_are(part, before, known=known)
+                gone += [item for item in part if item not in rows]
+                moved = [item for item in moved if item not in rejected]
+                changed += moved
+                leave = {*moved, *rejected}
+                todo = [item for item in part if item in rows and item not in leave]
+                new = [self._changed_row(rows[item], batch[place[item]], stamp) for item in todo]
+                refused = self._upsert(new, partial=self._partial)
+                rejected.update(refused)
+                todo = [item for item in todo if item not in refused]
+                if known and self._known.wrote(dict.fromkeys(todo, stamp)):
+                    written += todo
+                    continue
             after = self._rows(todo, [self._key, self._vector, *([STAMP] if self._dynamic else [])])
             for item in todo:
                 row = after.get(item)
@@ -621,6 +659,19 @@ class MilvusStore:
                     changed.append(item)
         lost = set(gone)
         return WriteReport(written, gone, {item: why for item, why in rejected.items() if item not in lost}, changed)
+
+    def _as_they_are(
+        self, ids: list[ItemId], before: Mapping[ItemId, Contents] | None, *, known: bool
+    ) -> tuple[dict[ItemId, Row], list[ItemId]]:
+        """The rows of these keys that there are, and which of them are not what they were `before`."""
+        if known and self._known.there(ids, with_contents=before is not None):
+            rows: dict[ItemId, Row] = {item: {self._key: item} for item in ids}
+            found: Mapping[ItemId, Contents] = self._known.rows
+        else:
+            # A single field is written without the rest of the row.
+            rows = self._rows(ids, [self._key] if before is None and self._partial else ["*"])
+            found = {} if before is None else _contents(self._page(list(rows), rows, vectors=True, payload=True))
+        return rows, [item for item in rows if before is not None and found[item] != before.get(item)]
 
     def _is_written(self, row: Row, vector: Vectors, stamp: str | None) -> bool:
         same = np.array_equal(np.asarray(row[self._vector], np.float32), vector, equal_nan=True)
@@ -658,10 +709,11 @@ class MilvusStore:
         if not self._dynamic:
             return
         after: ItemId | None = None
-        while ids := self._keys(f"exists {STAMP}", after, None, ROWS):
-            page = self.read(ids, vectors=True, payload=False)
-            assert page.vectors is not None
-            self.write_vectors(page.ids, page.vectors, None)
+        while ids := self._keys(f"exists {STAMP}", after, None, LITE_PAGE):
+            for part in self._parts(ids):
+                page = self.read(part, vectors=True, payload=False)
+                assert page.vectors is not None
+                self.write_vectors(page.ids, page.vectors, None)
             after = ids[-1]
 
     # -- a second collection ----------------------------------------------------------------------------------------
@@ -718,7 +770,11 @@ class MilvusStore:
                 if self._dynamic and (stamp is not None or self._connection.lite):
                     fields[STAMP] = self._as_value(stamp, vectors[row])
                 rows.append(fields)
-            rejected.update(self._upsert(rows, partial=False))
+            with self._known.held() as known:
+                refused = self._upsert(rows, partial=False)
+                if known:
+                    self._known.inserted({item: page.stamps[place[item]] for item in part if item not in refused})
+            rejected.update(refused)
         return WriteReport([item for item in page.ids if item not in rejected], (), rejected)
 
     def delete(self, ids: Sequence[ItemId]) -> None:
@@ -773,7 +829,7 @@ class MilvusStore:
             self._connection.let_go()
 
 
-def _contents(page: Page) -> dict[ItemId, tuple[bytes, Any]]:
+def _contents(page: Page) -> dict[ItemId, Contents]:
     assert page.vectors is not None
     assert page.payloads is not None
     return {
