@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import yaml
 
 from adapters.base import Store
@@ -55,6 +56,14 @@ class Kind(ABC):
 
     @abstractmethod
     def delete(self, ids: Sequence[Any]) -> None: ...
+
+    @abstractmethod
+    def adapter(self) -> type[Any]:
+        """The class of this kind's stores."""
+
+    @abstractmethod
+    def refusing(self, bad: Any, monkeypatch: pytest.MonkeyPatch) -> AbstractContextManager[None]:
+        """While it lasts the store's own client refuses a request that would write the item `bad`."""
 
     def use(self) -> None:
         """Moves the world's items into this store and points the configuration at it."""
@@ -158,6 +167,26 @@ class QdrantFolder(Kind):
         with self.client() as client:
             client.delete("toys", list(ids))
 
+    def adapter(self) -> type[Any]:
+        from adapters.qdrant import QdrantStore
+
+        return QdrantStore
+
+    @contextmanager
+    def refusing(self, bad: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+        from qdrant_client import QdrantClient
+
+        upsert = QdrantClient.upsert
+
+        def refuse(client: Any, name: str, points: Sequence[Any], **options: Any) -> Any:
+            if any(point.id == bad for point in points):
+                raise ValueError("this payload is too strange")
+            return upsert(client, name, points, **options)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(QdrantClient, "upsert", refuse)
+            yield
+
 
 class FaissFolder(Kind):
     """A folder `toys_v1`, which the configuration addresses by the symbolic link `toys`."""
@@ -211,6 +240,25 @@ class FaissFolder(Kind):
             del content[item]
         self.replace_content(content)
 
+    def adapter(self) -> type[Any]:
+        from adapters.faiss import FaissStore
+
+        return FaissStore
+
+    @contextmanager
+    def refusing(self, bad: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+        """There is no client in between: the check of vectors is what can refuse one item."""
+        from adapters import faiss
+
+        unusable = faiss.unusable
+
+        def refuse(ids: Sequence[Any], vectors: np.ndarray) -> dict[Any, str]:
+            return {**unusable(ids, vectors), **{item: "this vector is too strange" for item in ids if item == bad}}
+
+        with monkeypatch.context() as patch:
+            patch.setattr(faiss, "unusable", refuse)
+            yield
+
 
 class MilvusLite(Kind):
     """A Milvus Lite file with the collection `toys_v1`, which the configuration addresses by the alias `toys`."""
@@ -255,6 +303,26 @@ class MilvusLite(Kind):
         with self.client() as client:
             client.delete("toys", ids=list(ids))
 
+    def adapter(self) -> type[Any]:
+        from adapters.milvus import MilvusStore
+
+        return MilvusStore
+
+    @contextmanager
+    def refusing(self, bad: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+        from pymilvus import MilvusClient, MilvusException
+
+        upsert = MilvusClient.upsert
+
+        def refuse(client: Any, name: str, data: Sequence[Any], **options: Any) -> Any:
+            if any(row["id"] == bad for row in data):
+                raise MilvusException(1100, "this row is too strange")
+            return upsert(client, name, data, **options)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(MilvusClient, "upsert", refuse)
+            yield
+
 
 def make_milvus_collection(client: Any, name: str, *, dynamic: bool = True) -> None:
     """As an application makes one, with an HNSW index."""
@@ -268,3 +336,7 @@ def make_milvus_collection(client: Any, name: str, *, dynamic: bool = True) -> N
     index = client.prepare_index_params()
     index.add_index("embedding", index_type="HNSW", metric_type="COSINE", params={"M": 8, "efConstruction": 64})
     client.create_collection(name, schema=schema, index_params=index)
+
+
+KINDS: list[type[Kind]] = [FaissFolder, MilvusLite, QdrantFolder]
+"""Every kind that needs no server."""

@@ -18,13 +18,12 @@ import pytest
 
 from migrator.project import Project
 from tests.crash.commands import Commands
-from tests.kinds import FaissFolder, Item, Kind, MilvusLite, QdrantFolder
+from tests.kinds import KINDS, FaissFolder, Item, Kind, QdrantFolder
 from tests.world import World, embed_images, make_world
 
 pytestmark = pytest.mark.crash
 
 ITEMS = 240
-KINDS = [FaissFolder, QdrantFolder, MilvusLite]
 
 
 @pytest.fixture(scope="module")

@@ -10,12 +10,10 @@ import pytest
 
 from migrator.project import Project
 from migrator.rollout.route import RouteClient
-from tests.kinds import FaissFolder, Kind, MilvusLite, QdrantFolder
+from tests.kinds import KINDS, Kind, MilvusLite
 from tests.world import NAME, World, embed_images
 
 Call = Callable[..., int]
-
-KINDS = [FaissFolder, MilvusLite, QdrantFolder]
 
 
 @pytest.fixture(params=KINDS, ids=lambda kind: kind.name)
