@@ -136,11 +136,16 @@ class QdrantFolder(Kind):
     def settings(self) -> dict[str, Any]:
         return {"kind": "qdrant", "path": "./qdrant", "collection": "toys"}
 
+    def connected(self) -> Any:
+        from qdrant_client import QdrantClient
+
+        return QdrantClient(path=str(self.folder))
+
     @contextmanager
     def client(self) -> Iterator[Any]:
-        from qdrant_client import QdrantClient, models
+        from qdrant_client import models
 
-        with closing(QdrantClient(path=str(self.folder))) as client:
+        with closing(self.connected()) as client:
             if not client.get_collections().collections:
                 params = models.VectorParams(size=DIM, distance=models.Distance.COSINE)
                 client.create_collection("toys_v1", params)
@@ -186,6 +191,25 @@ class QdrantFolder(Kind):
         with monkeypatch.context() as patch:
             patch.setattr(QdrantClient, "upsert", refuse)
             yield
+
+
+class QdrantOverRest(QdrantFolder):
+    """The same collection on a server; `url` is that of a `tests.qdrant_front`, or of a real one."""
+
+    name = "qdrant-rest"
+
+    def __init__(self, world: World, url: str, *, api_key: str | None = None) -> None:
+        super().__init__(world)
+        self.url, self.api_key = url, api_key
+
+    def settings(self) -> dict[str, Any]:
+        key = {} if self.api_key is None else {"api_key": self.api_key}
+        return {"kind": "qdrant", "url": self.url, "collection": "toys", "timeout": 20, **key}
+
+    def connected(self) -> Any:
+        from qdrant_client import QdrantClient
+
+        return QdrantClient(url=self.url, api_key=self.api_key, timeout=20, check_compatibility=False)
 
 
 class FaissFolder(Kind):

@@ -38,6 +38,8 @@ class Fault:
     what: What
     times: int = 1
     path: str = ""
+    skip: int = 0
+    """So many of these requests pass before the first one fails."""
     status: int = 500
     retry_after: str | None = None
     spoil: Callable[[Any], Any] | None = None
@@ -299,8 +301,9 @@ class Front:
         """Held while a request is served; local mode is not made for threads."""
         self.requests: list[str] = []
         """Each request, as "METHOD /path", in order."""
-        self.before: Callable[[str], None] | None = None
-        """Called before each request is served, with nothing else going on: an application's chance to write."""
+        self.before: Callable[[str, bytes], None] | None = None
+        """Called with each request and its body before it is served, with nothing else going on: an application's
+        chance to write, or the server's to refuse (`Refusal`)."""
         self.keys = {api_key: True, read_only_key: False} if api_key is not None else {}
         self._faults: list[Fault] = []
         self._chance: tuple[float, random.Random, Sequence[Fault]] | None = None
@@ -337,6 +340,9 @@ class Front:
     def fault(self, request: str) -> Fault | None:
         for fault in self._faults:
             if re.search(fault.path, request):
+                if fault.skip > 0:
+                    fault.skip -= 1
+                    continue
                 fault.times -= 1
                 if fault.times <= 0:
                     self._faults.remove(fault)
@@ -359,7 +365,7 @@ class Front:
                 advice = [] if fault.retry_after is None else [("Retry-After", fault.retry_after)]
                 raise Refusal(fault.status, f"a fault of the kind {fault.status}", advice)
             if self.before is not None:
-                self.before(request)
+                self.before(request, body)
             self._check_key(request, headers)
             for route, kind, act in ROUTES:
                 if match := re.fullmatch(route, request):
