@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,6 +38,10 @@ class Item:
         return bool(np.allclose(self.vector, vector, rtol=0, atol=1e-6))
 
 
+Search = Callable[[str, np.ndarray], tuple[Any, float]]
+"""Collection and query vector -> the nearest item, and its cosine."""
+
+
 class Kind(ABC):
     """One kind of store, holding the world's collection."""
 
@@ -64,6 +68,19 @@ class Kind(ABC):
     @abstractmethod
     def refusing(self, bad: Any, monkeypatch: pytest.MonkeyPatch) -> AbstractContextManager[None]:
         """While it lasts the store's own client refuses a request that would write the item `bad`."""
+
+    @contextmanager
+    def running(self, folder: Path) -> Iterator[None]:
+        """While it lasts the server is there, for kinds that have one. `folder` is for what it leaves."""
+        yield
+
+    def alias(self) -> str:
+        """What the application calls the collection where it does not ask the route."""
+        return "toys"
+
+    def searching(self) -> AbstractContextManager[Search]:
+        """The application's own search. Kinds that one process at a time may open have none."""
+        raise NotImplementedError
 
     def use(self) -> None:
         """Moves the world's items into this store and points the configuration at it."""
@@ -229,6 +246,22 @@ class FaissFolder(Kind):
         (self.world.folder / "toys").symlink_to(self.folder.name)
         self._configure()
 
+    def alias(self) -> str:
+        return str(self.world.folder / "toys")
+
+    @contextmanager
+    def searching(self) -> Iterator[Search]:
+        import faiss
+        import pyarrow.parquet as pq
+
+        def search(collection: str, vector: np.ndarray) -> tuple[Any, float]:
+            folder = Path(collection).resolve()
+            scores, rows = faiss.read_index(str(folder / "index.faiss")).search(vector[None], 1)
+            ids = pq.read_table(folder / "items.parquet", columns=["id"]).column("id")
+            return ids[int(rows[0, 0])].as_py(), float(scores[0, 0])
+
+        yield search
+
     def content(self) -> dict[Any, tuple[np.ndarray, dict[str, Any]]]:
         import faiss
         import pyarrow.parquet as pq
@@ -327,6 +360,17 @@ class MilvusLite(Kind):
         with self.client() as client:
             client.delete("toys", ids=list(ids))
 
+    @contextmanager
+    def searching(self) -> Iterator[Search]:
+        """In the process that also migrates, which is the only one that may open the file."""
+        from adapters.milvus import Connection
+
+        kept = Connection({"uri": self.uri})  # the last one would end Milvus Lite under the client
+        with self.client() as client:
+            client.load_collection("toys")
+            yield milvus_search(client)
+        kept.let_go()
+
     def adapter(self) -> type[Any]:
         from adapters.milvus import MilvusStore
 
@@ -348,6 +392,16 @@ class MilvusLite(Kind):
             yield
 
 
+def milvus_search(client: Any) -> Search:
+    def search(collection: str, vector: np.ndarray) -> tuple[Any, float]:
+        ((hit,),) = client.search(
+            collection, data=[vector], anns_field="embedding", limit=1, consistency_level="Strong", timeout=30
+        )
+        return hit["id"], float(hit["distance"])
+
+    return search
+
+
 def make_milvus_collection(client: Any, name: str, *, dynamic: bool = True) -> None:
     """As an application makes one, with an HNSW index."""
     from pymilvus import DataType
@@ -364,3 +418,6 @@ def make_milvus_collection(client: Any, name: str, *, dynamic: bool = True) -> N
 
 KINDS: list[type[Kind]] = [FaissFolder, MilvusLite, QdrantFolder]
 """Every kind that needs no server."""
+
+SHARED: list[type[Kind]] = [FaissFolder, MilvusLite]
+"""Kinds that an application can search while a migration goes on."""
