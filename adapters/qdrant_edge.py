@@ -1,13 +1,720 @@
-"""Qdrant Edge: Qdrant's engine in this process, over a folder that one process at a time may open."""
+"""Qdrant Edge: Qdrant's engine in this process, over a folder with one shard for each collection.
+
+    <path>/<collection>/   a shard, as `EdgeShard.create` makes it
+    <path>/<alias>         a symbolic link to one of them
+
+The engine's lock lets one process open a shard, for reading too, so there are no other writers. A point is written
+whole, with vector, payload and stamp, in one operation of the engine's log, which survives a kill as a whole or not at
+all: a vector never has another one's stamp. A write ends with a flush, which makes it survive a power failure too.
+
+The engine keeps an operation that it has refused in its log, and the next opening applies what is good of it. So
+everything is checked here, and nothing that could be refused is handed over.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+import contextlib
+import errno
+import itertools
+import json
+import os
+import re
+import shutil
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from adapters.base import Store, StoreRejected
+import numpy as np
+from numpy.typing import NDArray
+
+from adapters.base import (
+    Capabilities,
+    CollectionInfo,
+    Hits,
+    ItemId,
+    Page,
+    Payload,
+    StoreBusy,
+    StoreError,
+    StoreRejected,
+    StoreUnavailable,
+    Vectors,
+    WriteReport,
+    order_key,
+)
+from adapters.faiss_files import replace_link, translated
+from adapters.qdrant import METRICS, STAMP, _as_stamp, _can_be_id, _plain, _short, _with_stamp
+from adapters.vectors import as_batch, unusable
+
+if TYPE_CHECKING:
+    from qdrant_edge import EdgeShard, Filter, Record
+
+T = TypeVar("T")
+
+KEYS = ("kind", "engine", "path", "collection", "vector", "timeout")
+PART_BYTES = 8 << 20  # of vectors that are read or written in one go
+PART_ITEMS = 5_000
+PART_ITEMS_WHOLE = 500  # of points with further vectors, whose size is not known
+CONFIG = "edge_config.json"
+HNSW = {"m": 16, "ef_construct": 100}  # the engine's own default
+FORBIDDEN = (errno.EPERM, errno.EACCES, errno.EROFS)
+DAMAGED = "is damaged, or of another version: put a backup in its place, or use that version"
 
 
-def open_store(config: Mapping[str, Any], *, write: bool) -> Store:
-    """Opens `config["collection"]`, a name or an alias, in the folder `path`."""
-    raise StoreRejected(f"{config['path']} cannot be opened with engine {config['engine']!r} yet")
+def open_store(config: Mapping[str, Any], *, write: bool) -> EdgeStore:
+    """Opens `config["collection"]`, a shard's folder or a symbolic link to one, in the folder `path`.
+
+    Raises `StoreRejected` for what is not there or cannot be migrated, `StoreBusy` if another process has it open.
+    """
+    if config["engine"] != "edge":
+        raise StoreRejected(f"a qdrant store's `engine` is local or edge, not {config['engine']!r}")
+    unknown = sorted(set(config) - set(KEYS))
+    if unknown or "path" not in config:
+        wrong = f"remove `{unknown[0]}`" if unknown else "give its `path`"
+        raise StoreRejected(f"a qdrant store with engine edge is a folder, and no server: {wrong}")
+    folder = Folder(Path(config["path"]))
+    return EdgeStore(folder, str(config["collection"]), vector=config.get("vector"), write=write)
+
+
+# -- the folder, and the engine ---------------------------------------------------------------------------------------
+
+
+class Folder:
+    """The shards of a folder. Each is opened once, for all stores that use it, and closed with the last of them."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = Path(os.path.realpath(path))
+        self._open: dict[str, Shard] = {}
+        if not self.path.is_dir():
+            what = "is not a folder" if self.path.exists() else "does not exist"
+            raise StoreRejected(f"{self.path} {what}: correct `path` of the store")
+        if _is_shard(self.path):
+            raise StoreRejected(
+                f"{self.path} is a shard: set `path` to {self.path.parent} and `collection` to {self.path.name}"
+            )
+
+    def resolve(self, collection: str) -> tuple[str, str | None]:
+        """A collection's own name, and the alias if it was that."""
+        place = self._place(collection)
+        with translated(self.path):
+            if not place.is_symlink():
+                return self._checked(collection), None
+            target = Path(os.path.realpath(place))
+            if not target.is_dir():  # nothing there, or links in a circle
+                raise StoreRejected(f"the alias {place} leads nowhere: point it at a collection's folder")
+        if target.parent != self.path:
+            raise StoreRejected(f"the alias {place} leads to {target}: point it at a collection beside it")
+        return self._checked(target.name), collection
+
+    def exists(self, local: str) -> bool:
+        """Whether there is a collection of that name."""
+        place = self._place(local)
+        with translated(self.path):
+            return not place.is_symlink() and _is_shard(place)
+
+    def aliases(self) -> dict[str, str]:
+        """Alias -> name of the collection that it leads to."""
+        with translated(self.path):
+            links = [place for place in self.path.iterdir() if place.is_symlink() and not place.name.startswith(".")]
+        targets = {place.name: Path(os.path.realpath(place)) for place in links}
+        return {alias: target.name for alias, target in targets.items() if target.parent == self.path}
+
+    def point(self, alias: str, to: str) -> None:
+        """Points an existing alias at a collection, in one step."""
+        place = self._place(alias)
+        if not place.is_symlink():
+            raise StoreRejected(f"{self.path} has no alias {alias!r}, which would be a symbolic link")
+        if not self.exists(to):
+            raise StoreRejected(f"{self.path} has no collection {to!r} to point {alias!r} at")
+        replace_link(place, Path(to))
+
+    def take(self, local: str) -> Shard:
+        """A collection's shard, for one more user. Give it to `let_go` in the end."""
+        shard = self._open.get(local)
+        if shard is None:
+            shard = self._open[local] = Shard(self.path / self._checked(local))
+        shard.users += 1
+        return shard
+
+    def let_go(self, shard: Shard) -> None:
+        """One user less."""
+        shard.users -= 1
+        if shard.users == 0:
+            shard.close()
+            if self._open.get(shard.path.name) is shard:
+                del self._open[shard.path.name]
+
+    def create(self, local: str, config: Mapping[str, Any], indexes: Mapping[str, Any]) -> None:
+        """An empty shard with these settings and payload indexes: there as a whole or not at all."""
+        from qdrant_edge import UpdateOperation
+
+        place, temporary = self._place(local), self.path / f".{local}.new"
+        with translated(place):
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir()
+            # The engine makes what its settings describe, and keeps those that this program does not know.
+            (temporary / CONFIG).write_text(json.dumps(config))
+            shard = Shard(temporary)
+            for field, schema in indexes.items():
+                shard.ask(lambda edge, field=field, schema=schema: edge.update(  # type: ignore[misc]
+                    UpdateOperation.create_field_index(field, schema)
+                ))  # fmt: skip
+            shard.ask(lambda edge: edge.flush())
+            shard.close()
+            temporary.rename(place)
+            _sync(self.path)
+
+    def remove(self, local: str) -> None:
+        """Deletes a collection: a kill leaves it as it was, or a hidden remainder that `sweep` finds."""
+        shard = self._open.pop(local, None)
+        if shard is not None:
+            shard.close()
+        place = self._place(local)
+        remainder = self.path / f".{local}.gone"
+        with translated(place):
+            shutil.rmtree(remainder, ignore_errors=True)
+            place.rename(remainder)
+            _sync(self.path)
+            shutil.rmtree(remainder, ignore_errors=True)
+
+    def sweep(self) -> None:
+        """Deletes what a killed `remove` left."""
+        for remainder in self.path.glob(".*.gone"):
+            shutil.rmtree(remainder, ignore_errors=True)
+
+    def _checked(self, local: str) -> str:
+        place = self.path / local
+        if _is_shard(place):
+            return local
+        if place.is_dir():
+            raise StoreRejected(f"{place} is not a shard of qdrant-edge: it has no segments")
+        names = sorted(found.name for found in self.path.iterdir() if not found.name.startswith(".") and found.is_dir())
+        there = f"there are {', '.join(names[:20])}" if names else "the folder has no collections"
+        raise StoreRejected(f"{self.path} has no collection or alias {local!r}, {there}: correct `collection`")
+
+    def _place(self, name: str) -> Path:
+        if not name or name.startswith(".") or "/" in name or "\0" in name:
+            raise StoreRejected(f"{name!r} cannot be a collection in {self.path}: it must be a folder's plain name")
+        return self.path / name
+
+
+class Shard:
+    """An open shard. Every call holds `guard`, so that a read and the write that follows from it are one step."""
+
+    def __init__(self, path: Path) -> None:
+        try:
+            from qdrant_edge import EdgeShard
+        except ModuleNotFoundError as error:
+            raise StoreRejected(
+                f"engine edge needs the library {error.name}: pip install 'advbct-migrator[qdrant-edge]'"
+            ) from error
+        self.path, self.users, self.guard = path, 0, threading.RLock()
+        self._edge: EdgeShard = self._translated(lambda: EdgeShard.load(str(path)), DAMAGED)
+        try:
+            with translated(path):
+                self.config: dict[str, Any] = json.loads((path / CONFIG).read_bytes())
+            # Without a log there is no lock either, and a kill may leave a vector with another one's stamp.
+            if self.config.get("wal_enabled") is False:
+                raise StoreRejected(f"{path} has no write-ahead log (wal_enabled), which a migration needs")
+            if (self.config.get("optimizers") or {}).get("prevent_unoptimized"):
+                raise StoreRejected(f"{path} hides what is written (prevent_unoptimized): a migration must see it")
+        except BaseException:
+            self.close()
+            raise
+
+    def ask(self, call: Callable[[EdgeShard], T]) -> T:
+        """Makes a call, with the engine's exceptions in this package's words."""
+        with self.guard:
+            return self._translated(lambda: call(self._edge), "was refused by the engine")
+
+    def close(self) -> None:
+        """Flushes, and lets go of the lock. Safe to repeat."""
+        with self.guard, contextlib.suppress(StoreError):
+            self._translated(self._edge.close, "cannot be closed")
+
+    def _translated(self, call: Callable[[], T], what: str) -> T:
+        try:
+            return call()
+        except (TypeError, ValueError) as error:
+            raise StoreRejected(f"{self.path}: the engine refused: {_short(error)}") from error
+        except Exception as error:  # the engine has no other
+            raise self._of(_short(error).removeprefix("Service runtime error: "), what) from error
+        except BaseException as error:
+            if type(error).__name__ != "PanicException":  # of the engine's language, and no Exception
+                raise
+            raise StoreRejected(f"{self.path} {DAMAGED} ({_short(error)})") from error
+
+    def _of(self, said: str, what: str) -> StoreError:
+        if "WouldBlock" in said:
+            return StoreBusy(f"{self.path} is open in another process: stop the application, then again")
+        if "not initialized" in said:
+            return StoreRejected(f"{self.path} was closed")
+        number = re.search(r"os error (\d+)", said)
+        if number and int(number[1]) in FORBIDDEN:
+            return StoreRejected(f"{self.path}: {said}: give this user the right to read and write it")
+        if number or "No space left" in said:
+            return StoreUnavailable(f"{self.path}: {said}: make room or repair the disk, then again")
+        return StoreRejected(f"{self.path} {what} ({said})")
+
+
+def _is_shard(place: Path) -> bool:
+    segments = place / "segments"
+    return segments.is_dir() and any(segments.iterdir())
+
+
+def _sync(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+# -- the store --------------------------------------------------------------------------------------------------------
+
+
+class EdgeStore:
+    """One collection of a folder of shards."""
+
+    def __init__(self, folder: Folder, collection: str, *, vector: str | None, write: bool) -> None:
+        self._folder, self._write = folder, write
+        self._local_name, self._alias = folder.resolve(collection)
+        self._shard = folder.take(self._local_name)
+        self._open = True
+        try:
+            self._name, self._params = self._vector(vector)
+            if write:
+                folder.sweep()
+        except BaseException:
+            self.close()
+            raise
+
+    # -- facts ----------------------------------------------------------------------------------------------------
+
+    def _ask(self, call: Callable[[EdgeShard], T]) -> T:
+        if not self._open:
+            raise StoreRejected(f"{self._local_name} was closed")
+        return self._shard.ask(call)
+
+    def _vector(self, wanted: str | None) -> tuple[str, dict[str, Any]]:
+        """Name (empty for the unnamed one) and parameters of the vector that is migrated."""
+        vectors: dict[str, dict[str, Any]] = self._shard.config.get("vectors") or {}
+        where = f"collection {self._local_name}"
+        if not vectors:
+            raise StoreRejected(f"{where} has no dense vectors: only these can be migrated")
+        names = ", ".join(repr(name) for name in sorted(vectors))
+        if wanted is None and len(vectors) > 1:
+            raise StoreRejected(f"{where} has the vectors {names}: name one with `vector`")
+        name = next(iter(vectors)) if wanted is None else wanted
+        if name not in vectors:
+            raise StoreRejected(f"{where} has no vector {name!r}, but {names}: correct `vector` of the store")
+        params = vectors[name]
+        if params.get("multivector_config"):
+            raise StoreRejected(f"{where} holds multi-vectors, which cannot be migrated")
+        if params["distance"] not in METRICS:
+            known = ", ".join(METRICS)
+            raise StoreRejected(f"{where} has the distance {params['distance']}, known are {known}")
+        return name, params
+
+    @property
+    def _dim(self) -> int:
+        return int(self._params["size"])
+
+    @property
+    def _has_more_vectors(self) -> bool:
+        return len(self._shard.config["vectors"]) > 1 or bool(self._shard.config.get("sparse_vectors"))
+
+    @property
+    def capabilities(self) -> Capabilities:
+        """What this collection allows."""
+        return Capabilities(
+            update_in_place=True,
+            visible="at_once",
+            stamps=True,
+            concurrent_writers=False,
+            exact_vectors=(self._params.get("datatype") or "float32") == "float32",
+            normalises=METRICS[self._params["distance"]] == "cosine",
+            partial_update=True,  # in effect: whole points are written, but nobody else can write meanwhile
+            aliases=True,
+            notes=(
+                "one process at a time has the collection open: stop the application for each run",
+                "an application that replaces a vector with update_vectors, and does not upsert the point, keeps the "
+                "stamp: let it delete the payload key _migrator too, or such a change is not found",
+                "a new vector is searched without the HNSW index until the cutover, which builds it anew",
+            ),
+        )
+
+    def describe(self) -> CollectionInfo:
+        """Facts of the collection as it is now. The schema is taken from the first points' payloads."""
+        schema: dict[str, str] = {}
+        for record in self._records(self._filter(), None, None, 100, payload=True):
+            for field, value in (record.payload or {}).items():
+                if field != STAMP:
+                    schema.setdefault(field, type(value).__name__)
+        config = self._shard.config
+        hnsw = {**HNSW, **(config.get("hnsw_config") or {}), **(self._params.get("hnsw_config") or {})}
+        index = f"HNSW m={hnsw['m']} ef_construct={hnsw['ef_construct']}"
+        quantization = self._params.get("quantization_config") or config.get("quantization_config")
+        if quantization:
+            index += f", {next(iter(quantization))} quantisation"
+        return CollectionInfo(
+            name=f"qdrant-edge:{self._folder.path}/{self._local_name}",
+            local=self._local_name,
+            dim=self._dim,
+            metric=METRICS[self._params["distance"]],
+            count=self.count(),
+            index=index,
+            server=f"qdrant-edge {metadata.version('qdrant-edge-py')}",
+            schema=schema,
+            bytes_on_disk=_bytes_on_disk(self._shard.path / "segments"),
+            alias=self._alias,
+        )
+
+    # -- reading --------------------------------------------------------------------------------------------------
+
+    def scan_ids(self, *, after: ItemId | None, upto: ItemId | None = None, limit: int) -> list[ItemId]:
+        """The next `limit` ids: integers ascending, then UUIDs."""
+        return [_plain(record.id) for record in self._records(self._filter(), after, upto, limit)]
+
+    def scan(self, *, after: ItemId | None, upto: ItemId | None = None, limit: int) -> Page:
+        """The next `limit` points with everything."""
+        records = list(self._records(self._filter(), after, upto, limit, vectors=True, payload=True))
+        return self._page(records, vectors=True, payload=True)
+
+    def unstamped(self, stamp: str, *, after: ItemId | None, limit: int) -> list[ItemId]:
+        """Ids of points whose payload does not carry the stamp."""
+        return [_plain(record.id) for record in self._records(self._filter(without=stamp), after, None, limit)]
+
+    def _filter(
+        self, *, stamp: str | None = None, without: str | None = None, ids: Sequence[ItemId] | None = None
+    ) -> Filter:
+        """Points that have the vector: others are no items."""
+        from qdrant_edge import FieldCondition, Filter, HasIdCondition, HasVectorCondition, MatchValue
+
+        def carries(value: str) -> FieldCondition:
+            return FieldCondition(STAMP, match=MatchValue(value))
+
+        must: list[Any] = [HasVectorCondition(self._name)]
+        if stamp is not None:
+            must.append(carries(stamp))
+        if ids is not None:
+            must.append(HasIdCondition(set(ids)))
+        return Filter(must=must, must_not=None if without is None else [carries(without)])
+
+    def _records(
+        self,
+        condition: Filter,
+        after: ItemId | None,
+        upto: ItemId | None,
+        limit: int,
+        *,
+        vectors: bool = False,
+        payload: bool = False,
+    ) -> Iterator[Record]:
+        from qdrant_edge import ScrollRequest
+
+        # The offset is inclusive and need not exist; what is no id of Qdrant's cannot be one.
+        offset: Any = after if after is not None and _can_be_id(after) else None
+        beyond = None if after is None else order_key(after)
+        last = None if upto is None else order_key(upto)
+        while limit > 0:
+            request = ScrollRequest(
+                offset=offset,
+                limit=min(limit + 1, self._per_part() if vectors else 10_000),
+                filter=condition,
+                with_payload=payload,
+                with_vector=[self._name] if vectors else False,
+            )
+            records, offset = self._ask(lambda edge, request=request: edge.scroll(request))  # type: ignore[misc]
+            for record in records:
+                if beyond is not None or last is not None:
+                    key = order_key(_plain(record.id))
+                    if last is not None and key > last:
+                        return
+                    if beyond is not None and key <= beyond:
+                        continue
+                    beyond = None  # the rest are in order
+                yield record
+                limit -= 1
+                if limit == 0:
+                    return
+            if offset is None:
+                return
+
+    def read(self, ids: Sequence[ItemId], *, vectors: bool, payload: bool) -> Page:
+        """The points as they were written last."""
+        found: dict[ItemId, Record] = {}
+        fields: Any = True if payload else [STAMP]
+        for part in self._parts(ids):
+            found.update(self._fetch(part, fields, [self._name] if vectors else False))
+        return self._page([found[item] for item in ids if item in found], vectors=vectors, payload=payload)
+
+    def _fetch(self, ids: Sequence[ItemId], payload: Any, vectors: Any) -> dict[ItemId, Record]:
+        from qdrant_edge import ScrollRequest
+
+        possible = [item for item in ids if _can_be_id(item)]
+        request = ScrollRequest(
+            limit=len(possible), filter=self._filter(ids=possible), with_payload=payload, with_vector=vectors
+        )
+        records, _ = self._ask(lambda edge: edge.scroll(request)) if possible else ([], None)
+        return {_plain(record.id): record for record in records}
+
+    def _page(self, records: Sequence[Record], *, vectors: bool, payload: bool) -> Page:
+        payloads = [record.payload or {} for record in records]
+        stamps = [_as_stamp(fields.pop(STAMP, None)) for fields in payloads]
+        ids = [_plain(record.id) for record in records]
+        return Page(ids, self._stacked(records) if vectors else None, payloads if payload else None, stamps)
+
+    def _stacked(self, records: Iterable[Record]) -> Vectors:
+        """Vectors of records, (n, dim). The engine gives lists: each goes as soon as it is copied."""
+        rows = (self._vector_of(record) for record in records)
+        return np.fromiter(itertools.chain.from_iterable(rows), np.float32).reshape(-1, self._dim)
+
+    def _vector_of(self, record: Record) -> Any:
+        vector: Any = record.vector
+        return vector[self._name] if isinstance(vector, dict) else vector
+
+    def _parts(self, ids: Sequence[ItemId]) -> Iterator[list[ItemId]]:
+        size = self._per_part()
+        for start in range(0, len(ids), size):
+            yield list(ids[start : start + size])
+
+    def _per_part(self) -> int:
+        most = PART_ITEMS_WHOLE if self._has_more_vectors else PART_ITEMS
+        return max(1, min(most, PART_BYTES // (4 * self._dim)))
+
+    def count(self, *, stamp: str | None = None) -> int:
+        """Exact number of points; with `stamp`, of those that carry it."""
+        from qdrant_edge import CountRequest
+
+        request = CountRequest(exact=True, filter=self._filter(stamp=stamp))
+        return self._ask(lambda edge: edge.count(request))
+
+    def sample(self, n: int, *, seed: int) -> list[ItemId]:
+        """`n` distinct ids in random order."""
+        everything = [record.id for record in self._records(self._filter(), None, None, 2**63)]
+        chosen = np.random.default_rng(seed).choice(len(everything), min(max(n, 0), len(everything)), replace=False)
+        return [_plain(everything[row]) for row in chosen.tolist()]
+
+    def search(self, vectors: Vectors, k: int, *, exact: bool = False) -> Hits:
+        """The k nearest points to each of `vectors` (n, dim). `exact` compares with all of them."""
+        from qdrant_edge import Query, QueryBatchRequest, QueryRequest, SearchParams
+
+        queries = as_batch(vectors, self._dim)
+        if k < 1 or not np.isfinite(queries).all():
+            raise StoreRejected(f"a search needs finite vectors and at least one answer, k is {k}")
+        l2 = METRICS[self._params["distance"]] == "l2"
+        ids: list[list[ItemId]] = []
+        scores: list[list[float]] = []
+        for start in range(0, len(queries), 100):
+            batch = QueryBatchRequest(
+                [
+                    QueryRequest(
+                        limit=k,
+                        query=Query.Nearest(query, using=self._name or None),
+                        params=SearchParams(exact=exact),
+                    )
+                    for query in queries[start : start + 100].tolist()
+                ]
+            )
+            for answer in self._ask(lambda edge, batch=batch: edge.query_batch(batch)):  # type: ignore[misc]
+                ids.append([_plain(point.id) for point in answer])
+                scores.append([-(point.score**2) if l2 else point.score for point in answer])
+        return Hits(ids, scores)
+
+    # -- writing --------------------------------------------------------------------------------------------------
+
+    def write_vectors(
+        self, ids: Sequence[ItemId], vectors: Vectors, stamp: str | None, made_from: Page | None = None
+    ) -> WriteReport:
+        """Writes whole points: the new vector, the new stamp, and everything else as it is."""
+        self._must_write()
+        batch = as_batch(vectors, self._dim, ids)
+        rejected = {} if stamp is None else unusable(ids, batch)
+        rows = {item: row for row, item in enumerate(ids)}
+        written: list[ItemId] = []
+        gone: list[ItemId] = []
+        changed: list[ItemId] = []
+        before = None if made_from is None else {item: row for row, item in enumerate(made_from.ids)}
+        for part in self._parts(ids):
+            with self._shard.guard:
+                whole = self._has_more_vectors
+                which: Any = True if whole else [self._name] if made_from is not None else False
+                found = self._fetch(part, True, which)
+                gone += [item for item in part if item not in found]
+                records = [found[item] for item in part if item in found and item not in rejected]
+                payloads = {_plain(record.id): record.payload or {} for record in records}
+                if made_from is not None and before is not None:
+                    others = set(self._changed(records, payloads, made_from, before))
+                    changed += [item for item in part if item in others]
+                    records = [record for record in records if _plain(record.id) not in others]
+                points = []
+                for record in records:
+                    item = _plain(record.id)
+                    fields = _with_stamp({k: v for k, v in payloads[item].items() if k != STAMP}, stamp)
+                    points.append(self._point(item, batch[rows[item]], fields, record.vector if whole else None))
+                    written.append(item)
+                self._upsert(points, create=False)
+        self._ask(lambda edge: edge.flush())
+        lost = set(gone)
+        return WriteReport(written, gone, {item: why for item, why in rejected.items() if item not in lost}, changed)
+
+    def _changed(
+        self,
+        records: Sequence[Record],
+        payloads: Mapping[ItemId, Payload],
+        made_from: Page,
+        before: Mapping[ItemId, int],
+    ) -> Iterator[ItemId]:
+        """Points that are no longer what they were in `made_from`, whose rows are `before`."""
+        assert made_from.vectors is not None
+        assert made_from.payloads is not None
+        known = [record for record in records if _plain(record.id) in before]
+        yield from (_plain(record.id) for record in records if _plain(record.id) not in before)
+        rows = [before[_plain(record.id)] for record in known]
+        same = (_bits(self._stacked(known)) == _bits(made_from.vectors[rows])).all(axis=1)
+        for record, row, equal in zip(known, rows, same.tolist(), strict=True):
+            item = _plain(record.id)
+            fields = {field: value for field, value in payloads[item].items() if field != STAMP}
+            if not equal or fields != dict(made_from.payloads[row]):
+                yield item
+
+    def _point(self, item: ItemId, vector: Vectors, payload: dict[str, Any], others: Any = None) -> Any:
+        from qdrant_edge import Point
+
+        new: Any = vector
+        if self._name or isinstance(others, dict):
+            new = {**others, self._name: vector} if isinstance(others, dict) else {self._name: vector}
+        return Point(item, new, payload)
+
+    def _upsert(self, points: list[Any], *, create: bool) -> None:
+        from qdrant_edge import UpdateMode, UpdateOperation
+
+        if points:
+            mode = UpdateMode.Upsert if create else UpdateMode.UpdateOnly
+            self._ask(lambda edge: edge.update(UpdateOperation.upsert_points(points, update_mode=mode)))
+
+    def publish(self, *, final: bool = False) -> None:
+        """Nothing: a written vector answers at once. `final` builds the HNSW index over what was written."""
+        self._must_write()
+        if final:
+            self._ask(lambda edge: edge.optimize())
+        self._ask(lambda edge: edge.flush())
+
+    def forget_migration(self) -> None:
+        """Removes the stamps."""
+        self._must_write()
+        from qdrant_edge import Filter, IsEmptyCondition, UpdateOperation
+
+        carrying = Filter(must_not=[IsEmptyCondition(STAMP)])
+        self._ask(lambda edge: edge.update(UpdateOperation.delete_payload_by_filter(carrying, [STAMP])))
+        self._ask(lambda edge: edge.flush())
+
+    # -- a second collection ----------------------------------------------------------------------------------------
+
+    def exists(self, local: str) -> bool:
+        """Whether there is a collection of that name; not an alias."""
+        self._ask(lambda edge: None)
+        return self._folder.exists(local)
+
+    def sibling(self, local: str) -> EdgeStore:
+        """Another collection of the folder."""
+        if not self.exists(local):
+            raise StoreRejected(f"{self._folder.path} has no collection {local!r}")
+        return EdgeStore(self._folder, local, vector=self._name or None, write=self._write)
+
+    def create_like(self, local: str, *, dim: int) -> EdgeStore:
+        """An empty collection with the same settings and payload indexes, for vectors of `dim`."""
+        self._must_write()
+        if self._has_more_vectors:
+            raise StoreRejected(
+                f"collection {self._local_name} holds more vectors than {self._name or 'the unnamed one'}, which a "
+                "copy would lose: use rollout.strategy in_place"
+            )
+        if not self.exists(local):
+            config = {**self._shard.config, "vectors": {self._name: {**self._params, "size": dim}}}
+            found = self._ask(lambda edge: edge.info()).payload_schema
+            indexes = {field: index.params or index.data_type for field, index in found.items() if field != STAMP}
+            self._folder.create(local, config, indexes)
+        store = self.sibling(local)
+        if (store._dim, store._params["distance"]) != (dim, self._params["distance"]):
+            store.close()
+            raise StoreRejected(
+                f"{local} is there already, with {store._dim}-d vectors instead of {dim}-d ones: remove it"
+            )
+        return store
+
+    def insert(self, page: Page) -> WriteReport:
+        """Upserts whole points."""
+        self._must_write()
+        assert page.vectors is not None
+        assert page.payloads is not None
+        if self._has_more_vectors:
+            raise StoreRejected(f"points of collection {self._local_name} have further vectors, which are not given")
+        vectors = as_batch(page.vectors, self._dim, page.ids)
+        rejected = unusable(page.ids, vectors)
+        points: list[Any] = []
+        for item, vector, payload, stamp in zip(page.ids, vectors, page.payloads, page.stamps, strict=True):
+            if item in rejected:
+                continue
+            if not _can_be_id(item):
+                rejected[item] = "Qdrant's ids are unsigned integers and UUIDs"
+                continue
+            try:
+                points.append(self._point(item, vector, _with_stamp(payload, stamp)))
+            except (TypeError, ValueError) as error:
+                rejected[item] = f"the payload cannot be stored: {_short(error)}"
+        size = self._per_part()
+        for start in range(0, len(points), size):
+            self._upsert(points[start : start + size], create=True)
+        self._ask(lambda edge: edge.flush())
+        return WriteReport([item for item in page.ids if item not in rejected], (), rejected)
+
+    def delete(self, ids: Sequence[ItemId]) -> None:
+        """Removes these points."""
+        self._must_write()
+        from qdrant_edge import UpdateOperation
+
+        possible: list[Any] = [item for item in ids if _can_be_id(item)]
+        if possible:
+            self._ask(lambda edge: edge.update(UpdateOperation.delete_points(possible)))
+        self._ask(lambda edge: edge.flush())
+
+    def swap_alias(self, alias: str, *, to: str) -> None:
+        """Replaces the symbolic link in one step."""
+        self._must_write()
+        self._folder.point(alias, to)
+
+    def drop(self) -> None:
+        """Deletes the collection, unless an alias leads to it."""
+        self._must_write()
+        for alias, local in self._folder.aliases().items():
+            if local == self._local_name:
+                raise StoreRejected(f"{self._local_name} is not deleted: the alias {alias!r} leads to it")
+        self._folder.remove(self._local_name)
+        self._open = False
+
+    def _must_write(self) -> None:
+        if not self._open:
+            raise StoreRejected(f"{self._local_name} was closed")
+        if not self._write:
+            raise StoreRejected(f"{self._local_name} was opened for reading only")
+
+    def close(self) -> None:
+        """Lets go of the shard. Safe to repeat."""
+        if self._open:
+            self._open = False
+            self._folder.let_go(self._shard)
+
+
+def _bits(vectors: Vectors) -> NDArray[np.uint32]:
+    """Floats that are to be compared bit by bit: not-a-number too is what it was."""
+    return np.ascontiguousarray(vectors, np.float32).view(np.uint32)
+
+
+def _bytes_on_disk(folder: Path) -> int:
+    """What the files take; many are larger on paper."""
+    with translated(folder):
+        return sum(512 * place.stat().st_blocks for place in folder.rglob("*") if place.is_file())

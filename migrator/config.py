@@ -190,6 +190,8 @@ class QdrantStore(Store):
     """http(s)://host:port of a server."""
     path: LocalPath | None = None
     """Folder of a local Qdrant, in place of `url`."""
+    engine: Literal["local", "edge"] | None = None
+    """What opens the folder: the client's own local mode, unless given, or qdrant-edge, the engine of the server."""
     api_key: Text | None = None
     grpc: bool | None = None
     """Speak gRPC, which is faster, where the server has its port open."""

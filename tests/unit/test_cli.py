@@ -26,7 +26,19 @@ from migrator.rollout.route import choose, initial_route
 from trainer import errors as trainer_errors
 
 ROOT = Path(migrator.__file__).parents[1]
-HEAVY = ("torch", "faiss", "timm", "PIL", "pyarrow", "accelerate", "sklearn", "pandas", "pymilvus", "qdrant_client")
+HEAVY = (
+    "torch",
+    "faiss",
+    "timm",
+    "PIL",
+    "pyarrow",
+    "accelerate",
+    "sklearn",
+    "pandas",
+    "pymilvus",
+    "qdrant_client",
+    "qdrant_edge",
+)
 
 CONFIG = """\
 version: 1

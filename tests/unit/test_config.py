@@ -122,6 +122,7 @@ def test_a_store_of_another_kind_keeps_its_keys(tmp_path):
         ("{kind: milvus, uri: ./m.db, collection: c}", {"uri": "m.db", "collection": "c"}),
         ('{kind: milvus, uri: "http://h:1", collection: c}', {"uri": "http://h:1", "collection": "c"}),
         ("{kind: qdrant, path: ./q, collection: c, vector: v}", {"path": "q", "collection": "c", "vector": "v"}),
+        ("{kind: qdrant, engine: edge, path: ./q, collection: c}", {"engine": "edge", "path": "q", "collection": "c"}),
     ],
 )
 def test_stores_have_their_files_beside_the_configuration(tmp_path, store, settings):
@@ -552,6 +553,7 @@ def test_the_schema_accepts_what_loads(tmp_path):
         ("[1, 10, 50, 100]", "[0, 100]"),
         ("sample: 500", "max_age: soon"),
         ("kind: faiss, path", "kind: faiss, pth"),
+        ("kind: faiss, path: ./gallery", "kind: qdrant, engine: fast, path: ./q, collection: c"),
     ],
 )
 def test_the_schema_refuses_what_does_not_load(tmp_path, old, new):
