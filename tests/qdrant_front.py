@@ -322,6 +322,11 @@ class Front:
         """From now on each request has this chance of one of these faults."""
         self._chance = (share, random.Random(seed), faults)
 
+    @property
+    def pending(self) -> bool:
+        """Whether some fault has not struck yet."""
+        return bool(self._faults)
+
     def heal(self) -> None:
         """No more faults; slow answers are let go."""
         self._faults.clear()
