@@ -16,6 +16,7 @@ import pytest
 from qdrant_client import QdrantClient, models
 
 from adapters.base import ItemId, Page, Store, StoreRejected, StoreUnavailable
+from adapters.qdrant import QdrantStore
 from adapters.registry import open_store
 from migrator.retrying import patiently
 from tests.integration.stores.contract import Make, payloads_of, unit_vectors
@@ -87,6 +88,8 @@ class Place:
     def __init__(self, front: Front) -> None:
         self.front, self.client = front, front.qdrant.client
         self.struck = True
+        self.fresh()
+        self.store = self.open()
 
     def fresh(self) -> None:
         """The collection as it was at first, and nothing else."""
@@ -108,8 +111,10 @@ class Place:
 
     def moments(self) -> Iterator[int]:
         """0, 1, 2, ... with the collection as at first, until a fault at that moment comes too late to strike."""
+        assert isinstance(self.store, QdrantStore)
         for moment in itertools.count():
             self.fresh()
+            self.store._indexed = False
             yield moment
             if not self.struck:
                 assert moment > 0
@@ -127,8 +132,8 @@ class Place:
 def place_at(version: str) -> Iterator[Place]:
     with qdrant_front(version=version) as front:
         place = Place(front)
-        place.fresh()
-        yield place
+        with closing(place.store):
+            yield place
 
 
 @pytest.fixture
@@ -208,25 +213,25 @@ def test_a_write_that_went_wrong_is_repaired_by_repeating_it(
     """Whichever of its requests it was; what the application did before it is respected as without the fault."""
     place = any_place
     for moment in place.moments():
-        with closing(place.open()) as store:
-            page = store.read(IDS, vectors=True, payload=True)
-            place.client.delete("c", [3])
-            place.upsert(5)
-            with place.fault(what, skip=moment, **how):
-                report = patiently(lambda: store.write_vectors(IDS, NEW, stamp, made_from=page), seconds=20)  # noqa: B023
-            ours = [item for item in IDS if item not in (3, 5)]
-            assert (list(report.written), list(report.gone), list(report.changed)) == (ours, [3], [5]), moment
-            assert dict(report.rejected) == {}
-            found = store.read(IDS, vectors=True, payload=True)
-            assert list(found.ids) == [item for item in IDS if item != 3]
-            assert found.vectors is not None
-            for item, vector, payload, its in zip(
-                found.ids, found.vectors, found.payloads or (), found.stamps, strict=True
-            ):
-                theirs = item == 5
-                np.testing.assert_array_equal(vector, (THEIRS if theirs else NEW)[item])
-                assert payload == ({"path": "theirs.png"} if theirs else payloads_of(IDS)[item])
-                assert its == (None if theirs else stamp)
+        store = place.store
+        page = store.read(IDS, vectors=True, payload=True)
+        place.client.delete("c", [3])
+        place.upsert(5)
+        with place.fault(what, skip=moment, **how):
+            report = patiently(lambda: store.write_vectors(IDS, NEW, stamp, made_from=page), seconds=20)  # noqa: B023
+        ours = [item for item in IDS if item not in (3, 5)]
+        assert (list(report.written), list(report.gone), list(report.changed)) == (ours, [3], [5]), moment
+        assert dict(report.rejected) == {}
+        found = store.read(IDS, vectors=True, payload=True)
+        assert list(found.ids) == [item for item in IDS if item != 3]
+        assert found.vectors is not None
+        for item, vector, payload, its in zip(
+            found.ids, found.vectors, found.payloads or (), found.stamps, strict=True
+        ):
+            theirs = item == 5
+            np.testing.assert_array_equal(vector, (THEIRS if theirs else NEW)[item])
+            assert payload == ({"path": "theirs.png"} if theirs else payloads_of(IDS)[item])
+            assert its == (None if theirs else stamp)
 
 
 @pytest.mark.usefixtures("at_once")
@@ -235,36 +240,36 @@ def test_a_write_that_went_wrong_is_repaired_by_repeating_it(
 def test_a_deed_that_went_wrong_is_repaired_by_repeating_it(place: Place, what: Any, deed: str) -> None:
     for moment in place.moments():
         Points(place.client, "other", "").create(models.Distance.DOT)
-        with closing(place.open()) as store:
-            store.write_vectors(IDS[:5], NEW[:5], "new")
-            page = store.read(IDS, vectors=True, payload=True)
+        store = place.store
+        store.write_vectors(IDS[:5], NEW[:5], "new")
+        page = store.read(IDS, vectors=True, payload=True)
 
-            def act(store: Store = store, page: Page = page) -> Any:
-                if deed == "insert":
-                    stamps = ["new"] * len(page)
-                    return store.insert(Page(page.ids, NEW, page.payloads, stamps)).written
-                if deed == "delete":
-                    return store.delete([*IDS[:10], 99])
-                if deed == "alias":
-                    return store.swap_alias("a", to="other")
-                if deed == "create":
-                    return store.create_like("like", dim=8).close()
-                return store.forget_migration()
-
-            with place.fault(what, skip=moment):
-                result = patiently(act, seconds=20)
-            now = store.read(IDS, vectors=True, payload=False)
+        def act(store: Store = store, page: Page = page) -> Any:
             if deed == "insert":
-                assert (list(result), set(now.stamps)) == (IDS, {"new"})
-                np.testing.assert_array_equal(now.vectors, NEW)
-            elif deed == "delete":
-                assert list(now.ids) == IDS[10:]
-            elif deed == "alias":
-                assert [found.collection_name for found in place.client.get_aliases().aliases] == ["other"]
-            elif deed == "create":
-                assert place.client.get_collection("like").config.params.vectors.size == 8
-            else:
-                assert set(now.stamps) == {None}
+                stamps = ["new"] * len(page)
+                return store.insert(Page(page.ids, NEW, page.payloads, stamps)).written
+            if deed == "delete":
+                return store.delete([*IDS[:10], 99])
+            if deed == "alias":
+                return store.swap_alias("a", to="other")
+            if deed == "create":
+                return store.create_like("like", dim=8).close()
+            return store.forget_migration()
+
+        with place.fault(what, skip=moment):
+            result = patiently(act, seconds=20)
+        now = store.read(IDS, vectors=True, payload=False)
+        if deed == "insert":
+            assert (list(result), set(now.stamps)) == (IDS, {"new"})
+            np.testing.assert_array_equal(now.vectors, NEW)
+        elif deed == "delete":
+            assert list(now.ids) == IDS[10:]
+        elif deed == "alias":
+            assert [found.collection_name for found in place.client.get_aliases().aliases] == ["other"]
+        elif deed == "create":
+            assert place.client.get_collection("like").config.params.vectors.size == 8
+        else:
+            assert set(now.stamps) == {None}
 
 
 def test_a_write_that_is_not_repeated_leaves_no_stamp_that_lies(any_place: Place) -> None:
@@ -272,46 +277,46 @@ def test_a_write_that_is_not_repeated_leaves_no_stamp_that_lies(any_place: Place
     place = any_place
     for what in ("drop", "drop_after", "half"):
         for moment in place.moments():
-            with closing(place.open()) as store:
-                page = store.read(IDS, vectors=True, payload=True)
-                with place.fault(what, skip=moment), contextlib.suppress(StoreUnavailable):
-                    store.write_vectors(IDS, NEW, "new", made_from=page)
-                found = store.read(IDS, vectors=True, payload=True)
-                assert found.vectors is not None
-                for item, vector, stamp in zip(found.ids, found.vectors, found.stamps, strict=True):
-                    if stamp == "new":
-                        np.testing.assert_array_equal(vector, NEW[item])
-                    elif stamp is None:  # or a claim: then it may be either
-                        np.testing.assert_array_equal(vector, OLD[item])
-                assert found.payloads == payloads_of(IDS)
-                assert store.count(stamp="new") == list(found.stamps).count("new")
+            store = place.store
+            page = store.read(IDS, vectors=True, payload=True)
+            with place.fault(what, skip=moment), contextlib.suppress(StoreUnavailable):
+                store.write_vectors(IDS, NEW, "new", made_from=page)
+            found = store.read(IDS, vectors=True, payload=True)
+            assert found.vectors is not None
+            for item, vector, stamp in zip(found.ids, found.vectors, found.stamps, strict=True):
+                if stamp == "new":
+                    np.testing.assert_array_equal(vector, NEW[item])
+                elif stamp is None:  # or a claim: then it may be either
+                    np.testing.assert_array_equal(vector, OLD[item])
+            assert found.payloads == payloads_of(IDS)
+            assert store.count(stamp="new") == list(found.stamps).count("new")
 
 
 def test_a_server_that_stays_away_is_waited_for_until_the_deadline(place: Place) -> None:
-    with closing(place.open()) as store:
-        before = len(place.front.requests)
-        place.front.fail("status", status=503, times=10**6)
-        began = time.monotonic()
-        with pytest.raises(StoreUnavailable):
-            patiently(lambda: store.scan(after=None, limit=5), seconds=0.8)
-        assert time.monotonic() - began < 2
-        assert 2 <= len(place.front.requests) - before <= 5
+    store = place.store
+    before = len(place.front.requests)
+    place.front.fail("status", status=503, times=10**6)
+    began = time.monotonic()
+    with pytest.raises(StoreUnavailable):
+        patiently(lambda: store.scan(after=None, limit=5), seconds=0.8)
+    assert time.monotonic() - began < 2
+    assert 2 <= len(place.front.requests) - before <= 5
 
 
 def test_the_servers_advice_is_heard(place: Place) -> None:
-    with closing(place.open()) as store:
-        place.front.fail("status", status=429, retry_after="1")
-        began = time.monotonic()
-        assert len(patiently(lambda: store.scan(after=None, limit=5), seconds=10)) == 5
-        assert time.monotonic() - began >= 1
-        # Advice that goes beyond the deadline is not waited for.
-        before = len(place.front.requests)
-        place.front.fail("status", status=429, retry_after="60", times=10**6)
-        began = time.monotonic()
-        with pytest.raises(StoreUnavailable):
-            patiently(lambda: store.scan(after=None, limit=5), seconds=5)
-        assert time.monotonic() - began < 1
-        assert len(place.front.requests) == before + 1
+    store = place.store
+    place.front.fail("status", status=429, retry_after="1")
+    began = time.monotonic()
+    assert len(patiently(lambda: store.scan(after=None, limit=5), seconds=10)) == 5
+    assert time.monotonic() - began >= 1
+    # Advice that goes beyond the deadline is not waited for.
+    before = len(place.front.requests)
+    place.front.fail("status", status=429, retry_after="60", times=10**6)
+    began = time.monotonic()
+    with pytest.raises(StoreUnavailable):
+        patiently(lambda: store.scan(after=None, limit=5), seconds=5)
+    assert time.monotonic() - began < 1
+    assert len(place.front.requests) == before + 1
 
 
 @pytest.mark.parametrize("deed", ["write", "insert"])
@@ -320,21 +325,22 @@ def test_a_point_that_is_refused_does_not_stop_the_others(place: Place, deed: st
         if request.startswith("PUT") and any(point["id"] in (7, 12) for point in json.loads(body)["points"]):
             raise Refusal(400, "Wrong input: there is something about this point")
 
-    with closing(place.open()) as store:
-        page = store.read(IDS, vectors=True, payload=True)
-        store._index_stamps()  # type: ignore[attr-defined]
-        place.front.before = refuse
-        if deed == "write":
-            report = store.write_vectors(IDS, NEW, "new", made_from=page)
-        else:
-            report = store.insert(Page(page.ids, NEW, page.payloads, ["new"] * 20))
-        place.front.before = None
-        assert set(report.rejected) == {7, 12}
-        assert all("something about this point" in one_line(Exception(why)) for why in report.rejected.values())
-        assert list(report.written) == [item for item in IDS if item not in (7, 12)]
-        now = store.read([6, 7, 12], vectors=True, payload=True)
-        np.testing.assert_array_equal(now.vectors, [NEW[6], OLD[7], OLD[12]])
-        assert list(now.stamps) == ["new", None, None]
+    store = place.store
+    assert isinstance(store, QdrantStore)
+    page = store.read(IDS, vectors=True, payload=True)
+    store._index_stamps()
+    place.front.before = refuse
+    if deed == "write":
+        report = store.write_vectors(IDS, NEW, "new", made_from=page)
+    else:
+        report = store.insert(Page(page.ids, NEW, page.payloads, ["new"] * 20))
+    place.front.before = None
+    assert set(report.rejected) == {7, 12}
+    assert all("something about this point" in one_line(Exception(why)) for why in report.rejected.values())
+    assert list(report.written) == [item for item in IDS if item not in (7, 12)]
+    now = store.read([6, 7, 12], vectors=True, payload=True)
+    np.testing.assert_array_equal(now.vectors, [NEW[6], OLD[7], OLD[12]])
+    assert list(now.stamps) == ["new", None, None]
 
 
 def test_a_point_that_a_server_misses_and_has_does_not_hold_us_for_ever(place: Place) -> None:
@@ -342,11 +348,11 @@ def test_a_point_that_a_server_misses_and_has_does_not_hold_us_for_ever(place: P
         if request == "PUT /collections/c/points/vectors":
             raise Refusal(404, "Not found: No point with id 3 found")
 
-    with closing(place.open()) as store:
-        place.front.before = refuse
-        with pytest.raises(StoreUnavailable, match="misses points that it has") as fault:
-            store.write_vectors(IDS, NEW, "new")
-        one_line(fault.value)
+    store = place.store
+    place.front.before = refuse
+    with pytest.raises(StoreUnavailable, match="misses points that it has") as fault:
+        store.write_vectors(IDS, NEW, "new")
+    one_line(fault.value)
 
 
 # -- another writer ---------------------------------------------------------------------------------------------------
@@ -371,26 +377,26 @@ def test_an_application_writes_between_two_requests(place: Place, what: str) -> 
                 else:
                     place.client.set_payload("c", {"price": -7.0}, points=[2])
 
-        with closing(place.open()) as store:
-            page = store.read(IDS, vectors=True, payload=True)
-            place.front.before = interpose
-            report = store.write_vectors(IDS, NEW, "new", made_from=page)
-            place.front.before = None
-            assert sorted([*report.written, *report.gone, *report.changed]) == IDS
-            assert set(IDS) - {2} <= set(report.written)
-            found = store.read([2], vectors=True, payload=True)
-            assert found.payloads is not None
-            if not happened:
-                assert list(found.stamps) == ["new"]
-                assert moment > 5
-                break
-            if what == "delete":
-                assert len(found) == 0
-            elif what == "upsert":
-                np.testing.assert_array_equal(found.vectors, THEIRS[2:3])
-                assert found.payloads == [{"path": "theirs.png"}]
-                assert list(found.stamps) != ["new"]
-            else:
-                assert found.payloads[0]["price"] == -7.0
-                if list(found.stamps) == ["new"]:
-                    np.testing.assert_array_equal(found.vectors, NEW[2:3])
+        store = place.store
+        page = store.read(IDS, vectors=True, payload=True)
+        place.front.before = interpose
+        report = store.write_vectors(IDS, NEW, "new", made_from=page)
+        place.front.before = None
+        assert sorted([*report.written, *report.gone, *report.changed]) == IDS
+        assert set(IDS) - {2} <= set(report.written)
+        found = store.read([2], vectors=True, payload=True)
+        assert found.payloads is not None
+        if not happened:
+            assert list(found.stamps) == ["new"]
+            assert moment > 5
+            break
+        if what == "delete":
+            assert len(found) == 0
+        elif what == "upsert":
+            np.testing.assert_array_equal(found.vectors, THEIRS[2:3])
+            assert found.payloads == [{"path": "theirs.png"}]
+            assert list(found.stamps) != ["new"]
+        else:
+            assert found.payloads[0]["price"] == -7.0
+            if list(found.stamps) == ["new"]:
+                np.testing.assert_array_equal(found.vectors, NEW[2:3])
