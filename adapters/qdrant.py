@@ -49,6 +49,7 @@ OLDEST = (1, 10)  # the first server version that answers as the client asks (qu
 NAMED_SINCE = (1, 13)  # the first that can be asked which points have a certain vector
 CONDITIONAL = (1, 16)  # the first with update_filter
 SHRUGS = 5  # times that a server may miss a point which it has
+DATATYPES: Mapping[str, float] = {"float32": 1e-6, "float16": 1e-3}  # and how far what is read is from what was written
 METRICS: Mapping[str, Metric] = {"Cosine": "cosine", "Dot": "ip", "Euclid": "l2"}
 
 
@@ -342,6 +343,11 @@ class QdrantStore:
         params = vectors[name]
         if params.multivector_config is not None:
             raise StoreRejected(f"{where} holds multi-vectors, which cannot be migrated")
+        if _datatype(params) not in DATATYPES:
+            known = " or ".join(DATATYPES)
+            raise StoreRejected(
+                f"{where} keeps its vectors as {_datatype(params)}, which can be migrated as {known} only"
+            )
         if params.distance.value not in METRICS:
             known = ", ".join(METRICS)
             raise StoreRejected(f"{where} has the distance {params.distance.value}, known are {known}")
@@ -370,13 +376,12 @@ class QdrantStore:
             notes.append("the api key travels over http, where others can read it: use https")
         if local:
             notes.append("a local folder is open in one process at a time: stop the application for each run")
-        datatype = getattr(self._params.datatype, "value", self._params.datatype) or "float32"
         return Capabilities(
             update_in_place=True,
             visible="at_once",
             stamps=True,
             concurrent_writers=not local,
-            exact_vectors=datatype == "float32",
+            exact_vectors=_datatype(self._params) == "float32",
             normalises=METRICS[self._params.distance.value] == "cosine",
             partial_update=True,
             aliases=True,
@@ -681,7 +686,8 @@ class QdrantStore:
         target = new.astype(np.float64)
         if METRICS[self._params.distance.value] == "cosine" and target.any():
             target /= np.linalg.norm(target)
-        return bool(np.allclose(np.frombuffer(now[0], np.float32), target, rtol=0, atol=1e-6))
+        apart = DATATYPES[_datatype(self._params)]
+        return bool(np.allclose(np.frombuffer(now[0], np.float32), target, rtol=apart, atol=apart))
 
     def _write_whole(
         self,
@@ -1002,6 +1008,10 @@ def _can_be_id(item: ItemId) -> bool:
         return str(uuid.UUID(item)) == item
     except ValueError:
         return False
+
+
+def _datatype(params: Any) -> str:
+    return getattr(params.datatype, "value", params.datatype) or "float32"
 
 
 def _plain(item: Any) -> ItemId:

@@ -19,7 +19,7 @@ from adapters.base import ItemId, Page, Store, StoreRejected, StoreUnavailable
 from adapters.qdrant import QdrantStore
 from adapters.registry import open_store
 from migrator.retrying import patiently
-from tests.integration.stores.contract import Make, payloads_of, unit_vectors
+from tests.integration.stores.contract import DIM, Make, payloads_of, unit_vectors
 from tests.integration.stores.test_qdrant import UUIDS, Points, QdrantContract, made_with
 from tests.qdrant_front import Front, Refusal, qdrant_front
 
@@ -108,6 +108,10 @@ class Place:
     def upsert(self, item: int) -> None:
         points = [models.PointStruct(id=item, vector=THEIRS[item].tolist(), payload={"path": "theirs.png"})]
         self.client.upsert("c", points)
+
+    def vectors(self) -> dict[ItemId, list[float]]:
+        records, _ = self.client.scroll("c", limit=1000, with_vectors=True)
+        return {record.id: record.vector for record in records}
 
     def moments(self) -> Iterator[int]:
         """0, 1, 2, ... with the collection as at first, until a fault at that moment comes too late to strike."""
@@ -400,3 +404,230 @@ def test_an_application_writes_between_two_requests(place: Place, what: str) -> 
             assert found.payloads[0]["price"] == -7.0
             if list(found.stamps) == ["new"]:
                 np.testing.assert_array_equal(found.vectors, NEW[2:3])
+
+
+# -- what cannot be opened, and answers that are wrong ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"collection": "d"}, "no collection or alias 'd'"),
+        ({"vector": "image"}, "no vector 'image'"),
+        ({"url": "127.0.0.1:6333"}, "http://HOST:PORT"),
+        ({"url": "localhost:6333"}, "http://HOST:PORT"),
+        ({"url": "ftp://127.0.0.1:6333"}, "http://HOST:PORT"),
+        ({"url": "http://127.0.0.1:seven"}, "refused"),
+        ({"api_key": "secret\n"}, "perhaps the end of a line"),
+        ({"api_key": "sécret"}, "characters that no key has"),
+    ],
+)
+def test_settings_that_are_wrong(place: Place, change: dict[str, Any], says: str) -> None:
+    before = place.vectors()
+    with pytest.raises(StoreRejected, match=says) as refusal:
+        place.open(**change)
+    assert "cret" not in one_line(refusal.value)
+    assert place.vectors() == before
+
+
+def test_another_server_answers(place: Place) -> None:
+    """It may say anything."""
+    others: list[tuple[Any, dict[str, Any]]] = [
+        ("garbage", {}),
+        ("status", {"status": 404}),
+        ("status", {"status": 405}),
+        ("spoiled", {"spoil": lambda result: {"name": "node-1", "tagline": "You Know, for Search"}}),
+        ("spoiled", {"spoil": lambda result: {"title": "weaviate", "version": "1.2.3"}}),
+        ("spoiled", {"spoil": lambda result: [1, 2, 3]}),
+    ]
+    for what, how in others:
+        place.front.fail(what, times=10**6, **how)
+        with pytest.raises(StoreRejected, match="does not answer like a Qdrant: correct `url`") as refusal:
+            place.open()
+        one_line(refusal.value)
+        place.front.heal()
+    with pytest.raises(StoreUnavailable, match="did not answer") as fault:
+        place.open(url=place.front.url.replace("http:", "https:"))
+    one_line(fault.value)
+
+
+def test_an_alias_that_leads_nowhere(place: Place) -> None:
+    def dangling(result: Any) -> Any:
+        result.aliases[0].collection_name = "gone"
+        return result
+
+    place.front.fail("spoiled", path="aliases", spoil=dangling)
+    with pytest.raises(StoreRejected, match="the alias 'a' leads to 'gone', which is no collection") as refusal:
+        place.open(collection="a")
+    one_line(refusal.value)
+    with closing(place.open(collection="a")) as store:
+        assert (store.describe().local, store.describe().alias) == ("c", "a")
+
+
+@pytest.mark.parametrize(
+    ("vectors", "says"),
+    [
+        (
+            {"a": models.VectorParams(size=4, distance="Cosine"), "b": models.VectorParams(size=4, distance="Dot")},
+            "'a', 'b': name one",
+        ),
+        ({}, "no dense vectors"),
+        (models.VectorParams(size=4, distance="Manhattan"), "Manhattan"),
+        (models.VectorParams(size=4, distance="Dot", datatype="uint8"), "uint8"),
+        (
+            models.VectorParams(size=4, distance="Dot", multivector_config={"comparator": "max_sim"}),
+            "multi-vectors",
+        ),
+    ],
+    ids=["several", "sparse", "manhattan", "uint8", "multi"],
+)
+def test_vectors_that_cannot_be_migrated(place: Place, vectors: Any, says: str) -> None:
+    place.client.create_collection("d", vectors, sparse_vectors_config={"words": models.SparseVectorParams()})
+    with pytest.raises(StoreRejected, match=says) as refusal:
+        place.open(collection="d")
+    one_line(refusal.value)
+
+
+def test_half_precision_is_declared(place: Place) -> None:
+    params = models.VectorParams(size=4, distance="Dot", datatype="float16")
+    place.client.create_collection("d", params)
+    with closing(place.open(collection="d")) as store:
+        assert not store.capabilities.exact_vectors
+
+
+def test_servers_that_are_too_old() -> None:
+    params = models.VectorParams(size=4, distance=models.Distance.DOT)
+    for version, vectors, needs in (("1.9.2", params, "1.10"), ("1.12.0", {"image": params}, "1.13")):
+        with qdrant_front(version=version) as front:
+            front.qdrant.client.create_collection("c", vectors)
+            with pytest.raises(StoreRejected, match=f"is a Qdrant {version}: .* needs {needs} or newer") as refusal:
+                open_store({"kind": "qdrant", "url": front.url, "collection": "c"}, write=True)
+            one_line(refusal.value)
+
+
+def test_keys() -> None:
+    with qdrant_front(api_key="right", read_only_key="reader") as front:
+        points = Points(front.qdrant.client, "c", "")
+        points.create(models.Distance.DOT)
+        points.insert(IDS, OLD, payloads_of(IDS))
+        settings = {"kind": "qdrant", "url": front.url, "collection": "c"}
+        for key in ("wrong", None):
+            with pytest.raises(StoreRejected, match="correct `api_key`") as refusal:
+                open_store({**settings, **({} if key is None else {"api_key": key})}, write=True)
+            one_line(refusal.value)
+        with closing(open_store({**settings, "api_key": "reader"}, write=True)) as store:
+            page = store.read(IDS, vectors=True, payload=True)
+            for act in (lambda: store.write_vectors(IDS, NEW, "new"), lambda: store.insert(page)):
+                before = len(front.requests)
+                with pytest.raises(StoreRejected, match="correct `api_key`"):
+                    act()
+                assert len(front.requests) <= before + 1, "a refused batch is not halved where the key is refused"
+            np.testing.assert_array_equal(store.read(IDS, vectors=True, payload=True).vectors, OLD)
+            assert any("http" in note for note in store.capabilities.notes)
+        with closing(open_store({**settings, "api_key": "right"}, write=True)) as store:
+            assert list(store.write_vectors(IDS, NEW, "new").written) == IDS
+
+
+def points_of(result: Any) -> list[Any]:
+    return result.points if isinstance(result, models.ScrollResult) else result
+
+
+def too_short(result: Any) -> Any:
+    points_of(result)[1].vector = [0.5] * 3
+    return result
+
+
+def nothing_instead_of_a_number(result: Any) -> Any:
+    points_of(result)[1].vector[2] = None
+    return result
+
+
+def not_a_number(result: Any) -> Any:
+    points_of(result)[1].vector[2] = float("nan")
+    return result
+
+
+def words(result: Any) -> Any:
+    points_of(result)[1].vector = ["one", "two"]
+    return result
+
+
+def no_longer_in_order(result: Any) -> Any:
+    points_of(result).reverse()
+    return result
+
+
+def the_same_again(result: Any) -> Any:
+    result.next_page_offset = result.points[0].id
+    return result
+
+
+def nothing_and_more(result: Any) -> Any:
+    result.points, result.next_page_offset = [], 3
+    return result
+
+
+def fewer(result: Any) -> Any:
+    return points_of(result)[1:]
+
+
+@pytest.mark.parametrize(
+    ("spoil", "kind", "says"),
+    [
+        (too_short, StoreRejected, "point 1 a vector that is not 16 numbers"),
+        (words, StoreRejected, "point 1 a vector that is not 16 numbers"),
+        (nothing_instead_of_a_number, StoreRejected, "not finite, of point 1"),
+        (not_a_number, StoreRejected, "not finite, of point 1"),
+        (no_longer_in_order, StoreRejected, "out of order"),
+        (the_same_again, StoreRejected, "out of order"),
+        (nothing_and_more, StoreRejected, "empty page"),
+        (fewer, StoreUnavailable, "gave 1 points less"),
+    ],
+)
+def test_an_answer_that_is_wrong(place: Place, spoil: Any, kind: type[Exception], says: str) -> None:
+    store, before = place.store, place.vectors()
+    acts: list[Any] = []
+    if spoil is not fewer:
+        acts.append(lambda: store.scan(after=None, limit=100))
+    if spoil not in (no_longer_in_order, the_same_again, nothing_and_more):
+        acts.append(lambda: store.read(IDS, vectors=True, payload=True))
+    for act in acts:
+        place.front.fail("spoiled", times=10**6, path="points(/scroll)?$", spoil=spoil)
+        with pytest.raises(kind, match=says) as refusal:
+            act()
+        one_line(refusal.value)
+        place.front.heal()
+    if spoil not in (no_longer_in_order, the_same_again, nothing_and_more):
+        page = store.read(IDS, vectors=True, payload=True)
+        place.front.fail("spoiled", times=10**6, path="points$", spoil=spoil)
+        with pytest.raises(kind, match=says):
+            store.write_vectors(IDS, NEW, "new", made_from=page)
+        place.front.heal()
+        assert place.vectors() == before
+        assert store.count(stamp="new") == 0
+
+
+def test_a_shadow_gets_the_settings_of_the_collection(place: Place) -> None:
+    url = place.front.url
+    with closing(QdrantClient(url=url, check_compatibility=False)) as client:
+        client.create_collection(
+            "d",
+            {"image": models.VectorParams(size=DIM, distance="Dot", on_disk=True, hnsw_config={"m": 7})},
+            hnsw_config=models.HnswConfigDiff(m=24, ef_construct=77),
+            optimizers_config=models.OptimizersConfigDiff(indexing_threshold=123),
+            quantization_config=models.ScalarQuantization(scalar=models.ScalarQuantizationConfig(type="int8")),
+            shard_number=2,
+            on_disk_payload=True,
+        )
+        client.create_payload_index("d", "path", field_schema=models.PayloadSchemaType.KEYWORD)
+        client.create_payload_index("d", "name", field_schema=models.TextIndexParams(type="text", tokenizer="word"))
+        with closing(place.open(collection="d")) as store:
+            index = store.describe().index
+            assert "m=7" in index
+            assert "scalar" in index
+            store.create_like("e", dim=8).close()
+        old, new = client.get_collection("d"), client.get_collection("e")
+        assert new.payload_schema == old.payload_schema
+        params = old.config.params.vectors["image"].model_copy(update={"size": 8})
+        assert new.config.params == old.config.params.model_copy(update={"vectors": {"image": params}})
+        assert new.config.model_dump(exclude={"params"}) == old.config.model_dump(exclude={"params"})
