@@ -18,14 +18,22 @@ from time import monotonic
 import filelock
 
 ONE_A_MACHINE = Path(tempfile.gettempdir()) / f"migrator-tests-milvus-{os.getuid()}.lock"
-START = 180.0  # seconds; after a SIGKILL the old sessions in etcd must run out first
+START = 180.0  # seconds
+IMPATIENT = {
+    "proxy.timeTickInterval": 20,  # a strongly consistent read waits for one: 200 ms
+    "common.session.ttl": 3,  # after a SIGKILL the sessions of before must run out: 30 s
+    "queryCoord.checkInterval": 100,
+    "queryCoord.distPullInterval": 50,
+}
+"""Nothing but how long things take; as the server comes, the tests take five times as long."""
 
 
 class MilvusServer:
-    """`start` and `kill` as often as wanted; the data stay. The address may be another after each start."""
+    """`start` and `kill` as often as wanted; the data and the address stay."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, **settings: object) -> None:
         self._folder = folder
+        self._settings = settings
         self._server: object | None = None
 
     @property
@@ -34,11 +42,9 @@ class MilvusServer:
 
     def start(self) -> None:
         from milvus import MilvusServer as Wheel
-        from milvus import MilvusServerConfig
 
-        if self._server is not None:
-            self._wait_for_port(self._server.listen_port)  # type: ignore[attr-defined]
-        server = Wheel(MilvusServerConfig(), wait_for_started=False)
+        config = _config(**self._settings)
+        server = Wheel(config, wait_for_started=False)
         server.set_base_dir(str(self._folder))
         self._server = server
         with warnings.catch_warnings():
@@ -48,18 +54,6 @@ class MilvusServer:
             server.start()
             gc.collect()
         self._wait(server)
-
-    @staticmethod
-    def _wait_for_port(port: int) -> None:
-        """Until the port of a killed server can be taken again; else the wheel moves to another one."""
-        deadline, pause = monotonic() + START, threading.Event()
-        while True:
-            with socket.socket() as probe, contextlib.suppress(OSError):
-                probe.bind(("127.0.0.1", port))
-                return
-            if monotonic() > deadline:
-                raise TimeoutError(f"port {port} does not become free")
-            pause.wait(0.2)
 
     def _wait(self, server: object) -> None:
         """Until a client gets an answer, and not only the web page that says all is well."""
@@ -101,11 +95,27 @@ class MilvusServer:
             self._server = None
 
 
+def _config(**settings: object) -> object:
+    from milvus import MilvusServerConfig
+
+    class Config(MilvusServerConfig):
+        def try_bind_port(self, port: int) -> socket.socket | None:
+            """Also where the kernel still remembers the connections of a killed server, for a minute."""
+            with contextlib.suppress(OSError):
+                return socket.create_server(("127.0.0.1", port), reuse_port=False)  # with SO_REUSEADDR
+            return None
+
+    config = Config()
+    for name, value in {**IMPATIENT, **settings}.items():
+        config.set(name, value)
+    return config
+
+
 @contextlib.contextmanager
-def milvus_server(folder: Path) -> Iterator[MilvusServer]:
+def milvus_server(folder: Path, **settings: object) -> Iterator[MilvusServer]:
     """A running server. Waits for one of another test process to go."""
     with filelock.FileLock(ONE_A_MACHINE, timeout=540):
-        server = MilvusServer(folder)
+        server = MilvusServer(folder, **settings)
         try:
             server.start()
             yield server
