@@ -152,6 +152,8 @@ class Folder:
 
         place, temporary = self._place(local), self.path / f".{local}.new"
         with translated(place):
+            if os.path.lexists(place):  # a link that leads nowhere, too
+                raise StoreRejected(f"{place} is in the way of a new collection: move it")
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir()
             # The engine makes what its settings describe, and keeps those that this program does not know.
@@ -190,7 +192,7 @@ class Folder:
             return local
         if place.is_dir():
             raise StoreRejected(f"{place} is not a shard of qdrant-edge: it has no segments")
-        names = sorted(found.name for found in self.path.iterdir() if not found.name.startswith(".") and found.is_dir())
+        names = sorted(found.name for found in self.path.iterdir() if _is_shard(found))
         there = f"there are {', '.join(names[:20])}" if names else "the folder has no collections"
         raise StoreRejected(f"{self.path} has no collection or alias {local!r}, {there}: correct `collection`")
 
