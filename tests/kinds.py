@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager
@@ -14,7 +16,7 @@ import numpy as np
 import pytest
 import yaml
 
-from adapters.base import Store
+from adapters.base import Store, StoreBusy
 from adapters.registry import open_store
 from tests.world import DIM, World, embed_images
 
@@ -46,6 +48,8 @@ class Kind(ABC):
     """One kind of store, holding the world's collection."""
 
     name: str
+    exclusive = False
+    """One process at a time may open it, for reading too."""
 
     def __init__(self, world: World) -> None:
         self.world = world
@@ -60,6 +64,14 @@ class Kind(ABC):
 
     @abstractmethod
     def delete(self, ids: Sequence[Any]) -> None: ...
+
+    @abstractmethod
+    def set_payload(self, item: Any, payload: Mapping[str, Any]) -> None:
+        """The application changes what stands beside a vector, and leaves that alone."""
+
+    def is_busy(self, error: Exception) -> bool:
+        """Whether that is what an exclusive kind says while another process has it open."""
+        return False
 
     @abstractmethod
     def adapter(self) -> type[Any]:
@@ -145,6 +157,7 @@ class QdrantFolder(Kind):
     """A local Qdrant with the collection `toys_v1`, which the configuration addresses by the alias `toys`."""
 
     name = "qdrant"
+    exclusive = True
 
     @property
     def folder(self) -> Path:
@@ -189,6 +202,13 @@ class QdrantFolder(Kind):
         with self.client() as client:
             client.delete("toys", list(ids))
 
+    def set_payload(self, item: Any, payload: Mapping[str, Any]) -> None:
+        with self.client() as client:
+            client.set_payload("toys", dict(payload), points=[item])
+
+    def is_busy(self, error: Exception) -> bool:
+        return self.exclusive and isinstance(error, (RuntimeError, StoreBusy))
+
     def adapter(self) -> type[Any]:
         from adapters.qdrant import QdrantStore
 
@@ -214,10 +234,41 @@ class QdrantOverRest(QdrantFolder):
     """The same collection on a server; `url` is that of a `tests.qdrant_front`, or of a real one."""
 
     name = "qdrant-rest"
+    exclusive = False
 
-    def __init__(self, world: World, url: str, *, api_key: str | None = None) -> None:
+    def __init__(self, world: World, url: str = "", *, api_key: str | None = None) -> None:
         super().__init__(world)
         self.url, self.api_key = url, api_key
+
+    @contextmanager
+    def running(self, folder: Path) -> Iterator[None]:
+        """A server in a process of its own, which outlives the commands that are killed."""
+        server = subprocess.Popen(
+            [sys.executable, "-m", "tests.qdrant_front"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            cwd=Path(__file__).parents[1],
+        )
+        assert server.stdin is not None
+        assert server.stdout is not None
+        try:
+            self.url = f"http://127.0.0.1:{int(server.stdout.readline())}"
+            yield
+        finally:
+            server.stdin.close()
+            server.wait(timeout=30)
+            server.stdout.close()
+
+    @contextmanager
+    def searching(self) -> Iterator[Search]:
+        with closing(self.connected()) as client:
+
+            def search(collection: str, vector: np.ndarray) -> tuple[Any, float]:
+                (hit,) = client.query_points(collection, query=vector.tolist(), limit=1).points
+                return hit.id, float(hit.score)
+
+            yield search
 
     def settings(self) -> dict[str, Any]:
         key = {} if self.api_key is None else {"api_key": self.api_key}
@@ -297,6 +348,11 @@ class FaissFolder(Kind):
             del content[item]
         self.replace_content(content)
 
+    def set_payload(self, item: Any, payload: Mapping[str, Any]) -> None:
+        content = self.content()
+        content[item] = (content[item][0], dict(payload))
+        self.replace_content(content)
+
     def adapter(self) -> type[Any]:
         from adapters.faiss import FaissStore
 
@@ -321,6 +377,7 @@ class MilvusLite(Kind):
     """A Milvus Lite file with the collection `toys_v1`, which the configuration addresses by the alias `toys`."""
 
     name = "milvus-lite"
+    exclusive = True
 
     def __init__(self, world: World, *, dynamic: bool = True) -> None:
         super().__init__(world)
@@ -359,6 +416,14 @@ class MilvusLite(Kind):
     def delete(self, ids: Sequence[Any]) -> None:
         with self.client() as client:
             client.delete("toys", ids=list(ids))
+
+    def set_payload(self, item: Any, payload: Mapping[str, Any]) -> None:
+        with self.client() as client:
+            client.load_collection("toys")
+            client.upsert("toys", [{"id": item, **payload}], partial_update=True)
+
+    def is_busy(self, error: Exception) -> bool:
+        return isinstance(error, StoreBusy) or "Open local milvus failed" in str(error)
 
     @contextmanager
     def searching(self) -> Iterator[Search]:
@@ -416,8 +481,18 @@ def make_milvus_collection(client: Any, name: str, *, dynamic: bool = True) -> N
     client.create_collection(name, schema=schema, index_params=index)
 
 
+def kind_of(world: World) -> Kind:
+    """The kind that a world's configuration names."""
+    document = yaml.safe_load(world.config.read_text())
+    (migration,) = document["migrations"].values()
+    store = migration["store"]
+    if store.get("url"):
+        return QdrantOverRest(world, store["url"])
+    return {"faiss": FaissFolder, "milvus": MilvusLite, "qdrant": QdrantFolder}[store["kind"]](world)
+
+
 KINDS: list[type[Kind]] = [FaissFolder, MilvusLite, QdrantFolder]
 """Every kind that needs no server."""
 
-SHARED: list[type[Kind]] = [FaissFolder, MilvusLite]
+SHARED: list[type[Kind]] = [FaissFolder, MilvusLite, QdrantOverRest]
 """Kinds that an application can search while a migration goes on."""

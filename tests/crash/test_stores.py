@@ -18,7 +18,7 @@ import pytest
 
 from migrator.project import Project
 from tests.crash.commands import Commands
-from tests.kinds import KINDS, FaissFolder, Item, Kind, QdrantFolder
+from tests.kinds import KINDS, Item, Kind, QdrantFolder, QdrantOverRest
 from tests.world import World, embed_images, make_world
 
 pytestmark = pytest.mark.crash
@@ -186,8 +186,10 @@ def test_killed_a_hundred_times(
 class Writer:
     """The application: a process that inserts, changes and deletes items until it is told to stop."""
 
-    def __init__(self, world: World, journal: Path) -> None:
-        self.journal = journal
+    def __init__(self, kind: Kind, journal: Path) -> None:
+        self.journal, world = journal, kind.world
+        holds = {item: dict(found.payload) for item, found in kind.items().items()}
+        journal.write_text(json.dumps({"holds": holds}) + "\n")
         self._process = subprocess.Popen(
             [sys.executable, "-m", "tests.crash.writer", str(world.folder), str(journal)],
             stdin=subprocess.PIPE,
@@ -206,43 +208,56 @@ class Writer:
         return {int(item): payload for item, payload in lines[-1]["holds"].items()}
 
 
-def beside_a_live_writer(commands: Commands, first: World, folder: Path, strategy: str, seconds: float) -> None:
+def beside_a_live_writer(
+    commands: Commands, first: World, folder: Path, make: type[Kind], strategy: str, seconds: float
+) -> None:
     world = World(folder / "world")
     shutil.copytree(first.folder, world.folder)
     world.configure(rollout__strategy=strategy, backfill__retry_for=20.0)
-    kind = FaissFolder(world)
-    kind.use()
-    for which in ("old", "new"):
-        np.savez(world.folder / f"{which}.npz", **vectors_by(world, which))
-    killer = Killer(commands, world, 5)
-    killer.to_backfill(strategy)
-    writer = Writer(world, folder / "journal")
-    try:
-        until, kills = monotonic() + seconds, 0
-        while monotonic() < until or kills < 5:
-            if kills < 5:
-                kills += not killer.kill(2.0, "backfill", "--max-items", "60")
-            else:
-                killer.succeed("backfill", "--max-items", "60")
-    finally:
-        holds = writer.stop()
-    killer.succeed("backfill")
-    if strategy == "shadow":
-        killer.canary()
-    killer.succeed("rollout", "--stage", "cutover")
-    assert_all(kind.items(killer.migration().shadow), vectors_by(world, "new"), holds)
-    killer.succeed("rollback")
-    assert_all(kind.items(), vectors_by(world, "old"), holds)
+    kind = make(world)
+    with kind.running(folder / "server"):
+        kind.use()
+        for which in ("old", "new"):
+            np.savez(world.folder / f"{which}.npz", **vectors_by(world, which))
+        killer = Killer(commands, world, 5)
+        killer.to_backfill(strategy)
+        writer = Writer(kind, folder / "journal")
+        try:
+            until, kills = monotonic() + seconds, 0
+            while monotonic() < until or kills < 5:
+                assert monotonic() < until + 120, f"{kills} kills met a running backfill"
+                if kills < 5:
+                    kills += not killer.kill(2.0, "backfill", "--max-items", "60")
+                else:
+                    killer.succeed("backfill", "--max-items", "60")
+        finally:
+            holds = writer.stop()
+        killer.succeed("backfill")
+        if strategy == "shadow":
+            killer.canary()
+        killer.succeed("rollout", "--stage", "cutover")
+        assert_all(kind.items(killer.migration().shadow), vectors_by(world, "new"), holds)
+        killer.succeed("rollback")
+        assert_all(kind.items(), vectors_by(world, "old"), holds)
+
+
+WRITTEN = [*KINDS, QdrantOverRest]
 
 
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("strategy", ["in_place", "shadow"])
-def test_beside_a_live_writer(commands: Commands, first: World, tmp_path: Path, strategy: str) -> None:
-    beside_a_live_writer(commands, first, tmp_path, strategy, seconds=8)
+@pytest.mark.parametrize("make", WRITTEN, ids=lambda kind: kind.name)
+def test_beside_a_live_writer(
+    commands: Commands, first: World, tmp_path: Path, make: type[Kind], strategy: str
+) -> None:
+    beside_a_live_writer(commands, first, tmp_path, make, strategy, seconds=8)
 
 
 @pytest.mark.long
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("strategy", ["in_place", "shadow"])
-def test_beside_a_live_writer_for_long(commands: Commands, first: World, tmp_path: Path, strategy: str) -> None:
-    beside_a_live_writer(commands, first, tmp_path, strategy, seconds=30)
+@pytest.mark.parametrize("make", WRITTEN, ids=lambda kind: kind.name)
+def test_beside_a_live_writer_for_long(
+    commands: Commands, first: World, tmp_path: Path, make: type[Kind], strategy: str
+) -> None:
+    beside_a_live_writer(commands, first, tmp_path, make, strategy, seconds=30)

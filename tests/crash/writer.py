@@ -1,4 +1,4 @@
-"""An application that owns a FAISS folder and writes without pause, with its own journal of what must be there."""
+"""An application that owns a collection and writes without pause, with its own journal of what must be there."""
 
 from __future__ import annotations
 
@@ -10,36 +10,49 @@ from pathlib import Path
 
 import numpy as np
 
-from tests.kinds import FaissFolder
+from tests.kinds import kind_of
 from tests.world import World
+
+PAUSE = {False: 0.02, True: 0.3}
+"""Seconds between two writes; longer where one process at a time may open the store, or nobody else gets to it."""
 
 
 def main(folder: str, journal: str) -> None:
-    kind = FaissFolder(World(Path(folder)))
+    kind = kind_of(World(Path(folder)))
     vectors = dict(np.load(Path(folder) / "old.npz"))
     names, rng = sorted(vectors), random.Random(11)
-    holds = {item: payload for item, (_, payload) in kind.content().items()}
+    holds = {int(item): payload for item, payload in json.loads(Path(journal).read_text())["holds"].items()}
     following = 10_000
-    with Path(journal).open("w") as file:
-        while not select.select([sys.stdin], [], [], 0.02)[0]:
+
+    def write(what: str) -> None:
+        nonlocal following
+        name, item = rng.choice(names), rng.choice(sorted(holds))
+        if what == "insert":
+            payload = {"path": name, "kind": "new"}
+            kind.put([following + 1], vectors[name][None], [payload])
+            following += 1
+            holds[following] = payload
+        elif what == "image":
+            payload = {**holds[item], "path": name}
+            kind.put([item], vectors[name][None], [payload])
+            holds[item] = payload
+        elif what == "payload":
+            payload = {**holds[item], "kind": f"kind {rng.randrange(1000)}"}
+            kind.set_payload(item, payload)
+            holds[item] = payload
+        else:
+            kind.delete([item])
+            del holds[item]
+
+    with Path(journal).open("a") as file:
+        while not select.select([sys.stdin], [], [], PAUSE[kind.exclusive])[0]:
             what = rng.choice(["insert", "image", "payload", "delete"])
-            content = kind.content()
-            if what == "insert":
-                following += 1
-                name = rng.choice(names)
-                content[following] = (vectors[name], {"path": name, "kind": "new"})
-            else:
-                item = rng.choice(sorted(content))
-                vector, payload = content[item]
-                if what == "image":
-                    name = rng.choice(names)
-                    content[item] = (vectors[name], {**payload, "path": name})
-                elif what == "payload":
-                    content[item] = (vector, {**payload, "kind": f"kind {rng.randrange(1000)}"})
-                else:
-                    del content[item]
-            kind.replace_content(content)
-            holds = {item: payload for item, (_, payload) in content.items()}
+            try:
+                write(what)
+            except Exception as error:
+                if not kind.is_busy(error):
+                    raise
+                continue  # nothing was written; another try soon
             file.write(json.dumps({"what": what, "holds": holds}) + "\n")
             file.flush()
 
