@@ -262,10 +262,14 @@ class QdrantOverRest(QdrantFolder):
 
     @contextmanager
     def searching(self) -> Iterator[Search]:
+        from qdrant_client import models
+
         with closing(self.connected()) as client:
 
             def search(collection: str, vector: np.ndarray) -> tuple[Any, float]:
-                (hit,) = client.query_points(collection, query=vector.tolist(), limit=1).points
+                request = models.QueryRequest(query=vector.tolist(), limit=1)
+                (answer,) = client.query_batch_points(collection, requests=[request])
+                (hit,) = answer.points
                 return hit.id, float(hit.score)
 
             yield search
