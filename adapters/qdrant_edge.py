@@ -5,7 +5,7 @@
 
 The engine's lock lets one process open a shard, for reading too, so there are no other writers. A point is written
 whole, with vector, payload and stamp, in one operation of the engine's log, which survives a kill as a whole or not at
-all: a vector never has another one's stamp. A write ends with a flush, which makes it survive a power failure too.
+all: a vector never has another one's stamp. Every write ends with an fsync of the log.
 
 The engine keeps an operation that it has refused in its log, and the next opening applies what is good of it. So
 everything is checked here, and nothing that could be refused is handed over.
@@ -27,7 +27,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
-from numpy.typing import NDArray
 
 from adapters.base import (
     Capabilities,
@@ -35,7 +34,6 @@ from adapters.base import (
     Hits,
     ItemId,
     Page,
-    Payload,
     StoreBusy,
     StoreError,
     StoreRejected,
@@ -45,7 +43,7 @@ from adapters.base import (
     order_key,
 )
 from adapters.faiss_files import replace_link, translated
-from adapters.qdrant import METRICS, STAMP, _as_stamp, _can_be_id, _plain, _short, _with_stamp
+from adapters.qdrant import METRICS, STAMP, _as_stamp, _can_be_id, _contents, _plain, _short, _with_stamp
 from adapters.vectors import as_batch, unusable
 
 if TYPE_CHECKING:
@@ -58,6 +56,7 @@ PART_BYTES = 8 << 20  # of vectors that are read or written in one go
 PART_ITEMS = 5_000
 PART_ITEMS_WHOLE = 500  # of points with further vectors, whose size is not known
 CONFIG = "edge_config.json"
+LOG_FILES = 8  # of 32 MiB and more: what is not flushed is read again when the shard is opened
 HNSW = {"m": 16, "ef_construct": 100}  # the engine's own default
 FORBIDDEN = (errno.EPERM, errno.EACCES, errno.EROFS)
 DAMAGED = "is damaged, or of another version: put a backup in its place, or use that version"
@@ -231,6 +230,21 @@ class Shard:
         with self.guard:
             return self._translated(lambda: call(self._edge), "was refused by the engine")
 
+    def sync(self) -> None:
+        """Makes what was written survive a power failure.
+
+        The log is enough, for the engine restores from it what its other files lack; to flush those takes ten times as
+        long. They follow when the log has grown.
+        """
+        log = self.path / "wal"
+        with self.guard:
+            with translated(log):
+                files = list(log.iterdir())
+                for place in (*files, log):
+                    _sync(place)
+            if len(files) > LOG_FILES:
+                self.ask(lambda edge: edge.flush())
+
     def close(self) -> None:
         """Flushes, and lets go of the lock. Safe to repeat."""
         with self.guard, contextlib.suppress(StoreError):
@@ -266,8 +280,8 @@ def _is_shard(place: Path) -> bool:
     return segments.is_dir() and any(segments.iterdir())
 
 
-def _sync(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
+def _sync(place: Path) -> None:
+    handle = os.open(place, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:
@@ -536,59 +550,46 @@ class EdgeStore:
         batch = as_batch(vectors, self._dim, ids)
         rejected = {} if stamp is None else unusable(ids, batch)
         rows = {item: row for row, item in enumerate(ids)}
+        before = None if made_from is None else _contents(made_from)
+        whole = self._has_more_vectors
+        which: Any = True if whole else [self._name] if before is not None else False
         written: list[ItemId] = []
         gone: list[ItemId] = []
         changed: list[ItemId] = []
-        before = None if made_from is None else {item: row for row, item in enumerate(made_from.ids)}
         for part in self._parts(ids):
             with self._shard.guard:
-                whole = self._has_more_vectors
-                which: Any = True if whole else [self._name] if made_from is not None else False
                 found = self._fetch(part, True, which)
+                there = [item for item in part if item in found]
                 gone += [item for item in part if item not in found]
-                records = [found[item] for item in part if item in found and item not in rejected]
-                payloads = {_plain(record.id): record.payload or {} for record in records}
-                if made_from is not None and before is not None:
-                    others = set(self._changed(records, payloads, made_from, before))
-                    changed += [item for item in part if item in others]
-                    records = [record for record in records if _plain(record.id) not in others]
-                points = []
-                for record in records:
-                    item = _plain(record.id)
-                    fields = _with_stamp({k: v for k, v in payloads[item].items() if k != STAMP}, stamp)
-                    points.append(self._point(item, batch[rows[item]], fields, record.vector if whole else None))
-                    written.append(item)
+                page = self._page([found[item] for item in there], vectors=before is not None, payload=True)
+                leave = set(rejected)
+                if before is not None:
+                    now = _contents(page)
+                    others = [item for item in there if item not in rejected and now[item] != before.get(item)]
+                    changed += others
+                    leave.update(others)
+                assert page.payloads is not None
+                points = [
+                    self._point(item, batch[rows[item]], _with_stamp(payload, stamp), found[item] if whole else None)
+                    for item, payload in zip(there, page.payloads, strict=True)
+                    if item not in leave
+                ]
                 self._upsert(points, create=False)
-        self._ask(lambda edge: edge.flush())
+                written += [item for item in there if item not in leave]
+        self._shard.sync()
         lost = set(gone)
         return WriteReport(written, gone, {item: why for item, why in rejected.items() if item not in lost}, changed)
 
-    def _changed(
-        self,
-        records: Sequence[Record],
-        payloads: Mapping[ItemId, Payload],
-        made_from: Page,
-        before: Mapping[ItemId, int],
-    ) -> Iterator[ItemId]:
-        """Points that are no longer what they were in `made_from`, whose rows are `before`."""
-        assert made_from.vectors is not None
-        assert made_from.payloads is not None
-        known = [record for record in records if _plain(record.id) in before]
-        yield from (_plain(record.id) for record in records if _plain(record.id) not in before)
-        rows = [before[_plain(record.id)] for record in known]
-        same = (_bits(self._stacked(known)) == _bits(made_from.vectors[rows])).all(axis=1)
-        for record, row, equal in zip(known, rows, same.tolist(), strict=True):
-            item = _plain(record.id)
-            fields = {field: value for field, value in payloads[item].items() if field != STAMP}
-            if not equal or fields != dict(made_from.payloads[row]):
-                yield item
-
-    def _point(self, item: ItemId, vector: Vectors, payload: dict[str, Any], others: Any = None) -> Any:
+    def _point(self, item: ItemId, vector: Vectors, payload: dict[str, Any], whole: Record | None = None) -> Any:
+        """A point with this vector and payload; with `whole`, the further vectors of that."""
         from qdrant_edge import Point
 
-        new: Any = vector
-        if self._name or isinstance(others, dict):
-            new = {**others, self._name: vector} if isinstance(others, dict) else {self._name: vector}
+        new: Any = vector.tolist()  # which the engine takes faster than an array
+        others: Any = None if whole is None else whole.vector
+        if isinstance(others, dict):
+            new = {**others, self._name: new}
+        elif self._name:
+            new = {self._name: new}
         return Point(item, new, payload)
 
     def _upsert(self, points: list[Any], *, create: bool) -> None:
@@ -671,7 +672,7 @@ class EdgeStore:
         size = self._per_part()
         for start in range(0, len(points), size):
             self._upsert(points[start : start + size], create=True)
-        self._ask(lambda edge: edge.flush())
+        self._shard.sync()
         return WriteReport([item for item in page.ids if item not in rejected], (), rejected)
 
     def delete(self, ids: Sequence[ItemId]) -> None:
@@ -682,7 +683,7 @@ class EdgeStore:
         possible: list[Any] = [item for item in ids if _can_be_id(item)]
         if possible:
             self._ask(lambda edge: edge.update(UpdateOperation.delete_points(possible)))
-        self._ask(lambda edge: edge.flush())
+        self._shard.sync()
 
     def swap_alias(self, alias: str, *, to: str) -> None:
         """Replaces the symbolic link in one step."""
@@ -709,11 +710,6 @@ class EdgeStore:
         if self._open:
             self._open = False
             self._folder.let_go(self._shard)
-
-
-def _bits(vectors: Vectors) -> NDArray[np.uint32]:
-    """Floats that are to be compared bit by bit: not-a-number too is what it was."""
-    return np.ascontiguousarray(vectors, np.float32).view(np.uint32)
 
 
 def _bytes_on_disk(folder: Path) -> int:

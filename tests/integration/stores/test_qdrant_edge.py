@@ -24,9 +24,17 @@ from hypothesis import strategies as st
 
 from adapters.base import ItemId, Page, Store, StoreBusy, StoreRejected, StoreUnavailable, Vectors
 from adapters.qdrant import STAMP
-from adapters.qdrant_edge import EdgeStore, Folder, Shard
+from adapters.qdrant_edge import LOG_FILES, EdgeStore, Folder, Shard
 from adapters.registry import open_store
-from tests.integration.stores.contract import DIM, Collection, Make, StoreContract, payloads_of, unit_vectors
+from tests.integration.stores.contract import (
+    DIM,
+    Collection,
+    Make,
+    StoreContract,
+    assert_same_page,
+    payloads_of,
+    unit_vectors,
+)
 
 
 @dataclass
@@ -342,6 +350,33 @@ def test_a_page_that_knows_less_is_a_change(path: Path) -> None:
         page = store.read([3, 4], vectors=True, payload=True)
         report = store.write_vectors([3, 4, 5], unit_vectors(3, seed=1), "new", made_from=page)
         assert (list(report.written), list(report.changed)) == ([3, 4], [5])
+
+
+def test_a_power_failure_loses_nothing_acknowledged(path: Path) -> None:
+    """The log, which every write syncs, restores what the other files have not yet of it."""
+    with closing(opened(path)) as store:
+        store.publish()
+        shutil.copytree(path / "products_v1", path / "products_v2")
+        store.insert(_page([30, 31], [{"x": 1}, {"x": 2}]))
+        store.write_vectors(IDS, unit_vectors(20, seed=1), "new")
+        store.delete([5])
+        shutil.rmtree(path / "products_v2" / "wal")
+        shutil.copytree(path / "products_v1" / "wal", path / "products_v2" / "wal")
+        expected = store.scan(after=None, limit=10**6)
+    with closing(opened(path, "products_v2")) as store:
+        assert_same_page(store.scan(after=None, limit=10**6), expected)
+    assert (len(expected), list(expected.stamps).count("new")) == (21, 19)
+
+
+def test_the_log_does_not_grow_for_ever(path: Path) -> None:
+    with closing(opened(path)) as store:
+        for turn in range(10):
+            payloads = [{"turn": turn, "text": "x" * 5000}] * 5000
+            store.insert(Page(range(5000), unit_vectors(5000, seed=turn), payloads, [None] * 5000))
+            assert len(list((path / "products_v1" / "wal").iterdir())) <= LOG_FILES
+        expected = store.scan(after=None, limit=10**6)
+    with closing(opened(path)) as store:
+        assert_same_page(store.scan(after=None, limit=10**6), expected)
 
 
 # -- further vectors --------------------------------------------------------------------------------------------------
