@@ -570,34 +570,51 @@ class EdgeStore:
                     leave.update(others)
                 assert page.payloads is not None
                 points = [
-                    self._point(item, batch[rows[item]], _with_stamp(payload, stamp), found[item] if whole else None)
+                    (item, batch[rows[item]], _with_stamp(payload, stamp), found[item] if whole else None)
                     for item, payload in zip(there, page.payloads, strict=True)
                     if item not in leave
                 ]
-                self._upsert(points, create=False)
-                written += [item for item in there if item not in leave]
+                rejected.update(self._put(points, create=False))
+                written += [item for item, *_ in points if item not in rejected]
         self._shard.sync()
         lost = set(gone)
         return WriteReport(written, gone, {item: why for item, why in rejected.items() if item not in lost}, changed)
 
-    def _point(self, item: ItemId, vector: Vectors, payload: dict[str, Any], whole: Record | None = None) -> Any:
-        """A point with this vector and payload; with `whole`, the further vectors of that."""
+    def _put(
+        self, points: Sequence[tuple[ItemId, Vectors, dict[str, Any], Record | None]], *, create: bool
+    ) -> dict[ItemId, str]:
+        """Writes points, with the further vectors of the records; tells which were refused, and why."""
         from qdrant_edge import Point
 
-        new: Any = vector.tolist()  # which the engine takes faster than an array
-        others: Any = None if whole is None else whole.vector
-        if isinstance(others, dict):
-            new = {**others, self._name: new}
-        elif self._name:
-            new = {self._name: new}
-        return Point(item, new, payload)
+        rejected: dict[ItemId, str] = {}
+        ready: list[Any] = []
+        for item, vector, payload, record in points:
+            new: Any = vector.tolist()  # which the engine takes faster than an array
+            others: Any = None if record is None else record.vector
+            if isinstance(others, dict):
+                new = {**others, self._name: new}
+            elif self._name:
+                new = {self._name: new}
+            try:
+                ready.append(Point(item, new, payload))
+            except (TypeError, ValueError) as error:
+                rejected[item] = f"the payload cannot be stored: {_short(error)}"
+        return {**rejected, **self._upsert(ready, create=create)}
 
-    def _upsert(self, points: list[Any], *, create: bool) -> None:
+    def _upsert(self, points: list[Any], *, create: bool) -> dict[ItemId, str]:
+        """Writes points; halves a batch that is refused, down to the point that is to blame."""
         from qdrant_edge import UpdateMode, UpdateOperation
 
-        if points:
-            mode = UpdateMode.Upsert if create else UpdateMode.UpdateOnly
-            self._ask(lambda edge: edge.update(UpdateOperation.upsert_points(points, update_mode=mode)))
+        mode = UpdateMode.Upsert if create else UpdateMode.UpdateOnly
+        try:
+            if points:
+                self._ask(lambda edge: edge.update(UpdateOperation.upsert_points(points, update_mode=mode)))
+        except StoreRejected as refusal:
+            if len(points) == 1:
+                return {_plain(points[0].id): str(refusal)}
+            half = len(points) // 2
+            return {**self._upsert(points[:half], create=create), **self._upsert(points[half:], create=create)}
+        return {}
 
     def publish(self, *, final: bool = False) -> None:
         """Nothing: a written vector answers at once. `final` builds the HNSW index over what was written."""
@@ -658,20 +675,17 @@ class EdgeStore:
             raise StoreRejected(f"points of collection {self._local_name} have further vectors, which are not given")
         vectors = as_batch(page.vectors, self._dim, page.ids)
         rejected = unusable(page.ids, vectors)
-        points: list[Any] = []
-        for item, vector, payload, stamp in zip(page.ids, vectors, page.payloads, page.stamps, strict=True):
-            if item in rejected:
-                continue
-            if not _can_be_id(item):
-                rejected[item] = "Qdrant's ids are unsigned integers and UUIDs"
-                continue
-            try:
-                points.append(self._point(item, vector, _with_stamp(payload, stamp)))
-            except (TypeError, ValueError) as error:
-                rejected[item] = f"the payload cannot be stored: {_short(error)}"
+        rejected.update(
+            {item: "Qdrant's ids are unsigned integers and UUIDs" for item in page.ids if not _can_be_id(item)}
+        )
+        points = [
+            (item, vector, _with_stamp(payload, stamp), None)
+            for item, vector, payload, stamp in zip(page.ids, vectors, page.payloads, page.stamps, strict=True)
+            if item not in rejected
+        ]
         size = self._per_part()
         for start in range(0, len(points), size):
-            self._upsert(points[start : start + size], create=True)
+            rejected.update(self._put(points[start : start + size], create=True))
         self._shard.sync()
         return WriteReport([item for item in page.ids if item not in rejected], (), rejected)
 

@@ -284,6 +284,81 @@ class QdrantOverRest(QdrantFolder):
         return QdrantClient(url=self.url, api_key=self.api_key, timeout=20, check_compatibility=False)
 
 
+class QdrantEdge(Kind):
+    """A folder with the shard `toys_v1`, which the configuration addresses by the symbolic link `toys`."""
+
+    name = "qdrant-edge"
+    exclusive = True
+
+    @property
+    def folder(self) -> Path:
+        return self.world.folder / "edge"
+
+    def settings(self) -> dict[str, Any]:
+        return {"kind": "qdrant", "engine": "edge", "path": "./edge", "collection": "toys"}
+
+    @contextmanager
+    def shard(self) -> Iterator[Any]:
+        from qdrant_edge import Distance, EdgeConfig, EdgeShard, EdgeVectorParams
+
+        if not self.folder.exists():
+            (self.folder / "toys_v1").mkdir(parents=True)
+            config = EdgeConfig(vectors=EdgeVectorParams(DIM, Distance.Cosine))
+            EdgeShard.create(str(self.folder / "toys_v1"), config).close()
+            (self.folder / "toys").symlink_to("toys_v1")
+        with closing(EdgeShard.load(str(self.folder / "toys"))) as shard:
+            yield shard
+
+    def _update(self, operation: Any) -> None:
+        with self.shard() as shard:
+            shard.update(operation)
+
+    def put(self, ids: Sequence[Any], vectors: np.ndarray, payloads: Sequence[Mapping[str, Any]]) -> None:
+        from qdrant_edge import Point, UpdateOperation
+
+        points = [
+            Point(item, vector, dict(payload)) for item, vector, payload in zip(ids, vectors, payloads, strict=True)
+        ]
+        self._update(UpdateOperation.upsert_points(points))
+
+    def delete(self, ids: Sequence[Any]) -> None:
+        from qdrant_edge import UpdateOperation
+
+        self._update(UpdateOperation.delete_points(list(ids)))
+
+    def set_payload(self, item: Any, payload: Mapping[str, Any]) -> None:
+        from qdrant_edge import UpdateOperation
+
+        self._update(UpdateOperation.set_payload([item], dict(payload)))
+
+    def is_busy(self, error: Exception) -> bool:
+        return isinstance(error, StoreBusy) or "WouldBlock" in str(error)
+
+    def adapter(self) -> type[Any]:
+        from adapters.qdrant_edge import EdgeStore
+
+        return EdgeStore
+
+    @contextmanager
+    def refusing(self, bad: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+        import qdrant_edge
+
+        known = qdrant_edge.UpdateOperation
+
+        class Refusing:
+            def __getattr__(self, name: str) -> Any:
+                return getattr(known, name)
+
+            def upsert_points(self, points: Sequence[Any], **options: Any) -> Any:
+                if any(point.id == bad for point in points):
+                    raise Exception("this payload is too strange")  # the engine has no better one
+                return known.upsert_points(points, **options)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(qdrant_edge, "UpdateOperation", Refusing())
+            yield
+
+
 class FaissFolder(Kind):
     """A folder `toys_v1`, which the configuration addresses by the symbolic link `toys`."""
 
@@ -492,10 +567,12 @@ def kind_of(world: World) -> Kind:
     store = migration["store"]
     if store.get("url"):
         return QdrantOverRest(world, store["url"])
+    if store.get("engine") == "edge":
+        return QdrantEdge(world)
     return {"faiss": FaissFolder, "milvus": MilvusLite, "qdrant": QdrantFolder}[store["kind"]](world)
 
 
-KINDS: list[type[Kind]] = [FaissFolder, MilvusLite, QdrantFolder]
+KINDS: list[type[Kind]] = [FaissFolder, MilvusLite, QdrantFolder, QdrantEdge]
 """Every kind that needs no server."""
 
 SHARED: list[type[Kind]] = [FaissFolder, MilvusLite, QdrantOverRest]
