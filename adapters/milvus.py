@@ -48,6 +48,8 @@ T = TypeVar("T")
 Row = dict[str, Any]
 
 STAMP = "_migrator"
+PARTITION = "$partition"
+"""In payloads, where the application chooses among partitions: the one that the row lies in. No field is called so."""
 KEYS = ("kind", "uri", "token", "database", "collection", "vector", "timeout")
 MESSAGE_BYTES = 16 << 20  # the server takes 64 MiB
 ROWS = 5_000  # in one request
@@ -56,9 +58,14 @@ LITE_PAGE = 100_000  # in Milvus Lite every page costs as much as the whole coll
 METRICS: Mapping[str, Metric] = {"COSINE": "cosine", "IP": "ip", "L2": "l2"}
 PASSING = {1, 2, 3, 4, 5, 8, 9, 10, 11, 12, 13, 500, 501, 502, 503, 504, 505, 600, 901, 902, 903, 904}
 """Codes of a server that is starting, overloaded or moving things about."""
+REFUSED = ("UNAUTHENTICATED", "PERMISSION_DENIED")
 ESCAPES = {"\\": "\\\\", '"': '\\"', "\n": "\\n", "\r": "\\r", "\t": "\\t"}
 """In the server's language; it knows no more of them, and takes other characters as they are."""
 SMALLEST, LARGEST = -(2**63), 2**63 - 1
+
+
+class _TooLarge(StoreRejected):
+    """More in one message than the server takes or gives."""
 
 
 def open_store(config: Mapping[str, Any], *, write: bool) -> MilvusStore:
@@ -170,6 +177,13 @@ class Connection:
             raise StoreUnavailable(f"{self.where} did not answer: {_short(error)}") from error
 
     def _of_code(self, error: Any) -> Exception:
+        import grpc
+
+        cause = error.__cause__
+        if (
+            isinstance(cause, grpc.RpcError) and cause.code().name in REFUSED
+        ):  # else the client calls it a failed connection
+            return self._of_rpc(cause)
         said = _short(getattr(error, "message", "") or error)
         code = error.code
         if "auth" in said.lower() or "Unauthenticated" in said or "UNAUTHENTICATED" in str(code):
@@ -178,6 +192,8 @@ class Connection:
             return StoreRejected(f"{self.where}: {said}: correct `collection` of the store")
         if code == 101:
             return StoreRejected(f"{self.where}: the collection is not loaded: load it, then again")
+        if "maxOutputSize" in said or "exceed the limit size" in said:
+            return _TooLarge(f"{self.where}: {said}")
         known = isinstance(code, int)
         if not known or "Retry timeout" in said or "rate limit" in said or (not self.lite and code in PASSING):
             return StoreUnavailable(f"{self.where} did not answer: {said}")
@@ -187,8 +203,10 @@ class Connection:
         import grpc
 
         code, said = error.code(), _short(error.details() or "")
-        if code == grpc.StatusCode.UNAUTHENTICATED:
+        if code.name in REFUSED:
             return StoreRejected(f"{self.where} refuses these credentials: correct `token`")
+        if code == grpc.StatusCode.RESOURCE_EXHAUSTED and "larger than max" in said:
+            return _TooLarge(f"{self.where}: {said}")
         if code in (grpc.StatusCode.UNIMPLEMENTED, grpc.StatusCode.INVALID_ARGUMENT):
             return StoreRejected(f"{self.where} cannot do this ({code.name}): {said}")
         return StoreUnavailable(f"{self.where} did not answer ({code.name}): {said}")
@@ -226,7 +244,7 @@ class MilvusStore:
         state = self._ask(lambda client: client.get_load_state(self._local_name, timeout=connection.timeout))
         if str(state["state"]) not in ("Loaded", "LoadState.Loaded"):
             raise StoreRejected(f"collection {self._local_name} is not loaded: load it, then again")
-        self._index = self._ask(lambda client: _index_of(client, self._local_name, self._vector))
+        self._index = self._ask(lambda client: _index_of(client, self._local_name, self._vector, connection.timeout))
         if self._index.get("metric_type") not in METRICS:
             raise StoreRejected(
                 f"{self._local_name}.{self._vector} has the metric {self._index.get('metric_type')}, known are "
@@ -240,8 +258,10 @@ class MilvusStore:
     def _describe(self, collection: str) -> Row:
         def call(client: MilvusClient) -> Row:
             if not client.has_collection(collection, timeout=self._connection.timeout):
+                database = self._connection.database
+                where = "" if database == "default" else f" in database {database!r}"  # or there is no such database
                 raise StoreRejected(
-                    f"{self._connection.where} has no collection or alias {collection!r}: "
+                    f"{self._connection.where} has no collection or alias {collection!r}{where}: "
                     "correct `collection` of the store"
                 )
             found: Row = client.describe_collection(collection, timeout=self._connection.timeout)
@@ -344,10 +364,18 @@ class MilvusStore:
     # -- reading --------------------------------------------------------------------------------------------------
 
     def _query(
-        self, condition: str, *, fields: list[str], limit: int | None = None, ordered: bool = False
+        self,
+        condition: str,
+        *,
+        fields: list[str],
+        limit: int | None = None,
+        ordered: bool = False,
+        partition: str | None = None,
     ) -> list[Row]:
         """Rows by a condition. Strong, but for `ordered` pages on a server."""
         more: Row = {} if limit is None else {"limit": limit}
+        if partition is not None:
+            more["partition_names"] = [partition]
         if ordered:
             more["iterator"] = "True"
         found = self._ask(
@@ -408,7 +436,13 @@ class MilvusStore:
         while limit > 0 and inside is not None and (beyond := self._beyond(after)) is not None:
             size = min(size, limit)
             both = " and ".join(f"({part})" for part in (beyond, inside, condition) if part)
-            page = self._query(both, fields=fields, limit=size, ordered=True)
+            try:
+                page = self._query(both, fields=fields, limit=size, ordered=True)
+            except _TooLarge:
+                if size == 1:
+                    raise
+                size //= 2
+                continue
             page.sort(key=lambda row: order_key(row[self._key]))
             if page:
                 yield page
@@ -434,7 +468,7 @@ class MilvusStore:
     def scan(self, *, after: ItemId | None, upto: ItemId | None = None, limit: int) -> Page:
         """The next `limit` rows in order."""
         with self._known.held() as known:
-            if known:
+            if known or len(self._partitions()) > 1:
                 return self.read(self.scan_ids(after=after, upto=upto, limit=limit), vectors=True, payload=True)
         pages = self._pages("", after, upto, limit, ["*"], self._fitting)
         rows = {row[self._key]: row for page in pages for row in page}
@@ -491,13 +525,35 @@ class MilvusStore:
     def _rows(self, ids: Sequence[ItemId], fields: list[str]) -> dict[ItemId, Row]:
         """Rows by key, strongly consistent. A row whose key is of the wrong type or size cannot exist."""
         possible = [item for item in ids if isinstance(item, str) == self._strings and self._fits(item)]
+        rows: dict[ItemId, Row] = {}
         if not possible:
-            return {}
+            return rows
         listed = ", ".join(self._literal(item) for item in possible if item != SMALLEST)
-        found = self._query(f"{self._key} in [{listed}]", fields=fields) if listed else []
-        if SMALLEST in possible:
-            found += self._query(f"{self._key} < {SMALLEST + 1}", fields=fields)
-        return {row[self._key]: row for row in found}
+        conditions = [f"{self._key} in [{listed}]"] if listed else []
+        if SMALLEST in possible:  # the language cannot say it
+            conditions.append(f"{self._key} < {SMALLEST + 1}")
+        try:
+            for partition in self._partitions():
+                chosen = {} if partition is None else {PARTITION: partition}
+                for condition in conditions:
+                    for row in self._query(condition, fields=fields, partition=partition):
+                        rows[row[self._key]] = {**row, **chosen}
+        except _TooLarge:
+            if len(possible) == 1:
+                raise
+            half = len(possible) // 2
+            return {**self._rows(possible[:half], fields), **self._rows(possible[half:], fields)}
+        return rows
+
+    def _partitions(self) -> Sequence[str | None]:
+        """The partitions that the application chooses among; None alone if it has no choice, or does not make one.
+
+        What is written without a word on the partition goes to the default one, beside the row that lies elsewhere.
+        """
+        if any(field.get("is_partition_key") for field in self._fields.values()):
+            return [None]
+        names = self._ask(lambda client: client.list_partitions(self._local_name, timeout=self._connection.timeout))
+        return [None] if len(names) == 1 else sorted(names)
 
     def _fits(self, item: ItemId) -> bool:
         return isinstance(item, str) or SMALLEST <= item <= LARGEST
@@ -664,7 +720,7 @@ class MilvusStore:
         self, ids: list[ItemId], before: Mapping[ItemId, Contents] | None, *, known: bool
     ) -> tuple[dict[ItemId, Row], list[ItemId]]:
         """The rows of these keys that there are, and which of them are not what they were `before`."""
-        if known and self._known.there(ids, with_contents=before is not None):
+        if known and self._known.there(ids, with_contents=before is not None) and len(self._partitions()) == 1:
             rows: dict[ItemId, Row] = {item: {self._key: item} for item in ids}
             found: Mapping[ItemId, Contents] = self._known.rows
         else:
@@ -679,6 +735,8 @@ class MilvusStore:
 
     def _changed_row(self, row: Row, vector: Vectors, stamp: str | None) -> Row:
         changed: Row = {self._key: row[self._key], self._vector: vector}
+        if PARTITION in row:
+            changed[PARTITION] = row[PARTITION]
         if not self._partial:
             changed = {**{name: _plain(value) for name, value in row.items() if name != STAMP}, **changed}
         if self._dynamic and (stamp is not None or self._partial):  # a single field is emptied, not taken away
@@ -690,14 +748,30 @@ class MilvusStore:
         if not rows:
             return {}
         more: Row = {"partial_update": True} if partial else {}
-        try:
-            self._ask(lambda client: client.upsert(self._local_name, rows, timeout=self._connection.timeout, **more))
-        except StoreRejected as refusal:
-            if len(rows) == 1:
-                return {rows[0][self._key]: str(refusal)}
-            half = len(rows) // 2
-            return {**self._upsert(rows[:half], partial=partial), **self._upsert(rows[half:], partial=partial)}
-        return {}
+        refused: dict[ItemId, str] = {}
+        by_partition: dict[str, list[Row]] = {}
+        for row in rows:
+            by_partition.setdefault(row.get(PARTITION, ""), []).append(row)
+        for partition, some in by_partition.items():
+            stored = [{name: value for name, value in row.items() if name != PARTITION} for row in some]
+            try:
+                self._ask(
+                    lambda client, stored=stored, partition=partition: client.upsert(  # type: ignore[misc]
+                        self._local_name,
+                        stored,
+                        partition_name=partition,
+                        timeout=self._connection.timeout,
+                        **more,
+                    )
+                )
+            except StoreRejected as refusal:
+                if len(some) == 1:
+                    refused[some[0][self._key]] = str(refusal)
+                    continue
+                half = len(some) // 2
+                refused.update(self._upsert(some[:half], partial=partial))
+                refused.update(self._upsert(some[half:], partial=partial))
+        return refused
 
     def publish(self, *, final: bool = False) -> None:
         """Nothing: a written vector answers at once."""
@@ -740,7 +814,10 @@ class MilvusStore:
         if not self.exists(local):
             found = self._describe(self._local_name)
             self._ask(lambda client: _create(client, local, found, self._vector, dim, timeout))
-        # Repeated after a kill: neither step harms where it was done before.
+        # Repeated after a kill: none of these harms where it was done before.
+        for partition in self._partitions():
+            if partition is not None:
+                self._ask(lambda client, name=partition: _add_partition(client, local, name, timeout))  # type: ignore[misc]
         self._ask(lambda client: _index_like(client, self._local_name, local, timeout))
         self._ask(lambda client: client.load_collection(local, timeout=timeout))
         store = self.sibling(local)
@@ -810,7 +887,9 @@ class MilvusStore:
         """Deletes the collection, unless an alias leads to it."""
         self._must_write()
         timeout = self._connection.timeout
-        aliases = self._ask(lambda client: client.list_aliases(self._local_name, timeout=timeout))["aliases"]
+        # Not `list_aliases`, which 2.3 answers for the default database only.
+        found = self._describe(self._local_name)
+        aliases = found.get("aliases")
         if aliases:
             raise StoreRejected(f"{self._local_name} is not deleted: the alias {aliases[0]!r} leads to it")
         self._ask(lambda client: client.drop_collection(self._local_name, timeout=timeout))
@@ -863,9 +942,9 @@ def _parameters(index: Row) -> Row:
     return {name: value for name, value in index.items() if name not in _NOT_PARAMETERS}
 
 
-def _index_of(client: MilvusClient, collection: str, field: str) -> Row:
-    for name in client.list_indexes(collection):
-        found: Row | None = client.describe_index(collection, name)
+def _index_of(client: MilvusClient, collection: str, field: str, timeout: float) -> Row:
+    for name in client.list_indexes(collection, timeout=timeout):
+        found: Row | None = client.describe_index(collection, name, timeout=timeout)
         if found and found.get("field_name") == field:
             return found
     raise StoreRejected(f"{collection}.{field} has no index: create one, then again")
@@ -886,9 +965,13 @@ def _create(client: MilvusClient, local: str, like: Row, vector: str, dim: int, 
             if field.get(name):
                 parameters[name] = field[name]
         schema.add_field(field["name"], field["type"], **parameters)
+    more: Row = {}
+    if any(field.get("is_partition_key") for field in like["fields"]) and like.get("num_partitions"):
+        more["num_partitions"] = like["num_partitions"]
     client.create_collection(
         local,
         schema=schema,
+        **more,
         num_shards=like.get("num_shards") or 1,
         consistency_level=like.get("consistency_level_name", "Bounded"),
         timeout=timeout,
@@ -896,11 +979,11 @@ def _create(client: MilvusClient, local: str, like: Row, vector: str, dim: int, 
 
 
 def _index_like(client: MilvusClient, collection: str, local: str, timeout: float) -> None:
-    there = set(client.list_indexes(local))
-    for name in client.list_indexes(collection):
+    there = set(client.list_indexes(local, timeout=timeout))
+    for name in client.list_indexes(collection, timeout=timeout):
         if name in there:
             continue
-        index: Row = client.describe_index(collection, name)
+        index: Row = client.describe_index(collection, name, timeout=timeout)
         parameters = client.prepare_index_params()
         more: Row = {"metric_type": index["metric_type"]} if index.get("metric_type") else {}
         parameters.add_index(
@@ -911,3 +994,8 @@ def _index_like(client: MilvusClient, collection: str, local: str, timeout: floa
             **more,
         )
         client.create_index(local, parameters, timeout=timeout, sync=False)  # there is nothing to wait for yet
+
+
+def _add_partition(client: MilvusClient, local: str, name: str, timeout: float) -> None:
+    if not client.has_partition(local, name, timeout=timeout):
+        client.create_partition(local, name, timeout=timeout)

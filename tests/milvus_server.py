@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import os
+import re
 import socket
 import tempfile
 import threading
@@ -25,6 +26,7 @@ IMPATIENT = {
     "queryCoord.checkInterval": 100,
     "queryCoord.distPullInterval": 50,
 }
+UNSAID = "queryCoord:\n  checkChannelInterval: 100\n  checkSegmentInterval: 100"  # not in the wheel's own file
 """Nothing but how long things take; as the server comes, the tests take five times as long."""
 
 
@@ -99,6 +101,10 @@ def _config(**settings: object) -> object:
     from milvus import MilvusServerConfig
 
     class Config(MilvusServerConfig):
+        def load_template(self) -> None:
+            super().load_template()
+            self.template_text = re.sub("^queryCoord:$", UNSAID, self.template_text, flags=re.MULTILINE)
+
         def try_bind_port(self, port: int) -> socket.socket | None:
             """Also where the kernel still remembers the connections of a killed server, for a minute."""
             with contextlib.suppress(OSError):

@@ -183,6 +183,8 @@ def server_client(server: MilvusServer) -> Iterator[MilvusClient]:
 
 
 class OnAServer(StoreContract):
+    # Milvus 2.3.5 takes the largest 64-bit integer as a key and never finds it again.
+    id_strategy = st.integers(-(2**63), 2**63 - 2)
     strings = False
     metric, index, dynamic = "COSINE", "HNSW", True
 
