@@ -359,8 +359,8 @@ class Front:
                 return fault if re.search(fault.path, request) else None
         return None
 
-    def serve(self, request: str, headers: Any, body: bytes) -> tuple[Any, Fault | None]:
-        """Result of a request, and what is to go wrong with its answer."""
+    def serve(self, request: str, key: str | None, body: Any) -> tuple[Any, Fault | None]:
+        """Result of a request, and what is to go wrong with its answer. The body is JSON, or one of the models."""
         with self.lock:
             self.requests.append(request)
             fault = self.fault(request)
@@ -370,21 +370,21 @@ class Front:
                 advice = [] if fault.retry_after is None else [("Retry-After", fault.retry_after)]
                 raise Refusal(fault.status, f"a fault of the kind {fault.status}", advice)
             if self.before is not None:
-                self.before(request, body)
-            self._check_key(request, headers)
+                self.before(request, body if isinstance(body, bytes) else pydantic_core.to_json(body))
+            self._check_key(request, key)
             for route, kind, act in ROUTES:
                 if match := re.fullmatch(route, request):
                     return self._act(act, kind, {k: unquote(v) for k, v in match.groupdict().items()}, body, fault)
             raise Refusal(404, "", plain=True)
 
     def _act(
-        self, act: Callable[..., Any], kind: Any, places: dict[str, str], body: bytes, fault: Fault | None
+        self, act: Callable[..., Any], kind: Any, places: dict[str, str], body: Any, fault: Fault | None
     ) -> tuple[Any, Fault | None]:
         words: list[Any] = []
         if kind is not None:
             try:
                 validate = kind.validate_json if isinstance(kind, TypeAdapter) else kind.model_validate_json
-                words = [validate(body)]
+                words = [validate(body) if isinstance(body, bytes) else body]
             except ValidationError as error:
                 raise Refusal(400, f"Format error in JSON body: {error.errors()[0]['msg']}") from error
         half = fault is not None and fault.what == "half" and act in HALVED
@@ -407,10 +407,9 @@ class Front:
             result = fault.spoil(result)
         return result, fault
 
-    def _check_key(self, request: str, headers: Any) -> None:
+    def _check_key(self, request: str, given: str | None) -> None:
         if not self.keys or request == "GET /":
             return
-        given = headers.get("api-key")
         if given is None:
             raise Refusal(401, "Must provide an API key or an Authorization bearer token", plain=True)
         if given not in self.keys:
@@ -454,7 +453,7 @@ class _Handler(BaseHTTPRequestHandler):
         request = f"{self.command} {urlsplit(self.path).path}"
         fault: Fault | None = None
         try:
-            result, fault = front.serve(request, self.headers, body)
+            result, fault = front.serve(request, self.headers.get("api-key"), body)
             if fault is not None and fault.what in ("drop", "drop_after"):
                 self.close_connection = True
                 self.connection.shutdown(socket.SHUT_RDWR)

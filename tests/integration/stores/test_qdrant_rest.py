@@ -86,8 +86,9 @@ OLD, NEW, THEIRS = unit_vectors(20), unit_vectors(20, seed=1), unit_vectors(20, 
 class Place:
     """A front with the collection "c" and the alias "a"; the application reaches it without going over the network."""
 
-    def __init__(self, front: Front) -> None:
+    def __init__(self, front: Front, **settings: Any) -> None:
         self.front, self.client = front, front.qdrant.client
+        self.settings: dict[str, Any] = {"kind": "qdrant", "url": front.url, "collection": "c", **settings}
         self.struck = True
         self.fresh()
         self.store = self.open()
@@ -104,7 +105,7 @@ class Place:
         )
 
     def open(self, **settings: Any) -> Store:
-        return open_store({"kind": "qdrant", "url": self.front.url, "collection": "c", **settings}, write=True)
+        return open_store({**self.settings, **settings}, write=True)
 
     def upsert(self, item: int) -> None:
         points = [models.PointStruct(id=item, vector=THEIRS[item].tolist(), payload={"path": "theirs.png"})]
