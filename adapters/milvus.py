@@ -179,15 +179,11 @@ class Connection:
     def _of_code(self, error: Any) -> Exception:
         import grpc
 
-        cause = error.__cause__
-        if (
-            isinstance(cause, grpc.RpcError) and cause.code().name in REFUSED
-        ):  # else the client calls it a failed connection
+        cause = error.__cause__  # the client itself calls it a failed connection
+        if isinstance(cause, grpc.RpcError) and cause.code().name in REFUSED:
             return self._of_rpc(cause)
         said = _short(getattr(error, "message", "") or error)
         code = error.code
-        if "auth" in said.lower() or "Unauthenticated" in said or "UNAUTHENTICATED" in str(code):
-            return StoreRejected(f"{self.where} refuses these credentials: correct `token`")
         if code == 100 and "collection" in said.lower():
             return StoreRejected(f"{self.where}: {said}: correct `collection` of the store")
         if code == 101:

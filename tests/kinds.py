@@ -536,6 +536,58 @@ class MilvusLite(Kind):
             yield
 
 
+class MilvusOnAServer(MilvusLite):
+    """The same collection and alias on a Milvus server, which writes whole rows."""
+
+    name = "milvus"
+    exclusive = False
+
+    def __init__(self, world: World, address: str = "") -> None:
+        super().__init__(world)
+        self.address = address
+
+    @property
+    def uri(self) -> str:
+        return self.address
+
+    def settings(self) -> dict[str, Any]:
+        return {"kind": "milvus", "uri": self.uri, "collection": "toys", "timeout": 10}
+
+    @contextmanager
+    def running(self, folder: Path) -> Iterator[None]:
+        from tests.milvus_server import milvus_server
+
+        with milvus_server(folder / "milvus") as server:
+            self.address = server.uri
+            yield
+
+    @contextmanager
+    def client(self) -> Iterator[Any]:
+        from pymilvus import MilvusClient
+
+        with closing(MilvusClient(self.uri, timeout=30)) as client:
+            if not client.list_collections():
+                make_milvus_collection(client, "toys_v1", dynamic=self.dynamic)
+                client.create_alias("toys_v1", "toys")
+            yield client
+
+    def set_payload(self, item: Any, payload: Mapping[str, Any]) -> None:
+        with self.client() as client:
+            (row,) = client.query(
+                "toys",
+                filter=f"id in [{item}]",
+                output_fields=["*"],
+                consistency_level="Strong",
+                strict_float32=True,
+            )
+            client.upsert("toys", [{**row, **payload}])
+
+    @contextmanager
+    def searching(self) -> Iterator[Search]:
+        with self.client() as client:
+            yield milvus_search(client)
+
+
 def milvus_search(client: Any) -> Search:
     def search(collection: str, vector: np.ndarray) -> tuple[Any, float]:
         ((hit,),) = client.search(
@@ -569,6 +621,8 @@ def kind_of(world: World) -> Kind:
         return QdrantOverRest(world, store["url"])
     if store.get("engine") == "edge":
         return QdrantEdge(world)
+    if "://" in store.get("uri", ""):
+        return MilvusOnAServer(world, store["uri"])
     return {"faiss": FaissFolder, "milvus": MilvusLite, "qdrant": QdrantFolder}[store["kind"]](world)
 
 

@@ -3,54 +3,17 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
 
 from tests.crash.commands import Commands
 from tests.crash.test_stores import Killer, assert_all, vectors_by
-from tests.kinds import Kind, make_milvus_collection
-from tests.milvus_server import MilvusServer, milvus_server
+from tests.kinds import MilvusOnAServer
+from tests.milvus_server import milvus_server
 from tests.world import World, make_world
 
 pytestmark = [pytest.mark.crash, pytest.mark.long]
-
-
-class MilvusOnAServer(Kind):
-    """The world's collection `toys_v1` on a server, addressed by the alias `toys`."""
-
-    name = "milvus"
-    server: MilvusServer
-
-    def settings(self) -> dict[str, Any]:
-        return {"kind": "milvus", "uri": self.server.uri, "collection": "toys", "timeout": 5}
-
-    @contextmanager
-    def client(self) -> Iterator[Any]:
-        from pymilvus import MilvusClient
-
-        client = MilvusClient(self.server.uri)
-        if not client.list_collections():
-            make_milvus_collection(client, "toys_v1")
-            client.create_alias("toys_v1", "toys")
-        yield client
-        client.close()
-
-    def put(self, ids: Sequence[Any], vectors: np.ndarray, payloads: Sequence[Mapping[str, Any]]) -> None:
-        rows = [
-            {"id": item, "embedding": vector, **payload}
-            for item, vector, payload in zip(ids, vectors, payloads, strict=True)
-        ]
-        with self.client() as client:
-            client.upsert("toys", rows)
-
-    def delete(self, ids: Sequence[Any]) -> None:
-        with self.client() as client:
-            client.delete("toys", ids=list(ids))
 
 
 @pytest.mark.timeout(900)
@@ -61,8 +24,7 @@ def test_the_server_is_killed_and_comes_back(tmp_path: Path, strategy: str) -> N
         world = World(tmp_path / "world")
         shutil.copytree(first.folder, world.folder)
         world.configure(rollout__strategy=strategy, backfill__chunk_size=20)
-        MilvusOnAServer.server = server
-        kind = MilvusOnAServer(world)
+        kind = MilvusOnAServer(world, server.uri)
         kind.use()
         payloads = {item: dict(found.payload) for item, found in kind.items().items()}
         killer = Killer(commands, world, 1)
