@@ -11,6 +11,7 @@ import numpy as np
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
+    from pymilvus import MilvusClient
 
 
 class Gallery(NamedTuple):
@@ -54,18 +55,25 @@ def _read_faiss(folder: Path) -> Gallery:
     return Gallery(ids, paths, digits, index.reconstruct_n(0, index.ntotal))
 
 
-def _fill_milvus(folder: Path, gallery: Gallery) -> None:
-    from pymilvus import DataType, MilvusClient
+def make_milvus_collection(client: MilvusClient, dim: int) -> None:
+    """The collection `digits`, empty, in Milvus Lite or on a server."""
+    from pymilvus import DataType
 
-    client = MilvusClient(str(folder / "milvus.db"))
     schema = client.create_schema(auto_id=False, enable_dynamic_field=True)
     schema.add_field("id", DataType.INT64, is_primary=True)
-    schema.add_field("embedding", DataType.FLOAT_VECTOR, dim=gallery.vectors.shape[1])
+    schema.add_field("embedding", DataType.FLOAT_VECTOR, dim=dim)
     schema.add_field("path", DataType.VARCHAR, max_length=100)
     schema.add_field("digit", DataType.VARCHAR, max_length=1)
     index = client.prepare_index_params()
     index.add_index("embedding", index_type="HNSW", metric_type="COSINE", params={"M": 16, "efConstruction": 100})
     client.create_collection("digits", schema=schema, index_params=index)
+
+
+def _fill_milvus(folder: Path, gallery: Gallery) -> None:
+    from pymilvus import MilvusClient
+
+    client = MilvusClient(str(folder / "milvus.db"))
+    make_milvus_collection(client, gallery.vectors.shape[1])
     rows = [
         {"id": int(item), "embedding": vector, "path": path, "digit": digit}
         for item, path, digit, vector in zip(*gallery, strict=True)

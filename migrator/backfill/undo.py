@@ -78,7 +78,7 @@ def _to_parquet(old: OldVectors) -> bytes:
 
     dim = old.vectors.shape[1]
     vectors = np.ascontiguousarray(old.vectors, dtype="<f4")
-    ids = [json.dumps(item) for item in old.ids]
+    ids = [str(item) if isinstance(item, int) else json.dumps(item) for item in old.ids]  # dumps is slow
     table = pa.table(
         {
             "id": pa.array(ids, pa.string()),
