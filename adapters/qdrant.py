@@ -639,11 +639,12 @@ class QdrantStore:
         return WriteReport(written, gone, {item: why for item, why in rejected.items() if item not in lost}, changed)
 
     def _change(self, call: Callable[[QdrantClient], Any]) -> None:
-        """Makes a change, and sees that it was made and not only noted for later."""
+        """Makes a change, or several in one request, and sees that they were made and not only noted for later."""
         result = self._ask(call)
-        status = getattr(getattr(result, "status", None), "value", None)
-        if status != "completed":
-            raise StoreUnavailable(f"{self._where()} took a change and has not made it yet ({status})")
+        for each in result if isinstance(result, list) else [result]:
+            status = getattr(getattr(each, "status", None), "value", None)
+            if status != "completed":
+                raise StoreUnavailable(f"{self._where()} took a change and has not made it yet ({status})")
 
     def _has_more_vectors(self) -> bool:
         from qdrant_client import models
@@ -736,12 +737,22 @@ class QdrantStore:
         to_write, gone, changed = self._sort(part, rows, vectors, before, rejected)
         if stamp is not None and changed:
             self._clear(changed)
-        claimed = self._filter(stamp=claim)
+        condition = self._filter(stamp=claim) if stamp is not None and self._conditional() else None
 
         def put(items: list[ItemId]) -> None:
+            """Vectors and then stamps in one request: cut off anywhere, it leaves no stamp beside an old vector."""
             these = [models.PointVectors(id=item, vector=self._as_vector(vectors[rows[item]])) for item in items]
-            condition = {"update_filter": claimed} if stamp is not None and self._conditional() else {}
-            self._change(lambda client: client.update_vectors(self._local_name, these, wait=True, **condition))
+            operations: list[Any] = [
+                models.UpdateVectorsOperation(
+                    update_vectors=models.UpdateVectors(points=these, update_filter=condition)
+                ),
+                models.DeletePayloadOperation(delete_payload=models.DeletePayload(keys=[STAMP], points=_ids(items)))
+                if stamp is None
+                else models.SetPayloadOperation(
+                    set_payload=models.SetPayload(payload={STAMP: stamp}, filter=self._filter(stamp=claim, ids=items))
+                ),
+            ]
+            self._change(lambda client: client.batch_update_points(self._local_name, operations, wait=True))
 
         refused = self._put_all(list(to_write), put)
         if refused:
@@ -750,15 +761,9 @@ class QdrantStore:
         if not points:
             return WriteReport((), gone, refused, changed)
         if stamp is None:
-            self._clear(points)
             there = set(self.read(points, vectors=False, payload=False).ids)
             lost = [item for item in points if item not in there]
             return WriteReport([item for item in points if item in there], [*gone, *lost], refused, changed)
-        self._change(
-            lambda client: client.set_payload(
-                self._local_name, {STAMP: stamp}, points=self._filter(stamp=claim, ids=points), wait=True
-            )
-        )
         page = self.read(points, vectors=False, payload=not self._conditional())
         stamps = dict(zip(page.ids, page.stamps, strict=True))
         late = [item for item in page.ids if stamps[item] != stamp]

@@ -28,7 +28,7 @@ from pydantic import TypeAdapter, ValidationError
 from qdrant_client import QdrantClient
 from qdrant_client.http import models as m
 
-What = Literal["status", "drop", "drop_after", "slow", "garbage", "half", "acknowledged", "spoiled"]
+What = Literal["status", "drop", "drop_after", "slow", "garbage", "half", "torn", "acknowledged", "spoiled"]
 
 
 @dataclass
@@ -205,6 +205,23 @@ class Qdrant:
         self.client.delete(collection, body)
         return done()
 
+    def batch(self, collection: str, body: m.UpdateOperations) -> list[m.UpdateResult]:
+        """One after the other; the first that fails ends it."""
+        return [self._operation(collection, operation) for operation in body.operations]
+
+    def _operation(self, collection: str, operation: Any) -> m.UpdateResult:
+        for kind, act in (
+            (m.UpdateVectorsOperation, self.update_vectors),
+            (m.SetPayloadOperation, self.set_payload),
+            (m.DeletePayloadOperation, self.delete_payload),
+            (m.UpsertOperation, self.upsert),
+            (m.DeleteOperation, self.delete),
+        ):
+            if isinstance(operation, kind):
+                (body,) = (getattr(operation, field) for field in kind.model_fields)
+                return act(collection, body)
+        raise Refusal(400, f"Format error in JSON body: {type(operation).__name__} is not known here")
+
     def _condition(self, body: Any) -> dict[str, Any]:
         """Servers before 1.16 read over what they do not know."""
         if self.release < (1, 16) or body.update_filter is None:
@@ -226,7 +243,12 @@ class Qdrant:
     # -- half of it -------------------------------------------------------------------------------------------------
 
     def halved(self, collection: str, body: Any) -> Any:
-        """A write of many points, cut down to the first half of them."""
+        """A write of many points, cut down to the first half of them; of several writes, the first one halved."""
+        if isinstance(body, m.UpdateOperations):
+            operation = body.operations[0].model_copy()
+            (field,) = type(operation).model_fields
+            setattr(operation, field, self.halved(collection, getattr(operation, field)))
+            return m.UpdateOperations(operations=[operation])
         if isinstance(body, m.PointsList | m.UpdateVectors):
             return body.model_copy(update={"points": body.points[: len(body.points) // 2]})
         chosen = getattr(body, "points", None)
@@ -267,6 +289,7 @@ ROUTES: Sequence[tuple[str, Any, Callable[..., Any]]] = (
     ("PUT /collections/(?P<collection>[^/]+)/index", m.CreateFieldIndex, Qdrant.create_index),
     ("DELETE /collections/(?P<collection>[^/]+)/index/(?P<field>[^/]+)", None, Qdrant.delete_index),
     (f"POST {POINTS}/scroll", m.ScrollRequest, Qdrant.scroll),
+    (f"POST {POINTS}/batch", m.UpdateOperations, Qdrant.batch),
     (f"POST {POINTS}/count", m.CountRequest, Qdrant.count),
     (f"POST {POINTS}/query/batch", m.QueryRequestBatch, Qdrant.query),
     (f"POST {POINTS}/payload/delete", m.DeletePayload, Qdrant.delete_payload),
@@ -279,7 +302,7 @@ ROUTES: Sequence[tuple[str, Any, Callable[..., Any]]] = (
 )
 WRITES = (
     Qdrant.upsert, Qdrant.update_vectors, Qdrant.set_payload, Qdrant.overwrite_payload, Qdrant.delete_payload,
-    Qdrant.delete, Qdrant.create_index, Qdrant.delete_index,
+    Qdrant.delete, Qdrant.batch, Qdrant.create_index, Qdrant.delete_index,
 )  # fmt: skip
 HALVED = WRITES[:-2]
 
@@ -388,8 +411,11 @@ class Front:
             except ValidationError as error:
                 raise Refusal(400, f"Format error in JSON body: {error.errors()[0]['msg']}") from error
         half = fault is not None and fault.what == "half" and act in HALVED
+        torn = fault is not None and fault.what == "torn" and act is Qdrant.batch
         if half:
             words = [self.qdrant.halved(places["collection"], words[0])]
+        if torn:
+            words = [m.UpdateOperations(operations=words[0].operations[:-1])]
         try:
             result = act(self.qdrant, *places.values(), *words) if not half or not _empty(words[0]) else None
         except KeyError as error:
@@ -399,10 +425,11 @@ class Front:
                 name = places.get("collection", str(error).split()[1])
                 raise Refusal(404, f"Not found: Collection `{name}` doesn't exist!") from error
             raise Refusal(400, str(error) if "Wrong input" in str(error) else f"Wrong input: {error}") from error
-        if half:
+        if half or torn:
             raise Refusal(500, "Service internal error: the disk is full")
         if fault is not None and fault.what == "acknowledged" and act in WRITES:
-            result = m.UpdateResult(operation_id=1, status=m.UpdateStatus.WAIT_TIMEOUT)
+            late = m.UpdateResult(operation_id=1, status=m.UpdateStatus.WAIT_TIMEOUT)
+            result = [done(), late] if act is Qdrant.batch else late
         if fault is not None and fault.spoil is not None:
             result = fault.spoil(result)
         return result, fault

@@ -142,6 +142,12 @@ class _Points(_Service, q.PointsServicer):
         body = m.UpdateVectors(points=points, update_filter=_filter(asked, "update_filter"))
         return self._update(context, f"PUT /collections/{asked.collection_name}/points/vectors", body)
 
+    def UpdateBatch(self, asked: Any, context: Any) -> Any:
+        operations = [GrpcToRest.convert_points_update_operation(one) for one in asked.operations]
+        body = m.UpdateOperations(operations=operations)
+        results = self.serve(context, f"POST /collections/{asked.collection_name}/points/batch", body)
+        return q.UpdateBatchResponse(result=[RestToGrpc.convert_update_result(result) for result in results])
+
     def SetPayload(self, asked: Any, context: Any) -> Any:
         body = m.SetPayload(payload=GrpcToRest.convert_payload(asked.payload), **_chosen(asked.points_selector))
         return self._update(context, f"POST /collections/{asked.collection_name}/points/payload", body)

@@ -81,7 +81,7 @@ def test_a_status_in_the_words_of_this_package(
         assert list(store.scan(after=None, limit=5).ids) == IDS[:5]
 
 
-@pytest.mark.parametrize("what", ["status", "drop_after", "half", "acknowledged"])
+@pytest.mark.parametrize("what", ["status", "drop_after", "half", "torn", "acknowledged"])
 def test_a_write_that_went_wrong_is_repaired_by_repeating_it(
     place: Place, monkeypatch: pytest.MonkeyPatch, what: Any
 ) -> None:
@@ -102,7 +102,7 @@ def test_a_write_that_went_wrong_is_repaired_by_repeating_it(
 
 def test_a_point_that_goes_during_the_write_or_is_refused(place: Place) -> None:
     def meddle(request: str, body: bytes) -> None:
-        if request.endswith("/points/vectors"):
+        if request.endswith("/points/batch"):
             place.client.delete("c", [3])
             if b'"id":7,' in body:
                 raise Refusal(400, "Wrong input: there is something about this point")

@@ -205,6 +205,7 @@ FAULTS: list[tuple[Any, dict[str, Any]]] = [
     ("drop", {}),
     ("drop_after", {}),
     ("half", {}),
+    ("torn", {}),
     ("acknowledged", {}),
     ("garbage", {}),
 ]
@@ -281,7 +282,7 @@ def test_a_deed_that_went_wrong_is_repaired_by_repeating_it(place: Place, what: 
 def test_a_write_that_is_not_repeated_leaves_no_stamp_that_lies(any_place: Place) -> None:
     """The process gives up, or is killed, after any of its requests, whole or half done."""
     place = any_place
-    for what in ("drop", "drop_after", "half"):
+    for what in ("drop", "drop_after", "half", "torn"):
         for moment in place.moments():
             store = place.store
             page = store.read(IDS, vectors=True, payload=True)
@@ -328,7 +329,13 @@ def test_the_servers_advice_is_heard(place: Place) -> None:
 @pytest.mark.parametrize("deed", ["write", "insert"])
 def test_a_point_that_is_refused_does_not_stop_the_others(place: Place, deed: str) -> None:
     def refuse(request: str, body: bytes) -> None:
-        if request.startswith("PUT") and any(point["id"] in (7, 12) for point in json.loads(body)["points"]):
+        if request.endswith("/points/batch"):
+            points = json.loads(body)["operations"][0]["update_vectors"]["points"]
+        elif request == "PUT /collections/c/points":
+            points = json.loads(body)["points"]
+        else:
+            return
+        if any(point["id"] in (7, 12) for point in points):
             raise Refusal(400, "Wrong input: there is something about this point")
 
     store = place.store
@@ -351,7 +358,7 @@ def test_a_point_that_is_refused_does_not_stop_the_others(place: Place, deed: st
 
 def test_a_point_that_a_server_misses_and_has_does_not_hold_us_for_ever(place: Place) -> None:
     def refuse(request: str, body: bytes) -> None:
-        if request == "PUT /collections/c/points/vectors":
+        if request == "POST /collections/c/points/batch":
             raise Refusal(404, "Not found: No point with id 3 found")
 
     store = place.store
@@ -657,6 +664,7 @@ class Migrated:
             Fault("drop"),
             Fault("drop_after"),
             Fault("half"),
+            Fault("torn"),
             Fault("garbage", path="/collections"),  # as the first answer of all it means another server
             Fault("acknowledged"),
         ]
@@ -776,7 +784,7 @@ def test_a_server_that_stays_down(migrated: Migrated, capsys: pytest.CaptureFixt
     assert migrated.migrator("backfill", "--max-items", "30") == 0
     capsys.readouterr()
     # The writes of the second chunk that comes now never get through.
-    migrated.front.fail("status", status=503, times=10**6, skip=1, path="PUT .*/points/vectors")
+    migrated.front.fail("status", status=503, times=10**6, skip=1, path="points/batch")
     assert migrated.migrator("backfill") == 4
     error = capsys.readouterr().err.splitlines()[-1]
     assert "answered with status 503" in error
