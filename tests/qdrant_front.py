@@ -12,6 +12,7 @@ from __future__ import annotations
 import random
 import re
 import socket
+import subprocess
 import sys
 import threading
 import time
@@ -20,6 +21,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import unquote, urlsplit
 
@@ -520,6 +522,25 @@ def qdrant_front(location: str = ":memory:", **settings: Any) -> Iterator[Front]
         yield front
     finally:
         front.close()
+
+
+@contextmanager
+def qdrant_process(location: str = ":memory:", *, port: int = 0, version: str = "1.16.0") -> Iterator[str]:
+    """The url of a front in a process of its own, which outlives those that use it and is killed at the end."""
+    with subprocess.Popen(
+        [sys.executable, "-m", "tests.qdrant_front", location, str(port), version],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=Path(__file__).parents[1],
+    ) as process:
+        try:
+            assert process.stdout is not None
+            said = process.stdout.readline()
+            assert said, "the front did not come up"
+            yield f"http://127.0.0.1:{int(said)}"
+        finally:
+            process.kill()
 
 
 def main(location: str = ":memory:", port: str = "0", version: str = "1.16.0") -> None:

@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,7 +27,7 @@ from tests.integration.stores.contract import DIM, Make, payloads_of, unit_vecto
 from tests.integration.stores.test_qdrant import UUIDS, Points, QdrantContract, made_with
 from tests.integration.test_stores import expected
 from tests.kinds import QdrantOverRest
-from tests.qdrant_front import Fault, Front, Refusal, qdrant_front
+from tests.qdrant_front import Fault, Front, Refusal, qdrant_front, qdrant_process
 from tests.world import World
 
 
@@ -640,6 +641,22 @@ def test_a_shadow_gets_the_settings_of_the_collection(place: Place) -> None:
         params = old.config.params.vectors["image"].model_copy(update={"size": 8})
         assert new.config.params == old.config.params.model_copy(update={"vectors": {"image": params}})
         assert new.config.model_dump(exclude={"params"}) == old.config.model_dump(exclude={"params"})
+
+
+def test_one_server_for_several_processes(tmp_path: Path) -> None:
+    """And what it was told lies in its folder when it comes back."""
+    folder = str(tmp_path / "qdrant")
+    settings = {"kind": "qdrant", "collection": "c"}
+    with qdrant_process(folder) as url:
+        with closing(QdrantClient(url=url, check_compatibility=False)) as client:
+            points = Points(client, "c", "")
+            points.create(models.Distance.DOT)
+            points.insert(IDS, OLD, payloads_of(IDS))
+        with closing(open_store({**settings, "url": url}, write=True)) as store:
+            assert list(store.write_vectors(IDS[:5], NEW[:5], "new").written) == IDS[:5]
+    with qdrant_process(folder) as url, closing(open_store({**settings, "url": url}, write=True)) as store:
+        assert (store.count(), store.count(stamp="new")) == (20, 5)
+        np.testing.assert_array_equal(store.read(IDS[:5], vectors=True, payload=False).vectors, NEW[:5])
 
 
 # -- whole migrations, by the commands that a user types --------------------------------------------------------------
