@@ -106,6 +106,8 @@ class Connection:
         self._users = 1
         if self.lite and not Path(uri).exists():
             raise StoreRejected(f"{self.where} does not exist: correct `uri` of the store")
+        if self.lite and not Path(uri, "collections").is_dir():  # opening it would make it one
+            raise StoreRejected(f"{self.where} was not made by Milvus Lite 3: correct `uri` of the store")
         given: Row = {"uri": self.where if self.lite else uri, "timeout": self.timeout}
         if config.get("token"):
             given["token"] = config["token"]
@@ -165,7 +167,7 @@ class Connection:
             return call()
         except ConnectionConfigException as error:
             if "Open local milvus failed" in str(error):
-                raise StoreBusy(f"{self.where} is open in another process, or is no file of Milvus Lite") from error
+                raise StoreBusy(f"{self.where} is open in another process: stop it, then again") from error
             raise StoreRejected(f"{self.where} cannot be opened: {_short(error)}") from error
         except MilvusException as error:
             raise self._of_code(error) from error
@@ -180,7 +182,7 @@ class Connection:
         import grpc
 
         cause = error.__cause__  # the client itself calls it a failed connection
-        if isinstance(cause, grpc.RpcError) and cause.code().name in REFUSED:
+        if isinstance(cause, grpc.RpcError) and cause.code().name in (*REFUSED, "UNIMPLEMENTED"):
             return self._of_rpc(cause)
         said = _short(getattr(error, "message", "") or error)
         code = error.code
@@ -203,7 +205,9 @@ class Connection:
             return StoreRejected(f"{self.where} refuses these credentials: correct `token`")
         if code == grpc.StatusCode.RESOURCE_EXHAUSTED and "larger than max" in said:
             return _TooLarge(f"{self.where}: {said}")
-        if code in (grpc.StatusCode.UNIMPLEMENTED, grpc.StatusCode.INVALID_ARGUMENT):
+        if code == grpc.StatusCode.UNIMPLEMENTED:
+            return StoreRejected(f"{self.where} is no Milvus, or too old for this client: {said}")
+        if code == grpc.StatusCode.INVALID_ARGUMENT:
             return StoreRejected(f"{self.where} cannot do this ({code.name}): {said}")
         return StoreUnavailable(f"{self.where} did not answer ({code.name}): {said}")
 

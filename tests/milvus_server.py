@@ -90,6 +90,7 @@ class MilvusServer:
         """SIGKILL, to the process that this object started."""
         self._server.server_proc.kill()  # type: ignore[union-attr]
         self._server.server_proc.wait(timeout=30)  # type: ignore[union-attr]
+        self._server.stop()  # type: ignore[union-attr] - closes its logs
 
     def stop(self) -> None:
         if self._server is not None:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import shutil
+import threading
 from pathlib import Path
+from time import monotonic
 
 import pytest
 
+from migrator.project import Project
 from tests.crash.commands import Commands
 from tests.crash.test_stores import Killer, assert_all, vectors_by
 from tests.kinds import MilvusOnAServer
@@ -19,29 +22,49 @@ pytestmark = [pytest.mark.crash, pytest.mark.long]
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("strategy", ["in_place", "shadow"])
 def test_the_server_is_killed_and_comes_back(tmp_path: Path, strategy: str) -> None:
+    """Once for longer than the run has patience, and once for less."""
     first = make_world(tmp_path / "first", items=120)
     with Commands() as commands, milvus_server(tmp_path / "milvus") as server:
         world = World(tmp_path / "world")
         shutil.copytree(first.folder, world.folder)
-        world.configure(rollout__strategy=strategy, backfill__chunk_size=20)
+        world.configure(rollout__strategy=strategy, backfill__chunk_size=5, backfill__retry_for=2)
         kind = MilvusOnAServer(world, server.uri)
         kind.use()
         payloads = {item: dict(found.payload) for item, found in kind.items().items()}
         killer = Killer(commands, world, 1)
         killer.to_backfill(strategy)
-        killer.succeed("backfill", "--max-items", "40")
         address = server.uri
+
         commands.start(*killer.words("backfill"))
-        commands.wait(2.0)
+        wait_until(world, done=20)
         server.kill()
-        code = commands.wait(120.0)
-        assert code in (4, 0), code  # it could not be reached: try again
+        assert commands.wait(60.0) == 4, "it could not be reached: try again"
+        with Project.open(world.config) as project:
+            counts = project.ledger.counts(project.migration().id)
+        assert counts.by_state.get("leased", 0) == 0, "no chunk waits for a lease to run out"
+        assert 20 <= counts.done < 100
         server.start()
         assert server.uri == address, "the configuration names the address"
-        killer.succeed("backfill")
+
+        world.configure(backfill__retry_for=120)
+        commands.start(*killer.words("backfill"))
+        wait_until(world, done=counts.done + 5)
+        server.kill()
+        server.start()
+        assert commands.wait(120.0) == 0
         if strategy == "shadow":
             killer.canary()
         killer.succeed("rollout", "--stage", "cutover")
         assert_all(kind.items(killer.migration().shadow), vectors_by(world, "new"), payloads)
         killer.succeed("rollback")
         assert_all(kind.items(), vectors_by(world, "old"), payloads)
+
+
+def wait_until(world: World, *, done: int) -> None:
+    """Until so many items are done, but not all of them."""
+    deadline, pause = monotonic() + 60.0, threading.Event()
+    with Project.open(world.config) as project:
+        migration = project.migration()
+        while (now := project.ledger.counts(migration.id).done) < done:
+            assert monotonic() < deadline, f"{now} items are done"
+            pause.wait(0.02)
