@@ -89,10 +89,19 @@ class Commands:
 
 
 def serve() -> None:
-    import accelerate  # noqa: F401 - loaded before the fork, so that children start at once
+    # Loaded before the fork, so that children start at once.
+    import accelerate  # noqa: F401
+    import alembic.command  # noqa: F401
     import faiss
+    import milvus_lite  # noqa: F401
     import pyarrow.parquet  # noqa: F401
+    import pymilvus  # noqa: F401
+    import qdrant_client  # noqa: F401
+    import qdrant_edge  # noqa: F401
+    import sqlalchemy.dialects.sqlite  # noqa: F401
 
+    import adapters.milvus  # noqa: F401
+    import adapters.qdrant_edge  # noqa: F401
     import migrator.backfill.run
     import migrator.rollout.rollback
     import migrator.rollout.stages
