@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
 
 from migrator.project import Project
 from migrator.rollout.route import RouteClient
-from tests.kinds import KINDS, Kind, MilvusLite
+from tests.kinds import KINDS, FaissFolder, Kind, MilvusLite
 from tests.world import NAME, World, embed_images
 
 Call = Callable[..., int]
@@ -264,13 +265,64 @@ def test_a_stamp_log_that_lost_files(
         ({"kind": "milvus", "uri": "http://127.0.0.1:1", "collection": "toys", "timeout": 2}, 4, "did not answer"),
         ({"kind": "qdrant", "url": "http://127.0.0.1:1", "collection": "toys", "timeout": 2}, 4, "did not answer"),
         ({"kind": "qdrant", "path": "./images", "collection": "toys"}, 2, "holds no local Qdrant"),
+        ({"kind": "qdrant", "engine": "edge", "path": "./images", "collection": "toys"}, 2, "toys"),
+        ({"kind": "faiss", "path": "./nowhere"}, 2, "nowhere"),
+        ({"kind": "faiss", "path": "./loop"}, 2, "loop"),
     ],
 )
 def test_a_store_that_is_not_there(
     world: World, migrator: Call, capsys: pytest.CaptureFixture[str], store: dict[str, object], code: int, says: str
 ) -> None:
+    (world.folder / "loop").symlink_to("pool")
+    (world.folder / "pool").symlink_to("loop")
     world.configure(store=store)
+    refused_in_one_line(migrator, capsys, code, says)
+
+
+def refused_in_one_line(migrator: Call, capsys: pytest.CaptureFixture[str], code: int, says: str) -> None:
+    capsys.readouterr()
     assert migrator("plan") == code
-    error = capsys.readouterr().err
-    assert says in error
-    assert error.count("\n") == 1
+    printed = capsys.readouterr()
+    assert says in printed.err
+    assert printed.err.count("\n") == 1
+    assert printed.out == ""
+
+
+@pytest.mark.parametrize(
+    ("change", "code", "says"),
+    [
+        ({"store__collection": "tois"}, 2, "'tois'"),
+        ({"store__vector": "picture"}, 2, "'picture'"),
+        ({"old_encoder__dim": 32, "new_encoder__dim": 32}, 2, "holds 24-d vectors but encoder test_resnet gives 32"),
+        ({"new_encoder__dim": 32}, 2, "rollout.strategy to shadow"),
+        ({"old_encoder__weights": "new.safetensors"}, 3, "were not made by this encoder"),
+    ],
+)
+def test_a_store_that_is_not_what_the_configuration_says(
+    kind: Kind, world: World, migrator: Call, capsys: pytest.CaptureFixture[str], change: Any, code: int, says: str
+) -> None:
+    if isinstance(kind, FaissFolder) and any(key.startswith("store__") for key in change):
+        pytest.skip("a FAISS folder is one collection with one vector each")
+    before = kind.items()
+    good = world.config.read_text()
+    world.configure(**change)
+    refused_in_one_line(migrator, capsys, code, says)
+    world.config.write_text(good)
+    assert kind.items() == before
+    assert migrator("plan") == 0
+
+
+def test_a_collection_of_nothing(kind: Kind, migrator: Call, capsys: pytest.CaptureFixture[str]) -> None:
+    if isinstance(kind, FaissFolder):
+        pytest.skip("tested among the guards")
+    kind.delete(list(range(120)))
+    refused_in_one_line(migrator, capsys, 3, "is empty")
+
+
+def test_vectors_that_are_no_directions(kind: Kind, migrator: Call, capsys: pytest.CaptureFixture[str]) -> None:
+    if isinstance(kind, FaissFolder):
+        pytest.skip("tested among the guards")
+    items = kind.items()
+    zeros = np.zeros((120, len(items[0].vector)), np.float32)
+    kind.put(list(items), zeros, [dict(item.payload) for item in items.values()])
+    refused_in_one_line(migrator, capsys, 3, "holds a vector that is zero or not finite")
