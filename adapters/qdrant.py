@@ -660,35 +660,36 @@ class QdrantStore:
         vectors: Vectors,
         before: Mapping[ItemId, Any] | None,
         rejected: Mapping[ItemId, str],
-    ) -> tuple[dict[ItemId, Payload], list[ItemId], list[ItemId]]:
-        """Payloads of the points to write, those that are gone, and those that changed."""
+    ) -> tuple[dict[ItemId, Payload], list[ItemId], dict[ItemId, bool]]:
+        """Payloads of the points to write, those that are gone, and those that changed.
+
+        Of the last it says whether the new vector is there all the same: a call was cut off and is repeated, and the
+        application changed the payload in between.
+        """
         page = self.read(part, vectors=before is not None, payload=True)
         assert page.payloads is not None
         now = dict(zip(page.ids, page.payloads, strict=True))
         gone = [item for item in part if item not in now]
-        changed: list[ItemId] = []
+        changed: dict[ItemId, bool] = {}
         if before is not None:
-            found = _contents(page)
-            changed = [
-                item
-                for item in now
-                if item not in rejected
-                and found[item] != before.get(item)
-                and not self._half_done(found[item], before.get(item), vectors[rows[item]])
-            ]
+            for item, (vector, payload) in _contents(page).items():
+                if item in rejected or (vector, payload) == before.get(item):
+                    continue
+                ours = self._same(vector, vectors[rows[item]])
+                # Where only the vector is another one, and it is ours, the call was cut off and is repeated.
+                if not ours or item not in before or payload != before[item][1]:
+                    changed[item] = ours
         leave = {*changed, *rejected}
         to_write = {item: payload for item, payload in now.items() if item not in leave}
         return to_write, gone, changed
 
-    def _half_done(self, now: tuple[bytes, Payload], before: tuple[bytes, Payload] | None, new: Vectors) -> bool:
-        """Whether all that changed is that the new vector is there, from a call that was cut off and is repeated."""
-        if before is None or now[1] != before[1]:
-            return False
-        target = new.astype(np.float64)
+    def _same(self, stored: bytes, vector: Vectors) -> bool:
+        """Whether `stored` is what becomes of `vector` when it is written."""
+        target = vector.astype(np.float64)
         if METRICS[self._params.distance.value] == "cosine" and target.any():
             target /= np.linalg.norm(target)
         apart = DATATYPES[_datatype(self._params)]
-        return bool(np.allclose(np.frombuffer(now[0], np.float32), target, rtol=apart, atol=apart))
+        return bool(np.allclose(np.frombuffer(stored, np.float32), target, rtol=apart, atol=apart))
 
     def _write_whole(
         self,
@@ -710,7 +711,7 @@ class QdrantStore:
             for item, payload in to_write.items()
         ]
         refused = self._upsert(points) if points else {}
-        return WriteReport([item for item in to_write if item not in refused], gone, refused, changed)
+        return WriteReport([item for item in to_write if item not in refused], gone, refused, list(changed))
 
     def _write_claimed(
         self,
@@ -725,18 +726,14 @@ class QdrantStore:
         from qdrant_client import models
 
         claim = f"{stamp or ''}#{uuid.uuid4().hex}"
-        remaining = [item for item in part if item not in rejected and _can_be_id(item)]
         self._index_stamps()
         if stamp is not None:
-            self._despite_missing(
-                remaining,
-                lambda items: self._change(
-                    lambda client: client.set_payload(self._local_name, {STAMP: claim}, points=_ids(items), wait=True)
-                ),
-            )
-        to_write, gone, changed = self._sort(part, rows, vectors, before, rejected)
-        if stamp is not None and changed:
-            self._clear(changed)
+            self._claim([item for item in part if item not in rejected and _can_be_id(item)], claim)
+        to_write, gone, others = self._sort(part, rows, vectors, before, rejected)
+        changed = list(others)
+        if stamp is not None:
+            # A claim stays where our vector is: without it, it would pass for the application's.
+            self._clear([item for item, ours in others.items() if not ours])
         condition = self._filter(stamp=claim) if stamp is not None and self._conditional() else None
 
         def put(items: list[ItemId]) -> None:
@@ -755,8 +752,7 @@ class QdrantStore:
             self._change(lambda client: client.batch_update_points(self._local_name, operations, wait=True))
 
         refused = self._put_all(list(to_write), put)
-        if refused:
-            self._clear(list(refused))
+        self._clear(list(refused))
         points = [item for item in to_write if item not in refused]
         if not points:
             return WriteReport((), gone, refused, changed)
@@ -770,8 +766,7 @@ class QdrantStore:
         if page.payloads is not None:  # without conditions all that can be seen afterwards is another payload
             later = dict(zip(page.ids, page.payloads, strict=True))
             overwritten = [item for item in page.ids if later[item] != to_write[item] and item not in late]
-            if overwritten:
-                self._clear(overwritten)
+            self._claim(overwritten, claim)
             late += overwritten
         lost = [item for item in points if item not in stamps]
         done = [item for item in points if item in stamps and item not in set(late)]
@@ -804,6 +799,14 @@ class QdrantStore:
                 if shrugs > SHRUGS:  # a point may come back, but not over and over
                     raise StoreUnavailable(f"{self._where()} misses points that it has: {missing}") from missing
                 remaining = [item for item in remaining if item in there]
+
+    def _claim(self, items: Sequence[ItemId], claim: str) -> None:
+        self._despite_missing(
+            items,
+            lambda these: self._change(
+                lambda client: client.set_payload(self._local_name, {STAMP: claim}, points=_ids(these), wait=True)
+            ),
+        )
 
     def _clear(self, items: Sequence[ItemId]) -> None:
         """Takes the stamps of these points away."""

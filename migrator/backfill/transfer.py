@@ -8,7 +8,7 @@ from __future__ import annotations
 import heapq
 import itertools
 import json
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from typing import Protocol
@@ -76,7 +76,8 @@ def open_transfer(project: Project, migration: Migration) -> Iterator[Transfer]:
     assert migration.new_encoder_id is not None
     with project.store(write=True) as source:
         if migration.strategy == "in_place":
-            yield InPlace(source, project.undo_log(migration), migration.new_encoder_id)
+            undo = project.undo_log(migration)
+            yield InPlace(source, undo, migration.new_encoder_id, lambda: project.ledger.chunks(migration.id))
             return
         assert migration.shadow is not None, "prepare names the shadow"
         with closing(source.sibling(migration.shadow)) as target:
@@ -86,8 +87,10 @@ def open_transfer(project: Project, migration: Migration) -> Iterator[Transfer]:
 class InPlace:
     """Vectors are replaced where they lie, with a stamp beside each; the old ones go to the undo log first."""
 
-    def __init__(self, store: Store, undo: UndoLog, stamp: str) -> None:
-        self.source, self._undo, self._stamp = store, undo, stamp
+    def __init__(
+        self, store: Store, undo: UndoLog, stamp: str, chunks: Callable[[], Iterable[Chunk]] = lambda: ()
+    ) -> None:
+        self.source, self._undo, self._stamp, self._chunks = store, undo, stamp, chunks
 
     def everything(self) -> Iterator[ItemId]:
         """All ids, in order."""
@@ -137,8 +140,30 @@ class InPlace:
         # A repeated chunk may find what an attempt cut off has written, which bears a stamp or an adapter's claim to
         # one; a vector without either is the application's, perhaps newer than what the first attempt recorded.
         theirs = [item for item, stamp in zip(old.ids, old.stamps, strict=True) if stamp is None]
-        self._undo.record(taken.chunk, OldVectors(old.ids, old.vectors, old.stamps), theirs)
+        recorded = self._recorded_earlier(taken.chunk, old)
+        first = _rows(old, [row for row, item in enumerate(old.ids) if item not in recorded]) if recorded else old
+        assert first.vectors is not None
+        self._undo.record(taken.chunk, OldVectors(first.ids, first.vectors, first.stamps), theirs)
         return self.source.write_vectors(old.ids, vectors, self._stamp, made_from=old)
+
+    def _recorded_earlier(self, chunk: Chunk, page: Page) -> set[ItemId]:
+        """Items that bear a claim to our stamp, perhaps beside a vector of ours, and whose old one an earlier pass has.
+
+        A write of that pass was cut off, and before it was repeated the application changed the item's payload.
+        """
+        if chunk.pass_number == 0:
+            return set()
+        claimed = {
+            item
+            for item, stamp in zip(page.ids, page.stamps, strict=True)
+            if stamp is not None and stamp.startswith(self._stamp)
+        }
+        recorded: set[ItemId] = set()
+        for earlier in self._chunks() if claimed else ():
+            if earlier.pass_number < chunk.pass_number and any(_inside(item, *bounds(earlier)) for item in claimed):
+                there = self._undo.read(earlier)
+                recorded |= claimed.intersection(() if there is None else there.ids)
+        return recorded
 
     def publish(self) -> None:
         """New vectors may answer at once: every query comes from the new encoder."""

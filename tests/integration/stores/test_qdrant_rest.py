@@ -837,3 +837,33 @@ def test_commands_with_a_wrong_key(
             assert error.count("\n") == 1
             assert "correct `api_key`" in error
             assert "wrong" not in error
+
+
+@pytest.mark.usefixtures("at_once")
+@pytest.mark.parametrize("what", ["half", "torn"])
+def test_the_way_back_of_an_item_that_changed_after_it_was_half_written(migrated: Migrated, what: Any) -> None:
+    """Between two attempts at a chunk the application changes the payload of an item that bears our vector already."""
+    kind, front = migrated.kind, migrated.front
+    before = kind.items()
+    assert migrated.migrator("plan") == 0
+    assert migrated.migrator("verify") == 0
+    migrated.stages("prepare", "canary", "canary", "canary", "canary", "backfill")
+    seen: list[str] = []
+
+    def meddle(request: str, body: bytes) -> None:
+        if request.endswith("/points/batch") and not seen:
+            seen.append("half done")  # by the fault below
+        elif request.endswith("/points/payload") and seen == ["half done"]:
+            seen.append("changed")
+            front.qdrant.client.set_payload("toys", {"kind": "kind 9"}, points=[1])
+
+    front.before = meddle
+    front.fail(what, path="/points/batch")
+    assert migrated.migrator("backfill") == 0
+    front.before = None
+    assert seen == ["half done", "changed"]
+    assert expected(kind, "new")
+    assert kind.items()[1].payload["kind"] == "kind 9"
+    assert migrated.migrator("rollback") == 0
+    assert expected(kind, "old")
+    assert all(item.near(before[key].vector) for key, item in kind.items().items())
