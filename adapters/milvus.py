@@ -188,8 +188,8 @@ class Connection:
         code = error.code
         if code == 100 and "collection" in said.lower():
             return StoreRejected(f"{self.where}: {said}: correct `collection` of the store")
-        if code == 101:
-            return StoreRejected(f"{self.where}: the collection is not loaded: load it, then again")
+        if code == 101:  # it was when it was opened: the server may have been restarted
+            return StoreUnavailable(f"{self.where}: the collection is not loaded any more, or not yet again: {said}")
         if "maxOutputSize" in said or "exceed the limit size" in said:
             return _TooLarge(f"{self.where}: {said}")
         known = isinstance(code, int)
@@ -242,7 +242,10 @@ class MilvusStore:
         if connection.lite:  # in Lite that is a matter of this process alone
             self._ask(lambda client: client.load_collection(self._local_name, timeout=connection.timeout))
         state = self._ask(lambda client: client.get_load_state(self._local_name, timeout=connection.timeout))
-        if str(state["state"]) not in ("Loaded", "LoadState.Loaded"):
+        loaded = str(state["state"]).removeprefix("LoadState.")
+        if loaded == "Loading":  # as after a restart of the server
+            raise StoreUnavailable(f"collection {self._local_name} is still being loaded")
+        if loaded != "Loaded":
             raise StoreRejected(f"collection {self._local_name} is not loaded: load it, then again")
         self._index = self._ask(lambda client: _index_of(client, self._local_name, self._vector, connection.timeout))
         if self._index.get("metric_type") not in METRICS:

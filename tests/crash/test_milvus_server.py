@@ -4,14 +4,24 @@ from __future__ import annotations
 
 import shutil
 import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from time import monotonic
 
 import pytest
 
+from adapters.base import StoreUnavailable
 from migrator.project import Project
 from tests.crash.commands import Commands
-from tests.crash.test_stores import Killer, assert_all, vectors_by
+from tests.crash.test_stores import (
+    STRATEGIES,
+    Killer,
+    assert_all,
+    beside_a_live_writer,
+    killed_there_and_back,
+    vectors_by,
+)
 from tests.kinds import MilvusOnAServer
 from tests.milvus_server import milvus_server
 from tests.world import World, make_world
@@ -20,7 +30,7 @@ pytestmark = [pytest.mark.crash, pytest.mark.long]
 
 
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("strategy", ["in_place", "shadow"])
+@STRATEGIES
 def test_the_server_is_killed_and_comes_back(tmp_path: Path, strategy: str) -> None:
     """Once for longer than the run has patience, and once for less."""
     first = make_world(tmp_path / "first", items=120)
@@ -45,6 +55,7 @@ def test_the_server_is_killed_and_comes_back(tmp_path: Path, strategy: str) -> N
         assert 20 <= counts.done < 100
         server.start()
         assert server.uri == address, "the configuration names the address"
+        wait_until_loaded(kind)
 
         world.configure(backfill__retry_for=120)
         commands.start(*killer.words("backfill"))
@@ -60,6 +71,19 @@ def test_the_server_is_killed_and_comes_back(tmp_path: Path, strategy: str) -> N
         assert_all(kind.items(), vectors_by(world, "old"), payloads)
 
 
+def wait_until_loaded(kind: MilvusOnAServer) -> None:
+    """Until the server has its collections back, which it does by itself."""
+    deadline, pause = monotonic() + 60.0, threading.Event()
+    while True:
+        try:
+            with kind.opened():
+                return
+        except StoreUnavailable as error:
+            assert "loaded" in str(error)
+            assert monotonic() < deadline
+        pause.wait(0.2)
+
+
 def wait_until(world: World, *, done: int) -> None:
     """Until so many items are done, but not all of them."""
     deadline, pause = monotonic() + 60.0, threading.Event()
@@ -68,3 +92,34 @@ def wait_until(world: World, *, done: int) -> None:
         while (now := project.ledger.counts(migration.id).done) < done:
             assert monotonic() < deadline, f"{now} items are done"
             pause.wait(0.02)
+
+
+@contextmanager
+def served(folder: Path) -> Iterator[Callable[[World], MilvusOnAServer]]:
+    """Makes kinds that share one server, a database for each."""
+
+    class OnIt(MilvusOnAServer):
+        @contextmanager
+        def running(self, folder: Path) -> Iterator[None]:
+            yield
+
+    with milvus_server(folder / "milvus") as server:
+        yield lambda world: OnIt(world, server.uri, database=world.folder.name)
+
+
+@pytest.mark.timeout(900)
+@STRATEGIES
+def test_commands_are_killed(tmp_path: Path, strategy: str) -> None:
+    first = make_world(tmp_path / "first", items=240)
+    first.configure(backfill__chunk_size=20)
+    with Commands() as commands, served(tmp_path) as make:
+        killed_there_and_back(commands, first, tmp_path, make, strategy, kills=30)
+
+
+@pytest.mark.timeout(900)
+def test_beside_a_live_writer(tmp_path: Path) -> None:
+    """With a shadow: in place this server writes whole rows, which `plan` says is not for such an application."""
+    first = make_world(tmp_path / "first", items=240)
+    first.configure(backfill__chunk_size=20)
+    with Commands() as commands, served(tmp_path) as make:
+        beside_a_live_writer(commands, first, tmp_path, make, "shadow", seconds=30)
