@@ -43,7 +43,7 @@ from adapters.base import (
     order_key,
 )
 from adapters.faiss_files import replace_link, translated
-from adapters.qdrant import METRICS, STAMP, _as_stamp, _can_be_id, _contents, _plain, _short, _with_stamp
+from adapters.qdrant import DATATYPES, METRICS, STAMP, _as_stamp, _can_be_id, _contents, _plain, _short, _with_stamp
 from adapters.vectors import as_batch, unusable
 
 if TYPE_CHECKING:
@@ -329,6 +329,10 @@ class EdgeStore:
         params = vectors[name]
         if params.get("multivector_config"):
             raise StoreRejected(f"{where} holds multi-vectors, which cannot be migrated")
+        datatype = params.get("datatype") or "float32"
+        if datatype not in DATATYPES:
+            known = " or ".join(DATATYPES)
+            raise StoreRejected(f"{where} keeps its vectors as {datatype}, which can be migrated as {known} only")
         if params["distance"] not in METRICS:
             known = ", ".join(METRICS)
             raise StoreRejected(f"{where} has the distance {params['distance']}, known are {known}")

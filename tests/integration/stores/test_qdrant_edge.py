@@ -528,6 +528,10 @@ def test_a_server_is_not_for_this_engine() -> None:
             },
             "multi-vectors",
         ),
+        (
+            {"vectors": edge.EdgeVectorParams(4, edge.Distance.Dot, datatype=edge.VectorStorageDatatype.Uint8)},
+            "keeps its vectors as uint8",
+        ),
         ({"vectors": edge.EdgeVectorParams(4, edge.Distance.Dot), "wal_enabled": False}, "no write-ahead log"),
         (
             {
