@@ -542,16 +542,17 @@ class MilvusOnAServer(MilvusLite):
     name = "milvus"
     exclusive = False
 
-    def __init__(self, world: World, address: str = "") -> None:
+    def __init__(self, world: World, address: str = "", database: str = "default") -> None:
         super().__init__(world)
-        self.address = address
+        self.address, self.database = address, database
 
     @property
     def uri(self) -> str:
         return self.address
 
     def settings(self) -> dict[str, Any]:
-        return {"kind": "milvus", "uri": self.uri, "collection": "toys", "timeout": 10}
+        database = {} if self.database == "default" else {"database": self.database}
+        return {"kind": "milvus", "uri": self.uri, "collection": "toys", "timeout": 10, **database}
 
     @contextmanager
     def running(self, folder: Path) -> Iterator[None]:
@@ -566,6 +567,9 @@ class MilvusOnAServer(MilvusLite):
         from pymilvus import MilvusClient
 
         with closing(MilvusClient(self.uri, timeout=30)) as client:
+            if self.database not in client.list_databases():
+                client.create_database(self.database)
+        with closing(MilvusClient(self.uri, db_name=self.database, timeout=30)) as client:
             if not client.list_collections():
                 make_milvus_collection(client, "toys_v1", dynamic=self.dynamic)
                 client.create_alias("toys_v1", "toys")
@@ -622,7 +626,7 @@ def kind_of(world: World) -> Kind:
     if store.get("engine") == "edge":
         return QdrantEdge(world)
     if "://" in store.get("uri", ""):
-        return MilvusOnAServer(world, store["uri"])
+        return MilvusOnAServer(world, store["uri"], store.get("database", "default"))
     return {"faiss": FaissFolder, "milvus": MilvusLite, "qdrant": QdrantFolder}[store["kind"]](world)
 
 

@@ -100,7 +100,7 @@ def serve() -> None:
     import qdrant_edge  # noqa: F401
     import sqlalchemy.dialects.sqlite  # noqa: F401
 
-    import adapters.milvus  # noqa: F401
+    import adapters.milvus
     import adapters.qdrant_edge  # noqa: F401
     import migrator.backfill.run
     import migrator.rollout.rollback

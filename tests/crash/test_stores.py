@@ -8,7 +8,8 @@ import random
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from time import monotonic
 from typing import Any
@@ -99,15 +100,26 @@ def assert_all(items: dict[Any, Item], vectors: dict[str, np.ndarray], payloads:
     assert all(found.near(vectors[found.payload["path"]]) for found in items.values())
 
 
+Make = Callable[[World], Kind]
+
+
 def killed_there_and_back(
-    commands: Commands, first: World, folder: Path, make: type[Kind], strategy: str, kills: int
+    commands: Commands, first: World, folder: Path, make: Make, strategy: str, kills: int
 ) -> None:
-    calm_world, world = World(folder / "calm"), World(folder / "world")
-    for copy in (calm_world, world):
-        shutil.copytree(first.folder, copy.folder)
-        copy.configure(rollout__strategy=strategy)
-        make(copy).use()
-    kind = make(world)
+    with ExitStack() as stack:
+        kinds = []
+        for name in ("calm", "world"):
+            world = World(folder / name)
+            shutil.copytree(first.folder, world.folder)
+            world.configure(rollout__strategy=strategy)
+            kinds.append(make(world))
+            stack.enter_context(kinds[-1].running(folder / f"{name}-server"))
+            kinds[-1].use()
+        _killed_there_and_back(commands, *kinds, strategy, kills)
+
+
+def _killed_there_and_back(commands: Commands, calm_kind: Kind, kind: Kind, strategy: str, kills: int) -> None:
+    calm_world, world = calm_kind.world, kind.world
     before = kind.items()
     payloads = {item: dict(found.payload) for item, found in before.items()}
     old, new = vectors_by(world, "old"), vectors_by(world, "new")
@@ -154,15 +166,19 @@ def killed_there_and_back(
         killer.succeed("rollback")
     after = kind.items()
     assert_all(after, old, payloads)
-    if make is not QdrantFolder:  # which normalises what it is given
+    if not isinstance(kind, QdrantFolder):  # which normalises what it is given
         assert after == before
     if shadow is not None:
         assert not kind.exists(shadow)
 
 
+STRATEGIES = pytest.mark.parametrize("strategy", ["in_place", "shadow"])
+EVERY_KIND = pytest.mark.parametrize("make", [*KINDS, QdrantOverRest], ids=lambda kind: kind.name)
+
+
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("strategy", ["in_place", "shadow"])
-@pytest.mark.parametrize("make", KINDS, ids=lambda kind: kind.name)
+@STRATEGIES
+@EVERY_KIND
 def test_killed_there_and_back(
     commands: Commands, first: World, tmp_path: Path, make: type[Kind], strategy: str
 ) -> None:
@@ -171,8 +187,8 @@ def test_killed_there_and_back(
 
 @pytest.mark.long
 @pytest.mark.timeout(3600)
-@pytest.mark.parametrize("strategy", ["in_place", "shadow"])
-@pytest.mark.parametrize("make", KINDS, ids=lambda kind: kind.name)
+@STRATEGIES
+@EVERY_KIND
 def test_killed_a_hundred_times(
     commands: Commands, first: World, tmp_path: Path, make: type[Kind], strategy: str
 ) -> None:
@@ -197,18 +213,21 @@ class Writer:
             cwd=Path(__file__).parents[2],
         )
 
+    def writes(self) -> int:
+        """How often it has written."""
+        return self.journal.read_text().count("\n") - 1
+
     def stop(self) -> dict[int, Any]:
         """Ends it at a whole operation; returns what must be there: id -> payload."""
         assert self._process.stdin is not None
         self._process.stdin.close()
         assert self._process.wait(timeout=60) == 0
-        lines = [json.loads(line) for line in self.journal.read_text().splitlines()]
-        assert len(lines) > 20, "too few writes for this to mean anything"
-        return {int(item): payload for item, payload in lines[-1]["holds"].items()}
+        last = json.loads(self.journal.read_text().splitlines()[-1])
+        return {int(item): payload for item, payload in last["holds"].items()}
 
 
 def beside_a_live_writer(
-    commands: Commands, first: World, folder: Path, make: type[Kind], strategy: str, seconds: float
+    commands: Commands, first: World, folder: Path, make: Make, strategy: str, seconds: float
 ) -> None:
     world = World(folder / "world")
     shutil.copytree(first.folder, world.folder)
@@ -223,8 +242,8 @@ def beside_a_live_writer(
         writer = Writer(kind, folder / "journal")
         try:
             until, kills = monotonic() + seconds, 0
-            while monotonic() < until or kills < 5:
-                assert monotonic() < until + 120, f"{kills} kills met a running backfill"
+            while monotonic() < until or kills < 5 or writer.writes() < 20:
+                assert monotonic() < until + 120, f"{kills} kills met a running backfill, {writer.writes()} writes"
                 if kills < 5:
                     kills += not killer.kill(2.0, "backfill", "--max-items", "60")
                 else:
@@ -240,12 +259,9 @@ def beside_a_live_writer(
         assert_all(kind.items(), vectors_by(world, "old"), holds)
 
 
-WRITTEN = [*KINDS, QdrantOverRest]
-
-
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("strategy", ["in_place", "shadow"])
-@pytest.mark.parametrize("make", WRITTEN, ids=lambda kind: kind.name)
+@STRATEGIES
+@EVERY_KIND
 def test_beside_a_live_writer(
     commands: Commands, first: World, tmp_path: Path, make: type[Kind], strategy: str
 ) -> None:
@@ -254,8 +270,8 @@ def test_beside_a_live_writer(
 
 @pytest.mark.long
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("strategy", ["in_place", "shadow"])
-@pytest.mark.parametrize("make", WRITTEN, ids=lambda kind: kind.name)
+@STRATEGIES
+@EVERY_KIND
 def test_beside_a_live_writer_for_long(
     commands: Commands, first: World, tmp_path: Path, make: type[Kind], strategy: str
 ) -> None:
