@@ -120,14 +120,10 @@ def _reach(config: Mapping[str, Any]) -> Connection:
     connection = Connection(client, where, local=False, exposed=key is not None and url.startswith("http://"))
     try:
         connection.version()
-    except _Denied:
+    except BaseException as error:
         connection.let_go()
-        raise
-    except (_Foreign, StoreRejected) as error:
-        connection.let_go()
-        raise StoreRejected(f"{where} does not answer like a Qdrant: correct `url` of the store") from error
-    except BaseException:
-        connection.let_go()
+        if isinstance(error, _Foreign | StoreRejected) and not isinstance(error, _Denied):
+            raise StoreRejected(f"{where} does not answer like a Qdrant: correct `url` of the store") from error
         raise
     return connection
 
@@ -329,7 +325,10 @@ class QdrantStore:
         """Name (empty for the unnamed one) and parameters of the vector that is migrated."""
         from qdrant_client import models
 
-        found = self._config().config.params.vectors
+        config = self._config().config
+        strict = config.strict_mode_config
+        self._strict = strict if strict is not None and strict.enabled else None
+        found = config.params.vectors
         vectors = {"": found} if isinstance(found, models.VectorParams) else dict(found or {})
         where = f"collection {self._local_name}"
         if not vectors:
@@ -394,8 +393,9 @@ class QdrantStore:
     def describe(self) -> CollectionInfo:
         """Facts of the collection as it is now. The schema is taken from the first points' payloads."""
         config = self._config().config
+        some = self._allowed(100, "max_query_limit")
         records, _ = self._ask(
-            lambda client: client.scroll(self._local_name, limit=100, with_payload=True, with_vectors=False)
+            lambda client: client.scroll(self._local_name, limit=some, with_payload=True, with_vectors=False)
         )
         schema: dict[str, str] = {}
         for record in records:
@@ -427,7 +427,8 @@ class QdrantStore:
 
     def unstamped(self, stamp: str, *, after: ItemId | None, limit: int) -> list[ItemId]:
         """Ids of points whose payload does not carry the stamp."""
-        return self._scroll(self._filter(without=stamp), after, None, limit)
+        condition = self._filter(without=stamp) if self._finds_stamps() else self._filter()
+        return self._scroll(condition, after, None, limit)
 
     def _filter(self, *, stamp: str | None = None, without: str | None = None, ids: Sequence[ItemId] = ()) -> Any:
         from qdrant_client import models
@@ -445,7 +446,8 @@ class QdrantStore:
         return models.Filter(must=must or None, must_not=None if without is None else [carries(without)])
 
     def _scroll(self, condition: Any, after: ItemId | None, upto: ItemId | None, limit: int) -> list[ItemId]:
-        records = self._records(condition, after, upto, limit, 10_000, fields=False, which=False)
+        size = self._allowed(10_000, "max_query_limit")
+        records = self._records(condition, after, upto, limit, size, fields=False, which=False)
         return [_plain(record.id) for record in records]
 
     def _records(
@@ -498,7 +500,8 @@ class QdrantStore:
     def scan(self, *, after: ItemId | None, upto: ItemId | None = None, limit: int) -> Page:
         """The next `limit` points with vectors and payloads, in one scroll."""
         which = [self._name] if self._named else True
-        records = self._records(self._filter(), after, upto, limit, self._per_request(), fields=True, which=which)
+        size = self._allowed(self._per_request(), "max_query_limit")
+        records = self._records(self._filter(), after, upto, limit, size, fields=True, which=which)
         return self._page(records, vectors=True, payload=True)
 
     def read(self, ids: Sequence[ItemId], *, vectors: bool, payload: bool) -> Page:
@@ -563,10 +566,27 @@ class QdrantStore:
             yield list(ids[start : start + size])
 
     def _per_request(self) -> int:
-        return int(max(1, min(5_000, REQUEST_BYTES // (12 * self._params.size + 500))))
+        size = int(max(1, min(5_000, REQUEST_BYTES // (12 * self._params.size + 500))))
+        return self._allowed(size, "upsert_max_batchsize", "condition_max_size")
+
+    def _allowed(self, size: int, *limits: str) -> int:
+        """As much of `size` as the collection's strict mode lets through."""
+        set_limits = (getattr(self._strict, limit, None) for limit in limits)
+        return max(1, min(size, *(int(limit) for limit in set_limits if limit)))
+
+    def _finds_stamps(self) -> bool:
+        """Whether points can be asked for by their stamp. If not, none has one: the first write makes the index."""
+        if self._strict is None or self._strict.unindexed_filtering_retrieve is not False:
+            return True
+        if self._write:
+            self._index_stamps()
+            return True
+        return STAMP in (self._config().payload_schema or {})
 
     def count(self, *, stamp: str | None = None) -> int:
         """Exact number of points; with `stamp`, of those that carry it."""
+        if stamp is not None and not self._finds_stamps():
+            return 0
         return self._count(self._filter(stamp=stamp))
 
     def _count(self, condition: Any) -> int:
@@ -599,8 +619,9 @@ class QdrantStore:
         ]
         ids: list[list[ItemId]] = []
         scores: list[list[float]] = []
-        for start in range(0, len(requests), 100):
-            block = requests[start : start + 100]
+        size = self._allowed(100, "search_max_batchsize")
+        for start in range(0, len(requests), size):
+            block = requests[start : start + size]
             answers = self._ask(
                 lambda client, block=block: client.query_batch_points(self._local_name, requests=block)  # type: ignore[misc]
             )
@@ -843,6 +864,7 @@ class QdrantStore:
         self._must_write()
         from qdrant_client import models
 
+        self._finds_stamps()  # strict mode needs their index, also where no write has made it
         carrying = models.Filter(must_not=[models.IsEmptyCondition(is_empty=models.PayloadField(key=STAMP))])
         self._change(lambda client: client.delete_payload(self._local_name, [STAMP], points=carrying, wait=True))
         if not self._connection.local:
@@ -896,6 +918,7 @@ class QdrantStore:
                     optimizers_config=_diff(models.OptimizersConfigDiff, config.optimizer_config),
                     wal_config=_diff(models.WalConfigDiff, config.wal_config),
                     quantization_config=config.quantization_config,
+                    strict_mode_config=_diff(models.StrictModeConfig, config.strict_mode_config),
                 )
             )
         if not self._connection.local:  # repeated after a kill: one that is there stays as it is

@@ -105,6 +105,10 @@ class Qdrant:
             config.optimizer_config = _over(config.optimizer_config, created.optimizers_config)
             config.wal_config = _over(config.wal_config, created.wal_config)
             config.quantization_config = created.quantization_config
+            if created.strict_mode_config is not None:
+                config.strict_mode_config = m.StrictModeConfigOutput(
+                    **created.strict_mode_config.model_dump(exclude_none=True)
+                )
             for setting in (
                 "shard_number", "sharding_method", "replication_factor", "write_consistency_factor", "on_disk_payload"
             ):  # fmt: skip
@@ -154,7 +158,8 @@ class Qdrant:
     # -- points -----------------------------------------------------------------------------------------------------
 
     def scroll(self, collection: str, body: m.ScrollRequest) -> m.ScrollResult:
-        self._understand(body.filter)
+        self._understand(collection, body.filter)
+        self._strictly(collection, "max_query_limit", body.limit or 10)
         records, following = self.client.scroll(
             collection,
             scroll_filter=body.filter,
@@ -174,33 +179,37 @@ class Qdrant:
         )
 
     def count(self, collection: str, body: m.CountRequest) -> m.CountResult:
-        self._understand(body.filter)
+        self._understand(collection, body.filter)
         return self.client.count(collection, count_filter=body.filter, exact=True)
 
     def query(self, collection: str, body: m.QueryRequestBatch) -> list[m.QueryResponse]:
         # Local mode compares with everything and warns of settings for indexes.
+        self._strictly(collection, "search_max_batchsize", len(body.searches))
         requests = [search.model_copy(update={"params": None}) for search in body.searches]
         return self.client.query_batch_points(collection, requests)
 
     def upsert(self, collection: str, body: m.PointsList | m.PointsBatch) -> m.UpdateResult:
         points = body.points if isinstance(body, m.PointsList) else body.batch
+        if isinstance(body, m.PointsList):
+            self._strictly(collection, "upsert_max_batchsize", len(body.points))
         self.client.upsert(collection, points, **self._condition(body))
         return done()
 
     def update_vectors(self, collection: str, body: m.UpdateVectors) -> m.UpdateResult:
+        self._strictly(collection, "upsert_max_batchsize", len(body.points))
         self.client.update_vectors(collection, body.points, **self._condition(body))
         return done()
 
     def set_payload(self, collection: str, body: m.SetPayload) -> m.UpdateResult:
-        self.client.set_payload(collection, body.payload, points=self._chosen(body), key=body.key)
+        self.client.set_payload(collection, body.payload, points=self._chosen(collection, body), key=body.key)
         return done()
 
     def overwrite_payload(self, collection: str, body: m.SetPayload) -> m.UpdateResult:
-        self.client.overwrite_payload(collection, body.payload, points=self._chosen(body))
+        self.client.overwrite_payload(collection, body.payload, points=self._chosen(collection, body))
         return done()
 
     def delete_payload(self, collection: str, body: m.DeletePayload) -> m.UpdateResult:
-        self.client.delete_payload(collection, body.keys, points=self._chosen(body))
+        self.client.delete_payload(collection, body.keys, points=self._chosen(collection, body))
         return done()
 
     def delete(self, collection: str, body: m.PointIdsList | m.FilterSelector) -> m.UpdateResult:
@@ -230,15 +239,31 @@ class Qdrant:
             return {}
         return {"update_filter": body.update_filter}
 
-    def _chosen(self, body: m.SetPayload | m.DeletePayload) -> Any:
+    def _chosen(self, collection: str, body: m.SetPayload | m.DeletePayload) -> Any:
         if body.points is not None:
             return body.points
         if body.filter is None:
             raise Refusal(422, "Either list of point ids or filter must be provided")
-        self._understand(body.filter)
+        self._understand(collection, body.filter)
         return body.filter
 
-    def _understand(self, condition: m.Filter | None) -> None:
+    def _strictly(self, collection: str, limit: str, size: int) -> None:
+        created = self._created.get(self._behind(collection))
+        strict = None if created is None else created.strict_mode_config
+        most = getattr(strict, limit, None)
+        if strict is not None and strict.enabled and most is not None and size > most:
+            raise Refusal(400, f"Bad request: Limit exceeded {size} > {most} for {limit}")
+
+    def _understand(self, collection: str, condition: m.Filter | None) -> None:
+        indexed = self._indexes.get(self._behind(collection), {})
+        created = self._created.get(self._behind(collection))
+        strict = None if created is None else created.strict_mode_config
+        if condition is not None and strict is not None and strict.enabled:
+            for field in re.findall('"key":"([^"]*)"', condition.model_dump_json()):
+                if strict.unindexed_filtering_retrieve is False and field not in indexed:
+                    raise Refusal(400, f'Bad request: Index required but not found for "{field}"')
+            for ids in re.findall(r'"has_id":\[([^]]*)\]', condition.model_dump_json()):
+                self._strictly(collection, "condition_max_size", ids.count(",") + 1)
         if self.release < (1, 13) and condition is not None and "has_vector" in condition.model_dump_json():
             raise Refusal(400, "Format error in JSON body: data did not match any variant of untagged enum Condition")
 

@@ -8,7 +8,7 @@ import json
 import time
 import uuid
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from qdrant_client import QdrantClient, models
 
-from adapters.base import ItemId, Page, Store, StoreRejected, StoreUnavailable
+from adapters.base import ItemId, Page, Store, StoreRejected, StoreUnavailable, Vectors
 from adapters.qdrant import STAMP, QdrantStore
 from adapters.registry import open_store
 from migrator.project import Project
@@ -61,6 +61,50 @@ class TestUuidsAndANamedVectorOverRest(QdrantContract):
     @pytest.fixture
     def make(self, server: Front, application: QdrantClient) -> Make:
         return made_with(application, models.Distance.DOT, "image", {"url": server.url})
+
+
+@dataclass
+class Strict(Points):
+    """With the limits that Qdrant's managed service sets, only tighter."""
+
+    def create(self, distance: models.Distance) -> None:
+        limits = {
+            "max_query_limit": 60,
+            "upsert_max_batchsize": 50,
+            "condition_max_size": 40,
+            "search_max_batchsize": 3,
+        }
+        self.client.create_collection(
+            self.name,
+            models.VectorParams(size=DIM, distance=distance),
+            strict_mode_config=models.StrictModeConfig(
+                enabled=True, unindexed_filtering_retrieve=False, unindexed_filtering_update=False, **limits
+            ),
+        )
+
+    def insert(self, ids: Sequence[ItemId], vectors: Vectors, payloads: Sequence[dict[str, Any]]) -> None:
+        for start in range(0, len(ids), 50):
+            super().insert(*(some[start : start + 50] for some in (ids, vectors, payloads)))
+
+    def visible(self) -> dict[ItemId, np.ndarray]:
+        found: dict[ItemId, np.ndarray] = {}
+        following: Any = None
+        while following is not None or not found:
+            records, following = self.client.scroll(self.name, limit=60, offset=following, with_vectors=True)
+            found.update({record.id: np.array(record.vector, np.float32) for record in records})
+        return found
+
+
+class TestStrictMode(QdrantContract):
+    @pytest.fixture
+    def make(self, server: Front, application: QdrantClient) -> Make:
+        def make(ids: Sequence[ItemId], vectors: Vectors, payloads: Sequence[dict[str, Any]]) -> Strict:
+            points = Strict(application, f"test_{uuid.uuid4().hex[:12]}", "", {"url": server.url})
+            points.create(models.Distance.DOT)
+            points.insert(ids, vectors, payloads)
+            return points
+
+        return make
 
 
 @pytest.fixture(scope="module")
