@@ -26,6 +26,8 @@ IMPATIENT = {
     "queryCoord.checkInterval": 100,
     "queryCoord.distPullInterval": 50,
 }
+AS_IT_COMES = {"proxy.timeTickInterval": 200}
+"""For measurements: how long a read waits is part of what the server costs."""
 UNSAID = "queryCoord:\n  checkChannelInterval: 100\n  checkSegmentInterval: 100"  # not in the wheel's own file
 """Nothing but how long things take; as the server comes, the tests take five times as long."""
 
