@@ -79,7 +79,8 @@ class MilvusServer:
         from pymilvus import MilvusClient, MilvusException
 
         try:
-            client = MilvusClient(self.uri, timeout=5)
+            guarded = self._settings.get("authorization_enabled")
+            client = MilvusClient(self.uri, timeout=5, token="root:Milvus" if guarded else "")
             try:
                 client.list_collections(timeout=5)
             finally:

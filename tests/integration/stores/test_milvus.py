@@ -17,7 +17,7 @@ from adapters.base import ItemId, Store, Vectors
 from adapters.milvus import STAMP, Connection
 from adapters.registry import open_store
 from tests.integration.stores.contract import DIM, Collection, Make, StoreContract
-from tests.milvus_server import MilvusServer, milvus_server
+from tests.milvus_server import MilvusServer
 
 
 @dataclass
@@ -167,19 +167,6 @@ class TestLiteWithStrings(InLite):
 
 class TestLiteWithoutDynamicField(InLite):
     metric, index, dynamic = "L2", "IVF_FLAT", False
-
-
-@pytest.fixture(scope="session")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MilvusServer]:
-    with milvus_server(tmp_path_factory.mktemp("milvus")) as running:
-        yield running
-
-
-@pytest.fixture(scope="session")
-def server_client(server: MilvusServer) -> Iterator[MilvusClient]:
-    client = MilvusClient(server.uri)
-    yield client
-    client.close()
 
 
 class OnAServer(StoreContract):

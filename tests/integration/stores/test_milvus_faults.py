@@ -19,11 +19,12 @@ import pytest
 from pymilvus import DataType, MilvusClient
 
 from adapters.base import Page, Store, StoreError, StoreRejected, StoreUnavailable
-from adapters.milvus import Connection
+from adapters.milvus import PARTITION, Connection
 from adapters.registry import open_store
 from tests.integration.stores.contract import DIM, payloads_of, unit_vectors
-from tests.integration.stores.test_milvus import drop_new, server, server_client  # noqa: F401 - fixtures
+from tests.integration.stores.test_milvus import drop_new
 from tests.line import Line, line_to
+from tests.milvus_server import MilvusServer, milvus_server
 
 TIMEOUT = 1.0
 
@@ -384,3 +385,163 @@ def test_answers_of_the_wire(code: grpc.StatusCode, said: str, kind: type[StoreE
         assert monotonic() - began < 8
     finally:
         answering.stop(grace=None).wait()
+
+
+# -- a real server ------------------------------------------------------------------------------------------------
+
+
+def test_on_a_server_rows_stay_in_their_partitions(server: MilvusServer, server_client: MilvusClient) -> None:
+    """Written without its partition, a row would lie in the default one a second time."""
+    client, vectors = server_client, unit_vectors(6)
+    make(client, "parted", FLOAT)
+    for name in ("a", "b"):
+        client.create_partition("parted", name)
+    client.load_collection("parted")
+    places = {"_default": (0, 1), "a": (2, 3), "b": (4, 5)}
+    for name, keys in places.items():
+        rows = [{"key": key, "embedding": vectors[key], "path": f"{key}.png", "more": [1, key]} for key in keys]
+        client.upsert("parted", rows, partition_name=name)
+
+    def lie_in(collection: str) -> dict[str, tuple[int, ...]]:
+        found = {
+            name: client.query(
+                collection,
+                filter="key >= 0",
+                output_fields=["key"],
+                partition_names=[name],
+                consistency_level="Strong",
+            )
+            for name in client.list_partitions(collection)
+        }
+        return {name: tuple(sorted(row["key"] for row in rows)) for name, rows in found.items()}
+
+    assert lie_in("parted") == places
+    payloads = [
+        {"path": f"{key}.png", "more": [1, key], PARTITION: name} for name, keys in places.items() for key in keys
+    ]
+    with closing(open_store({"kind": "milvus", "uri": server.uri, "collection": "parted"}, write=True)) as store:
+        page = store.scan(after=None, limit=10)
+        assert [dict(payload) for payload in page.payloads or ()] == payloads
+        report = store.write_vectors(page.ids, unit_vectors(6, seed=1), "new", made_from=page)
+        assert list(report.written) == list(range(6))
+        assert (lie_in("parted"), store.count(), store.describe().count) == (places, 6, 6)
+        assert store.count(stamp="new") == 6
+        for _ in range(2):
+            with closing(store.create_like("parted_copy", dim=DIM)) as copy:
+                assert list(copy.insert(page).written) == list(range(6))
+                assert lie_in("parted_copy") == places
+                assert [dict(payload) for payload in copy.scan(after=None, limit=10).payloads or ()] == payloads
+
+
+def test_on_a_server_fields_of_all_kinds_survive(server: MilvusServer, server_client: MilvusClient) -> None:
+    """Without a dynamic field, and with a partition key."""
+    schema = server_client.create_schema(enable_dynamic_field=False)
+    rows = own_rows(server_client, schema)
+    schema.add_field("tenant", DataType.VARCHAR, max_length=50, is_partition_key=True)
+    index_and_fill(server_client, "own", schema, [{**row, "tenant": f"t{row['i8'] % 3}"} for row in rows])
+    assert_payloads_survive(server_client, server.uri, "own", stamp=None)
+    with pytest.raises(StoreRejected, match="no dynamic field"):
+        open_and(server.uri, "own", lambda store: store.count(stamp="s"))
+
+
+def open_and(uri: str, name: str, call: Callable[[Store], object], **more: Any) -> object:
+    with closing(open_store({"kind": "milvus", "uri": uri, "collection": name, **more}, write=True)) as store:
+        return call(store)
+
+
+def test_on_a_server_another_database(server: MilvusServer, server_client: MilvusClient) -> None:
+    server_client.create_database("other")
+    with closing(MilvusClient(server.uri, db_name="other")) as client:
+        make(client, "inside", FLOAT)
+        client.load_collection("inside")
+        fill(client, "inside")
+        client.create_alias("inside", "name")
+        config = {"kind": "milvus", "uri": server.uri, "collection": "name"}
+        with closing(open_store({**config, "database": "other"}, write=True)) as store:
+            info = store.describe()
+            assert (info.name.endswith("/other/inside"), info.alias, info.count) == (True, "name", 5)
+            page = store.scan(after=None, limit=10)
+            assert list(store.write_vectors(page.ids, unit_vectors(5), "new", made_from=page).written) == list(range(5))
+            with closing(store.create_like("inside_2", dim=DIM)) as copy:
+                copy.insert(page)
+                store.swap_alias("name", to="inside_2")
+                assert client.describe_collection("name")["collection_name"] == "inside_2"
+                with pytest.raises(StoreRejected, match="the alias 'name' leads to it"):
+                    copy.drop()
+                store.swap_alias("name", to="inside")
+                copy.drop()
+            assert client.list_collections() == ["inside"]
+        assert "in database 'none'" in refusal_of({**config, "database": "none"})
+        assert "has no collection or alias 'name': " in refusal_of(config)
+        drop_new(client, set())
+    server_client.drop_database("other")
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [DataType.BINARY_VECTOR, DataType.FLOAT16_VECTOR, DataType.BFLOAT16_VECTOR, DataType.SPARSE_FLOAT_VECTOR],
+    ids=lambda kind: kind.name,
+)
+def test_on_a_server_vectors_that_cannot_be_migrated(
+    server: MilvusServer, server_client: MilvusClient, kind: DataType
+) -> None:
+    try:
+        make(server_client, "wrong", ("vector", kind))
+    except Exception as error:
+        pytest.skip(f"Milvus 2.3.5 has no such collections: {error}")
+    assert f"vector is a {kind.name}" in refusal_of({"uri": server.uri, "collection": "wrong"})
+
+
+def test_on_a_server_what_is_not_ready(server: MilvusServer, server_client: MilvusClient) -> None:
+    make(server_client, "bare", FLOAT, index=False)
+    assert "not loaded" in refusal_of({"uri": server.uri, "collection": "bare"})
+    make(server_client, "idle", FLOAT)
+    assert "collection idle is not loaded: load it" in refusal_of({"uri": server.uri, "collection": "idle"})
+    make(server_client, "auto", FLOAT, more={"auto_id": True})
+    assert "makes its own keys" in refusal_of({"uri": server.uri, "collection": "auto"})
+    server_client.load_collection("idle")
+    fill(server_client, "idle")
+    with closing(open_store({"kind": "milvus", "uri": server.uri, "collection": "idle"}, write=True)) as store:
+        server_client.release_collection("idle")
+        with pytest.raises(StoreUnavailable, match="not loaded any more"):
+            store.scan(after=None, limit=10)
+        with pytest.raises(StoreUnavailable, match="not loaded any more"):
+            store.write_vectors([1], unit_vectors(1), "new")
+
+
+@pytest.mark.long
+def test_on_a_server_rows_too_large_for_one_message(server: MilvusServer, server_client: MilvusClient) -> None:
+    """Pages and writes are halved until they fit."""
+    schema = server_client.create_schema(enable_dynamic_field=True)
+    schema.add_field("key", DataType.INT64, is_primary=True)
+    schema.add_field("embedding", DataType.FLOAT_VECTOR, dim=DIM)
+    schema.add_field("text", DataType.VARCHAR, max_length=65_535)
+    items = 2_500
+    text = "x" * 60_000
+    index_and_fill(server_client, "large", schema, [])
+    for start in range(0, items, 500):
+        rows = [
+            {"key": key, "embedding": vector, "text": text}
+            for key, vector in zip(range(start, start + 500), unit_vectors(500), strict=True)
+        ]
+        server_client.upsert("large", rows)
+    config = {"kind": "milvus", "uri": server.uri, "collection": "large", "timeout": 60}
+    with closing(open_store(config, write=True)) as store:
+        page = store.scan(after=None, limit=items)
+        assert list(page.ids) == list(range(items))
+        assert len(store.read(page.ids, vectors=True, payload=True)) == items
+        assert len(store.write_vectors(page.ids, unit_vectors(items), "new", made_from=page).written) == items
+        with closing(store.create_like("large_copy", dim=DIM)) as copy:
+            assert len(copy.insert(page).written) == items
+            assert copy.count() == items
+
+
+@pytest.mark.long
+def test_a_server_that_asks_for_credentials(tmp_path: Path) -> None:
+    with milvus_server(tmp_path, authorization_enabled=True) as guarded:
+        for token in (None, "root:wrong", "nobody:x"):
+            more = {} if token is None else {"token": token}
+            said = refusal_of({"uri": guarded.uri, "collection": "x", **more})
+            assert "refuses these credentials: correct `token`" in said
+            assert token is None or token not in said
+        assert "no collection" in refusal_of({"uri": guarded.uri, "collection": "x", "token": "root:Milvus"})

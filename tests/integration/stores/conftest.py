@@ -1,0 +1,23 @@
+"""One Milvus server for all tests of a session that want one: its start takes ten seconds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+from pymilvus import MilvusClient
+
+from tests.milvus_server import MilvusServer, milvus_server
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MilvusServer]:
+    with milvus_server(tmp_path_factory.mktemp("milvus")) as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def server_client(server: MilvusServer) -> Iterator[MilvusClient]:
+    client = MilvusClient(server.uri)
+    yield client
+    client.close()
