@@ -3,7 +3,7 @@
     <path>/<collection>/   a shard, as `EdgeShard.create` makes it
     <path>/<alias>         a symbolic link to one of them
 
-The engine's lock lets one process open a shard, for reading too, so there are no other writers. A point is written
+One process at a time has a shard open, for reading too, so there are no other writers. A point is written
 whole, with vector, payload and stamp, in one operation of the engine's log, which survives a kill as a whole or not at
 all: a vector never has another one's stamp. Every write ends with an fsync of the log.
 
@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import itertools
 import json
 import os
@@ -212,7 +213,12 @@ class Shard:
                 f"engine edge needs the library {error.name}: pip install 'advbct-migrator[qdrant-edge]'"
             ) from error
         self.path, self.users, self.guard = path, 0, threading.RLock()
-        self._edge: EdgeShard = self._translated(lambda: EdgeShard.load(str(path)), DAMAGED)
+        self._lock = self._locked()
+        try:
+            self._edge: EdgeShard = self._translated(lambda: EdgeShard.load(str(path)), DAMAGED)
+        except BaseException:
+            os.close(self._lock)
+            raise
         try:
             with translated(path):
                 self.config: dict[str, Any] = json.loads((path / CONFIG).read_bytes())
@@ -224,6 +230,33 @@ class Shard:
         except BaseException:
             self.close()
             raise
+
+    def _locked(self) -> int:
+        """A handle of the folder with a lock on it, which dies with the process.
+
+        The engine looks at its own lock, on the folder of the log, only after it has repaired the other files, to the
+        harm of whoever has them open. So that is looked at here, before the engine is called.
+        """
+        with translated(self.path):
+            handle = os.open(self.path, os.O_RDONLY)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if (self.path / "wal").is_dir():
+                    log = os.open(self.path / "wal", os.O_RDONLY)
+                    try:
+                        fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    finally:
+                        os.close(log)
+            except BlockingIOError as error:
+                os.close(handle)
+                raise self._busy() from error
+            except BaseException:
+                os.close(handle)
+                raise
+        return handle
+
+    def _busy(self) -> StoreBusy:
+        return StoreBusy(f"{self.path} is open in another process: stop the application, then again")
 
     def ask(self, call: Callable[[EdgeShard], T]) -> T:
         """Makes a call, with the engine's exceptions in this package's words."""
@@ -246,9 +279,13 @@ class Shard:
                 self.ask(lambda edge: edge.flush())
 
     def close(self) -> None:
-        """Flushes, and lets go of the lock. Safe to repeat."""
-        with self.guard, contextlib.suppress(StoreError):
-            self._translated(self._edge.close, "cannot be closed")
+        """Flushes, and lets go of the locks. Safe to repeat."""
+        with self.guard:
+            if self._lock >= 0:
+                with contextlib.suppress(StoreError):
+                    self._translated(self._edge.close, "cannot be closed")
+                os.close(self._lock)
+                self._lock = -1
 
     def _translated(self, call: Callable[[], T], what: str) -> T:
         try:
@@ -264,7 +301,7 @@ class Shard:
 
     def _of(self, said: str, what: str) -> StoreError:
         if "WouldBlock" in said:
-            return StoreBusy(f"{self.path} is open in another process: stop the application, then again")
+            return self._busy()
         if "not initialized" in said:
             return StoreRejected(f"{self.path} was closed")
         number = re.search(r"os error (\d+)", said)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import itertools
 import json
 import os
@@ -600,22 +601,41 @@ def test_what_the_engine_says(path: Path, said: str, kind: type[Exception]) -> N
 # -- other processes --------------------------------------------------------------------------------------------------
 
 
-def test_another_process_has_it_open(path: Path) -> None:
-    """The application, say. What it holds is only its own collection."""
-    code = f"""
-import sys, qdrant_edge
-shard = qdrant_edge.EdgeShard.load({str(path / "products_v1")!r})
-print("open", flush=True)
-sys.stdin.read()
-"""
-    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+LOCKED = "folder = os.open(sys.argv[1], os.O_RDONLY); fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)"
+LOADED = """shard = qdrant_edge.EdgeShard.load(sys.argv[1])
+for vector in [0.5] * 16, [0.25] * 16:
+    points = [qdrant_edge.Point(item, vector, {"text": "x" * item}) for item in range(100)]
+    shard.update(qdrant_edge.UpdateOperation.upsert_points(points))
+    shard.flush()"""
+
+
+@pytest.mark.parametrize("holds", [LOCKED, LOADED], ids=["by our lock", "by the engine's"])
+def test_another_process_has_it_open(path: Path, holds: str) -> None:
+    """The engine would touch the files of whoever has them open before it looks at its lock."""
+    place = path / "products_v1"
+    code = f"import fcntl, os, sys, qdrant_edge\n{holds}\nprint('open', flush=True)\nsys.stdin.read()"
+    with subprocess.Popen(
+        [sys.executable, "-c", code, str(place)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == b"open\n"
+        before = {file: (file.stat().st_mtime_ns, file.stat().st_size) for file in place.rglob("*")}
         for write in (False, True):
             with pytest.raises(StoreBusy, match="products_v1 is open in another process: stop") as refusal:
                 opened(path, write=write)
             assert "\n" not in str(refusal.value)
+        assert {file: (file.stat().st_mtime_ns, file.stat().st_size) for file in place.rglob("*")} == before
     opened(path).close()
+
+
+def test_a_lock_is_taken_for_as_long_as_the_store_is_open(path: Path) -> None:
+    folder = os.open(path / "products", os.O_RDONLY)
+    try:
+        with closing(opened(path)), pytest.raises(BlockingIOError):
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    finally:
+        os.close(folder)
 
 
 WRITER = """
