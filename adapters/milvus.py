@@ -97,8 +97,9 @@ class Connection:
     def __init__(self, config: Mapping[str, Any]) -> None:
         from pymilvus import MilvusClient
 
-        # It logs every error, also those that are expected, with a traceback.
-        logging.getLogger("pymilvus").setLevel(logging.CRITICAL)
+        # They log every error, also those that are expected, with a traceback.
+        for name in ("pymilvus", "milvus_lite"):
+            logging.getLogger(name).setLevel(logging.CRITICAL)
         uri, self.database = str(config["uri"]), str(config.get("database", "default"))
         self.timeout = float(config.get("timeout", 30))
         self.lite = "://" not in uri
@@ -891,10 +892,11 @@ class MilvusStore:
         """Deletes the collection, unless an alias leads to it."""
         self._must_write()
         timeout = self._connection.timeout
-        # Not `list_aliases`, which 2.3 answers for the default database only.
-        found = self._describe(self._local_name)
-        aliases = found.get("aliases")
-        if aliases:
+        if self._connection.lite:
+            found = self._ask(lambda client: client.list_aliases(self._local_name, timeout=timeout))
+        else:  # 2.3 lists those of the default database only
+            found = self._describe(self._local_name)
+        if aliases := found["aliases"]:
             raise StoreRejected(f"{self._local_name} is not deleted: the alias {aliases[0]!r} leads to it")
         self._ask(lambda client: client.drop_collection(self._local_name, timeout=timeout))
         self.close()
