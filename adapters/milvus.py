@@ -892,11 +892,11 @@ class MilvusStore:
         """Deletes the collection, unless an alias leads to it."""
         self._must_write()
         timeout = self._connection.timeout
-        if self._connection.lite:
+        aliases = self._describe(self._local_name).get("aliases")  # Milvus Lite tells none
+        if not aliases and self._connection.database == "default":  # 2.3 lists those of no other
             found = self._ask(lambda client: client.list_aliases(self._local_name, timeout=timeout))
-        else:  # 2.3 lists those of the default database only
-            found = self._describe(self._local_name)
-        if aliases := found["aliases"]:
+            aliases = found["aliases"]
+        if aliases:
             raise StoreRejected(f"{self._local_name} is not deleted: the alias {aliases[0]!r} leads to it")
         self._ask(lambda client: client.drop_collection(self._local_name, timeout=timeout))
         self.close()
