@@ -18,13 +18,13 @@ import pytest
 from migrator.project import Project
 from migrator.rollout.route import RouteClient
 from tests.integration.test_stores import canary, to_prepared
-from tests.kinds import SHARED, Kind
+from tests.kinds import SHARED, Kind, MilvusOnAServer
 from tests.world import NAME, World, embed_images
 
 Call = Callable[..., int]
 
 
-@pytest.fixture(params=SHARED, ids=lambda kind: kind.name)
+@pytest.fixture(params=[*SHARED, pytest.param(MilvusOnAServer, marks=pytest.mark.long)], ids=lambda kind: kind.name)
 def kind(request: pytest.FixtureRequest, world: World, tmp_path: Path) -> Iterator[Kind]:
     kind: Kind = request.param(world)
     with kind.running(tmp_path):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -326,3 +328,26 @@ def test_vectors_that_are_no_directions(kind: Kind, migrator: Call, capsys: pyte
     zeros = np.zeros((120, len(items[0].vector)), np.float32)
     kind.put(list(items), zeros, [dict(item.payload) for item in items.values()])
     refused_in_one_line(migrator, capsys, 3, "holds a vector that is zero or not finite")
+
+
+def test_a_store_that_another_process_has_open(kind: Kind, world: World, migrator: Call) -> None:
+    if not kind.exclusive:
+        pytest.skip("several processes may open it")
+    to_prepared(migrator)
+    canary(migrator)
+    assert migrator("rollout", "--stage", "backfill") == 0
+
+    def run(verb: str, *more: str) -> subprocess.CompletedProcess[str]:
+        words = [sys.executable, "-m", "migrator", verb, "--config", str(world.config), *more]
+        return subprocess.run(words, capture_output=True, text=True, timeout=120)
+
+    with kind.opened():
+        looked = run("verify", "--mixed")
+        assert (looked.returncode, looked.stdout, looked.stderr.count("\n")) == (4, "", 1), looked.stderr
+        assert "open in another process" in looked.stderr
+        backfilled = run("backfill", "--yes")  # by cron, while another run is still going on
+        assert backfilled.returncode == 0
+        assert "another run is going on" in backfilled.stdout
+        assert backfilled.stderr.count("\n") == 1, backfilled.stderr  # what it is about to do
+    assert run("backfill", "--yes").returncode == 0
+    assert expected(kind, "new")
