@@ -572,7 +572,7 @@ class QdrantStore:
     def _allowed(self, size: int, *limits: str) -> int:
         """As much of `size` as the collection's strict mode lets through."""
         set_limits = (getattr(self._strict, limit, None) for limit in limits)
-        return max(1, min(size, *(int(limit) for limit in set_limits if limit)))
+        return max(1, min([size, *(int(limit) for limit in set_limits if limit)]))
 
     def _finds_stamps(self) -> bool:
         """Whether points can be asked for by their stamp. If not, none has one: the first write makes the index."""
