@@ -18,7 +18,7 @@ demo: venv
 
 # Two workers: the tests are written to run beside each other, and load the machine like one.
 test: venv
-	$(BIN)/python -m pytest -n 2 -m 'not long'
+	$(BIN)/python -m pytest -n 2 --dist loadgroup -m 'not long'
 
 test-crash: venv
 	$(BIN)/python -m pytest -n 2 tests/crash
