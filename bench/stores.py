@@ -123,13 +123,15 @@ class MilvusLite(DemoStore):
 class MilvusServer(Store):
     """A real one, of the wheel that the tests use."""
 
+    chunk_size = 10_000
+    """Each chunk waits three times for what was written before it: fewer of them wait less."""
     uri: str
 
     @contextmanager
     def running(self, folder: Path) -> Iterator[None]:
-        from tests.milvus_server import milvus_server
+        from tests.milvus_server import AS_IT_COMES, milvus_server
 
-        with milvus_server(folder / "server") as server:
+        with milvus_server(folder / "server", **AS_IT_COMES) as server:
             self.uri = server.uri
             yield
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import uuid
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,10 +14,11 @@ import pytest
 from hypothesis import strategies as st
 from pymilvus import DataType, MilvusClient
 
-from adapters.base import ItemId, Store, Vectors
+from adapters.base import ItemId, Page, Store, Vectors
 from adapters.milvus import STAMP, Connection
+from adapters.milvus_known import Known
 from adapters.registry import open_store
-from tests.integration.stores.contract import DIM, Collection, Make, StoreContract
+from tests.integration.stores.contract import DIM, Collection, Make, StoreContract, payloads_of, unit_vectors
 from tests.milvus_server import MilvusServer
 
 
@@ -167,6 +169,51 @@ class TestLiteWithStrings(InLite):
 
 class TestLiteWithoutDynamicField(InLite):
     metric, index, dynamic = "L2", "IVF_FLAT", False
+
+
+class TestLiteThatCannotBeWatched(InLite):
+    """Should its engine once count its writes in another place: slow, and right."""
+
+    @pytest.fixture(autouse=True)
+    def unwatched(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(Known, "_position", lambda _: None)
+
+
+def test_in_lite_only_what_others_may_have_changed_is_asked_again(
+    lite: str, lite_client: MilvusClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids, old, new = list(range(40)), unit_vectors(40), unit_vectors(40, seed=1)
+    rows = maker(lite_client, lite, strings=False, metric="IP", index="FLAT", dynamic=True)(ids, old, payloads_of(ids))
+    asked: list[str] = []
+    query = MilvusClient.query
+
+    def watched(client: MilvusClient, name: str, *arguments: Any, **options: Any) -> Any:
+        asked.append(name)
+        return query(client, name, *arguments, **options)
+
+    with closing(rows.open()) as store:
+        page = store.scan(after=None, limit=20)
+        monkeypatch.setattr(MilvusClient, "query", watched)
+        assert list(store.write_vectors(ids[:10], new[:10], "new", made_from=_part(page, 10)).written) == ids[:10]
+        assert store.scan_ids(after=9, limit=100) == ids[10:]
+        assert asked == []
+        # What it wrote itself is not what the page says any more.
+        assert list(store.write_vectors(ids[:1], new[:1], "new", made_from=_part(page, 1)).changed) == ids[:1]
+        asked.clear()
+        lite_client.delete(rows.name, filter="key in [11, 39]")
+        report = store.write_vectors(ids[10:20], new[10:20], "new", made_from=_part(page, 20, first=10))
+        assert (list(report.written), list(report.gone)) == ([10, *ids[12:20]], [11])
+        assert asked
+        assert store.scan_ids(after=9, limit=100) == [10, *ids[12:39]]
+        assert store.unstamped("new", after=None, limit=100) == ids[20:39]
+        assert store.count(stamp="new") == 19
+
+
+def _part(page: Page, end: int, first: int = 0) -> Page:
+    assert page.vectors is not None
+    assert page.payloads is not None
+    here = slice(first, end)
+    return Page(page.ids[here], page.vectors[here], page.payloads[here], page.stamps[here])
 
 
 class OnAServer(StoreContract):
