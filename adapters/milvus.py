@@ -8,6 +8,8 @@ Where the server can change single fields, that is used. But then an application
 row either (in Milvus Lite no upsert does), and a stamp may outlive the vector that it was written with. So there a
 stamp carries the checksum of its vector and holds as long as that fits. Elsewhere whole rows are written anew, with
 the row as it was right before, and an application's write takes the stamp away.
+
+What is known of a Milvus Lite without asking it again is in `adapters.milvus_known`.
 """
 
 from __future__ import annotations
@@ -53,6 +55,7 @@ PARTITION = "$partition"
 KEYS = ("kind", "uri", "token", "database", "collection", "vector", "timeout")
 MESSAGE_BYTES = 16 << 20  # the server takes 64 MiB
 ROWS = 10_000  # in one request
+WHOLE_ROWS = 5_000  # read and at once written anew: fewer take longer, more leave others more time in between
 PAGE = 16_000  # the server gives 16,384
 LITE_PAGE = 100_000  # in Milvus Lite every page costs as much as the whole collection
 METRICS: Mapping[str, Metric] = {"COSINE": "cosine", "IP": "ip", "L2": "l2"}
@@ -101,8 +104,9 @@ class Connection:
         for name in ("pymilvus", "milvus_lite"):
             logging.getLogger(name).setLevel(logging.CRITICAL)
         uri, self.database = str(config["uri"]), str(config.get("database", "default"))
-        self.timeout = float(config.get("timeout", 30))
         self.lite = "://" not in uri
+        # What does not answer is worth waiting for only where it works in this very process: on an index, perhaps.
+        self.timeout = float(config.get("timeout", 600 if self.lite else 30))
         self.where = os.path.realpath(uri) if self.lite else uri.split("@")[-1].rstrip("/")
         self._users = 1
         if self.lite and not Path(uri).exists():
@@ -318,7 +322,7 @@ class MilvusStore:
         if not self._partial:
             notes.append(
                 "this server writes whole rows (2.6 changes single fields): in place, what an application deletes or "
-                "changes within about 0.3 s of a write can be lost; stop its writes during runs, or use a shadow"
+                "changes within about 0.6 s of a write can be lost; stop its writes during runs, or use a shadow"
             )
         if lite:
             notes.append("Milvus Lite is open in one process at a time: stop the application for each run")
@@ -521,8 +525,8 @@ class MilvusStore:
         """Rows that fit into one request or one answer."""
         return max(1, min(ROWS, MESSAGE_BYTES // (4 * self._dim + 500)))
 
-    def _parts(self, ids: Sequence[ItemId]) -> Iterator[list[ItemId]]:
-        size = self._fitting
+    def _parts(self, ids: Sequence[ItemId], most: int = ROWS) -> Iterator[list[ItemId]]:
+        size = min(self._fitting, most)
         for start in range(0, len(ids), size):
             yield list(ids[start : start + size])
 
@@ -694,7 +698,7 @@ class MilvusStore:
         written: list[ItemId] = []
         gone: list[ItemId] = []
         changed: list[ItemId] = []
-        for part in self._parts(list(ids)):
+        for part in self._parts(ids, ROWS if self._partial else WHOLE_ROWS):
             with self._known.held() as known:
                 rows, moved = self._as_they_are(part, before, known=known)
                 gone += [item for item in part if item not in rows]
