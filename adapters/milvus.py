@@ -58,6 +58,7 @@ ROWS = 10_000  # in one request
 WHOLE_ROWS = 5_000  # read and at once written anew: fewer take longer, more leave others more time in between
 PAGE = 16_000  # the server gives 16,384
 LITE_PAGE = 100_000  # in Milvus Lite every page costs as much as the whole collection
+LOADING = 3600  # seconds, for Milvus Lite, which builds the index then if a kill left it without
 METRICS: Mapping[str, Metric] = {"COSINE": "cosine", "IP": "ip", "L2": "l2"}
 PASSING = {1, 2, 3, 4, 5, 8, 9, 10, 11, 12, 13, 500, 501, 502, 503, 504, 505, 600, 901, 902, 903, 904}
 """Codes of a server that is starting, overloaded or moving things about."""
@@ -105,8 +106,7 @@ class Connection:
             logging.getLogger(name).setLevel(logging.CRITICAL)
         uri, self.database = str(config["uri"]), str(config.get("database", "default"))
         self.lite = "://" not in uri
-        # What does not answer is worth waiting for only where it works in this very process: on an index, perhaps.
-        self.timeout = float(config.get("timeout", 600 if self.lite else 30))
+        self.timeout = float(config.get("timeout", 30))
         self.where = os.path.realpath(uri) if self.lite else uri.split("@")[-1].rstrip("/")
         self._users = 1
         if self.lite and not Path(uri).exists():
@@ -245,7 +245,7 @@ class MilvusStore:
                 "copy it into one with keys of your own"
             )
         if connection.lite:  # in Lite that is a matter of this process alone
-            self._ask(lambda client: client.load_collection(self._local_name, timeout=connection.timeout))
+            self._ask(lambda client: client.load_collection(self._local_name, timeout=LOADING))
         state = self._ask(lambda client: client.get_load_state(self._local_name, timeout=connection.timeout))
         loaded = str(state["state"]).removeprefix("LoadState.")
         if loaded == "Loading":  # as after a restart of the server
