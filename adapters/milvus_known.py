@@ -9,6 +9,7 @@ where this store's own writes left it, what was read is what is there.
 from __future__ import annotations
 
 import bisect
+import itertools
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -17,7 +18,7 @@ from typing import Any
 
 from adapters.base import ItemId, order_key
 
-REMEMBERED_BYTES = 1 << 28
+REMEMBERED_BYTES = 1 << 27
 """Of vectors and payloads read last, for the comparison right before a write."""
 
 Contents = tuple[bytes, Any]  # vector and payload
@@ -66,8 +67,8 @@ class Known:
         for item, stamp in stamps.items():
             self.stamps[item] = None if stamp is None else sys.intern(stamp)
         self.rows.update(rows)
-        for _ in range(len(self.rows) - self._most):
-            del self.rows[next(iter(self.rows))]
+        if (surplus := len(self.rows) - self._most) > 0:
+            self.rows = dict(itertools.islice(self.rows.items(), surplus, None))
 
     def wrote(self, stamps: Mapping[ItemId, str | None]) -> bool:
         """Rows were written; whether nobody else wrote or deleted any since `held` began."""
