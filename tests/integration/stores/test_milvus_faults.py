@@ -276,6 +276,53 @@ def assert_payloads_survive(client: MilvusClient, uri: str, name: str, *, stamp:
                 assert copy.count() == 6
 
 
+def test_rows_stay_in_their_partitions(lite: MilvusClient, file: str) -> None:
+    assert_rows_stay_in_their_partitions(lite, file)
+
+
+def assert_rows_stay_in_their_partitions(client: MilvusClient, uri: str) -> None:
+    """In place and in a copy."""
+    vectors = unit_vectors(6)
+    make(client, "parted", FLOAT)
+    for name in ("a", "b"):
+        client.create_partition("parted", name)
+    client.load_collection("parted")
+    places = {"_default": (0, 1), "a": (2, 3), "b": (4, 5)}
+    for name, keys in places.items():
+        rows = [{"key": key, "embedding": vectors[key], "path": f"{key}.png", "more": [1, key]} for key in keys]
+        client.upsert("parted", rows, partition_name=name)
+
+    def lie_in(collection: str) -> dict[str, tuple[int, ...]]:
+        found = {
+            name: client.query(
+                collection,
+                filter="key >= 0",
+                output_fields=["key"],
+                partition_names=[name],
+                consistency_level="Strong",
+            )
+            for name in client.list_partitions(collection)
+        }
+        return {name: tuple(sorted(row["key"] for row in rows)) for name, rows in found.items()}
+
+    assert lie_in("parted") == places
+    payloads = [
+        {"path": f"{key}.png", "more": [1, key], PARTITION: name} for name, keys in places.items() for key in keys
+    ]
+    with closing(open_store({"kind": "milvus", "uri": uri, "collection": "parted"}, write=True)) as store:
+        page = store.scan(after=None, limit=10)
+        assert [dict(payload) for payload in page.payloads or ()] == payloads
+        report = store.write_vectors(page.ids, unit_vectors(6, seed=1), "new", made_from=page)
+        assert list(report.written) == list(range(6))
+        assert (lie_in("parted"), store.count(), store.describe().count) == (places, 6, 6)
+        assert store.count(stamp="new") == 6
+        for _ in range(2):
+            with closing(store.create_like("parted_copy", dim=DIM)) as copy:
+                assert list(copy.insert(page).written) == list(range(6))
+                assert lie_in("parted_copy") == places
+                assert [dict(payload) for payload in copy.scan(after=None, limit=10).payloads or ()] == payloads
+
+
 # -- a server that is not there, or not well ----------------------------------------------------------------------
 
 
@@ -392,45 +439,7 @@ def test_answers_of_the_wire(code: grpc.StatusCode, said: str, kind: type[StoreE
 
 def test_on_a_server_rows_stay_in_their_partitions(server: MilvusServer, server_client: MilvusClient) -> None:
     """Written without its partition, a row would lie in the default one a second time."""
-    client, vectors = server_client, unit_vectors(6)
-    make(client, "parted", FLOAT)
-    for name in ("a", "b"):
-        client.create_partition("parted", name)
-    client.load_collection("parted")
-    places = {"_default": (0, 1), "a": (2, 3), "b": (4, 5)}
-    for name, keys in places.items():
-        rows = [{"key": key, "embedding": vectors[key], "path": f"{key}.png", "more": [1, key]} for key in keys]
-        client.upsert("parted", rows, partition_name=name)
-
-    def lie_in(collection: str) -> dict[str, tuple[int, ...]]:
-        found = {
-            name: client.query(
-                collection,
-                filter="key >= 0",
-                output_fields=["key"],
-                partition_names=[name],
-                consistency_level="Strong",
-            )
-            for name in client.list_partitions(collection)
-        }
-        return {name: tuple(sorted(row["key"] for row in rows)) for name, rows in found.items()}
-
-    assert lie_in("parted") == places
-    payloads = [
-        {"path": f"{key}.png", "more": [1, key], PARTITION: name} for name, keys in places.items() for key in keys
-    ]
-    with closing(open_store({"kind": "milvus", "uri": server.uri, "collection": "parted"}, write=True)) as store:
-        page = store.scan(after=None, limit=10)
-        assert [dict(payload) for payload in page.payloads or ()] == payloads
-        report = store.write_vectors(page.ids, unit_vectors(6, seed=1), "new", made_from=page)
-        assert list(report.written) == list(range(6))
-        assert (lie_in("parted"), store.count(), store.describe().count) == (places, 6, 6)
-        assert store.count(stamp="new") == 6
-        for _ in range(2):
-            with closing(store.create_like("parted_copy", dim=DIM)) as copy:
-                assert list(copy.insert(page).written) == list(range(6))
-                assert lie_in("parted_copy") == places
-                assert [dict(payload) for payload in copy.scan(after=None, limit=10).payloads or ()] == payloads
+    assert_rows_stay_in_their_partitions(server_client, server.uri)
 
 
 def test_on_a_server_fields_of_all_kinds_survive(server: MilvusServer, server_client: MilvusClient) -> None:
