@@ -570,6 +570,13 @@ def test_a_damaged_collection(path: Path, file: str) -> None:
     assert "\n" not in str(refusal.value)
 
 
+def test_it_needs_no_other_library(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("qdrant_client", "grpc", "faiss"):
+        monkeypatch.setitem(sys.modules, name, None)
+    with closing(opened(path)) as store:
+        assert store.describe().count == 20
+
+
 def test_without_the_library(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "qdrant_edge", None)
     with pytest.raises(StoreRejected, match=r"pip install 'advbct-migrator\[qdrant-edge\]'"):
