@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import yaml
 
+from adapters.registry import open_store
 from bench.backfill import DIM, EngineProject, open_backfill, run_whole
 from bench.parts import timed_parts
 from migrator.demo_stores import STORES, Gallery
@@ -274,7 +275,7 @@ def once(kind: str, items: int) -> dict[str, Any]:
         read, write = store.ceiling(folder, vectors)
         with EngineProject.open(configure(store, folder)) as project:
             open_backfill(project, "projection")
-            with project.store() as opened:
+            with closing(open_store(project.settings.store.settings(), write=False)) as opened:
                 adapter = type(opened)
             with timed_parts(adapter) as parts:
                 summary, seconds = run_whole(project)

@@ -16,6 +16,7 @@ from migrator.config import Config, Encoder, find_migration, load_config
 from migrator.config import Migration as Settings
 from migrator.errors import ConfigProblem, Refused
 from migrator.ledger import Ledger, Migration
+from migrator.retrying import patient
 
 if TYPE_CHECKING:
     from adapters.base import ItemId, Store
@@ -102,7 +103,10 @@ class Project:
 
     @contextmanager
     def store(self, *, write: bool = False) -> Iterator[Store]:
-        """The collection that is migrated, closed at the end of the block."""
+        """The collection that is migrated, closed at the end of the block.
+
+        A store that cannot be opened is told at once; one that goes away later is waited for (`backfill.retry_for`).
+        """
         from adapters.registry import open_store
 
         store = open_store(self.settings.store.settings(), write=write)
@@ -117,6 +121,7 @@ class Project:
                 # The cutover has moved the alias, and the collection that is migrated stays the one it was.
                 shadow, store = store, store.sibling(migration.source)
                 shadow.close()
+            store = patient(store, seconds=self.settings.backfill.retry_for)
             if migration is not None and self._needs_stamp_log(migration) and not store.capabilities.stamps:
                 log = self.stamp_log(migration)
                 if self.ledger.counts(migration.id).by_state.get("done"):

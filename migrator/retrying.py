@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar, cast
 
 from tenacity import RetryCallState, Retrying, retry_if_exception_type, stop_before_delay, wait_exponential_jitter
 
-from adapters.base import StoreUnavailable
+from adapters.base import Store, StoreUnavailable
 from trainer.errors import ImagesUnavailable
+
+log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
 PASSING_FAULTS = (StoreUnavailable, ImagesUnavailable)
+
+NOTICEABLE = 2.0
+"""Seconds."""
 
 _backoff = wait_exponential_jitter(multiplier=0.2, max=10.0, jitter=0.5)
 
@@ -21,6 +27,12 @@ def _wait(state: RetryCallState) -> float:
     error = state.outcome.exception() if state.outcome else None
     advised = getattr(error, "retry_after", None)
     return max(_backoff(state), advised or 0.0)
+
+
+def _say(state: RetryCallState) -> None:
+    """A line for whoever watches, once the waiting gets noticeable."""
+    if state.next_action is not None and state.next_action.sleep >= NOTICEABLE and state.outcome is not None:
+        log.warning("%s; trying again in %.0f s", state.outcome.exception(), state.next_action.sleep)
 
 
 def patiently(call: Callable[[], T], *, seconds: float) -> T:
@@ -41,8 +53,31 @@ def patiently(call: Callable[[], T], *, seconds: float) -> T:
         return call()
 
     return Retrying(
+        before_sleep=_say,
         retry=retry_if_exception_type(PASSING_FAULTS),
         wait=_wait,
         stop=stop_before_delay(seconds),
         reraise=True,
     )(again)
+
+
+def patient(store: Store, *, seconds: float) -> Store:
+    """`store`, with every call tried again for so long; so are those of its siblings."""
+    return cast(Store, _Patient(store, seconds))
+
+
+class _Patient:
+    def __init__(self, store: Store, seconds: float) -> None:
+        self._store, self._seconds = store, seconds
+
+    def __getattr__(self, name: str) -> Any:
+        value = patiently(lambda: getattr(self._store, name), seconds=self._seconds)  # capabilities may ask the store
+        # Every other call may be repeated; a collection that is gone cannot be dropped again.
+        if not callable(value) or name in ("drop", "close"):
+            return value
+
+        def call(*words: Any, **options: Any) -> Any:
+            found = patiently(lambda: value(*words, **options), seconds=self._seconds)
+            return _Patient(found, self._seconds) if name in ("sibling", "create_like") else found
+
+        return call

@@ -162,7 +162,7 @@ class Pipeline:
                 self._ahead.acquire()
                 if self._abort.is_set() or (chunk := self.lease()) is None:
                     return
-                taken = patiently(lambda chunk=chunk: self.transfer.take(chunk, self.leave), seconds=self.retry_for)  # type: ignore[misc]
+                taken = self.transfer.take(chunk, self.leave)
                 work, page = Work(taken), taken.page
                 works.put(work)
                 assert page.payloads is not None
@@ -225,9 +225,7 @@ class Pipeline:
     def _write(self, encoded: Encoded) -> None:
         taken = encoded.work.taken
         try:
-            report = patiently(
-                lambda: self.transfer.bring(taken, encoded.rows, encoded.vectors), seconds=self.retry_for
-            )
+            report = self.transfer.bring(taken, encoded.rows, encoded.vectors)
         except StoreRejected as error:
             self.fail(ChunkFailed(taken.chunk, str(error)))
             return

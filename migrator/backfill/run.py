@@ -17,7 +17,6 @@ from migrator.errors import Refused
 from migrator.ledger import BACKFILL_STAGES, Chunk, Ledger, Migration, this_process
 from migrator.planning import check_fresh
 from migrator.project import Project
-from migrator.retrying import patiently
 
 Ended: TypeAlias = Literal["complete", "limit", "paused", "interrupted", "busy", "stuck"]
 
@@ -130,10 +129,7 @@ class _Run:
         try:
             if self.ledger.counts(self.migration.id).passes == 0:
                 size = self.settings.chunk_size
-                patiently(
-                    lambda: cut_first_pass(self.transfer, self.ledger, self.migration, size=size),
-                    seconds=self.settings.retry_for,
-                )
+                cut_first_pass(self.transfer, self.ledger, self.migration, size=size)
             for _ in range(PASSES_A_RUN):
                 self.failing = self.project.open_failures(self.migration)
                 counts = self.ledger.counts(self.migration.id)
@@ -163,7 +159,7 @@ class _Run:
                     break
             else:
                 ended = "limit"
-            patiently(self.transfer.publish, seconds=self.settings.retry_for)
+            self.transfer.publish()
         finally:
             self.ledger.return_leases(self.migration.id, self.owner)
             self.ledger.end_run(run_id, ended)
@@ -190,15 +186,12 @@ class _Run:
 
     def _catch_up(self) -> int:
         """Cuts a pass over items that arrived or changed since; returns how many there are."""
-        return patiently(
-            lambda: cut_catch_up(
-                self.transfer,
-                self.ledger,
-                self.migration,
-                size=self.settings.chunk_size,
-                leave=self.project.open_failures(self.migration),
-            ),
-            seconds=self.settings.retry_for,
+        return cut_catch_up(
+            self.transfer,
+            self.ledger,
+            self.migration,
+            size=self.settings.chunk_size,
+            leave=self.project.open_failures(self.migration),
         )
 
     # -- called by the pipeline -----------------------------------------------------------------------------------

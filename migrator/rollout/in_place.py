@@ -15,12 +15,11 @@ import json
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING
 
-from adapters.base import ItemId, Store, order_key
+from adapters.base import ItemId, Store, Vectors, order_key
 from migrator.encoding import embed, locate
 from migrator.errors import Refused
 from migrator.ledger import Chunk, Migration
 from migrator.project import Project
-from migrator.retrying import patiently
 
 if TYPE_CHECKING:
     from trainer.encoder import Encoder
@@ -39,7 +38,6 @@ class Restore:
         self.stamp = migration.new_encoder_id
         self.undo = project.undo_log(migration)
         self.after_cutover = migration.stage in ("cutover", "finalize")
-        self.settings = project.settings.backfill
         self.restored = self.re_encoded = 0
         self.problems: dict[ItemId, str] = {}
         self._old_encoder: Encoder | None = None
@@ -60,7 +58,7 @@ class Restore:
             self._re_encode(item for item in self._unstamped(last, None) if item not in left_alone)
         if self.store.count(stamp=self.stamp):
             self._re_encode(self._stamped())
-        patiently(lambda: self.store.publish(final=True), seconds=self.settings.retry_for)
+        self.store.publish(final=True)
         left = self.store.count(stamp=self.stamp) - len(self.problems)
         if left > 0:
             raise Refused(
@@ -102,11 +100,8 @@ class Restore:
         self.project.ledger.set_restored(chunk)
         return known
 
-    def _write(self, ids: list[ItemId], vectors: object, stamp: str | None) -> None:
-        report = patiently(
-            lambda: self.store.write_vectors(ids, vectors, stamp),  # type: ignore[arg-type]
-            seconds=self.settings.retry_for,
-        )
+    def _write(self, ids: list[ItemId], vectors: Vectors, stamp: str | None) -> None:
+        report = self.store.write_vectors(ids, vectors, stamp)
         self.problems.update({item: f"the store refused it: {why}" for item, why in report.rejected.items()})
 
     def _unstamped(self, after: ItemId | None, upto: ItemId | None) -> Iterator[ItemId]:

@@ -20,7 +20,6 @@ from migrator.encoding import embed, locate
 from migrator.errors import Refused
 from migrator.ledger import Migration, Route
 from migrator.project import Project
-from migrator.retrying import patiently
 from migrator.rollout.route import initial_route
 
 if TYPE_CHECKING:
@@ -64,7 +63,7 @@ def publish(project: Project, migration: Migration) -> None:
     """Lets the shadow answer queries, as whole as it is."""
     with open_transfer(project, migration) as transfer:
         assert isinstance(transfer, Shadow)
-        patiently(lambda: transfer.target.publish(final=True), seconds=project.settings.backfill.retry_for)
+        transfer.target.publish(final=True)
 
 
 def point_alias(project: Project, migration: Migration, to: str) -> None:
@@ -156,7 +155,7 @@ def _back_sync(project: Project, migration: Migration, result: TakenBack, report
         for lower, higher, copies in transfer.stretches():
             done += back.stretch(lower, higher, copies)
             report(min(done, total), total)
-        patiently(lambda: transfer.source.publish(final=True), seconds=project.settings.backfill.retry_for)
+        transfer.source.publish(final=True)
 
 
 class _BackSync:
@@ -201,6 +200,6 @@ class _BackSync:
         items = Page(
             [ids[row] for row in good], embedded.vectors[0], [payloads[row] for row in good], [None] * len(good)
         )
-        report = patiently(lambda: self.source.insert(items), seconds=self.project.settings.backfill.retry_for)
+        report = self.source.insert(items)
         self.result.problems.update({item: f"the store refused it: {why}" for item, why in report.rejected.items()})
         self.result.re_encoded += len(report.written)

@@ -17,7 +17,6 @@ from migrator.errors import Refused, UsageProblem
 from migrator.ledger import Migration, Route, now
 from migrator.planning import check_fresh, check_unmixed
 from migrator.project import Project
-from migrator.retrying import patiently
 from migrator.rollout import shadow
 from migrator.rollout.route import initial_route
 
@@ -237,7 +236,7 @@ def _cutover_in_place(project: Project, migration: Migration, route: Route, fail
 
     def make() -> str:
         with project.store(write=True) as store:
-            patiently(lambda: store.publish(final=True), seconds=project.settings.backfill.retry_for)
+            store.publish(final=True)
         # A fresh connection must find what was written, counted and sampled, before the route says so.
         with project.store() as store:
             total, stamped = store.count(), store.count(stamp=stamp)

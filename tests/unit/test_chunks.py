@@ -7,11 +7,12 @@ from collections.abc import Iterable, Sequence
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from adapters.base import ItemId, order_key
+from adapters.base import ItemId, Page, order_key
 from migrator.backfill import throttle
 from migrator.backfill import transfer as module
 from migrator.backfill.chunks import cut_catch_up, cut_first_pass
@@ -42,6 +43,16 @@ class Ids:
 
     def scan_ids(self, *, after: ItemId | None, upto: ItemId | None = None, limit: int) -> list[ItemId]:
         return self._page((i for i in self.stamps if upto is None or order_key(i) <= order_key(upto)), after, limit)
+
+    def scan(self, *, after: ItemId | None, upto: ItemId | None = None, limit: int) -> Page:
+        return self._items(self.scan_ids(after=after, upto=upto, limit=limit))
+
+    def read(self, ids: Sequence[ItemId], *, vectors: bool, payload: bool) -> Page:
+        return self._items([item for item in ids if item in self.stamps])
+
+    def _items(self, ids: list[ItemId]) -> Page:
+        stamps = [STAMP if self.stamps[item] else None for item in ids]
+        return Page(ids, np.zeros((len(ids), 1), np.float32), [{}] * len(ids), stamps)
 
     def unstamped(self, stamp: str, *, after: ItemId | None, limit: int) -> list[ItemId]:
         assert stamp == STAMP
@@ -74,8 +85,15 @@ class Passes:
 MIGRATION = Migration(id=1)
 
 
+class NothingRecorded:
+    """An undo log before the first write."""
+
+    def read(self, _: Chunk) -> None:
+        return None
+
+
 def in_place(store: Ids) -> InPlace:
-    return InPlace(store, undo=None, stamp=STAMP)  # type: ignore[arg-type]
+    return InPlace(store, undo=NothingRecorded(), stamp=STAMP)  # type: ignore[arg-type]
 
 
 def first_pass(store: Ids, size: int) -> Passes:
@@ -89,7 +107,7 @@ def catch_up(store: Ids, ledger: Passes, size: int, leave: Iterable[ItemId] = ()
 
 
 def to_do(store: Ids, chunk: Chunk, leave: Iterable[ItemId] = ()) -> list[ItemId]:
-    return in_place(store).due(chunk, set(leave))
+    return list(in_place(store).take(chunk, set(leave)).page.ids)
 
 
 def exactly(found: Iterable[ItemId]) -> list[str]:
