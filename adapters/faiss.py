@@ -463,6 +463,8 @@ class FaissStore:
                 there = set(now.ids)
                 rejected = {item: why for item, why in rejected.items() if item in there}
                 changed = [] if made_from is None else _changed(made_from, now)
+                if changed and stamp is not None:
+                    changed = _not_ours(changed, now, ids, vectors, stamp)
                 leave = {*rejected, *changed}
                 rows = [row for row, item in enumerate(ids) if item in there and item not in leave]
                 written = [ids[row] for row in rows]
@@ -776,6 +778,17 @@ def _changed(made_from: Page, now: Page) -> list[ItemId]:
         payloads = dict(zip(made_from.ids, made_from.payloads, strict=True))
         changed |= {item for item, fields in zip(now.ids, now.payloads, strict=True) if payloads.get(item) != fields}
     return [item for item in now.ids if item in changed]
+
+
+def _not_ours(changed: list[ItemId], now: Page, ids: Sequence[ItemId], vectors: Vectors, stamp: str) -> list[ItemId]:
+    """Those of `changed` that do not bear `vectors` and `stamp` already, from this very call, repeated."""
+    assert now.vectors is not None
+    row, place = {item: row for row, item in enumerate(ids)}, {item: at for at, item in enumerate(now.ids)}
+    return [
+        item
+        for item in changed
+        if now.stamps[place[item]] != stamp or now.vectors[place[item]].tobytes() != vectors[row[item]].tobytes()
+    ]
 
 
 def _merged(

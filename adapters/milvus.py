@@ -702,7 +702,13 @@ class MilvusStore:
             with self._known.held() as known:
                 rows, moved = self._as_they_are(part, before, known=known)
                 gone += [item for item in part if item not in rows]
-                moved = [item for item in moved if item not in rejected]
+                moved = [
+                    item
+                    for item in moved
+                    # What bears our vector and stamp has been written by this very call, which is repeated.
+                    if item not in rejected
+                    and not (stamp is not None and self._is_written(rows[item], batch[place[item]], stamp))
+                ]
                 changed += moved
                 leave = {*moved, *rejected}
                 todo = [item for item in part if item in rows and item not in leave]
@@ -739,6 +745,8 @@ class MilvusStore:
         return rows, [item for item in rows if before is not None and found[item] != before.get(item)]
 
     def _is_written(self, row: Row, vector: Vectors, stamp: str | None) -> bool:
+        if self._vector not in row:
+            return False
         same = np.array_equal(np.asarray(row[self._vector], np.float32), vector, equal_nan=True)
         return same and (not self._dynamic or self._stamp_of(row) == stamp)
 

@@ -606,7 +606,17 @@ class EdgeStore:
                 leave = set(rejected)
                 if before is not None:
                     now = _contents(page)
-                    others = [item for item in there if item not in rejected and now[item] != before.get(item)]
+                    # What bears our stamp has been written by this very call, which is repeated.
+                    ours = {
+                        item for item, carried in zip(there, page.stamps, strict=True) if carried == stamp is not None
+                    }
+                    others = [
+                        item
+                        for item in there
+                        if item not in rejected
+                        and now[item] != before.get(item)
+                        and not (item in ours and item in before and now[item][1] == before[item][1])
+                    ]
                     changed += others
                     leave.update(others)
                 assert page.payloads is not None

@@ -370,6 +370,16 @@ class StoreContract:
             stamped.publish()
             assert stamped.count(stamp="new") == 9
 
+    def test_a_write_repeated_after_a_lost_answer_knows_its_own_work(
+        self, stamped: Store, ids: list[ItemId], new: Vectors
+    ) -> None:
+        page = stamped.read(ids[:9], vectors=True, payload=True)
+        for _ in range(2):
+            report = stamped.write_vectors(ids[:9], new[:9], "new", made_from=page)
+            assert (list(report.written), list(report.changed), list(report.gone)) == (ids[:9], [], [])
+        assert_same(stamped, vectors_of(stamped, ids[:9]), new[:9])
+        assert stamped.count(stamp="new") == 9
+
     # -- stamps ---------------------------------------------------------------------------------------------------
 
     def test_stamps_are_counted_and_listed(self, stamped: Store, ids: list[ItemId], new: Vectors) -> None:
