@@ -211,13 +211,14 @@ class QdrantEdge(Store):
             offset: Any = None
             while True:
                 request = edge.ScrollRequest(limit=BATCH, offset=offset, with_payload=True, with_vector=True)
-                _, offset = shard.scroll(request)
+                records, offset = shard.scroll(request)
+                _ = [record.vector for record in records]  # they come to Python when they are asked for
                 if offset is None:
                     return
 
         def write() -> None:
             for block in blocks(len(vectors)):
-                points = [edge.PointVectors(row, vectors[row]) for row in block]
+                points = [edge.PointVectors(row, vectors[row].tolist()) for row in block]
                 shard.update(edge.UpdateOperation.update_vectors(points))
             shard.flush()
 
