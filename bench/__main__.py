@@ -89,7 +89,7 @@ def stores_table(results: dict[str, Any]) -> str:
     lines = heading(
         "Backfill on every store",
         results,
-        "An encoder that costs nothing, in place; medians of three runs. The ceiling is a bare loop of the store's own "
+        "An encoder that costs nothing, in place; medians over the runs. The ceiling is a bare loop of the store's own "
         "client that reads everything and writes every vector, in the same run.",
     )
     lines += [

@@ -25,13 +25,13 @@ from bench.parts import timed_parts
 from migrator.demo_stores import STORES, Gallery
 
 BATCH = 5_000
-REPEATS = 3
 
 
 class Store(ABC):
     """One kind of store, in a folder."""
 
     chunk_size = 5_000
+    repeats = 3
 
     @contextmanager
     def running(self, folder: Path) -> Iterator[None]:
@@ -164,6 +164,7 @@ class MilvusServer(Store):
 
 class QdrantLocal(DemoStore):
     kind = "qdrant"
+    repeats = 1  # of two minutes
 
     def ceiling(self, folder: Path, vectors: np.ndarray) -> tuple[float, float]:
         from qdrant_client import QdrantClient, models
@@ -284,8 +285,8 @@ def once(kind: str, items: int) -> dict[str, Any]:
     return {"client read": read, "client write": write, "backfill": seconds, **parts}
 
 
-def measure(kind: str, items: int, repeats: int = REPEATS) -> dict[str, Any]:
-    runs = [once(kind, items) for _ in range(repeats)]
+def measure(kind: str, items: int) -> dict[str, Any]:
+    runs = [once(kind, items) for _ in range(KINDS[kind].repeats)]
     ratios = [(run["client read"] + run["client write"]) / run["backfill"] for run in runs]
     median = {what: round(statistics.median(run[what] for run in runs), 2) for what in runs[0]}
     return {
