@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 PACKAGES = (
-    "torch", "timm", "faiss-cpu", "pymilvus", "milvus-lite", "milvus", "qdrant-client", "qdrant-edge-py", "numpy", "pyarrow",
-    "pillow", "sqlalchemy",
+    "torch", "timm", "faiss-cpu", "pymilvus", "milvus-lite", "milvus", "qdrant-client", "qdrant-edge-py", "numpy",
+    "pyarrow", "pillow", "sqlalchemy",
 )  # fmt: skip
 
 
