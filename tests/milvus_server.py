@@ -124,7 +124,10 @@ def _config(**settings: object) -> object:
 @contextlib.contextmanager
 def milvus_server(folder: Path, **settings: object) -> Iterator[MilvusServer]:
     """A running server. Waits for one of another test process to go."""
-    with filelock.FileLock(ONE_A_MACHINE, timeout=540):
+    lock = filelock.FileLock(ONE_A_MACHINE, timeout=540, is_singleton=True)
+    if lock.is_locked:
+        raise RuntimeError("this process runs a Milvus server already, and there can be one at a time")
+    with lock:
         server = MilvusServer(folder, **settings)
         try:
             server.start()

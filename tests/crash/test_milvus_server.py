@@ -11,7 +11,8 @@ from time import monotonic
 
 import pytest
 
-from adapters.base import StoreUnavailable
+from adapters.base import StoreRejected, StoreUnavailable
+from adapters.registry import open_store
 from migrator.project import Project
 from tests.crash.commands import Commands
 from tests.crash.test_stores import (
@@ -122,3 +123,16 @@ def test_beside_a_live_writer(tmp_path: Path) -> None:
     first.configure(backfill__chunk_size=20)
     with Commands() as commands, served(tmp_path) as make:
         beside_a_live_writer(commands, first, tmp_path, make, "shadow", seconds=30)
+
+
+def test_a_server_that_asks_for_credentials(tmp_path: Path) -> None:
+    """Nothing is killed here, but it wants a server of its own."""
+    with milvus_server(tmp_path, authorization_enabled=True) as guarded:
+        config = {"kind": "milvus", "uri": guarded.uri, "collection": "x", "timeout": 5}
+        for token in (None, "root:wrong", "nobody:x"):
+            with pytest.raises(StoreRejected, match="refuses these credentials: correct `token`") as refusal:
+                open_store({**config, **({} if token is None else {"token": token})}, write=True)
+            assert "\n" not in str(refusal.value)
+            assert token is None or token not in str(refusal.value)
+        with pytest.raises(StoreRejected, match="no collection"):
+            open_store({**config, "token": "root:Milvus"}, write=True)

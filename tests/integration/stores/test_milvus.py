@@ -270,6 +270,8 @@ ESSENTIAL = {
     "test_vectors_that_are_none_are_rejected_one_by_one",
     "test_stamps_are_counted_and_listed",
     "test_exact_search_is_brute_force",
+    "test_a_rollback_gives_back_the_vectors_bit_for_bit",
+    "test_items_are_replaced_and_removed",
     "test_a_collection_like_this_one_is_made_and_filled",
     "test_an_alias_is_moved_and_bars_the_way_to_dropping",
     "test_a_newer_write_of_the_application_wins",

@@ -24,7 +24,7 @@ from adapters.registry import open_store
 from tests.integration.stores.contract import DIM, payloads_of, unit_vectors
 from tests.integration.stores.test_milvus import drop_new
 from tests.line import Line, line_to
-from tests.milvus_server import MilvusServer, milvus_server
+from tests.milvus_server import MilvusServer
 
 TIMEOUT = 1.0
 
@@ -482,7 +482,8 @@ def test_on_a_server_another_database(server: MilvusServer, server_client: Milvu
             assert client.list_collections() == ["inside"]
         assert "in database 'none'" in refusal_of({**config, "database": "none"})
         assert "has no collection or alias 'name': " in refusal_of(config)
-        drop_new(client, set())
+        client.drop_alias("name")
+        client.drop_collection("inside")
     server_client.drop_database("other")
 
 
@@ -495,7 +496,7 @@ def test_on_a_server_vectors_that_cannot_be_migrated(
     server: MilvusServer, server_client: MilvusClient, kind: DataType
 ) -> None:
     try:
-        make(server_client, "wrong", ("vector", kind))
+        make(server_client, "wrong", ("vector", kind), index=False)
     except Exception as error:
         pytest.skip(f"Milvus 2.3.5 has no such collections: {error}")
     assert f"vector is a {kind.name}" in refusal_of({"uri": server.uri, "collection": "wrong"})
@@ -525,7 +526,7 @@ def test_on_a_server_rows_too_large_for_one_message(server: MilvusServer, server
     schema.add_field("key", DataType.INT64, is_primary=True)
     schema.add_field("embedding", DataType.FLOAT_VECTOR, dim=DIM)
     schema.add_field("text", DataType.VARCHAR, max_length=65_535)
-    items = 2_500
+    items = 2_000
     text = "x" * 60_000
     index_and_fill(server_client, "large", schema, [])
     for start in range(0, items, 500):
@@ -543,14 +544,3 @@ def test_on_a_server_rows_too_large_for_one_message(server: MilvusServer, server
         with closing(store.create_like("large_copy", dim=DIM)) as copy:
             assert len(copy.insert(page).written) == items
             assert copy.count() == items
-
-
-@pytest.mark.long
-def test_a_server_that_asks_for_credentials(tmp_path: Path) -> None:
-    with milvus_server(tmp_path, authorization_enabled=True) as guarded:
-        for token in (None, "root:wrong", "nobody:x"):
-            more = {} if token is None else {"token": token}
-            said = refusal_of({"uri": guarded.uri, "collection": "x", **more})
-            assert "refuses these credentials: correct `token`" in said
-            assert token is None or token not in said
-        assert "no collection" in refusal_of({"uri": guarded.uri, "collection": "x", "token": "root:Milvus"})
