@@ -102,8 +102,6 @@ def milvus_ceiling(client: Any, vectors: np.ndarray, *, page: int, partial: bool
 
 class MilvusLite(DemoStore):
     kind = "milvus"
-    chunk_size = 50_000
-    """A page costs as much as the whole collection there, so few large chunks are what its user should choose."""
 
     def ceiling(self, folder: Path, vectors: np.ndarray) -> tuple[float, float]:
         from milvus_lite import server_manager_instance
