@@ -112,8 +112,11 @@ def serve() -> None:
     import_timm()
     del faiss, migrator, trainer
     print(json.dumps("ready"), flush=True)
+    child = 0
     for line in sys.stdin:
         words = json.loads(line)
+        if child:
+            os.waitpid(child, 0)  # only now is its number free for other processes, which a late kill would hit
         child = os.fork()
         if child == 0:
             null = os.open(os.devnull, os.O_RDWR)
@@ -121,8 +124,9 @@ def serve() -> None:
             os.dup2(null, 1)
             os._exit(run(words))
         print(json.dumps(child), flush=True)
-        _, status = os.waitpid(child, 0)
-        print(json.dumps(os.waitstatus_to_exitcode(status)), flush=True)
+        end = os.waitid(os.P_PID, child, os.WEXITED | os.WNOWAIT)
+        assert end is not None
+        print(json.dumps(end.si_status if end.si_code == os.CLD_EXITED else -end.si_status), flush=True)
 
 
 if __name__ == "__main__":
