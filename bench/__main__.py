@@ -121,12 +121,15 @@ def memory_table(results: dict[str, Any]) -> str:
     lines = heading(
         "Memory of a backfill", results, "Peak of the process, before the backfill begins and at its end. One run each."
     )
-    lines += ["| store | items | vectors alone | before | peak | added |", "|---|---|---|---|---|---|"]
+    lines += [
+        "| store | items | vectors alone | before | peak | added | of it files, which the system may drop |",
+        "|---|---|---|---|---|---|---|",
+    ]
     for row in results["memory"]:
         added = row["peak_mib"] - row["before_mib"]
         lines.append(
             f"| {row['store']} | {row['items']:,} | {row['vectors_mib']:.0f} MiB | {row['before_mib']:.0f} MiB | "
-            f"{row['peak_mib']:.0f} MiB | {added:.0f} MiB |"
+            f"{row['peak_mib']:.0f} MiB | {added:.0f} MiB | {row['files_mib']:.0f} MiB |"
         )
     return "\n".join(lines) + "\n"
 
