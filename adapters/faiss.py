@@ -45,12 +45,11 @@ from adapters.faiss_files import (
     Items,
     Segment,
     Stamps,
-    Vanished,
     identity,
     make_folder,
-    replace_link,
 )
 from adapters.faiss_index import Index, row_checksums
+from adapters.files import Vanished, replace_link
 from adapters.vectors import as_batch, unusable
 
 if TYPE_CHECKING:

@@ -16,14 +16,13 @@ Every file of ours is written to a temporary name, fsynced and renamed.
 from __future__ import annotations
 
 import contextlib
-import errno
 import itertools
 import json
 import os
 import shutil
 import socket
 import stat
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -32,16 +31,16 @@ from typing import IO, TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from adapters.base import ItemId, StoreBusy, StoreRejected, StoreUnavailable, Vectors
+from adapters.base import ItemId, StoreBusy, StoreRejected, Vectors
 from adapters.faiss_changes import Change
 from adapters.faiss_index import Index, read_index
+from adapters.files import sync_folder, translated
 
 if TYPE_CHECKING:
     import filelock
     import pyarrow as pa
 
 FORMAT = "1"
-_FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 Identity = tuple[int, int, int, int]  # device, inode, size, mtime in ns
 
@@ -224,7 +223,7 @@ class Folder:
             shutil.rmtree(self.ours, ignore_errors=True)
             with contextlib.suppress(OSError):
                 self.path.rmdir()
-            _sync_folder(self.path.parent)
+            sync_folder(self.path.parent)
 
     # -- segments and stamps --------------------------------------------------------------------------------------
 
@@ -322,7 +321,7 @@ class Folder:
             for file in files:
                 file.unlink(missing_ok=True)
             for folder in {file.parent for file in files}:
-                _sync_folder(folder)
+                sync_folder(folder)
 
     # -- publishing -----------------------------------------------------------------------------------------------
 
@@ -345,7 +344,7 @@ class Folder:
         """The instant of publication: `path` becomes index.faiss."""
         with translated(self.index):
             path.replace(self.index)
-            _sync_folder(self.path)
+            sync_folder(self.path)
 
     def replace_both(self, index: Path, table: pa.Table) -> None:
         """Replaces items.parquet and index.faiss; `index` is a file from `prepare`.
@@ -360,7 +359,7 @@ class Folder:
             self._write(self._next[self.items], lambda file: pq.write_table(table, file))
             self._next[self.items].chmod(mode)
             index.replace(self._next[self.index])
-            _sync_folder(self.ours)
+            sync_folder(self.ours)
             record = {file.name: identity(file.stat()) for file in self._next}
             self._write(self._next_record, lambda file: file.write(json.dumps(record).encode()))
         self._finish_replacement()
@@ -373,9 +372,9 @@ class Folder:
                 for file, following in self._next.items():
                     if following.exists() and list(identity(file.stat())) == record[file.name]:
                         following.replace(file)
-                _sync_folder(self.path)
+                sync_folder(self.path)
                 self._next_record.unlink()
-                _sync_folder(self.ours)
+                sync_folder(self.ours)
             for following in self._next.values():
                 following.unlink(missing_ok=True)
 
@@ -391,7 +390,7 @@ class Folder:
                     self._write_durably(temporary, lambda file: shutil.copyfileobj(source, file))
             temporary.replace(self.original)
             temporary.unlink(missing_ok=True)  # a rename onto a link to the same file leaves both names
-            _sync_folder(self.ours)
+            sync_folder(self.ours)
 
     def copy_original(self, write: Callable[[bytes], object]) -> None:
         """Hands the bytes of the original to `write`."""
@@ -425,7 +424,7 @@ class Folder:
         temporary = path.with_name(path.name + ".tmp")
         self._write_durably(temporary, write)
         temporary.replace(path)
-        _sync_folder(path.parent)
+        sync_folder(path.parent)
 
     def _write_durably(self, path: Path, write: Callable[[IO[bytes]], object]) -> None:
         try:
@@ -455,56 +454,14 @@ def make_folder(path: Path, index: Index, items: pa.Table) -> None:
             pq.write_table(items, file)
             file.flush()
             os.fsync(file.fileno())
-        _sync_folder(temporary)
+        sync_folder(temporary)
         temporary.rename(path)
-        _sync_folder(path.parent)
-
-
-def replace_link(link: Path, target: Path) -> None:
-    """Points a symbolic link elsewhere, in one step."""
-    temporary = link.with_name(f".{link.name}.tmp")
-    with translated(link):
-        temporary.unlink(missing_ok=True)
-        temporary.symlink_to(target)
-        temporary.replace(link)
-        _sync_folder(link.parent)
-
-
-class Vanished(StoreUnavailable):
-    """A file was removed or replaced while it was being used; looking again may help."""
+        sync_folder(path.parent)
 
 
 def identity(status: os.stat_result) -> Identity:
     """What tells this content of a file from another, and stays with it when it is renamed."""
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
-
-
-@contextlib.contextmanager
-def translated(path: Path) -> Iterator[None]:
-    """Turns the operating system's errors into the store's."""
-    try:
-        yield
-    except FileNotFoundError as error:
-        raise Vanished(f"{error.filename or path} went away while it was used: put it back, then again") from error
-    except OSError as error:
-        reason = error.strerror or str(error)
-        if error.errno in _FORBIDDEN:
-            raise StoreRejected(
-                f"{path}: {reason}: give this user the right to read and write {path.parent}"
-            ) from error
-        if isinstance(error, (NotADirectoryError, FileExistsError, IsADirectoryError)):
-            raise StoreRejected(f"{path}: {reason}: move away what stands in its place") from error
-        raise StoreUnavailable(
-            f"{path}: {reason}: nothing was changed; make room or repair the disk, then again"
-        ) from error
-
-
-def _sync_folder(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _vectors(column: pa.ChunkedArray) -> Vectors:

@@ -40,8 +40,8 @@ from adapters.base import (
     WriteReport,
     order_key,
 )
-from adapters.milvus_known import Contents, Known
-from adapters.vectors import as_batch, unusable
+from adapters.milvus_known import Known
+from adapters.vectors import Contents, as_batch, contents, one_line, unusable
 
 if TYPE_CHECKING:
     from pymilvus import MilvusClient
@@ -173,15 +173,15 @@ class Connection:
         except ConnectionConfigException as error:
             if "Open local milvus failed" in str(error):
                 raise StoreBusy(f"{self.where} is open in another process: stop it, then again") from error
-            raise StoreRejected(f"{self.where} cannot be opened: {_short(error)}") from error
+            raise StoreRejected(f"{self.where} cannot be opened: {one_line(error)}") from error
         except MilvusException as error:
             raise self._of_code(error) from error
         except grpc.RpcError as error:
             raise self._of_rpc(error) from error
         except (TypeError, ValueError) as error:
-            raise StoreRejected(f"{self.where} refused: {_short(error)}") from error
+            raise StoreRejected(f"{self.where} refused: {one_line(error)}") from error
         except OSError as error:
-            raise StoreUnavailable(f"{self.where} did not answer: {_short(error)}") from error
+            raise StoreUnavailable(f"{self.where} did not answer: {one_line(error)}") from error
 
     def _of_code(self, error: Any) -> Exception:
         import grpc
@@ -189,7 +189,7 @@ class Connection:
         cause = error.__cause__  # the client itself calls it a failed connection
         if isinstance(cause, grpc.RpcError) and cause.code().name in (*REFUSED, "UNIMPLEMENTED"):
             return self._of_rpc(cause)
-        said = _short(getattr(error, "message", "") or error)
+        said = one_line(getattr(error, "message", "") or error)
         code = error.code
         if code == 100 and "collection" in said.lower():
             return StoreRejected(f"{self.where}: {said}: correct `collection` of the store")
@@ -205,7 +205,7 @@ class Connection:
     def _of_rpc(self, error: Any) -> Exception:
         import grpc
 
-        code, said = error.code(), _short(error.details() or "")
+        code, said = error.code(), one_line(error.details() or "")
         if code.name in REFUSED:
             return StoreRejected(f"{self.where} refuses these credentials: correct `token`")
         if code == grpc.StatusCode.RESOURCE_EXHAUSTED and "larger than max" in said:
@@ -215,11 +215,6 @@ class Connection:
         if code == grpc.StatusCode.INVALID_ARGUMENT:
             return StoreRejected(f"{self.where} cannot do this ({code.name}): {said}")
         return StoreUnavailable(f"{self.where} did not answer ({code.name}): {said}")
-
-
-def _short(error: object) -> str:
-    text = " ".join(str(error).split())
-    return text if len(text) <= 200 else text[:197] + "..."
 
 
 class MilvusStore:
@@ -583,7 +578,7 @@ class MilvusStore:
             page = self._page([item for item in ids if item in rows], rows, vectors=vectors, payload=payload)
             if known:
                 stamps = dict(zip(page.ids, page.stamps, strict=True))
-                self._known.saw(stamps, _contents(page) if vectors and payload else {})
+                self._known.saw(stamps, contents(page) if vectors and payload else {})
         return page
 
     def _page(self, ids: list[ItemId], rows: Mapping[ItemId, Row], *, vectors: bool, payload: bool) -> Page:
@@ -694,7 +689,7 @@ class MilvusStore:
         batch = as_batch(vectors, self._dim, ids)
         rejected = {} if stamp is None else unusable(ids, batch)
         place = {item: row for row, item in enumerate(ids)}
-        before = None if made_from is None else _contents(made_from)
+        before = None if made_from is None else contents(made_from)
         written: list[ItemId] = []
         gone: list[ItemId] = []
         changed: list[ItemId] = []
@@ -741,7 +736,7 @@ class MilvusStore:
         else:
             # A single field is written without the rest of the row.
             rows = self._rows(ids, [self._key] if before is None and self._partial else ["*"])
-            found = {} if before is None else _contents(self._page(list(rows), rows, vectors=True, payload=True))
+            found = {} if before is None else contents(self._page(list(rows), rows, vectors=True, payload=True))
         return rows, [item for item in rows if before is not None and found[item] != before.get(item)]
 
     def _is_written(self, row: Row, vector: Vectors, stamp: str | None) -> bool:
@@ -924,15 +919,6 @@ class MilvusStore:
         if self._open:
             self._open = False
             self._connection.let_go()
-
-
-def _contents(page: Page) -> dict[ItemId, Contents]:
-    assert page.vectors is not None
-    assert page.payloads is not None
-    return {
-        item: (vector.tobytes(), dict(payload))
-        for item, vector, payload in zip(page.ids, page.vectors, page.payloads, strict=True)
-    }
 
 
 def _checksum(vector: Any) -> str:

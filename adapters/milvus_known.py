@@ -17,11 +17,10 @@ from contextlib import contextmanager
 from typing import Any
 
 from adapters.base import ItemId, order_key
+from adapters.vectors import Contents
 
 REMEMBERED_BYTES = 1 << 27
 """Of vectors and payloads read last, for the comparison right before a write."""
-
-Contents = tuple[bytes, Any]  # vector and payload
 
 
 class Known:

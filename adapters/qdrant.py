@@ -35,7 +35,7 @@ from adapters.base import (
     WriteReport,
     order_key,
 )
-from adapters.vectors import as_batch, unusable
+from adapters.vectors import as_batch, contents, one_line, unusable
 
 if TYPE_CHECKING:
     from qdrant_client import QdrantClient
@@ -175,7 +175,7 @@ class Connection:
         if self._version is None:
             info = self.ask(lambda client: client.info())
             if "qdrant" not in info.title:
-                raise _Foreign(f"{self.where} calls itself {_short(info.title)}")
+                raise _Foreign(f"{self.where} calls itself {one_line(info.title)}")
             self._version = str(info.version)
         return self._version
 
@@ -215,9 +215,9 @@ def _translated(where: str, call: Callable[[], T]) -> T:
     except ResponseHandlingException as error:
         if isinstance(error.source, ValidationError):
             raise _Foreign(f"{where} answered with something that is not Qdrant's: is it a Qdrant?") from error
-        raise StoreUnavailable(f"{where} did not answer: {_short(error.source)}") from error
+        raise StoreUnavailable(f"{where} did not answer: {one_line(error.source)}") from error
     except QdrantException as error:
-        raise StoreUnavailable(f"{where} did not answer: {_short(error)}") from error
+        raise StoreUnavailable(f"{where} did not answer: {one_line(error)}") from error
     except grpc.RpcError as error:
         raise _of_rpc(where, error) from error
     except KeyError as error:  # the local client's word for a point that is not there
@@ -225,15 +225,15 @@ def _translated(where: str, call: Callable[[], T]) -> T:
     except RuntimeError as error:
         if "already accessed" in str(error):
             raise StoreBusy(f"{where} is open in another process") from error
-        raise StoreUnavailable(f"{where} did not answer: {_short(error)}") from error
+        raise StoreUnavailable(f"{where} did not answer: {one_line(error)}") from error
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise _Foreign(f"{where} answered with something that is not JSON: is it a Qdrant?") from error
     except AssertionError as error:  # the client's word for an answer without a result
-        raise _Foreign(f"{where} answered with nothing: {_short(error)}") from error
+        raise _Foreign(f"{where} answered with nothing: {one_line(error)}") from error
     except (ValueError, TypeError) as error:
-        raise _BadRequest(f"{where} refused: {_short(error)}") from error
+        raise _BadRequest(f"{where} refused: {one_line(error)}") from error
     except OSError as error:
-        raise StoreUnavailable(f"{where} did not answer: {_short(error)}") from error
+        raise StoreUnavailable(f"{where} did not answer: {one_line(error)}") from error
 
 
 def _of_status(where: str, status: int, content: bytes, retry_after: str | None) -> Exception:
@@ -252,15 +252,15 @@ def _of_status(where: str, status: int, content: bytes, retry_after: str | None)
 def _said(content: bytes) -> str:
     """The error in a server's answer."""
     try:
-        return _short(json.loads(content)["status"]["error"])
+        return one_line(json.loads(content)["status"]["error"])
     except (ValueError, LookupError, TypeError):
-        return _short(content.decode(errors="replace"))
+        return one_line(content.decode(errors="replace"))
 
 
 def _of_rpc(where: str, error: Any) -> Exception:
     import grpc
 
-    code, said = error.code(), _short(error.details() or "")
+    code, said = error.code(), one_line(error.details() or "")
     if code in (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED):
         return _Denied(f"{where} refuses these credentials ({said}): correct `api_key` of the store")
     if code == grpc.StatusCode.NOT_FOUND and "No point" in said:
@@ -273,11 +273,6 @@ def _of_rpc(where: str, error: Any) -> Exception:
         return StoreUnavailable(f"{where} did not answer ({code.name}): {said}")
     kind = _BadRequest if code in (grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.OUT_OF_RANGE) else StoreRejected
     return kind(f"{where} refused ({code.name}): {said}")
-
-
-def _short(error: object) -> str:
-    text = " ".join(str(error).split())
-    return text if len(text) <= 200 else text[:197] + "..."
 
 
 class QdrantStore:
@@ -448,7 +443,7 @@ class QdrantStore:
     def _scroll(self, condition: Any, after: ItemId | None, upto: ItemId | None, limit: int) -> list[ItemId]:
         size = self._allowed(10_000, "max_query_limit")
         records = self._records(condition, after, upto, limit, size, fields=False, which=False)
-        return [_plain(record.id) for record in records]
+        return [plain_id(record.id) for record in records]
 
     def _records(
         self,
@@ -464,7 +459,7 @@ class QdrantStore:
         """The next `limit` points that meet the condition, with the payload `fields` and the vectors asked for."""
         found: list[Any] = []
         # The offset is inclusive and need not exist; what is no id of Qdrant's cannot be one.
-        offset: Any = after if after is not None and _can_be_id(after) else None
+        offset: Any = after if after is not None and can_be_id(after) else None
         beyond = None if after is None else order_key(after)
         last = None if upto is None else order_key(upto)
         reached: tuple[bool, int, str] | None = None
@@ -482,7 +477,7 @@ class QdrantStore:
                 )
             )
             for record in records:
-                key = order_key(_plain(record.id))
+                key = order_key(plain_id(record.id))
                 if reached is not None and key <= reached:
                     raise StoreRejected(f"{self._where()} gives its points out of order: {record.id} comes again")
                 reached = key
@@ -507,7 +502,7 @@ class QdrantStore:
     def read(self, ids: Sequence[ItemId], *, vectors: bool, payload: bool) -> Page:
         """The points as they were written last."""
         found: dict[ItemId, Any] = {}
-        possible = [item for item in ids if _can_be_id(item)]
+        possible = [item for item in ids if can_be_id(item)]
         fields: Any = True if payload else [STAMP]
         which: Any = False
         if vectors or self._named:
@@ -520,7 +515,7 @@ class QdrantStore:
             )
             for record in records:
                 if not which or self._vector_of(record) is not None:
-                    found[_plain(record.id)] = record
+                    found[plain_id(record.id)] = record
         missing = [item for item in possible if item not in found]
         if missing and not self._connection.local and (left := self._count(self._filter(ids=missing))):
             raise StoreUnavailable(f"{self._where()} gave {left} points less than were asked for and are there")
@@ -528,11 +523,11 @@ class QdrantStore:
 
     def _page(self, records: Sequence[Any], *, vectors: bool, payload: bool) -> Page:
         payloads = [dict(record.payload or {}) for record in records]
-        stamps = [_as_stamp(fields.pop(STAMP, None)) for fields in payloads]
+        stamps = [as_stamp(fields.pop(STAMP, None)) for fields in payloads]
         stacked: Vectors | None = None
         if vectors:
             stacked = self._stacked(records)
-        return Page([_plain(record.id) for record in records], stacked, payloads if payload else None, stamps)
+        return Page([plain_id(record.id) for record in records], stacked, payloads if payload else None, stamps)
 
     def _stacked(self, records: Sequence[Any]) -> Vectors:
         dim = self._params.size
@@ -626,7 +621,7 @@ class QdrantStore:
                 lambda client, block=block: client.query_batch_points(self._local_name, requests=block)  # type: ignore[misc]
             )
             for answer in answers:
-                ids.append([_plain(point.id) for point in answer.points])
+                ids.append([plain_id(point.id) for point in answer.points])
                 values = [float(point.score) for point in answer.points]
                 if METRICS[self._params.distance.value] == "l2":
                     values = [-(value**2) for value in values]
@@ -643,7 +638,7 @@ class QdrantStore:
         batch = as_batch(vectors, self._params.size, ids)
         rejected = {} if stamp is None else unusable(ids, batch)
         rows = {item: row for row, item in enumerate(ids)}
-        before = None if made_from is None else _contents(made_from)
+        before = None if made_from is None else contents(made_from)
         written: list[ItemId] = []
         gone: list[ItemId] = []
         changed: list[ItemId] = []
@@ -693,7 +688,7 @@ class QdrantStore:
         gone = [item for item in part if item not in now]
         changed: dict[ItemId, bool] = {}
         if before is not None:
-            for item, (vector, payload) in _contents(page).items():
+            for item, (vector, payload) in contents(page).items():
                 if item in rejected or (vector, payload) == before.get(item):
                     continue
                 ours = self._same(vector, vectors[rows[item]])
@@ -726,9 +721,7 @@ class QdrantStore:
 
         to_write, gone, changed = self._sort(part, rows, vectors, before, rejected)
         points = [
-            models.PointStruct(
-                id=item, vector=self._as_vector(vectors[rows[item]]), payload=_with_stamp(payload, stamp)
-            )
+            models.PointStruct(id=item, vector=self._as_vector(vectors[rows[item]]), payload=with_stamp(payload, stamp))
             for item, payload in to_write.items()
         ]
         refused = self._upsert(points) if points else {}
@@ -749,7 +742,7 @@ class QdrantStore:
         claim = f"{stamp or ''}#{uuid.uuid4().hex}"
         self._index_stamps()
         if stamp is not None:
-            self._claim([item for item in part if item not in rejected and _can_be_id(item)], claim)
+            self._claim([item for item in part if item not in rejected and can_be_id(item)], claim)
         to_write, gone, others = self._sort(part, rows, vectors, before, rejected)
         changed = list(others)
         if stamp is not None:
@@ -947,10 +940,10 @@ class QdrantStore:
         vectors = as_batch(page.vectors, self._params.size, page.ids)
         rejected = unusable(page.ids, vectors)
         rejected.update(
-            {item: "Qdrant's ids are unsigned integers and UUIDs" for item in page.ids if not _can_be_id(item)}
+            {item: "Qdrant's ids are unsigned integers and UUIDs" for item in page.ids if not can_be_id(item)}
         )
         points = [
-            models.PointStruct(id=item, vector=self._as_vector(vector), payload=_with_stamp(payload, stamp))
+            models.PointStruct(id=item, vector=self._as_vector(vector), payload=with_stamp(payload, stamp))
             for item, vector, payload, stamp in zip(page.ids, vectors, page.payloads, page.stamps, strict=True)
             if item not in rejected
         ]
@@ -965,7 +958,7 @@ class QdrantStore:
             self._change(lambda client: client.upsert(self._local_name, points, wait=True))
         except _BadRequest as refusal:
             if len(points) == 1:
-                return {_plain(points[0].id): str(refusal)}
+                return {plain_id(points[0].id): str(refusal)}
             half = len(points) // 2
             return {**self._upsert(points[:half]), **self._upsert(points[half:])}
         return {}
@@ -973,7 +966,7 @@ class QdrantStore:
     def delete(self, ids: Sequence[ItemId]) -> None:
         """Removes these points."""
         self._must_write()
-        possible = [item for item in ids if _can_be_id(item)]
+        possible = [item for item in ids if can_be_id(item)]
         if possible:
             self._change(lambda client: client.delete(self._local_name, points_selector=_ids(possible), wait=True))
 
@@ -1031,7 +1024,7 @@ def _majority() -> Any:
     return models.ReadConsistencyType.MAJORITY
 
 
-def _can_be_id(item: ItemId) -> bool:
+def can_be_id(item: ItemId) -> bool:
     """Whether Qdrant could have given this id: an unsigned integer, or a UUID in its usual form."""
     if isinstance(item, int):
         return 0 <= item < 2**64
@@ -1045,25 +1038,19 @@ def _datatype(params: Any) -> str:
     return getattr(params.datatype, "value", params.datatype) or "float32"
 
 
-def _plain(item: Any) -> ItemId:
+def plain_id(item: Any) -> ItemId:
+    """An id of the client's as an id of ours."""
     return item if isinstance(item, int) else str(item)
 
 
-def _as_stamp(value: Any) -> str | None:
+def as_stamp(value: Any) -> str | None:
+    """What the payload says under the stamp's key, whatever an application put there."""
     return None if value is None else str(value)
 
 
-def _with_stamp(payload: Payload, stamp: str | None) -> dict[str, Any]:
+def with_stamp(payload: Payload, stamp: str | None) -> dict[str, Any]:
+    """The payload as it is stored."""
     return dict(payload) if stamp is None else {**payload, STAMP: stamp}
-
-
-def _contents(page: Page) -> dict[ItemId, tuple[bytes, Payload]]:
-    assert page.vectors is not None
-    assert page.payloads is not None
-    return {
-        item: (vector.tobytes(), dict(payload))
-        for item, vector, payload in zip(page.ids, page.vectors, page.payloads, strict=True)
-    }
 
 
 def _diff(kind: Any, config: Any) -> Any:

@@ -14,7 +14,6 @@ everything is checked here, and nothing that could be refused is handed over.
 from __future__ import annotations
 
 import contextlib
-import errno
 import fcntl
 import itertools
 import json
@@ -43,9 +42,9 @@ from adapters.base import (
     WriteReport,
     order_key,
 )
-from adapters.faiss_files import replace_link, translated
-from adapters.qdrant import DATATYPES, METRICS, STAMP, _as_stamp, _can_be_id, _contents, _plain, _short, _with_stamp
-from adapters.vectors import as_batch, unusable
+from adapters.files import FORBIDDEN, replace_link, sync_folder, translated
+from adapters.qdrant import DATATYPES, METRICS, STAMP, as_stamp, can_be_id, plain_id, with_stamp
+from adapters.vectors import as_batch, contents, one_line, unusable
 
 if TYPE_CHECKING:
     from qdrant_edge import EdgeShard, Filter, Record
@@ -59,7 +58,6 @@ PART_ITEMS_WHOLE = 500  # of points with further vectors, whose size is not know
 CONFIG = "edge_config.json"
 LOG_FILES = 8  # of 32 MiB and more: what is not flushed is read again when the shard is opened
 HNSW = {"m": 16, "ef_construct": 100}  # the engine's own default
-FORBIDDEN = (errno.EPERM, errno.EACCES, errno.EROFS)
 DAMAGED = "is damaged, or of another version: put a backup in its place, or use that version"
 
 
@@ -166,7 +164,7 @@ class Folder:
             shard.ask(lambda edge: edge.flush())
             shard.close()
             temporary.rename(place)
-            _sync(self.path)
+            sync_folder(self.path)
 
     def remove(self, local: str) -> None:
         """Deletes a collection: a kill leaves it as it was, or a hidden remainder that `sweep` finds."""
@@ -178,7 +176,7 @@ class Folder:
         with translated(place):
             shutil.rmtree(remainder, ignore_errors=True)
             place.rename(remainder)
-            _sync(self.path)
+            sync_folder(self.path)
             shutil.rmtree(remainder, ignore_errors=True)
 
     def sweep(self) -> None:
@@ -274,7 +272,7 @@ class Shard:
             with translated(log):
                 files = list(log.iterdir())
                 for place in (*files, log):
-                    _sync(place)
+                    sync_folder(place)
             if len(files) > LOG_FILES:
                 self.ask(lambda edge: edge.flush())
 
@@ -291,13 +289,13 @@ class Shard:
         try:
             return call()
         except (TypeError, ValueError) as error:
-            raise StoreRejected(f"{self.path}: the engine refused: {_short(error)}") from error
+            raise StoreRejected(f"{self.path}: the engine refused: {one_line(error)}") from error
         except Exception as error:  # the engine has no other
-            raise self._of(_short(error).removeprefix("Service runtime error: "), what) from error
+            raise self._of(one_line(error).removeprefix("Service runtime error: "), what) from error
         except BaseException as error:
             if type(error).__name__ != "PanicException":  # of the engine's language, and no Exception
                 raise
-            raise StoreRejected(f"{self.path} {DAMAGED} ({_short(error)})") from error
+            raise StoreRejected(f"{self.path} {DAMAGED} ({one_line(error)})") from error
 
     def _of(self, said: str, what: str) -> StoreError:
         if "WouldBlock" in said:
@@ -315,14 +313,6 @@ class Shard:
 def _is_shard(place: Path) -> bool:
     segments = place / "segments"
     return segments.is_dir() and any(segments.iterdir())
-
-
-def _sync(place: Path) -> None:
-    handle = os.open(place, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 # -- the store --------------------------------------------------------------------------------------------------------
@@ -433,7 +423,7 @@ class EdgeStore:
 
     def scan_ids(self, *, after: ItemId | None, upto: ItemId | None = None, limit: int) -> list[ItemId]:
         """The next `limit` ids: integers ascending, then UUIDs."""
-        return [_plain(record.id) for record in self._records(self._filter(), after, upto, limit)]
+        return [plain_id(record.id) for record in self._records(self._filter(), after, upto, limit)]
 
     def scan(self, *, after: ItemId | None, upto: ItemId | None = None, limit: int) -> Page:
         """The next `limit` points with everything."""
@@ -442,7 +432,7 @@ class EdgeStore:
 
     def unstamped(self, stamp: str, *, after: ItemId | None, limit: int) -> list[ItemId]:
         """Ids of points whose payload does not carry the stamp."""
-        return [_plain(record.id) for record in self._records(self._filter(without=stamp), after, None, limit)]
+        return [plain_id(record.id) for record in self._records(self._filter(without=stamp), after, None, limit)]
 
     def _filter(
         self, *, stamp: str | None = None, without: str | None = None, ids: Sequence[ItemId] | None = None
@@ -473,7 +463,7 @@ class EdgeStore:
         from qdrant_edge import ScrollRequest
 
         # The offset is inclusive and need not exist; what is no id of Qdrant's cannot be one.
-        offset: Any = after if after is not None and _can_be_id(after) else None
+        offset: Any = after if after is not None and can_be_id(after) else None
         beyond = None if after is None else order_key(after)
         last = None if upto is None else order_key(upto)
         while limit > 0:
@@ -487,7 +477,7 @@ class EdgeStore:
             records, offset = self._ask(lambda edge, request=request: edge.scroll(request))  # type: ignore[misc]
             for record in records:
                 if beyond is not None or last is not None:
-                    key = order_key(_plain(record.id))
+                    key = order_key(plain_id(record.id))
                     if last is not None and key > last:
                         return
                     if beyond is not None and key <= beyond:
@@ -511,17 +501,17 @@ class EdgeStore:
     def _fetch(self, ids: Sequence[ItemId], payload: Any, vectors: Any) -> dict[ItemId, Record]:
         from qdrant_edge import ScrollRequest
 
-        possible = [item for item in ids if _can_be_id(item)]
+        possible = [item for item in ids if can_be_id(item)]
         request = ScrollRequest(
             limit=len(possible), filter=self._filter(ids=possible), with_payload=payload, with_vector=vectors
         )
         records, _ = self._ask(lambda edge: edge.scroll(request)) if possible else ([], None)
-        return {_plain(record.id): record for record in records}
+        return {plain_id(record.id): record for record in records}
 
     def _page(self, records: Sequence[Record], *, vectors: bool, payload: bool) -> Page:
         payloads = [record.payload or {} for record in records]
-        stamps = [_as_stamp(fields.pop(STAMP, None)) for fields in payloads]
-        ids = [_plain(record.id) for record in records]
+        stamps = [as_stamp(fields.pop(STAMP, None)) for fields in payloads]
+        ids = [plain_id(record.id) for record in records]
         return Page(ids, self._stacked(records) if vectors else None, payloads if payload else None, stamps)
 
     def _stacked(self, records: Iterable[Record]) -> Vectors:
@@ -553,7 +543,7 @@ class EdgeStore:
         """`n` distinct ids in random order."""
         everything = [record.id for record in self._records(self._filter(), None, None, 2**63)]
         chosen = np.random.default_rng(seed).choice(len(everything), min(max(n, 0), len(everything)), replace=False)
-        return [_plain(everything[row]) for row in chosen.tolist()]
+        return [plain_id(everything[row]) for row in chosen.tolist()]
 
     def search(self, vectors: Vectors, k: int, *, exact: bool = False) -> Hits:
         """The k nearest points to each of `vectors` (n, dim). `exact` compares with all of them."""
@@ -577,7 +567,7 @@ class EdgeStore:
                 ]
             )
             for answer in self._ask(lambda edge, batch=batch: edge.query_batch(batch)):  # type: ignore[misc]
-                ids.append([_plain(point.id) for point in answer])
+                ids.append([plain_id(point.id) for point in answer])
                 scores.append([-(point.score**2) if l2 else point.score for point in answer])
         return Hits(ids, scores)
 
@@ -591,7 +581,7 @@ class EdgeStore:
         batch = as_batch(vectors, self._dim, ids)
         rejected = {} if stamp is None else unusable(ids, batch)
         rows = {item: row for row, item in enumerate(ids)}
-        before = None if made_from is None else _contents(made_from)
+        before = None if made_from is None else contents(made_from)
         whole = self._has_more_vectors
         which: Any = True if whole else [self._name] if before is not None else False
         written: list[ItemId] = []
@@ -605,7 +595,7 @@ class EdgeStore:
                 page = self._page([found[item] for item in there], vectors=before is not None, payload=True)
                 leave = set(rejected)
                 if before is not None:
-                    now = _contents(page)
+                    now = contents(page)
                     # What bears our stamp has been written by this very call, which is repeated.
                     ours = {
                         item for item, carried in zip(there, page.stamps, strict=True) if carried == stamp is not None
@@ -621,7 +611,7 @@ class EdgeStore:
                     leave.update(others)
                 assert page.payloads is not None
                 points = [
-                    (item, batch[rows[item]], _with_stamp(payload, stamp), found[item] if whole else None)
+                    (item, batch[rows[item]], with_stamp(payload, stamp), found[item] if whole else None)
                     for item, payload in zip(there, page.payloads, strict=True)
                     if item not in leave
                 ]
@@ -649,7 +639,7 @@ class EdgeStore:
             try:
                 ready.append(Point(item, new, payload))
             except (TypeError, ValueError) as error:
-                rejected[item] = f"the payload cannot be stored: {_short(error)}"
+                rejected[item] = f"the payload cannot be stored: {one_line(error)}"
         return {**rejected, **self._upsert(ready, create=create)}
 
     def _upsert(self, points: list[Any], *, create: bool) -> dict[ItemId, str]:
@@ -662,7 +652,7 @@ class EdgeStore:
                 self._ask(lambda edge: edge.update(UpdateOperation.upsert_points(points, update_mode=mode)))
         except StoreRejected as refusal:
             if len(points) == 1:
-                return {_plain(points[0].id): str(refusal)}
+                return {plain_id(points[0].id): str(refusal)}
             half = len(points) // 2
             return {**self._upsert(points[:half], create=create), **self._upsert(points[half:], create=create)}
         return {}
@@ -727,10 +717,10 @@ class EdgeStore:
         vectors = as_batch(page.vectors, self._dim, page.ids)
         rejected = unusable(page.ids, vectors)
         rejected.update(
-            {item: "Qdrant's ids are unsigned integers and UUIDs" for item in page.ids if not _can_be_id(item)}
+            {item: "Qdrant's ids are unsigned integers and UUIDs" for item in page.ids if not can_be_id(item)}
         )
         points = [
-            (item, vector, _with_stamp(payload, stamp), None)
+            (item, vector, with_stamp(payload, stamp), None)
             for item, vector, payload, stamp in zip(page.ids, vectors, page.payloads, page.stamps, strict=True)
             if item not in rejected
         ]
@@ -745,7 +735,7 @@ class EdgeStore:
         self._must_write()
         from qdrant_edge import UpdateOperation
 
-        possible: list[Any] = [item for item in ids if _can_be_id(item)]
+        possible: list[Any] = [item for item in ids if can_be_id(item)]
         if possible:
             self._ask(lambda edge: edge.update(UpdateOperation.delete_points(possible)))
         self._shard.sync()

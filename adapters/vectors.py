@@ -1,12 +1,16 @@
-"""What every adapter checks of the vectors that it is given."""
+"""What every adapter checks of the vectors that it is given, and how it tells that an item has changed."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, TypeAlias
 
 import numpy as np
 
-from adapters.base import ItemId, StoreRejected, Vectors
+from adapters.base import ItemId, Page, StoreRejected, Vectors
+
+Contents: TypeAlias = tuple[bytes, dict[str, Any]]
+"""Vector and payload of an item."""
 
 
 def as_batch(vectors: Vectors, dim: int, ids: Sequence[ItemId] | None = None) -> Vectors:
@@ -35,3 +39,19 @@ def unusable(ids: Sequence[ItemId], vectors: Vectors) -> dict[ItemId, str]:
         ids[row]: "the vector is all zeros" if finite[row] else "the vector is not finite"
         for row in np.flatnonzero(~finite | zero).tolist()
     }
+
+
+def contents(page: Page) -> dict[ItemId, Contents]:
+    """What lies in each item of a page that was read with vectors and payloads."""
+    assert page.vectors is not None
+    assert page.payloads is not None
+    return {
+        item: (vector.tobytes(), dict(payload))
+        for item, vector, payload in zip(page.ids, page.vectors, page.payloads, strict=True)
+    }
+
+
+def one_line(error: object) -> str:
+    """What a client said, short enough to stand in a message of ours."""
+    text = " ".join(str(error).split())
+    return text if len(text) <= 200 else text[:197] + "..."

@@ -17,6 +17,7 @@ from pathlib import Path
 from time import monotonic
 
 import filelock
+import pytest
 
 ONE_A_MACHINE = Path(tempfile.gettempdir()) / f"migrator-tests-milvus-{os.getuid()}.lock"
 START = 180.0  # seconds
@@ -30,6 +31,10 @@ AS_IT_COMES = {"proxy.timeTickInterval": 200}
 """For measurements: how long a read waits is part of what the server costs."""
 UNSAID = "queryCoord:\n  checkChannelInterval: 100\n  checkSegmentInterval: 100"  # not in the wheel's own file
 """Nothing but how long things take; as the server comes, the tests take five times as long."""
+
+
+ON_THE_SERVER = pytest.mark.xdist_group("milvus")
+"""For tests of `make test` that use the session's server: all of them in one worker."""
 
 
 class MilvusServer:

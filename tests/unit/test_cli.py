@@ -15,7 +15,7 @@ import pytest
 
 import migrator
 from adapters.base import ItemProblem, StoreBusy, StoreError, StoreRejected, StoreUnavailable
-from adapters.faiss_files import Vanished
+from adapters.files import Vanished
 from migrator import errors
 from migrator.cli import VERBS, common, run
 from migrator.cli import status as status_verb

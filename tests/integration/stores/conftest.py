@@ -1,4 +1,7 @@
-"""One Milvus server for all tests of a session that want one: its start takes ten seconds."""
+"""One Milvus server for all tests of a session that want one: its start takes ten seconds.
+
+They bear `ON_THE_SERVER`, and so share one worker: there is one server a machine, and the other would wait for its end.
+"""
 
 from __future__ import annotations
 
@@ -21,11 +24,3 @@ def server_client(server: MilvusServer) -> Iterator[MilvusClient]:
     client = MilvusClient(server.uri)
     yield client
     client.close()
-
-
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """All of them in one worker: there is one server a machine, and the other worker would wait for its end."""
-    for item in items:
-        if "milvus" in item.nodeid and "server" in getattr(item, "fixturenames", ()):
-            item.add_marker(pytest.mark.xdist_group("milvus"))

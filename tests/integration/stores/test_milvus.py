@@ -19,7 +19,7 @@ from adapters.milvus import STAMP, Connection
 from adapters.milvus_known import Known
 from adapters.registry import open_store
 from tests.integration.stores.contract import DIM, Collection, Make, StoreContract, payloads_of, unit_vectors
-from tests.milvus_server import MilvusServer
+from tests.milvus_server import ON_THE_SERVER, MilvusServer
 
 
 @dataclass
@@ -216,6 +216,7 @@ def _part(page: Page, end: int, first: int = 0) -> Page:
     return Page(page.ids[here], page.vectors[here], page.payloads[here], page.stamps[here])
 
 
+@ON_THE_SERVER
 class OnAServer(StoreContract):
     # Milvus 2.3.5 takes the largest 64-bit integer as a key and never finds it again.
     id_strategy = st.integers(-(2**63), 2**63 - 2)

@@ -24,7 +24,7 @@ from adapters.registry import open_store
 from tests.integration.stores.contract import DIM, payloads_of, unit_vectors
 from tests.integration.stores.test_milvus import drop_new
 from tests.line import Line, line_to
-from tests.milvus_server import MilvusServer
+from tests.milvus_server import ON_THE_SERVER, MilvusServer
 
 TIMEOUT = 1.0
 
@@ -437,11 +437,13 @@ def test_answers_of_the_wire(code: grpc.StatusCode, said: str, kind: type[StoreE
 # -- a real server ------------------------------------------------------------------------------------------------
 
 
+@ON_THE_SERVER
 def test_on_a_server_rows_stay_in_their_partitions(server: MilvusServer, server_client: MilvusClient) -> None:
     """Written without its partition, a row would lie in the default one a second time."""
     assert_rows_stay_in_their_partitions(server_client, server.uri)
 
 
+@ON_THE_SERVER
 def test_on_a_server_fields_of_all_kinds_survive(server: MilvusServer, server_client: MilvusClient) -> None:
     """Without a dynamic field, and with a partition key."""
     schema = server_client.create_schema(enable_dynamic_field=False)
@@ -458,6 +460,7 @@ def open_and(uri: str, name: str, call: Callable[[Store], object], **more: Any) 
         return call(store)
 
 
+@ON_THE_SERVER
 def test_on_a_server_another_database(server: MilvusServer, server_client: MilvusClient) -> None:
     server_client.create_database("other")
     with closing(MilvusClient(server.uri, db_name="other")) as client:
@@ -492,6 +495,7 @@ def test_on_a_server_another_database(server: MilvusServer, server_client: Milvu
     [DataType.BINARY_VECTOR, DataType.FLOAT16_VECTOR, DataType.BFLOAT16_VECTOR, DataType.SPARSE_FLOAT_VECTOR],
     ids=lambda kind: kind.name,
 )
+@ON_THE_SERVER
 def test_on_a_server_vectors_that_cannot_be_migrated(
     server: MilvusServer, server_client: MilvusClient, kind: DataType
 ) -> None:
@@ -502,6 +506,7 @@ def test_on_a_server_vectors_that_cannot_be_migrated(
     assert f"vector is a {kind.name}" in refusal_of({"uri": server.uri, "collection": "wrong"})
 
 
+@ON_THE_SERVER
 def test_on_a_server_what_is_not_ready(server: MilvusServer, server_client: MilvusClient) -> None:
     make(server_client, "bare", FLOAT, index=False)
     assert "not loaded" in refusal_of({"uri": server.uri, "collection": "bare"})
@@ -520,6 +525,7 @@ def test_on_a_server_what_is_not_ready(server: MilvusServer, server_client: Milv
 
 
 @pytest.mark.long
+@ON_THE_SERVER
 def test_on_a_server_rows_too_large_for_one_message(server: MilvusServer, server_client: MilvusClient) -> None:
     """Pages and writes are halved until they fit."""
     schema = server_client.create_schema(enable_dynamic_field=True)
