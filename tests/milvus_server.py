@@ -33,8 +33,8 @@ UNSAID = "queryCoord:\n  checkChannelInterval: 100\n  checkSegmentInterval: 100"
 """Nothing but how long things take; as the server comes, the tests take five times as long."""
 
 
-ON_THE_SERVER = pytest.mark.xdist_group("milvus")
-"""For tests of `make test` that use the session's server: all of them in one worker."""
+ON_THE_SERVER = pytest.mark.milvus_server
+"""For tests that use the session's server."""
 
 
 class MilvusServer:

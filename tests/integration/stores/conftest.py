@@ -1,6 +1,7 @@
 """One Milvus server for all tests of a session that want one: its start takes ten seconds.
 
-They bear `ON_THE_SERVER`, and so share one worker: there is one server a machine, and the other would wait for its end.
+They bear `ON_THE_SERVER` and run in one process: there is one server a machine, and a second worker would wait for the
+end of the first.
 """
 
 from __future__ import annotations
