@@ -357,7 +357,7 @@ class MilvusStore:
             local=self._local_name,
             dim=self._dim,
             metric=self._metric,
-            count=self._count_rows(""),
+            count=self._count_rows(),
             index=f"{self._index['index_type']} {parameters}".strip(),
             server=f"milvus {self._version().removeprefix('v')}",
             schema=schema,
@@ -610,8 +610,8 @@ class MilvusStore:
             return len(self._keys(f"{STAMP} == {self._literal(stamp)}", None, None, sys.maxsize))
         return len(self.scan_ids(after=None, limit=sys.maxsize))
 
-    def _count_rows(self, condition: str) -> int:
-        (row,) = self._query(condition, fields=["count(*)"])
+    def _count_rows(self) -> int:
+        (row,) = self._query("", fields=["count(*)"])
         return int(row["count(*)"])
 
     def sample(self, n: int, *, seed: int) -> list[ItemId]:

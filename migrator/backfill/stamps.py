@@ -12,6 +12,7 @@ import hashlib
 import io
 import json
 import os
+import threading
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
@@ -32,15 +33,17 @@ class StampLog:
         self._files = files
         self._stamps: dict[int, str | None] = {}
         self._known: set[str] = set()
+        self._lock = threading.RLock()  # one thread reads while another writes
 
     def refresh(self) -> None:
         """Takes over what other processes have written down."""
-        for name in self._files.names():
-            if name not in self._known:
-                content = self._files.read(name)
-                if content is not None:
-                    self._stamps.update(_from_parquet(content, self._files.path(name)))
-                self._known.add(name)
+        with self._lock:
+            for name in self._files.names():
+                if name not in self._known:
+                    content = self._files.read(name)
+                    if content is not None:
+                        self._stamps.update(_from_parquet(content, self._files.path(name)))
+                    self._known.add(name)
 
     def check(self) -> None:
         """Refuses a log that has lost files: without them new vectors would pass for the application's own."""
@@ -58,17 +61,18 @@ class StampLog:
 
     def record(self, ids: Sequence[ItemId], vectors: Vectors, stamp: str | None) -> None:
         """Makes durable that these vectors (n, dim) bear `stamp`, once they lie in the store."""
-        self.refresh()
-        # Numbered, for a later entry wins; the process makes the name unique beside other writers.
-        number = 1 + max(map(_number, self._known), default=0)
-        name = f"{number:012d}-{os.getpid()}.parquet"
-        entries: dict[int, str | None] = dict.fromkeys(_digests(ids, vectors), stamp)
-        if stamp is None:  # of vectors that never bore a stamp there is nothing to take back
-            entries = {digest: None for digest in entries if self._stamps.get(digest) is not None}
-        if entries:
-            self._files.write(name, _to_parquet(entries))
-            self._stamps.update(entries)
-            self._known.add(name)
+        with self._lock:
+            self.refresh()
+            # Numbered, for a later entry wins; the process makes the name unique beside other writers.
+            number = 1 + max(map(_number, self._known), default=0)
+            name = f"{number:012d}-{os.getpid()}.parquet"
+            entries: dict[int, str | None] = dict.fromkeys(_digests(ids, vectors), stamp)
+            if stamp is None:  # of vectors that never bore a stamp there is nothing to take back
+                entries = {digest: None for digest in entries if self._stamps.get(digest) is not None}
+            if entries:
+                self._files.write(name, _to_parquet(entries))
+                self._stamps.update(entries)
+                self._known.add(name)
 
     def drop(self) -> None:
         """Deletes the files."""
