@@ -1,0 +1,39 @@
+"""Augmentation on tensors, a batch at a time: what is drawn is apart from what is done, so that processes can share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Views:
+    """How each image of a batch is to be seen."""
+
+    shift: Tensor  # (2, B) int64, rows and columns in pixels
+    mirrored: Tensor  # (B,) bool
+
+    def part(self, of: slice) -> Views:
+        """The views of some of the images."""
+        return Views(self.shift[:, of], self.mirrored[of])
+
+
+def draw_views(count: int, side: int, *, flip: bool, generator: torch.Generator) -> Views:
+    """For each image a shift by up to an eighth of its side, and for half of them a mirror if `flip`."""
+    reach = side // 8
+    shift = torch.randint(-reach, reach + 1, (2, count), generator=generator)
+    mirrored = torch.rand(count, generator=generator) < (0.5 if flip else 0.0)
+    return Views(shift, mirrored)
+
+
+def augmented(batch: Tensor, views: Views) -> Tensor:
+    """The images (B, 3, S, S), of any type, shifted with their edges repeated, then mirrored."""
+    side = batch.shape[-1]
+    axis = torch.arange(side)
+    rows, columns = (axis + views.shift[..., None]).clamp(0, side - 1)  # (B, S) each; clamping repeats the edge
+    columns = torch.where(views.mirrored[:, None], columns.flip(1), columns)
+    sample = torch.arange(len(batch))[:, None, None, None]
+    channel = torch.arange(3)[None, :, None, None]
+    return batch[sample, channel, rows[:, None, :, None], columns[:, None, None, :]]

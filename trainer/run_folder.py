@@ -1,0 +1,155 @@
+"""The folder of a training run: what it is bound to, its checkpoints, its result. Every file is whole or not there."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import io
+import json
+import os
+import re
+import zipfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from trainer.errors import TrainingProblem
+
+_CHECKPOINT = re.compile(r"checkpoint-(\d{5})(?:-(\d{7}))?\.pt")
+_OURS = (
+    "result.json", "encoder.json", "encoder.safetensors", "classifier.safetensors", "best.pt", "baseline.json",
+    "inputs.json", "old_vectors.npy", "old_vectors_mirrored.npy", "base_vectors.npy", "metrics.csv",
+)  # fmt: skip
+
+
+@contextlib.contextmanager
+def locked(out: Path) -> Iterator[None]:
+    """Makes the folder and keeps other processes out of it. Raises TrainingProblem for a folder that cannot be used."""
+    from filelock import FileLock, Timeout
+
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with FileLock(out / ".lock", timeout=0):
+            yield
+    except Timeout:
+        raise TrainingProblem(f"another process is training in {out}: wait for it or choose another folder") from None
+    except OSError as error:
+        raise TrainingProblem(
+            f"run folder {out} cannot be written: {error.strerror or error}: make room or correct its permissions, "
+            "then go on with --resume"
+        ) from error
+
+
+def bind(out: Path, fingerprint: dict[str, Any], *, resume: bool, restart: bool) -> None:
+    """Binds the folder to the run of this fingerprint, or checks that it is bound to it already.
+
+    Raises TrainingProblem where the folder holds a run and neither `resume` nor `restart` says what to do, or where
+    `resume` meets another run.
+    """
+    noted = out / "run.json"
+    finished = (out / "result.json").exists()
+    before = None
+    if noted.exists():
+        try:
+            before = json.loads(noted.read_text())["fingerprint"]
+        except (ValueError, KeyError, TypeError):
+            before = {}
+    # Before the first checkpoint nothing is lost: who corrects a setting that was refused need not say restart.
+    if not restart and (finished or checkpoints(out)):
+        if not resume:
+            state = "a finished" if finished else "an unfinished"
+            raise TrainingProblem(f"{out} holds {state} run: continue with --resume, or replace it with --restart")
+        if not before:
+            raise TrainingProblem(f"{noted} is damaged or missing: start over with --restart")
+        changed = [
+            f"{name} was {before.get(name)} and is {fingerprint.get(name)}"
+            for name in sorted({*before, *fingerprint})
+            if before.get(name) != fingerprint.get(name)
+        ]
+        if changed:
+            raise TrainingProblem(
+                f"{out} holds a run with other inputs ({'; '.join(changed)}): put them back or use --restart"
+            )
+    if restart or before != fingerprint:
+        for path in [*checkpoints(out), *(out / name for name in _OURS)]:
+            path.unlink(missing_ok=True)
+        write_json(noted, {"format": 1, "fingerprint": fingerprint})
+
+
+def checkpoints(out: Path) -> list[Path]:
+    """Oldest first. `checkpoint-00002.pt` is from the end of epoch 2, `checkpoint-00002-0000040.pt` 40 steps later."""
+    found = {path: match for path in out.glob("checkpoint-*.pt") if (match := _CHECKPOINT.fullmatch(path.name))}
+    return sorted(found, key=lambda path: (int(found[path][1]), int(found[path][2] or 0)))
+
+
+def save_checkpoint(out: Path, state: dict[str, Any], *, epochs: int, step: int, keep: int) -> None:
+    """Writes tensors and plain values after `epochs` whole epochs and `step` steps; only the last `keep` stay."""
+    name = f"checkpoint-{epochs:05d}-{step:07d}.pt" if step else f"checkpoint-{epochs:05d}.pt"
+    write_state(out / name, state)
+    for path in checkpoints(out)[:-keep]:
+        path.unlink()
+
+
+def load_checkpoint(out: Path) -> dict[str, Any] | None:
+    """The newest undamaged checkpoint's state."""
+    for path in reversed(checkpoints(out)):
+        state = read_state(path)
+        if state is not None:
+            return state
+    return None
+
+
+def write_state(path: Path, state: dict[str, Any]) -> None:
+    """Tensors and plain values as a file of torch."""
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    write(path, buffer.getbuffer())
+
+
+def read_state(path: Path) -> dict[str, Any] | None:
+    """The saved state, or None where the file is damaged or not there."""
+    try:
+        # torch does not look at the checksums in its own archives.
+        with zipfile.ZipFile(path) as archive:
+            if archive.testzip() is not None:
+                return None
+        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    except (zipfile.BadZipFile, OSError, RuntimeError, ValueError, EOFError):
+        return None
+    return state
+
+
+def write_metrics(out: Path, history: Sequence[dict[str, float]]) -> None:
+    """A row of `metrics.csv` for each epoch."""
+    table = io.StringIO(newline="")
+    writer = csv.DictWriter(table, history[0].keys(), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(history)
+    write(out / "metrics.csv", table.getvalue().encode())
+
+
+def write_json(path: Path, document: dict[str, Any]) -> None:
+    """A JSON document, durably."""
+    write(path, json.dumps(document, indent=1).encode())
+
+
+def write(path: Path, content: bytes | memoryview) -> None:
+    """Durably, and whole or not at all."""
+    draft = path.with_name(path.name + ".tmp")
+    try:
+        with draft.open("wb") as stream:
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())
+        draft.replace(path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            draft.unlink()  # on a full disk half a checkpoint would keep the room that is missing
+        raise
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
