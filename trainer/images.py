@@ -131,16 +131,27 @@ class ImageSource:
         return path
 
     def load(self, path: str) -> Image.Image:
-        """The picture at `path` below the root: mode RGB, turned upright by its EXIF orientation.
+        """The picture at `path` below the root: `read`, then `decode`, and raises what they raise."""
+        return self.decode(self.read(path), path)
+
+    def read(self, path: str) -> bytes:
+        """The image file at `path` below the root, as it lies there.
+
+        Raises ImageProblem where this image cannot be used, ImagesUnavailable where the source cannot be reached.
+        """
+        _require_safe(path, decoded=self._reader.decodes)
+        return self._reader.read(path, self.max_bytes)
+
+    def decode(self, data: bytes, path: str) -> Image.Image:
+        """The picture in an image file's bytes: mode RGB, turned upright by its EXIF orientation. `path` is its name.
 
         Transparency is flattened on white, animations give their first frame, 16-bit greys are scaled to 8 bits.
         32-bit integer and floating-point greys carry no scale: they are read as 0..65535, and as 0..1 or 0..255, where
         all values fit, and stretched from their least to their greatest value otherwise. Colour profiles are ignored.
 
-        Raises ImageProblem where this image cannot be used, ImagesUnavailable where the source cannot be reached.
+        Raises ImageProblem where it is no picture that can be used.
         """
-        _require_safe(path, decoded=self._reader.decodes)
-        return _decode(self._reader.read(path, self.max_bytes), path, self.max_pixels)
+        return _decode(data, path, self.max_pixels)
 
 
 class _LocalFolder:
