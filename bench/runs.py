@@ -1,0 +1,335 @@
+"""One training as a folder: what it is made of is its name, what came of it lies in it, and it is never done twice.
+
+A folder's name is a hash of everything that decides the outcome but the code: data, split, encoder, all settings, and
+the runs that it builds on. After a change of the code, `--again` does the selected runs anew.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import tempfile
+import time
+from collections.abc import Iterable
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from dataclasses import asdict, dataclass, fields
+from functools import cache
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bench.datasets import DATA, Images, load
+from bench.splits import Size, Split, seen_by_old, split
+
+RUNS = DATA / "runs"
+METRICS = ("map@100", "recall@1")
+POST_HOC = ("procrustes", "ridge", "residual_mlp")
+NEUTRAL = {"device", "num_workers", "keep_checkpoints", "checkpoint_minutes", "cache", "cache_gib", "trackers"}
+"""Settings that do not change what is trained."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """An encoder to be made and tested. `builds_on` are the old run, and for a map the run whose vectors it turns."""
+
+    dataset: str
+    digest: str
+    size: Size
+    seed: int
+    method: str
+    seen: str = "all"
+    """`all` the training images, or the protocol by which an old encoder saw a part of them."""
+    arch: str
+    image_size: int
+    dim: int
+    settings: tuple[tuple[str, Any], ...]
+    """Of `FitSettings`, without those that are neutral."""
+    builds_on: tuple[Run, ...] = ()
+
+    @property
+    def key(self) -> str:
+        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:16]
+
+    @property
+    def folder(self) -> Path:
+        return RUNS / self.key
+
+    @property
+    def name(self) -> str:
+        seen = "" if self.seen == "all" else f" on {self.seen}"
+        return f"{self.dataset} seed {self.seed} {self.method}{seen} {self.arch}"
+
+    @property
+    def done(self) -> bool:
+        return (self.folder / "result.json").exists()
+
+    @property
+    def is_base(self) -> bool:
+        """Whether other runs may build on it."""
+        return not self.builds_on
+
+    def result(self) -> dict[str, Any]:
+        found: dict[str, Any] = json.loads((self.folder / "result.json").read_text())
+        return found
+
+    def per_query(self) -> dict[str, NDArray[np.float32]]:
+        """`self`, and where there is an old encoder `cross`, `reverse`, by metric: `cross/map@100`, (q,)."""
+        with np.load(self.folder / "per_query.npz") as arrays:
+            return dict(arrays)
+
+
+def fit_settings(method: str, seed: int, **chosen: Any) -> tuple[tuple[str, Any], ...]:
+    """All settings of a training, those that are not `chosen` by their defaults."""
+    from trainer.fit import FitSettings
+
+    # All data is trained on: the tests are of other images.
+    chosen = {"validation": 0.0, "seed": seed, **chosen}
+    whole = asdict(FitSettings(method=method, **chosen))
+    return tuple((name, plain(value)) for name, value in sorted(whole.items()) if name not in NEUTRAL)
+
+
+def plain(value: Any) -> Any:
+    return str(value) if isinstance(value, Path) else list(value) if isinstance(value, tuple) else value
+
+
+# --- doing it -------------------------------------------------------------------------------------------------------
+
+
+@cache
+def images_of(dataset: str) -> Images:
+    return load(dataset)
+
+
+def split_of(run: Run) -> Split:
+    return split(images_of(run.dataset), run.size, run.seed)
+
+
+def do(run: Run, device: str) -> float:
+    """Trains or fits, tests, and writes the folder. Returns seconds."""
+    from trainer.errors import TrainerError
+
+    began = time.monotonic()
+    RUNS.mkdir(parents=True, exist_ok=True)
+    unfinished = Path(tempfile.mkdtemp(prefix=f"{run.key}-", dir=RUNS))
+    result: dict[str, Any] = {"run": asdict(run)}
+    try:
+        try:
+            vectors = mapped(run) if run.method in POST_HOC else trained(run, unfinished, device, result)
+            measure(run, unfinished, vectors, result)
+        except TrainerError as problem:
+            result["failed"] = str(problem)
+        result["seconds"] = time.monotonic() - began
+        (unfinished / "result.json").write_text(json.dumps(result, indent=1))
+        shutil.rmtree(run.folder, ignore_errors=True)
+        unfinished.rename(run.folder)
+    except BaseException:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise
+    return time.monotonic() - began
+
+
+def trained(run: Run, folder: Path, device: str, result: dict[str, Any]) -> NDArray[np.float32]:
+    """Trains by `fit`. The vectors of the test rows; a run that others build on also leaves its encoder."""
+    from trainer.data import TrainingItems
+    from trainer.encoder import EncoderSpec, Preprocessing, load_encoder
+    from trainer.fit import FitSettings, fit
+    from trainer.images import ImageSource
+
+    images = images_of(run.dataset)
+    whole = split_of(run)
+    rows = seen_by_old(images, whole.train, run.seen, run.seed)
+    items = TrainingItems(tuple(images.paths[row] for row in rows), tuple(images.labels[rows].tolist()))
+    spec = EncoderSpec(run.arch, run.dim, Preprocessing(run.image_size))
+    settings = FitSettings(
+        **{name: tuple(value) if isinstance(value, list) else value for name, value in run.settings},
+        **neutral(device),
+    )
+    source = ImageSource(str(images.root))
+    began = time.monotonic()
+    with tempfile.TemporaryDirectory(dir=memory_folder()) as name:  # its checkpoints are not what is measured
+        fitted = fit(items, source, old_side(run, rows, device), spec, settings, Path(name))
+        result["fit_seconds"] = time.monotonic() - began
+        result["history"] = fitted.history
+        encoder = load_encoder(EncoderSpec(spec.arch, spec.dim, spec.preprocessing, weights=fitted.weights))
+        vectors = encoded(encoder, images, whole.test_rows)
+        if run.is_base:
+            np.save(folder / "train.npy", encoded(encoder, images, whole.train))
+            np.save(folder / "test.npy", vectors)
+            for file in Path(name).glob("*.safetensors"):  # the encoder, and the classifier that `bct` asks through
+                shutil.copy(file, folder)
+    return vectors
+
+
+def neutral(device: str) -> dict[str, Any]:
+    """Settings that do not change what is trained. Prepared images are shared between runs."""
+    from trainer.fit import FitSettings
+
+    chosen: dict[str, Any] = {"device": device, "num_workers": 1, "keep_checkpoints": 1}
+    if "cache" in {field.name for field in fields(FitSettings)}:
+        chosen["cache"] = DATA / "prepared"
+    return chosen
+
+
+def memory_folder() -> str | None:
+    return "/dev/shm" if Path("/dev/shm").is_dir() else None
+
+
+def old_side(run: Run, rows: NDArray[np.int64], device: str) -> Any:
+    """The old vectors of the training images, as they lie in a collection; None for a run that has no old side."""
+    if not run.builds_on:
+        return None
+    old = run.builds_on[0]
+    try:
+        from trainer.old_space import stored_vectors
+    except ImportError:
+        from trainer.encoder import EncoderSpec, Preprocessing, load_encoder
+
+        return load_encoder(
+            EncoderSpec(old.arch, old.dim, Preprocessing(old.image_size), weights=old.folder / "encoder.safetensors"),
+            device=device,
+        )
+    every = split_of(old).train
+    return stored_vectors(np.load(old.folder / "train.npy")[np.searchsorted(every, rows)])
+
+
+def encoded(encoder: Any, images: Images, rows: NDArray[np.int64]) -> NDArray[np.float32]:
+    pixels = pixels_of(images.name, encoder.card.preprocessing.image_size)
+    batches = np.array_split(rows, -(-len(rows) // 256))
+    return np.concatenate([encoder.encode(pixels[batch]) for batch in batches])
+
+
+@cache
+def pixels_of(dataset: str, image_size: int) -> NDArray[np.uint8]:
+    """Every image of a data set as an encoder takes it, (n, 3, S, S): prepared once, then a file that all runs share."""
+    from trainer.encoder import Preprocessing
+    from trainer.images import ImageSource
+
+    images = images_of(dataset)
+    file = images.root / f"{images.digest[:16]}-{image_size}px.npy"
+    if not file.exists():
+        source, prepare = ImageSource(str(images.root)), Preprocessing(image_size).prepare
+        pixels = np.stack([prepare(source.load(path)) for path in images.paths])
+        with tempfile.NamedTemporaryFile(dir=images.root, suffix=".npy", delete=False) as stream:
+            np.save(stream, pixels)
+        Path(stream.name).rename(file)
+    array: NDArray[np.uint8] = np.load(file, mmap_mode="r")
+    return array
+
+
+def mapped(run: Run) -> NDArray[np.float32]:
+    """The test vectors of an independent encoder, turned into the old space by a map fitted on the training images."""
+    import torch
+
+    from trainer.maps import fit_map
+
+    old, new = run.builds_on
+    fitted = fit_map(run.method, np.load(new.folder / "train.npy"), np.load(old.folder / "train.npy"), seed=run.seed)
+    with torch.inference_mode():
+        vectors: NDArray[np.float32] = fitted(torch.from_numpy(np.load(new.folder / "test.npy"))).numpy()
+    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+
+
+def measure(run: Run, folder: Path, vectors: NDArray[np.float32], result: dict[str, Any]) -> None:
+    """Every metric of each query: self-test, and against the old encoder cross-test and reverse test."""
+    images, whole = images_of(run.dataset), split_of(run)
+    sides = {"self": (vectors, vectors)}
+    if run.builds_on:
+        old = np.load(run.builds_on[0].folder / "test.npy")
+        sides |= {"cross": (vectors, old), "reverse": (old, vectors)}
+    found: dict[str, NDArray[np.float32]] = {}
+    for side, (asking, stored) in sides.items():
+        for metric in METRICS:
+            found[f"{side}/{metric}"] = per_query(images, whole, asking, stored, metric)
+    np.savez(folder / "per_query.npz", **found)  # type: ignore[arg-type]
+    result["means"] = {name: float(values.mean()) for name, values in found.items()}
+
+
+def per_query(
+    images: Images, whole: Split, asking: NDArray[np.float32], stored: NDArray[np.float32], metric: str
+) -> NDArray[np.float32]:
+    """A value for each query. Where several artists ask for the same class it is one question: their mean."""
+    from migrator.verify.metrics import parse_metric, rank, relevance
+
+    place = {row: position for position, row in enumerate(whole.test_rows.tolist())}
+    values, asked = [], []
+    wanted = parse_metric(metric)
+    for test in whole.tests:
+        queries, gallery = (np.array([place[row] for row in rows]) for rows in (test.queries.tolist(), test.gallery.tolist()))
+        nearest = rank(asking[queries], stored[gallery], wanted.k)
+        values.append(wanted.per_query(relevance(images.labels[test.queries], images.labels[test.gallery], nearest)))
+        asked.append(images.labels[test.queries] if len(whole.tests) > 1 else test.queries)
+    _, question = np.unique(np.concatenate(asked), return_inverse=True)
+    every = np.concatenate(values)
+    answered = ~np.isnan(every)
+    counted = np.bincount(question, answered)
+    sums = np.bincount(question, np.where(answered, every, 0))
+    return (sums[counted > 0] / counted[counted > 0]).astype(np.float32)
+
+
+# --- doing many -----------------------------------------------------------------------------------------------------
+
+
+def start_worker(jobs: int) -> None:
+    import torch
+
+    if jobs > 1:
+        torch.set_num_threads(1)
+
+
+SPEED = {"test_resnet": 4800, "resnet10t": 1000, "resnet18": 600, "resnet50": 150}
+"""Images a second of one thread, forward and backward, for the estimate of the time left."""
+
+
+def cost(run: Run) -> float:
+    """About as many seconds as it takes here."""
+    if run.method in POST_HOC:
+        return 5
+    images = (run.size.train or len(images_of(run.dataset).paths)) * (0.3 if run.seen.startswith("extended") else 1)
+    return 2 + images * dict(run.settings)["epochs"] / SPEED.get(run.arch, 500)
+
+
+def with_bases(runs: Iterable[Run]) -> list[Run]:
+    """Every run once, those that others build on before them."""
+    ordered: dict[Run, None] = {}
+
+    def add(run: Run) -> None:
+        for base in run.builds_on:
+            add(base)
+        ordered[run] = None
+
+    for run in runs:
+        add(run)
+    return list(ordered)
+
+
+def do_all(runs: list[Run], again: list[Run], *, jobs: int, device: str) -> list[Run]:
+    """Does what is not done, `jobs` side by side, and those `again`. Returns the runs that failed."""
+    ordered = with_bases(runs)
+    for run in again:
+        shutil.rmtree(run.folder, ignore_errors=True)
+    missing = [run for run in ordered if not run.done]
+    print(f"{len(ordered)} runs, {len(ordered) - len(missing)} of them done before", flush=True)
+    began, spent, left = time.monotonic(), 0.0, sum(map(cost, missing))
+    waiting, active, finished = list(missing), dict[Future[float], Run](), 0
+    with ProcessPoolExecutor(jobs, get_context("spawn"), start_worker, (jobs,)) as pool:
+        while waiting or active:
+            for run in [run for run in waiting if all(base.done for base in run.builds_on)][: jobs - len(active)]:
+                waiting.remove(run)
+                active[pool.submit(do, run, device)] = run
+            for future in wait(active, return_when=FIRST_COMPLETED).done:
+                run = active.pop(future)
+                seconds = future.result()
+                finished += 1
+                spent += cost(run)
+                left -= cost(run)
+                result = run.result()
+                found = result.get("failed") or " ".join(
+                    f"{name.split('/')[0]} {value:.4f}" for name, value in result["means"].items() if "map" in name
+                )
+                eta = (time.monotonic() - began) / spent * left / 60
+                print(f"[{finished}/{len(missing)}] {run.name}: {seconds:.0f} s, {found}; {eta:.0f} min left", flush=True)
+    return [run for run in ordered if "failed" in run.result()]
