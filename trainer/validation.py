@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 METRIC_K = 100
 
 
-def tests(
+def measure(
     new: tuple[NDArray[np.float32], NDArray[np.float32]],
     old: tuple[NDArray[np.float32], NDArray[np.float32]] | None,
     labels: tuple[NDArray[np.int64], NDArray[np.int64]],
