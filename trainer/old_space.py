@@ -5,6 +5,7 @@ Source: AdvBCT, https://arxiv.org/abs/2305.02610, section 3.4.
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,6 +24,43 @@ class OldSpace:
     centres: NDArray[np.float32]  # (C, D), mean of unit vectors, not of unit length itself
     radii: NDArray[np.float32]  # (C,), distance on the unit sphere, 0..2
     known: NDArray[np.bool_]  # (C,), False: fewer than two old vectors, no ball; centre and radius are 0
+    classifier: NDArray[np.float32] | None = None
+    """(C, D) directions by which the old encoder's classifier knew the classes; NaN where it knows none."""
+
+
+@dataclass(frozen=True)
+class StoredVectors:
+    """The old side where the old encoder is lost: the vectors that the collection holds, a row for each image."""
+
+    id: str
+    vectors: NDArray[np.float32]  # (n, D), unit length
+
+    @property
+    def dim(self) -> int:
+        """Length of a vector."""
+        return self.vectors.shape[1]
+
+
+def stored_vectors(vectors: NDArray[np.float32]) -> StoredVectors:
+    """Vectors (n, D) from a collection, brought to unit length; the id is a hash of them.
+
+    Raises TrainingProblem for a vector that is zero or not finite.
+    """
+    lengths = _lengths(vectors)
+    unit = (vectors / lengths[:, None]).astype(np.float32)
+    digest = hashlib.sha256(np.ascontiguousarray(unit).data).hexdigest()
+    return StoredVectors(f"stored-{digest[:16]}", unit)
+
+
+def _lengths(vectors: NDArray[np.float32]) -> NDArray[np.float32]:
+    lengths: NDArray[np.float32] = np.linalg.norm(vectors, axis=1)
+    bad = np.flatnonzero(~(np.isfinite(lengths) & (lengths > 0)))
+    if len(bad):
+        raise TrainingProblem(
+            f"{len(bad)} of {len(vectors)} old vectors are zero or not finite (first: row {bad[0]}): "
+            "check the old encoder's weights"
+        )
+    return lengths
 
 
 def measure_old_space(
@@ -35,13 +73,7 @@ def measure_old_space(
     four images. A single image gives no radius: such a class is not `known`. Raises TrainingProblem for a vector
     that is zero or not finite.
     """
-    lengths = np.linalg.norm(vectors, axis=1)
-    bad = np.flatnonzero(~(np.isfinite(lengths) & (lengths > 0)))
-    if len(bad):
-        raise TrainingProblem(
-            f"{len(bad)} of {len(vectors)} old vectors are zero or not finite (first: row {bad[0]}): "
-            "check the old encoder's weights"
-        )
+    lengths = _lengths(vectors)
     unit = vectors.astype(np.float64) / lengths[:, None]
 
     counts = np.bincount(labels, minlength=classes)

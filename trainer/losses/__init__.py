@@ -14,17 +14,30 @@ from __future__ import annotations
 
 import importlib
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
     from torch import nn
 
     from trainer.old_space import OldSpace
 
-# Named by text: listing the methods must not load torch.
+
+@dataclass(frozen=True)
+class Method:
+    """A training method: where it is, and what it cannot do without."""
+
+    module: str
+    """Named by text: listing the methods must not load torch."""
+    needs_labels: bool
+    needs_old: bool
+
+
 METHODS = {
-    "advbct": "trainer.losses.advbct",
-    "independent": "trainer.losses.independent",
+    "advbct": Method("trainer.losses.advbct", needs_labels=True, needs_old=True),
+    "bct": Method("trainer.losses.bct", needs_labels=True, needs_old=True),
+    "lce": Method("trainer.losses.lce", needs_labels=True, needs_old=True),
+    "hot_refresh": Method("trainer.losses.hot_refresh", needs_labels=False, needs_old=True),
+    "independent": Method("trainer.losses.independent", needs_labels=True, needs_old=False),
 }
 
 
@@ -40,11 +53,26 @@ class LossSettings:
     """Which of a class's distances is its radius; 1 for the largest."""
     radius_limit: float = 0.5
     """T of the elastic boundary."""
+    discriminator_norm: Literal["layer", "batch", "none"] = "layer"
+    adversarial_features: Literal["normalised", "raw"] = "normalised"
+    adversarial_decay: bool = True
+    """Whether the adversarial term's weight falls over the epochs."""
+    spring: bool = True
+    """Whether radii are held by the slack term."""
+    start_from_centres: bool = True
+    """Whether classification starts from the old class centres."""
+    influence_weight: float = 1.0
+    """Of the loss through the old classifier (`bct`)."""
+    temperature: float = 0.05
+    """Of the contrastive loss (`hot_refresh`)."""
+    labelled: bool = True
+    """Whether labels say what is the same; without, `hot_refresh` contrasts every two images."""
     reference: bool = False
     """The published recipe: SGD in steps, largest distance as radius, T = 1, equal weights; it needs much data."""
 
 
 def build_objective(method: str, settings: LossSettings, *, dim: int, classes: int, old: OldSpace | None) -> nn.Module:
     """The loss of `method` for D = `dim` and that many classes. `old` is None where there is no old encoder."""
-    objective: nn.Module = importlib.import_module(METHODS[method]).build(settings, dim=dim, classes=classes, old=old)
+    module = importlib.import_module(METHODS[method].module)
+    objective: nn.Module = module.build(settings, dim=dim, classes=classes, old=old)
     return objective

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from trainer.errors import TrainingProblem
 from trainer.losses import LossSettings
 from trainer.losses.adversarial import AdversarialAlignment
-from trainer.losses.arcface import ArcFace
+from trainer.losses.arcface import ArcFace, Softmax
 from trainer.losses.boundary import ElasticBoundary
 from trainer.old_space import OldSpace
 
@@ -17,12 +17,13 @@ class AdvBCT(nn.Module):
 
     def __init__(
         self,
-        classification: ArcFace,
+        classification: nn.Module,
         boundary: ElasticBoundary,
         adversarial: AdversarialAlignment,
         *,
         boundary_weight: float,
         adversarial_weight: float,
+        decay: bool,
         spring: bool,
     ) -> None:
         super().__init__()
@@ -31,16 +32,18 @@ class AdvBCT(nn.Module):
         self.adversarial = adversarial
         self.boundary_weight = boundary_weight
         self.adversarial_weight = adversarial_weight
+        self.decay = decay
         self.spring = spring
 
     def forward(
         self, features: Tensor, labels: Tensor, old: Tensor, *, progress: float, remaining: float
     ) -> dict[str, Tensor]:
         """The three terms, weighted, and `slack`, which only moves the radii."""
+        weight = self.adversarial_weight * (remaining if self.decay else 1.0)
         terms = {
             "classification": self.classification(features, labels),
             "boundary": self.boundary_weight * self.boundary(features, labels),
-            "adversarial": self.adversarial_weight * remaining * self.adversarial(features, old, progress=progress),
+            "adversarial": weight * self.adversarial(features, old, progress=progress),
         }
         if self.spring:
             terms["slack"] = self.boundary_weight * self.boundary.slack(labels)
@@ -48,19 +51,29 @@ class AdvBCT(nn.Module):
 
 
 def build(settings: LossSettings, *, dim: int, classes: int, old: OldSpace | None) -> AdvBCT:
-    """The method as `settings` have it; the published recipe (`reference`) knows no spring on the radii."""
+    """The method as `settings` have it; the published recipe (`reference`) has plain softmax and no spring."""
     if old is None:
         raise TrainingProblem("method advbct needs the old encoder: declare old_encoder, or set method to independent")
-    classification = ArcFace(dim, classes, scale=settings.arcface_scale, margin=settings.arcface_margin)
     boundary = ElasticBoundary(old, limit=settings.radius_limit)
-    if not settings.reference:
-        # From random directions, classification may gather a class far from its ball, with other classes in between.
-        classification.start_from(boundary.centres, boundary.known)
+    classification: nn.Module
+    if settings.reference:
+        classification = Softmax(dim, classes)
+    else:
+        classification = ArcFace(dim, classes, scale=settings.arcface_scale, margin=settings.arcface_margin)
+        if settings.start_from_centres:
+            # From random directions, a class may be gathered far from its ball, with other classes in between.
+            classification.start_from(boundary.centres, boundary.known)
     return AdvBCT(
         classification,
         boundary,
-        AdversarialAlignment(dim),
+        AdversarialAlignment(
+            dim,
+            norm=settings.discriminator_norm,
+            features=settings.adversarial_features,
+            reference=settings.reference,
+        ),
         boundary_weight=settings.boundary_weight,
         adversarial_weight=settings.adversarial_weight,
-        spring=not settings.reference,
+        decay=settings.adversarial_decay,
+        spring=settings.spring and not settings.reference,
     )

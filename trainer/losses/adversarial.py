@@ -37,18 +37,29 @@ class AdversarialAlignment(nn.Module):
     sees, embeddings of unit length, scaled by sqrt(D) so that a coordinate has unit variance. Its normalisation is
     LayerNorm: BatchNorm over the new and the old batch apart would give both the same mean and scale and so hide what
     is to be told apart; LayerNorm looks at one sample, has no running statistics, and is the same on several devices.
+    `reference` undoes both: raw features, and BatchNorm over each batch apart.
     """
 
-    def __init__(self, dim: int, hidden: int = 100) -> None:
+    def __init__(
+        self, dim: int, hidden: int = 100, *, norm: str = "layer", features: str = "normalised", reference: bool = False
+    ) -> None:
         super().__init__()
         self.scale = math.sqrt(dim)
+        self.raw = reference or features == "raw"
+        self.apart = reference
+        norms = {"layer": nn.LayerNorm, "batch": nn.BatchNorm1d, "none": lambda _: nn.Identity()}
         self.discriminator = nn.Sequential(
-            nn.Linear(dim, hidden), nn.LayerNorm(hidden), nn.ReLU(inplace=True), nn.Linear(hidden, 2)
+            nn.Linear(dim, hidden), norms["batch" if reference else norm](hidden), nn.ReLU(), nn.Linear(hidden, 2)
         )
 
     def forward(self, features: Tensor, old: Tensor, *, progress: float) -> Tensor:
         """Mean loss over features (B, D), of any length, and old vectors (B', D); old ones enter without reversal."""
-        new = GradientReversal.apply(F.normalize(features), reversal_strength(progress))
-        logits = self.discriminator(self.scale * torch.cat([new, F.normalize(old)]))
+        new = features if self.raw else self.scale * F.normalize(features)
+        old = old if self.raw else self.scale * F.normalize(old)
+        new = GradientReversal.apply(new, reversal_strength(progress))
+        if self.apart:
+            logits = torch.cat([self.discriminator(new), self.discriminator(old)])
+        else:
+            logits = self.discriminator(torch.cat([new, old]))
         is_old = torch.cat([features.new_zeros(len(features)), features.new_ones(len(old))]).long()
         return F.cross_entropy(logits, is_old)

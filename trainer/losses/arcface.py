@@ -1,4 +1,4 @@
-"""ArcFace, the classification term."""
+"""ArcFace, the classification term, and plain softmax, which the published recipe has in its place."""
 
 from __future__ import annotations
 
@@ -44,3 +44,20 @@ class ArcFace(nn.Module):
             target - self.margin * math.sin(self.margin),
         )
         return F.cross_entropy(self.scale * cosine.scatter(1, labels[:, None], with_margin), labels)
+
+
+class Softmax(nn.Module):
+    """Cross entropy of W f + b, on features as they are."""
+
+    def __init__(self, dim: int, classes: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(dim, classes)
+
+    @property
+    def weight(self) -> Tensor:
+        """The directions of the classes, (C, D)."""
+        return self.linear.weight
+
+    def forward(self, features: Tensor, labels: Tensor) -> Tensor:
+        """Mean loss of features (B, D) with labels (B,)."""
+        return F.cross_entropy(self.linear(features), labels)

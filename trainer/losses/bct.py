@@ -1,0 +1,75 @@
+"""`bct`: backward-compatible training through the old classifier (BCT, https://arxiv.org/abs/2003.11942)."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from trainer.errors import TrainingProblem
+from trainer.losses import LossSettings
+from trainer.losses.arcface import ArcFace
+from trainer.old_space import OldSpace
+
+
+class Influence(nn.Module):
+    """Classification of new embeddings by what classified the old ones, which is frozen: the influence loss.
+
+    L = cross entropy of s cos(f, w_c), over the classes c that have a direction w_c: the old classifier's where it
+    knows the class, else the centre of the class's old vectors, as in UniBCT (https://arxiv.org/abs/2203.01583).
+    There is no margin: the old directions cannot give way. Samples of classes without a direction are skipped.
+    Source: BCT, section 3.3, equation 5.
+    """
+
+    directions: Tensor
+    known: Tensor
+
+    def __init__(self, old: OldSpace, *, scale: float) -> None:
+        super().__init__()
+        self.scale = scale
+        directions, known = old.centres, old.known
+        if old.classifier is not None:
+            has_row = np.isfinite(old.classifier).all(axis=1)
+            directions = np.where(has_row[:, None], np.nan_to_num(old.classifier), directions)
+            known = known | has_row
+        self.register_buffer("directions", F.normalize(torch.from_numpy(directions.astype(np.float32))))  # (C, D)
+        self.register_buffer("known", torch.from_numpy(known))  # (C,)
+
+    def forward(self, features: Tensor, labels: Tensor) -> Tensor:
+        """Mean loss of those of features (B, D) whose class is known; 0 where none is."""
+        logits = self.scale * F.linear(F.normalize(features), self.directions.to(features.dtype))
+        logits = logits.masked_fill(~self.known, -1e9)
+        known = self.known[labels]
+        losses = F.cross_entropy(logits, labels, reduction="none")
+        return torch.where(known, losses, 0).sum() / known.sum().clamp(min=1)
+
+
+class BCT(nn.Module):
+    """ArcFace + influence."""
+
+    def __init__(self, classification: ArcFace, influence: Influence, *, influence_weight: float) -> None:
+        super().__init__()
+        self.classification = classification
+        self.influence = influence
+        self.influence_weight = influence_weight
+
+    def forward(
+        self, features: Tensor, labels: Tensor, old: Tensor, *, progress: float, remaining: float
+    ) -> dict[str, Tensor]:
+        """Both terms, weighted; the old vectors count through their classes only."""
+        return {
+            "classification": self.classification(features, labels),
+            "influence": self.influence_weight * self.influence(features, labels),
+        }
+
+
+def build(settings: LossSettings, *, dim: int, classes: int, old: OldSpace | None) -> BCT:
+    """The method as `settings` have it."""
+    if old is None:
+        raise TrainingProblem("method bct needs the old encoder: declare old_encoder, or set method to independent")
+    return BCT(
+        ArcFace(dim, classes, scale=settings.arcface_scale, margin=settings.arcface_margin),
+        Influence(old, scale=settings.arcface_scale),
+        influence_weight=settings.influence_weight,
+    )
