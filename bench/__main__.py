@@ -1,10 +1,11 @@
-"""`python -m bench`: runs the benchmarks and writes them to bench/results/, as JSON and as a table."""
+"""`python -m bench`: runs the benchmarks and writes them to bench/results/, as JSON and as a table.
+
+`train`, `sweep` and `train-speed` are the trainer's, and take options of their own (`python -m bench train --help`).
+"""
 
 from __future__ import annotations
 
-import json
 import sys
-from pathlib import Path
 from typing import Any
 
 import migrator.cli  # noqa: F401 - first, as for users: it decides how torch's threads wait
@@ -13,9 +14,8 @@ from bench.demo import demo
 from bench.machine import machine
 from bench.memory import memory
 from bench.parts import PARTS
+from bench.results_files import heading, save
 from bench.stores import stores
-
-RESULTS = Path(__file__).parent / "results"
 
 
 def table(results: dict[str, Any]) -> str:
@@ -73,18 +73,6 @@ def demo_table(results: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def heading(title: str, results: dict[str, Any], what: str) -> list[str]:
-    where = results["machine"]
-    packages = ", ".join(f"{name} {version}" for name, version in where["packages"].items())
-    return [
-        f"# {title}",
-        "",
-        f"{where['date']}, {where['cores']} cores of {where['processor']}, {where['memory_gib']} GiB, "
-        f"Python {where['python']}; {packages}. {what}",
-        "",
-    ]
-
-
 def stores_table(results: dict[str, Any]) -> str:
     lines = heading(
         "Backfill on every store",
@@ -134,14 +122,19 @@ def memory_table(results: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def save(name: str, results: dict[str, Any], text: str) -> None:
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / f"{name}.json").write_text(json.dumps(results, indent=2) + "\n")
-    (RESULTS / f"{name}.md").write_text(text)
-    print(text)
-
-
 def main() -> None:
+    if sys.argv[1:2] == ["train"]:
+        from bench import train
+
+        return train.main(sys.argv[2:])
+    if sys.argv[1:2] == ["sweep"]:
+        from bench import sweep
+
+        return sweep.main(sys.argv[2:])
+    if sys.argv[1:2] == ["train-speed"]:
+        from bench import train_speed
+
+        return train_speed.main(sys.argv[2:])
     wanted = sys.argv[1:] or ["demo", "backfill", "stores", "memory"]
     if "demo" in wanted:
         results = {"machine": machine(), "demo": demo()}
@@ -155,6 +148,8 @@ def main() -> None:
     if "memory" in wanted:
         results = {"machine": machine(), "memory": memory()}
         save("memory", results, memory_table(results))
+    return None
 
 
-main()
+if __name__ == "__main__":  # the benchmark's own processes import this file again
+    main()

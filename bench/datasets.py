@@ -189,6 +189,7 @@ def code(text: str) -> str:
     return "-".join(part for part in text.lower().split("-") if part != "fe0f")
 
 
+LINKS = 'xmlns:xlink="http://www.w3.org/1999/xlink"'
 PERSON_SIGNS = {"2640", "2642"}
 SMALLER_SQUARE = re.compile(r"(MEDIUM|SMALL)\b.*\bSQUARE")
 
@@ -294,7 +295,8 @@ def icons(package: Path, names: dict[str, str]) -> Iterator[tuple[str, bytes]]:
         drawn.add(points)
         width = icon.get("width", content.get("width", 16))
         height = icon.get("height", content.get("height", 16))
-        svg = f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" viewBox="{icon.get("left", 0)} {icon.get("top", 0)} {width} {height}">{icon["body"]}</svg>'
+        box = f"{icon.get('left', 0)} {icon.get('top', 0)} {width} {height}"
+        svg = f'<svg xmlns="http://www.w3.org/2000/svg" {LINKS} viewBox="{box}">{icon["body"]}</svg>'
         image = resvg_py.svg_to_bytes(svg_string=svg, width=EMOJI_SIDE, height=EMOJI_SIDE, background="white")
         yield points, png(on_white(Image.open(io.BytesIO(bytes(image))).convert("RGBA")))
 

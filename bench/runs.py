@@ -204,7 +204,7 @@ def encoded(encoder: Any, images: Images, rows: NDArray[np.int64]) -> NDArray[np
 
 @cache
 def pixels_of(dataset: str, image_size: int) -> NDArray[np.uint8]:
-    """Every image of a data set as an encoder takes it, (n, 3, S, S): prepared once, then a file that all runs share."""
+    """Every image of a data set as an encoder takes it, (n, 3, S, S): made once, then a file for all runs."""
     from trainer.encoder import Preprocessing
     from trainer.images import ImageSource
 
@@ -258,7 +258,9 @@ def per_query(
     values, asked = [], []
     wanted = parse_metric(metric)
     for test in whole.tests:
-        queries, gallery = (np.array([place[row] for row in rows]) for rows in (test.queries.tolist(), test.gallery.tolist()))
+        queries, gallery = (
+            np.array([place[row] for row in rows]) for rows in (test.queries.tolist(), test.gallery.tolist())
+        )
         nearest = rank(asking[queries], stored[gallery], wanted.k)
         values.append(wanted.per_query(relevance(images.labels[test.queries], images.labels[test.gallery], nearest)))
         asked.append(images.labels[test.queries] if len(whole.tests) > 1 else test.queries)
@@ -331,5 +333,7 @@ def do_all(runs: list[Run], again: list[Run], *, jobs: int, device: str) -> list
                     f"{name.split('/')[0]} {value:.4f}" for name, value in result["means"].items() if "map" in name
                 )
                 eta = (time.monotonic() - began) / spent * left / 60
-                print(f"[{finished}/{len(missing)}] {run.name}: {seconds:.0f} s, {found}; {eta:.0f} min left", flush=True)
+                print(
+                    f"[{finished}/{len(missing)}] {run.name}: {seconds:.0f} s, {found}; {eta:.0f} min left", flush=True
+                )
     return [run for run in ordered if "failed" in run.result()]
