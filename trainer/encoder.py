@@ -1,4 +1,4 @@
-"""Encoders: a timm backbone with its head, its preprocessing, its weights, and the card that says what it was.
+"""Encoders: a network with its head, its preprocessing, its weights, and the card that says what it was.
 
 An encoder's id is a hash of its weights, architecture, preprocessing and of the vector it gave for a fixed probe image
 when its card was made. Floating-point results differ in their last bits between machines, so on loading the probe's
@@ -8,7 +8,6 @@ live vector is compared with the card's by their cosine, and the recorded one st
 from __future__ import annotations
 
 import copy
-import difflib
 import hashlib
 import json
 import math
@@ -21,11 +20,23 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import nn
 
+from trainer.backbones import (
+    MODULE,
+    PROGRAMS,
+    Program,
+    call_factory,
+    one_line,
+    spoken,
+    timm_backbone,
+    timm_settings,
+)
 from trainer.errors import EncoderMismatch, EncoderProblem
-from trainer.torchvision_cpu import import_timm
+from trainer.maps import POST_HOC, Map
+from trainer.preprocessing import Preprocessing as Preprocessing
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -33,78 +44,30 @@ if TYPE_CHECKING:
 Head = Literal["projection", "classifier", "none"]
 """What turns pooled features into the embedding: our projection and norm, the model's own classifier layer, nothing."""
 
-Interpolation = Literal["bilinear", "bicubic"]
-Resize = Literal["squash", "crop"]
-
 PROBE_AGREEMENT = 0.9999
 """Least cosine between the probe's recorded and live vectors. Rounding, threads and batch size stay above 0.99999."""
 
 _CARD_FORMAT = 1
-_LARGEST_IMAGE = 4096
 _LARGEST_DIM = 65_536
 _SMALLEST_NORM = 1e-12
 
 
 @dataclass(frozen=True)
-class Preprocessing:
-    """How an RGB picture becomes the model's input: resized to a square, scaled to 0..1, normalised per channel.
+class EncoderSpec:
+    """An encoder as a user declares it.
 
-    `squash` ignores the picture's shape; `crop` keeps the largest centred square, as scaling the shorter side and then
-    cropping does. Mean and standard deviation
-    default to ImageNet's. Raises EncoderProblem for values outside their range.
+    `weights` is a .safetensors, .pt or .pth file of a state dict, or where `arch` is a file, the .pt2 or .onnx itself.
     """
 
-    image_size: int  # pixels a side
-    resize: Resize = "squash"
-    interpolation: Interpolation = "bilinear"
-    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
-    std: tuple[float, ...] = (0.229, 0.224, 0.225)
-
-    def __post_init__(self) -> None:
-        if type(self.image_size) is not int or not 1 <= self.image_size <= _LARGEST_IMAGE:
-            raise EncoderProblem(f"image_size {self.image_size!r} must be a whole number from 1 to {_LARGEST_IMAGE}")
-        for name, value, known in (
-            ("resize", self.resize, get_args(Resize)),
-            ("interpolation", self.interpolation, get_args(Interpolation)),
-        ):
-            if value not in known:
-                raise EncoderProblem(f"{name} {value!r} must be one of {', '.join(known)}")
-        for name in ("mean", "std"):
-            try:
-                values = tuple(float(value) for value in getattr(self, name))
-            except (TypeError, ValueError) as error:
-                raise EncoderProblem(f"{name} {getattr(self, name)!r} must be three numbers") from error
-            if len(values) != 3 or not all(map(math.isfinite, values)) or (name == "std" and min(values) <= 0):
-                raise EncoderProblem(f"{name} {values} must be three finite numbers, and std positive")
-            object.__setattr__(self, name, values)
-
-    def prepare(self, image: Image.Image) -> NDArray[np.uint8]:
-        """An RGB picture as a model's input, (3, S, S) uint8. Safe in many threads, and does not use torch."""
-        from PIL.Image import Resampling
-
-        size = self.image_size
-        width, height = image.size
-        box = None
-        if self.resize == "crop" and width != height:
-            side = min(width, height)
-            left, top = (width - side) // 2, (height - side) // 2
-            box = (left, top, left + side, top + side)
-        if box or (width, height) != (size, size):
-            resampling = Resampling.BICUBIC if self.interpolation == "bicubic" else Resampling.BILINEAR
-            image = image.resize((size, size), resampling, box=box)
-        return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
-
-
-@dataclass(frozen=True)
-class EncoderSpec:
-    """An encoder as a user declares it. `weights` is a .safetensors, .pt or .pth file of a state dict."""
-
     arch: str
+    """A timm name, `module:package.module:factory`, `file:pt2` or `file:onnx`; see `trainer.backbones`."""
     dim: int
     preprocessing: Preprocessing
     weights: Path | None = None
     pretrained: bool = False
     """Take the backbone's weights from timm's hub. Needs the network unless they are cached."""
+    folder: Path | None = None
+    """Where a factory's module is looked for, before the installed packages."""
 
 
 @dataclass(frozen=True)
@@ -117,11 +80,22 @@ class Card:
     head: Head
     preprocessing: Preprocessing
     weights_sha256: str
+    """Of the state dict, of the bytes of a .pt2 or .onnx file, or of both where a map follows such a file."""
     probe: tuple[float, ...]  # (dim,), unit length
+    map: str | None = None
+    """Kind of the map that follows the network, from its vectors to another encoder's."""
 
     @classmethod
     def make(
-        cls, *, arch: str, dim: int, head: Head, preprocessing: Preprocessing, weights_sha256: str, probe: Any
+        cls,
+        *,
+        arch: str,
+        dim: int,
+        head: Head,
+        preprocessing: Preprocessing,
+        weights_sha256: str,
+        probe: Any,
+        map: str | None = None,
     ) -> Card:
         """A card with the id that follows from its contents."""
         rounded = tuple(round(float(value), 6) + 0.0 for value in probe)  # + 0.0: one zero, not two
@@ -132,9 +106,10 @@ class Card:
             "preprocessing": asdict(preprocessing),
             "weights_sha256": weights_sha256,
             "probe": rounded,
+            "map": map,
         }
         digest = hashlib.sha256(json.dumps(contents, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
-        return cls(f"enc-{digest[:16]}", arch, dim, head, preprocessing, weights_sha256, rounded)
+        return cls(f"enc-{digest[:16]}", arch, dim, head, preprocessing, weights_sha256, rounded, map)
 
     def to_json(self) -> str:
         """One JSON document with `"format": 1`."""
@@ -154,11 +129,13 @@ class Card:
                 preprocessing=Preprocessing(**document["preprocessing"]),
                 weights_sha256=str(document["weights_sha256"]),
                 probe=document["probe"],
+                map=document.get("map"),
             )
         except (ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
             raise EncoderProblem("is not an encoder card") from error
         usable = (
             card.head in get_args(Head)
+            and card.map in (None, *POST_HOC)
             and len(card.probe) == card.dim
             and math.isclose(math.hypot(*card.probe), 1, rel_tol=1e-3)
         )
@@ -190,10 +167,28 @@ class EmbeddingNet(nn.Module):
         return embeddings
 
 
+class MappedNet(nn.Module):
+    """A finished network with a map after it: what it embeds is map(normalised embedding of `base`).
+
+    forward: (n, 3, S, S) normalised float -> (n, D) embeddings, not yet of unit length.
+    """
+
+    def __init__(self, base: EmbeddingNet, fitted: Map) -> None:
+        super().__init__()
+        self.head = base.head
+        self.dim = fitted.outputs
+        self.base = base
+        self.map = fitted
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:  # noqa: D102
+        embeddings: torch.Tensor = self.map(F.normalize(self.base(images).float()))
+        return embeddings
+
+
 class Encoder:
     """A model with its preprocessing: pictures in, vectors of unit length out."""
 
-    def __init__(self, model: EmbeddingNet, card: Card, device: torch.device) -> None:
+    def __init__(self, model: EmbeddingNet | MappedNet, card: Card, device: torch.device) -> None:
         self.model = model
         self.card = card
         self.device = device
@@ -222,33 +217,41 @@ class Encoder:
 
 
 def build_model(spec: EncoderSpec) -> EmbeddingNet:
-    """A model to train: the backbone (random, or timm's with `pretrained`) below a fresh projection to `dim`.
+    """A model to train: the backbone (random, timm's with `pretrained`, or as its factory made it) below a fresh
+    projection to `dim`.
 
-    `spec.weights` is not read: `load_encoder` does that. Raises EncoderProblem for an architecture that timm does not
-    know or that cannot take pictures of this size.
+    `spec.weights` is not read: `load_encoder` does that. Raises EncoderProblem for an architecture that cannot be
+    built, cannot be trained, or cannot take pictures of this size.
     """
     _require_dim(spec)
-    backbone = _create_backbone(spec, classes=0)
-    return EmbeddingNet(backbone, width=_width(backbone, spec), dim=spec.dim)
+    if spec.arch in PROGRAMS:
+        raise EncoderProblem(
+            f"{spoken(spec.arch)} {_named(spec)} can be run but not trained: give arch or module, or train a map to "
+            f"the old space ({', '.join(POST_HOC)})"
+        )
+    return _fresh_model(spec, torch.device("cpu"))
 
 
 def untrained_encoder(spec: EncoderSpec, *, device: str = "auto") -> Encoder:
     """An encoder of `spec` with random weights, as fast as a trained one: for measuring speed before training.
 
-    Raises EncoderProblem as `build_model` does.
+    Raises EncoderProblem as `build_model` does, but takes files that cannot be trained too.
     """
+    _require_dim(spec)
     target = _device(device)
-    model = build_model(replace(spec, pretrained=False)).to(target, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
+    model = _fresh_model(replace(spec, pretrained=False), target)
+    model = model.to(target, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
     probe = _probe_vector(model, spec.preprocessing, target)
-    return Encoder(model, _make_card(spec, model.head, _weights_sha256(model), probe), target)
+    return Encoder(model, _make_card(spec, model, probe), target)
 
 
 def load_encoder(spec: EncoderSpec, *, expected: Card | None = None, device: str = "auto") -> Encoder:
     """The encoder of `spec`, checked against `expected`, or else against the card beside its weights if there is one.
 
-    Weights are either ours (`backbone.*`, `projection.weight`, `norm.*`) or a plain timm state dict. Of a plain one the
-    classifier layer gives the embedding where it has `dim` outputs, else the pooled features do, which must then be
-    `dim` wide. `device` is `auto` (CUDA where available), `cpu`, `cuda` or `cuda:1`.
+    Weights are either ours (`backbone.*`, `projection.weight`, `norm.*`; with a map `base.*` and `map.*`), or a plain
+    state dict of the timm model or of the factory's module, or a program. Of a plain timm one the classifier layer
+    gives the embedding where it has `dim` outputs, else the pooled features do, which must then be `dim` wide.
+    `device` is `auto` (CUDA where available), `cpu`, `cuda` or `cuda:1`.
 
     Raises EncoderMismatch where the encoder is not what the card says, EncoderProblem where it cannot be loaded.
     """
@@ -257,7 +260,27 @@ def load_encoder(spec: EncoderSpec, *, expected: Card | None = None, device: str
     if card is not None:
         _require_same_declaration(spec, card)
     target = _device(device)
-    model = _load_model(spec)
+    return _checked(_load_model(spec, target), spec, card, target)
+
+
+def load_base(spec: EncoderSpec, *, device: str = "auto") -> Encoder:
+    """The encoder of `spec` with vectors as long as its weights make them, whatever `spec.dim`: what a map starts from.
+
+    Raises EncoderProblem and EncoderMismatch as `load_encoder` does, and for weights that hold a map already.
+    """
+    card = read_card(spec.weights) if spec.weights else None
+    if card is not None:
+        spec = replace(spec, dim=card.dim)
+        _require_same_declaration(spec, card)
+    target = _device(device)
+    model = _load_model(spec, target, any_dim=True)
+    if isinstance(model, MappedNet):
+        raise EncoderProblem(f"weights {_named(spec)} hold a map already: give those of the encoder below it")
+    return _checked(model, replace(spec, dim=model.dim), card, target)
+
+
+def _checked(model: EmbeddingNet | MappedNet, spec: EncoderSpec, card: Card | None, device: torch.device) -> Encoder:
+    """The model on its device, once it has shown that it is what the card says. Without a card one is made."""
     digest = _weights_sha256(model)
     if card is not None and digest != card.weights_sha256:
         raise EncoderMismatch(
@@ -265,38 +288,56 @@ def load_encoder(spec: EncoderSpec, *, expected: Card | None = None, device: str
             f"instead of {card.weights_sha256[:12]}...): restore them, or declare this as a new encoder"
         )
     try:
-        model = model.to(target, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
+        model = model.to(device, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
     except RuntimeError as error:
-        raise EncoderProblem(f"encoder {spec.arch!r} cannot be moved to {target}: {_line(error)}") from error
-    probe = _probe_vector(model, spec.preprocessing, target)
+        raise EncoderProblem(f"{spoken(spec.arch)} cannot be moved to {device}: {one_line(error)}") from error
+    probe = _probe_vector(model, spec.preprocessing, device)
     if card is None:
-        card = _make_card(spec, model.head, digest, probe)
+        card = _make_card(spec, model, probe)
     agreement = float(np.dot(probe, np.asarray(card.probe)) / np.linalg.norm(card.probe))
     if not agreement >= PROBE_AGREEMENT:
         raise EncoderMismatch(
             f"encoder {card.id}: weights and preprocessing are unchanged, but the output for the probe image is not "
-            f"(cosine {agreement:.4f}): use the versions of torch, timm and Pillow that its card was made with"
+            f"(cosine {agreement:.4f}): use the versions of torch, timm, onnxruntime and Pillow that its card was made "
+            "with"
         )
-    return Encoder(model, card, target)
+    return Encoder(model, card, device)
 
 
-def save_encoder(model: EmbeddingNet, spec: EncoderSpec, path: Path) -> Card:
+def save_mapped_encoder(base: Encoder, base_spec: EncoderSpec, fitted: Map, dim: int, path: Path) -> Card:
+    """Writes `base` with a map after it as one encoder of `dim` numbers, as `save_encoder` does. Returns its card.
+
+    `load_encoder` gives it back from `path`, with the arch and preprocessing of `base_spec`. Raises EncoderProblem.
+    """
+    if (fitted.inputs, fitted.outputs) != (base.dim, dim):
+        raise EncoderProblem(
+            f"a map from {fitted.inputs} to {fitted.outputs} numbers does not lead from encoder {base.id} ({base.dim}) "
+            f"to {dim}: fit it on vectors of both"
+        )
+    assert isinstance(base.model, EmbeddingNet)  # load_base gives no other
+    return save_encoder(MappedNet(base.model, fitted), replace(base_spec, dim=dim), path)
+
+
+def save_encoder(model: EmbeddingNet | MappedNet, spec: EncoderSpec, path: Path) -> Card:
     """Writes the weights to `path` (.safetensors) and the card beside them (.json), each whole or not at all.
 
-    Weights go first: after a crash between the two, loading meets weights without a card or with one that refuses them.
+    A .pt2 or .onnx file that the model runs is copied beside them, under the same name but for its suffix. The card
+    goes last: after a crash before it, loading meets weights without a card or with one that refuses them.
     Raises EncoderProblem where the model gives no usable vector or the files cannot be written.
     """
     from safetensors.torch import save
 
     if path.suffix != ".safetensors":
         raise EncoderProblem(f"encoder cannot be written to {str(path)!r}: give it the suffix .safetensors")
-    frozen = copy.deepcopy(model).float().cpu().eval()
+    frozen: EmbeddingNet | MappedNet = copy.deepcopy(model).float().cpu().eval()
     _require_finite(frozen, "to be saved")
     probe = _probe_vector(frozen, spec.preprocessing, torch.device("cpu"))
-    card = _make_card(spec, frozen.head, _weights_sha256(frozen), probe)
+    card = _make_card(spec, frozen, probe)
     state = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in frozen.state_dict().items()}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        if (program := _program(frozen)) is not None:
+            _copy_program(program, path.with_suffix(program.path.suffix))
         _write_whole(path, save(state, metadata={"format": "pt", "encoder": card.id}))
         _write_whole(_card_path(path), card.to_json().encode())
     except OSError as error:
@@ -316,11 +357,11 @@ def read_card(path: Path) -> Card | None:
             f"card {str(place)!r} {problem}: restore it, or move it away to make a new one"
         ) from problem
     except (OSError, UnicodeDecodeError) as error:
-        raise EncoderProblem(f"card {str(place)!r} cannot be read: {_line(error)}") from error
+        raise EncoderProblem(f"card {str(place)!r} cannot be read: {one_line(error)}") from error
 
 
 def _encode(
-    model: EmbeddingNet, preprocessing: Preprocessing, device: torch.device, batch: NDArray[np.uint8]
+    model: EmbeddingNet | MappedNet, preprocessing: Preprocessing, device: torch.device, batch: NDArray[np.uint8]
 ) -> NDArray[np.float32]:
     size = preprocessing.image_size
     if batch.dtype != np.uint8 or batch.shape[1:] != (3, size, size):
@@ -338,6 +379,10 @@ def _encode(
                 memory_format=torch.channels_last
             )
             embeddings = model((pixels.float() - mean) / deviation).float()
+            if embeddings.shape != (len(batch), model.dim):
+                raise EncoderProblem(
+                    f"the encoder gives {tuple(embeddings.shape)} for {len(batch)} images, not {model.dim} numbers each"
+                )
             norms = torch.linalg.vector_norm(embeddings, dim=1, keepdim=True)
             vectors: NDArray[np.float32] = (embeddings / norms).cpu().numpy()
             usable = (torch.isfinite(norms) & (norms > _SMALLEST_NORM)).squeeze(1).cpu().numpy()
@@ -355,7 +400,9 @@ def _encode(
     return vectors
 
 
-def _probe_vector(model: EmbeddingNet, preprocessing: Preprocessing, device: torch.device) -> NDArray[np.float32]:
+def _probe_vector(
+    model: EmbeddingNet | MappedNet, preprocessing: Preprocessing, device: torch.device
+) -> NDArray[np.float32]:
     return _encode(model, preprocessing, device, preprocessing.prepare(_probe_image())[np.newaxis])[0]
 
 
@@ -371,28 +418,21 @@ def _probe_image() -> Image.Image:
     return Image.fromarray(np.stack([rows, columns, board], axis=2).astype(np.uint8))
 
 
-def _create_backbone(spec: EncoderSpec, *, classes: int) -> nn.Module:
-    settings = _known(spec.arch)
-    options: dict[str, Any] = {"num_classes": classes}
-    if settings is not None and settings.fixed_input_size:
-        options["img_size"] = spec.preprocessing.image_size
-    try:
-        backbone: nn.Module = import_timm().create_model(
-            spec.arch, pretrained=spec.pretrained and not spec.weights, **options
-        )
-    except Exception as error:  # timm's constructors and its hub client raise all kinds
-        raise EncoderProblem(f"architecture {spec.arch!r} cannot be built: {_line(error)}") from error
-    return backbone
+def _create_backbone(spec: EncoderSpec, device: torch.device, *, classes: int = 0) -> nn.Module:
+    size = spec.preprocessing.image_size
+    if spec.arch in PROGRAMS:
+        assert spec.weights is not None  # _require_program
+        return Program(spec.weights.with_suffix(PROGRAMS[spec.arch]), image_size=size, device=device)
+    if spec.arch.startswith(MODULE):
+        return call_factory(spec.arch.removeprefix(MODULE), spec.folder)
+    pretrained = spec.pretrained and not spec.weights
+    return timm_backbone(spec.arch, image_size=size, classes=classes, pretrained=pretrained)
 
 
-def _known(arch: str) -> Any:
-    """What timm's registry says about an architecture; None where that is nothing."""
-    timm = import_timm()
-    if not timm.is_model(arch):
-        near = difflib.get_close_matches(arch, timm.list_models(), n=3)
-        hint = f"did you mean {', '.join(near)}?" if near else "see timm.list_models()"
-        raise EncoderProblem(f"timm knows no architecture {arch!r}: {hint}")
-    return timm.get_pretrained_cfg(arch)
+def _fresh_model(spec: EncoderSpec, device: torch.device) -> EmbeddingNet:
+    _require_program(spec)
+    backbone = _create_backbone(spec, device)
+    return EmbeddingNet(backbone, width=_width(backbone, spec), dim=spec.dim)
 
 
 def _width(backbone: nn.Module, spec: EncoderSpec) -> int:
@@ -401,61 +441,122 @@ def _width(backbone: nn.Module, spec: EncoderSpec) -> int:
     training = backbone.training
     try:
         with torch.no_grad():
-            features: torch.Tensor = backbone.eval()(torch.zeros(1, 3, size, size))
+            features = backbone.eval()(torch.zeros(1, 3, size, size))
+    except EncoderProblem:
+        raise
     except Exception as error:
-        raise EncoderProblem(
-            f"architecture {spec.arch!r} cannot take pictures of {size} pixels: {_line(error)}"
-        ) from error
+        raise EncoderProblem(f"{spoken(spec.arch)} cannot take pictures of {size} pixels: {one_line(error)}") from error
     finally:
         backbone.train(training)
-    if features.ndim != 2:
+    if not isinstance(features, torch.Tensor):
         raise EncoderProblem(
-            f"architecture {spec.arch!r} gives features of shape {tuple(features.shape)}, not one row a picture"
+            f"{spoken(spec.arch)} gives a {type(features).__name__}, not one tensor with a row a picture"
+        )
+    if features.ndim != 2 or len(features) != 1 or not features.shape[1]:
+        raise EncoderProblem(
+            f"{spoken(spec.arch)} gives features of shape {tuple(features.shape)} for a picture, not (1, d): "
+            "pool them to one row a picture"
         )
     return features.shape[1]
 
 
-def _load_model(spec: EncoderSpec) -> EmbeddingNet:
-    if spec.weights is None:
-        if not spec.pretrained:
-            raise EncoderProblem(f"encoder {spec.arch!r} has no weights: set weights to a file, or pretrained to true")
-        backbone = _create_backbone(spec, classes=0)
-        _require_features(_width(backbone, spec), spec)
-        return EmbeddingNet(backbone, width=spec.dim, dim=spec.dim, head="none")
+def _load_model(spec: EncoderSpec, device: torch.device, *, any_dim: bool = False) -> EmbeddingNet | MappedNet:
+    """The model with its weights, on the CPU but for a program. With `any_dim` its vectors may have any length."""
+    _require_program(spec)
+    if spec.weights is None and not spec.pretrained and not spec.arch.startswith(MODULE):
+        raise EncoderProblem(f"encoder {spec.arch!r} has no weights: set weights to a file, or pretrained to true")
+    if spec.weights is None or spec.weights.suffix == PROGRAMS.get(spec.arch):
+        model = _bare(_create_backbone(spec, device), spec, any_dim=any_dim)
+        _require_finite(model, _named(spec))
+        return model
     state = _read_state(spec.weights)
-    if "projection.weight" in state:
-        backbone = _create_backbone(spec, classes=0)
-        model = EmbeddingNet(backbone, width=_width(backbone, spec), dim=spec.dim)
-        outputs = state["projection.weight"].shape[:1]
-        if outputs != (spec.dim,):
-            raise EncoderProblem(
-                f"weights {_named(spec)} give {outputs[0] if outputs else 0}-d vectors: set dim to that, not {spec.dim}"
-            )
-    else:
-        model, state = _plain_model(spec, {name.removeprefix("backbone."): tensor for name, tensor in state.items()})
-    _require_fit(model, state, spec)
+    if "map.linear.weight" in state and all(name.startswith(("base.", "map.")) for name in state):
+        return _mapped_model(spec, state, device)
+    if spec.arch in PROGRAMS:
+        raise EncoderProblem(f"weights {_named(spec)} hold no map to follow {spoken(spec.arch)}: name that file itself")
+    return _stateful_model(spec, state, device, any_dim=any_dim)
+
+
+def _mapped_model(spec: EncoderSpec, state: Mapping[str, torch.Tensor], device: torch.device) -> MappedNet:
+    base_state, map_state = (
+        {name.removeprefix(part): tensor for name, tensor in state.items() if name.startswith(part)}
+        for part in ("base.", "map.")
+    )
     try:
-        model.load_state_dict(state)
-    except Exception as error:  # exotic tensors (sparse, quantised, without storage)
-        raise EncoderProblem(f"weights {_named(spec)} cannot be used: {_line(error)}") from error
+        fitted = Map.like(map_state)
+    except ValueError as error:
+        raise EncoderProblem(f"weights {_named(spec)} do not hold a map: {error}") from error
+    _require_fit(fitted, map_state, spec)
+    fitted.load_state_dict(map_state)
+    if fitted.outputs != spec.dim:
+        raise EncoderProblem(f"weights {_named(spec)} give {fitted.outputs}-d vectors: set dim to that, not {spec.dim}")
+    below = replace(spec, dim=fitted.inputs)
+    if spec.arch in PROGRAMS:
+        base = _bare(_create_backbone(below, device), below)
+    else:
+        base = _stateful_model(below, base_state, device)
+    model = MappedNet(base, fitted.requires_grad_(False))
     _require_finite(model, _named(spec))
     return model
 
 
-def _plain_model(spec: EncoderSpec, state: dict[str, torch.Tensor]) -> tuple[EmbeddingNet, dict[str, torch.Tensor]]:
-    """A model, and the state it needs under its own names, for a state dict with timm's names."""
-    settings = _known(spec.arch)
+def _stateful_model(
+    spec: EncoderSpec, state: dict[str, torch.Tensor], device: torch.device, *, any_dim: bool = False
+) -> EmbeddingNet:
+    backbone = _create_backbone(spec, device) if spec.arch.startswith(MODULE) else None
+    if backbone is not None and {name for name in backbone.state_dict() if _counts(name)} <= state.keys():
+        # A factory's module may have layers of any name: if all of its own are there, these are its weights.
+        model = _bare(backbone, spec, any_dim=any_dim)
+        state = {f"backbone.{name}": tensor for name, tensor in state.items()}
+    elif "projection.weight" in state:
+        outputs = state["projection.weight"].shape[:1]
+        if outputs != (spec.dim,) and not (any_dim and outputs):
+            raise EncoderProblem(
+                f"weights {_named(spec)} give {outputs[0] if outputs else 0}-d vectors: set dim to that, not {spec.dim}"
+            )
+        backbone = backbone or _create_backbone(spec, device)
+        model = EmbeddingNet(backbone, width=_width(backbone, spec), dim=outputs[0])
+    else:
+        plain = {name.removeprefix("backbone."): tensor for name, tensor in state.items()}
+        model, state = _plain_model(spec, plain, backbone, device, any_dim=any_dim)
+    _require_fit(model, state, spec)
+    try:
+        model.load_state_dict(state)
+    except Exception as error:  # exotic tensors (sparse, quantised, without storage)
+        raise EncoderProblem(f"weights {_named(spec)} cannot be used: {one_line(error)}") from error
+    _require_finite(model, _named(spec))
+    return model
+
+
+def _plain_model(
+    spec: EncoderSpec,
+    state: dict[str, torch.Tensor],
+    backbone: nn.Module | None,
+    device: torch.device,
+    *,
+    any_dim: bool,
+) -> tuple[EmbeddingNet, dict[str, torch.Tensor]]:
+    """A model, and the state it needs under its own names, for a state dict with timm's or the factory's names."""
+    settings = timm_settings(spec.arch) if backbone is None else None
     classifier = (settings.classifier if settings else None) or ()
     layers = (classifier,) if isinstance(classifier, str) else tuple(classifier)
     outputs = {state[f"{layer}.weight"].shape[:1] for layer in layers if f"{layer}.weight" in state}
     head: Head = "classifier" if outputs == {(spec.dim,)} else "none"
-    backbone = _create_backbone(spec, classes=spec.dim if head == "classifier" else 0)
-    _require_features(_width(backbone, spec), spec)
+    if backbone is None:
+        backbone = _create_backbone(spec, device, classes=spec.dim if head == "classifier" else 0)
     if head == "none":
         unused = tuple(f"{layer}." for layer in layers)
         state = {name: tensor for name, tensor in state.items() if not name.startswith(unused)}
-    model = EmbeddingNet(backbone, width=spec.dim, dim=spec.dim, head=head)
+    model = _bare(backbone, spec, head=head, any_dim=any_dim)
     return model, {f"backbone.{name}": tensor for name, tensor in state.items()}
+
+
+def _bare(backbone: nn.Module, spec: EncoderSpec, *, head: Head = "none", any_dim: bool = False) -> EmbeddingNet:
+    """The backbone alone: what it gives is the embedding."""
+    width = _width(backbone, spec)
+    if not any_dim:
+        _require_features(width, spec)
+    return EmbeddingNet(backbone, width=width, dim=width, head=head)
 
 
 def _read_state(path: Path) -> dict[str, torch.Tensor]:
@@ -466,7 +567,8 @@ def _read_state(path: Path) -> dict[str, torch.Tensor]:
 
     named = f"weights {str(path)!r}"
     if path.suffix not in (".safetensors", ".pt", ".pth"):
-        raise EncoderProblem(f"{named} must be a .safetensors, .pt or .pth file")
+        hint = ", or leave out arch and module for a program" if path.suffix in PROGRAMS.values() else ""
+        raise EncoderProblem(f"{named} must be a .safetensors, .pt or .pth file{hint}")
     if not path.is_file():
         raise EncoderProblem(f"{named} is not there: check weights in the configuration")
     try:
@@ -480,7 +582,7 @@ def _read_state(path: Path) -> dict[str, torch.Tensor]:
             f"{named} is damaged or holds Python objects, which are not loaded: save its state_dict()"
         ) from error
     except Exception as error:  # readers of damaged files raise all kinds
-        raise EncoderProblem(f"{named} cannot be loaded, it may be damaged: {_line(error)}") from error
+        raise EncoderProblem(f"{named} cannot be loaded, it may be damaged: {one_line(error)}") from error
     for wrapper in ("state_dict", "model"):
         if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
             state = state[wrapper]
@@ -498,8 +600,7 @@ def _read_state(path: Path) -> dict[str, torch.Tensor]:
 def _require_fit(model: nn.Module, state: Mapping[str, torch.Tensor], spec: EncoderSpec) -> None:
     needed = model.state_dict()
     problems = {
-        # old state dicts lack this counter, which only training uses
-        "missing": [name for name in needed if name not in state and not name.endswith(".num_batches_tracked")],
+        "missing": [name for name in needed if name not in state and _counts(name)],
         "unknown": [name for name in state if name not in needed],
         "of another shape or type": [
             f"{name} {_kind(state[name])} instead of {_kind(needed[name])}"
@@ -509,7 +610,12 @@ def _require_fit(model: nn.Module, state: Mapping[str, torch.Tensor], spec: Enco
     }
     found = [f"{len(names)} {kind} ({', '.join(names[:3])})" for kind, names in problems.items() if names]
     if found:
-        raise EncoderProblem(f"weights {_named(spec)} do not fit architecture {spec.arch!r}: {_line('; '.join(found))}")
+        raise EncoderProblem(f"weights {_named(spec)} do not fit {spoken(spec.arch)}: {one_line('; '.join(found))}")
+
+
+def _counts(name: str) -> bool:
+    """Whether a tensor must be there: old state dicts lack batch norms' counter, which only training uses."""
+    return not name.endswith("num_batches_tracked")
 
 
 def _kind(tensor: torch.Tensor) -> str:
@@ -526,7 +632,7 @@ def _require_finite(model: nn.Module, named: str) -> None:
 def _require_features(width: int, spec: EncoderSpec) -> None:
     if width != spec.dim:
         raise EncoderProblem(
-            f"architecture {spec.arch!r} gives {width}-d features and its weights have no layer of {spec.dim} outputs: "
+            f"{spoken(spec.arch)} gives {width}-d features and its weights have no layer of {spec.dim} outputs: "
             f"set dim to {width}"
         )
 
@@ -551,22 +657,52 @@ def _require_same_declaration(spec: EncoderSpec, card: Card) -> None:
 
 
 def _weights_sha256(model: nn.Module) -> str:
-    """Hash of names, types, shapes and values, so that it is the same for every file format that holds them."""
+    """Hash of names, types, shapes and values, so that it is the same for every file format that holds them.
+
+    Of a program it is that of its file's bytes.
+    """
+    state, program = model.state_dict(), _program(model)
+    if program is not None and not state:
+        return program.sha256
     digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
+    if program is not None:
+        digest.update(f"program {program.sha256}\n".encode())
+    for name, tensor in sorted(state.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
-def _make_card(spec: EncoderSpec, head: Head, weights_sha256: str, probe: NDArray[np.float32]) -> Card:
+def _program(model: nn.Module) -> Program | None:
+    return next((part for part in model.modules() if isinstance(part, Program)), None)
+
+
+def _copy_program(program: Program, path: Path) -> None:
+    if path.exists() and path.samefile(program.path):
+        return
+    data = program.path.read_bytes()
+    if hashlib.sha256(data).hexdigest() != program.sha256:
+        raise EncoderMismatch(f"{program.named} was changed while it was in use: put it back and try again")
+    _write_whole(path, data)
+
+
+def _require_program(spec: EncoderSpec) -> None:
+    """Refuses an architecture that is a file without that file, or an encoder made around it."""
+    if spec.arch in PROGRAMS:
+        suffix = PROGRAMS[spec.arch]
+        if spec.weights is None or spec.weights.suffix not in (suffix, ".safetensors"):
+            raise EncoderProblem(f"{spoken(spec.arch)} has no file: set weights to a {suffix} file, not {spec.weights}")
+
+
+def _make_card(spec: EncoderSpec, model: EmbeddingNet | MappedNet, probe: NDArray[np.float32]) -> Card:
     return Card.make(
         arch=spec.arch,
         dim=spec.dim,
-        head=head,
+        head=model.head,
         preprocessing=spec.preprocessing,
-        weights_sha256=weights_sha256,
+        weights_sha256=_weights_sha256(model),
         probe=probe,
+        map=model.map.kind if isinstance(model, MappedNet) else None,
     )
 
 
@@ -606,9 +742,6 @@ def _write_whole(path: Path, data: bytes) -> None:
 
 
 def _named(spec: EncoderSpec) -> str:
-    return repr(str(spec.weights)) if spec.weights else f"timm's hub for {spec.arch!r}"
-
-
-def _line(foreign: object) -> str:
-    """A foreign exception or text as one line of bounded length."""
-    return " ".join(str(foreign).split())[:300] or type(foreign).__name__
+    if spec.weights:
+        return repr(str(spec.weights))
+    return spoken(spec.arch) if spec.arch.startswith(MODULE) else f"timm's hub for {spec.arch!r}"

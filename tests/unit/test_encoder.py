@@ -351,7 +351,7 @@ def test_the_weights_hash_is_over_names_types_shapes_and_bytes(saved: Path) -> N
 def test_a_fresh_process_with_other_threads_imports_timm_cleanly_and_agrees_on_the_id(saved: Path) -> None:
     code = (
         "import sys, torch; torch.set_num_threads(2)\n"
-        "from pathlib import Path; from trainer.encoder import *\n"
+        "from pathlib import Path; from trainer.encoder import *; from trainer.torchvision_cpu import import_timm\n"
         "assert import_timm() is import_timm()\n"
         "import torchvision.transforms\n"
         f"print(load_encoder(EncoderSpec({ARCH!r}, 8, Preprocessing({SIZE}), Path(sys.argv[1]))).id)"

@@ -1,0 +1,270 @@
+"""The network of an encoder, from wherever it comes.
+
+Its architecture is written as one text, in the configuration's terms and on cards:
+
+- `resnet18`: a timm architecture
+- `module:package.module:factory`: a function that returns an `nn.Module`
+- `file:pt2`: a program exported by `torch.export`
+- `file:onnx`: an ONNX model, run by onnxruntime
+
+The last two are files that run as they are and cannot be trained.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import hashlib
+import importlib
+import io
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from trainer.errors import EncoderProblem
+from trainer.torchvision_cpu import import_timm
+
+MODULE = "module:"
+PROGRAMS = {"file:pt2": ".pt2", "file:onnx": ".onnx"}
+"""Architectures that are files, and their suffixes."""
+
+
+def spoken(arch: str) -> str:
+    """The architecture as messages call it."""
+    if arch in PROGRAMS:
+        return "the exported program" if arch == "file:pt2" else "the ONNX model"
+    if arch.startswith(MODULE):
+        return f"factory {arch.removeprefix(MODULE)!r}"
+    return f"architecture {arch!r}"
+
+
+def one_line(foreign: object) -> str:
+    """A foreign exception or text as one line of bounded length."""
+    return " ".join(str(foreign).split())[:300] or type(foreign).__name__
+
+
+# --- timm -----------------------------------------------------------------------------------------------------------
+
+
+def timm_settings(arch: str) -> Any:
+    """What timm's registry says about an architecture; None where that is nothing. Raises EncoderProblem."""
+    timm = import_timm()
+    if not timm.is_model(arch):
+        near = difflib.get_close_matches(arch, timm.list_models(), n=3)
+        hint = f"did you mean {', '.join(near)}?" if near else "see timm.list_models()"
+        raise EncoderProblem(f"timm knows no architecture {arch!r}: {hint}")
+    return timm.get_pretrained_cfg(arch)
+
+
+def timm_backbone(arch: str, *, image_size: int, classes: int, pretrained: bool) -> nn.Module:
+    """A timm model with random weights, or those of timm's hub. Raises EncoderProblem."""
+    settings = timm_settings(arch)
+    options: dict[str, Any] = {"num_classes": classes}
+    if settings is not None and settings.fixed_input_size:
+        options["img_size"] = image_size
+    try:
+        backbone: nn.Module = import_timm().create_model(arch, pretrained=pretrained, **options)
+    except Exception as error:  # timm's constructors and its hub client raise all kinds
+        raise EncoderProblem(f"architecture {arch!r} cannot be built: {one_line(error)}") from error
+    return backbone
+
+
+# --- factories ------------------------------------------------------------------------------------------------------
+
+
+def call_factory(place: str, folder: Path | None) -> nn.Module:
+    """The module that `package.module:factory` returns, as float32. It is called without arguments.
+
+    Its module is looked for in `folder` first, then among the installed packages. This runs the factory's code.
+    Raises EncoderProblem where it is not there, fails, or returns something else.
+    """
+    named = f"factory {place!r}"
+    module_name, _, name = place.partition(":")
+    if folder is not None and str(folder) not in sys.path:
+        sys.path.insert(0, str(folder))  # and stays: a factory's module may import its neighbours later
+    # What a factory prints must not get among the results that a command prints.
+    with contextlib.redirect_stdout(sys.stderr):
+        try:
+            importlib.invalidate_caches()
+            module = importlib.import_module(module_name)
+        except ModuleNotFoundError as error:
+            if error.name and (module_name + ".").startswith(error.name + "."):
+                where = f"in {folder} or among the installed packages" if folder else "among the installed packages"
+                raise EncoderProblem(f"{named}: there is no module {error.name!r} {where}") from error
+            raise EncoderProblem(f"{named} cannot be imported: {one_line(error)}") from error
+        except (Exception, SystemExit) as error:  # another's code
+            raise EncoderProblem(f"{named} cannot be imported: {_raised(error)}") from error
+        factory = getattr(module, name, None)
+        if not callable(factory):
+            found = f"is a {type(factory).__name__}" if factory is not None else "is not"
+            raise EncoderProblem(f"{named} {found} in {getattr(module, '__file__', module_name)}: name a function")
+        try:
+            model = factory()
+        except (Exception, SystemExit) as error:  # another's code
+            raise EncoderProblem(f"{named} failed: {_raised(error)}") from error
+    if not isinstance(model, nn.Module):
+        raise EncoderProblem(f"{named} returns a {type(model).__name__}: it must return a torch.nn.Module")
+    return model.float()
+
+
+def _raised(error: BaseException) -> str:
+    return f"{type(error).__name__}: {one_line(error)}"
+
+
+# --- programs -------------------------------------------------------------------------------------------------------
+
+Run = Callable[[Tensor], Sequence[Tensor]]
+"""(n, 3, S, S) on the program's device -> its outputs."""
+
+
+class Program(nn.Module):
+    """A network in a .pt2 or .onnx file. It has no parameters here: it runs, and is not trained.
+
+    forward: (n, 3, S, S) normalised float32 -> (n, d) float32 on the same device. A program made for a fixed number of
+    pictures gets them in parts of that size. Raises EncoderProblem where it fails.
+    """
+
+    def __init__(self, path: Path, *, image_size: int, device: torch.device) -> None:
+        super().__init__()
+        self.path = path
+        self.device = device
+        self.named = f"program {str(path)!r}"
+        try:
+            data = path.read_bytes()
+        except FileNotFoundError as error:
+            raise EncoderProblem(f"{self.named} is not there: check weights in the configuration") from error
+        except OSError as error:
+            raise EncoderProblem(f"{self.named} cannot be read: {error.strerror}") from error
+        self.sha256 = hashlib.sha256(data).hexdigest()
+        opened = _open_exported if path.suffix == ".pt2" else _open_onnx
+        self._run, shape, self._dtype, limits = opened(data, self.named, device)
+        expected = (3, image_size, image_size)
+        if len(shape) != 4 or any(isinstance(n, int) and n != m for n, m in zip(shape[1:], expected, strict=True)):
+            raise EncoderProblem(
+                f"{self.named} takes an input of shape {_shape(shape)}, not (n, 3, {image_size}, {image_size}): "
+                "set image_size to its own, or export it for this one"
+            )
+        if self._dtype is None:
+            raise EncoderProblem(f"{self.named} does not take floating-point numbers: export it with a float32 input")
+        self._least, self._most = limits
+        self._require_rows_apart(image_size)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Program:
+        """Itself: nothing in it changes."""
+        return self
+
+    def forward(self, images: Tensor) -> Tensor:  # noqa: D102
+        parts = [self._part(part) for part in images.split(self._most or len(images))]
+        return torch.cat(parts).to(images.device)
+
+    def _part(self, images: Tensor) -> Tensor:
+        n = len(images)
+        padded = torch.cat([images, images[-1:].expand(self._least - n, -1, -1, -1)]) if n < self._least else images
+        try:
+            outputs = self._run(padded.to(self.device, self._dtype).contiguous())
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # whatever a foreign program's kernels and guards raise
+            raise EncoderProblem(f"{self.named} fails on {len(padded)} pictures: {one_line(error)}") from error
+        rows = [output for output in outputs if output.ndim == 2] if len(outputs) > 1 else outputs
+        if len(rows) != 1 or rows[0].ndim != 2 or len(rows[0]) != len(padded):
+            raise EncoderProblem(
+                f"{self.named} gives {', '.join(str(_shape(output.shape)) for output in outputs) or 'nothing'} for "
+                f"{len(padded)} pictures: export it so that one output is (n, d), a row for each picture"
+            )
+        return rows[0][:n].float()
+
+    def _require_rows_apart(self, image_size: int) -> None:
+        """Refuses a program whose row depends on its neighbours or on chance, as one exported while training does."""
+        generator = torch.Generator().manual_seed(0)
+        images = torch.randn(3, 3, image_size, image_size, generator=generator)
+        with torch.no_grad():
+            alone, among = self(images[:1]), self(images)[:1]
+        if float((alone - among).norm()) > 0.01 * float(among.norm()):
+            raise EncoderProblem(
+                f"{self.named} gives a picture another vector when it comes with others: export it from a model in "
+                "evaluation mode, model.eval()"
+            )
+
+
+def _open_exported(
+    data: bytes, named: str, device: torch.device
+) -> tuple[Run, Sequence[Any], torch.dtype | None, tuple[int, int | None]]:
+    from torch.export.passes import move_to_device_pass
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about its own internals; what counts is raised
+            exported = torch.export.load(io.BytesIO(data))
+            exported = move_to_device_pass(exported, device)
+            network = exported.module()
+    except Exception as error:  # readers of damaged files raise all kinds
+        raise EncoderProblem(
+            f"{named} cannot be loaded, it may be damaged or from another version of torch: {one_line(error)}"
+        ) from error
+    names = exported.graph_signature.user_inputs
+    inputs = [node.meta.get("val") for node in exported.graph.nodes if node.op == "placeholder" and node.name in names]
+    if len(inputs) != 1 or not isinstance(inputs[0], Tensor):
+        raise EncoderProblem(f"{named} takes {len(inputs)} inputs: export it with one, the pictures")
+    shape: Sequence[Any] = inputs[0].shape
+    dtype = inputs[0].dtype
+    least, most = 1, None
+    if shape and isinstance(shape[0], int):
+        least = most = shape[0]
+    elif shape:
+        allowed = exported.range_constraints.get(shape[0].node.expr)
+        if allowed is not None:
+            least = max(1, int(allowed.lower))
+            most = int(allowed.upper) if allowed.upper < 2**31 else None
+
+    def run(images: Tensor) -> Sequence[Tensor]:
+        leaves = torch.utils._pytree.tree_leaves(network(images))
+        return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+
+    return run, shape, dtype if dtype.is_floating_point else None, (least, most)
+
+
+_ONNX_TYPES = {"tensor(float)": torch.float32, "tensor(float16)": torch.float16, "tensor(double)": torch.float64}
+
+
+def _open_onnx(
+    data: bytes, named: str, device: torch.device
+) -> tuple[Run, Sequence[Any], torch.dtype | None, tuple[int, int | None]]:
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise EncoderProblem(f"{named} needs onnxruntime: pip install 'advbct-migrator[onnx]'") from error
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4  # what counts is raised
+    options.intra_op_num_threads = torch.get_num_threads()  # who limits torch's threads limits these too
+    # Weights in a file of their own would be no part of the id: the key leads to a folder that cannot be.
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", "/dev/null/none")
+    providers: list[Any] = ["CPUExecutionProvider"]
+    if device.type == "cuda" and "CUDAExecutionProvider" in onnxruntime.get_available_providers():
+        providers.insert(0, ("CUDAExecutionProvider", {"device_id": device.index or 0}))
+    try:
+        session = onnxruntime.InferenceSession(data, options, providers=providers)
+    except Exception as error:  # readers of damaged files raise all kinds
+        hint = ": save it in one file (external_data=False)" if "/dev/null" in str(error) else ""
+        raise EncoderProblem(f"{named} cannot be loaded, it may be damaged{hint or ': ' + one_line(error)}") from error
+    inputs = session.get_inputs()
+    if len(inputs) != 1:
+        raise EncoderProblem(f"{named} takes {len(inputs)} inputs: export it with one, the pictures")
+    name, shape = inputs[0].name, inputs[0].shape
+    fixed = shape[0] if shape and isinstance(shape[0], int) else None
+
+    def run(images: Tensor) -> Sequence[Tensor]:
+        outputs = session.run(None, {name: images.cpu().numpy()})
+        return [torch.from_numpy(output).to(device) for output in outputs if isinstance(output, np.ndarray)]
+
+    return run, shape, _ONNX_TYPES.get(inputs[0].type), (fixed or 1, fixed)
+
+
+def _shape(shape: Sequence[Any]) -> str:
+    return "(" + ", ".join(str(n) if isinstance(n, int) else "n" for n in shape) + ")"
