@@ -1,6 +1,7 @@
 """Each term against its formula written as plain loops, and its gradients against finite differences."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,7 +12,10 @@ from trainer.errors import TrainingProblem
 from trainer.losses import METHODS, LossSettings, build_objective
 from trainer.losses.adversarial import AdversarialAlignment, GradientReversal, reversal_strength
 from trainer.losses.arcface import ArcFace
+from trainer.losses.bct import Influence
 from trainer.losses.boundary import ElasticBoundary
+from trainer.losses.hot_refresh import HARDEST, Contrast
+from trainer.losses.lce import AngularBoundary, CentreAlignment
 from trainer.old_space import OldSpace
 
 DIM, CLASSES, BATCH = 6, 4, 12
@@ -262,15 +266,156 @@ def test_the_published_recipe_has_no_spring_and_no_start_from_the_centres(
     }
 
 
+def directions_of(old: OldSpace) -> list[list[float] | None]:
+    """What stands for each class in the influence loss: the classifier's row, else the centre, else nothing."""
+    found: list[list[float] | None] = []
+    for c in range(CLASSES):
+        row = None if old.classifier is None else old.classifier[c].tolist()
+        if row is not None and not any(math.isnan(x) for x in row):
+            found.append(unit(row))
+        else:
+            found.append(unit(old.centres[c].tolist()) if old.known[c] else None)
+    return found
+
+
+def with_classifier(old: OldSpace) -> OldSpace:
+    """Class 3, of which there are no old vectors, is known to the classifier, and class 0 is not."""
+    rows = np.random.default_rng(1).normal(size=(CLASSES, DIM)).astype(np.float32)
+    rows[0] = np.nan
+    return replace(old, classifier=rows)
+
+
+@pytest.mark.parametrize("through", ["centres", "classifier"])
+def test_influence_is_its_formula(batch: tuple[Tensor, Tensor, Tensor], old_space: OldSpace, through: str) -> None:
+    features, labels, _ = batch
+    old = old_space if through == "centres" else with_classifier(old_space)
+    directions = directions_of(old)
+    assert [d is None for d in directions] == [False, False, False, through == "centres"]
+    total, count = 0.0, 0
+    for feature, label in zip(features.tolist(), labels.tolist(), strict=True):
+        if directions[label] is None:
+            continue
+        logits = [30 * dot(unit(feature), d) if d is not None else -math.inf for d in directions]
+        total += cross_entropy(logits, label)
+        count += 1
+    loss = Influence(old, scale=30.0).double()
+    assert loss(features, labels).item() == pytest.approx(total / count, rel=1e-6)
+    assert torch.autograd.gradcheck(loss, (features.requires_grad_(), labels))
+
+
+def test_influence_of_classes_that_nobody_knew_is_zero(old_space: OldSpace) -> None:
+    features = torch.randn(2, DIM, requires_grad=True)
+    value = Influence(old_space, scale=30.0)(features, torch.tensor([3, 3]))
+    assert value.item() == 0
+    value.backward()
+    assert not features.grad.any()
+
+
+def test_bct_adds_up_its_weighted_terms(batch: tuple[Tensor, Tensor, Tensor], old_space: OldSpace) -> None:
+    features, labels, old = batch[0].float(), batch[1], batch[2].float()
+    objective = build_objective("bct", LossSettings(influence_weight=2.0), dim=DIM, classes=CLASSES, old=old_space)
+    terms = objective(features, labels, old, progress=0.5, remaining=0.5)
+    assert terms["influence"] == 2 * objective.influence(features, labels)
+    assert set(terms) == {"classification", "influence"}
+    assert not any(name.startswith("influence") for name, _ in objective.named_parameters())  # frozen
+
+
+def test_centre_alignment_is_its_formula(old_space: OldSpace) -> None:
+    weight = torch.randn(CLASSES, DIM, dtype=torch.float64, requires_grad=True)
+    labels = torch.tensor([0, 0, 2, 3])  # each class counts once; class 3 has no centre
+    apart = [1 - dot(unit(weight[c].tolist()), unit(old_space.centres[c].tolist())) for c in (0, 2)]
+    loss = CentreAlignment(old_space).double()
+    assert loss(weight, labels).item() == pytest.approx(sum(apart) / 2, rel=1e-6)
+    assert torch.autograd.gradcheck(lambda w: loss(w, labels), (weight,))
+
+
+def test_angular_boundary_is_its_formula(batch: tuple[Tensor, Tensor, Tensor], old_space: OldSpace) -> None:
+    features, labels, _ = batch
+    excesses = []
+    for feature, label in zip(features.tolist(), labels.tolist(), strict=True):
+        if not old_space.known[label]:
+            continue
+        centre = old_space.centres[label].tolist()
+        length, radius = math.sqrt(dot(centre, centre)), float(old_space.radii[label])
+        allowed = math.acos(max(-1, min(1, (1 + length**2 - radius**2) / (2 * length))))
+        angle = math.acos(dot(unit(feature), unit(centre)))
+        if angle > allowed:
+            excesses.append(angle - allowed)
+    loss = AngularBoundary(old_space).double()
+    assert excesses
+    assert loss(features, labels).item() == pytest.approx(sum(excesses) / len(excesses), rel=1e-6)
+    assert torch.autograd.gradcheck(loss, (features.requires_grad_(), labels))
+
+
+def test_the_cone_of_the_angular_boundary_holds_what_the_ball_holds() -> None:
+    centre = np.array([[0.8, 0.0]], np.float32)
+    on_the_edge = torch.tensor([[math.cos(0.5), math.sin(0.5)]])
+    radius = np.linalg.norm(on_the_edge.numpy() - centre, axis=1).astype(np.float32)
+    loss = AngularBoundary(OldSpace(centre, radius, np.array([True])))
+    assert loss.angles.item() == pytest.approx(0.5, abs=1e-5)
+
+
+@pytest.mark.parametrize("method", ["lce", "hot_refresh"])
+def test_a_perfect_fit_has_a_finite_gradient(method: str, old_space: OldSpace) -> None:
+    objective = build_objective(method, LossSettings(), dim=DIM, classes=CLASSES, old=old_space)
+    features = (5 * torch.from_numpy(old_space.centres[[0, 1, 2]])).requires_grad_()
+    old = torch.nn.functional.normalize(features.detach())
+    terms = objective(features, torch.tensor([0, 1, 2]), old, progress=1.0, remaining=0.1)
+    torch.stack(list(terms.values())).sum().backward()
+    assert torch.isfinite(features.grad).all()
+
+
+@pytest.mark.parametrize("labelled", [True, False])
+def test_contrast_is_its_formula(batch: tuple[Tensor, Tensor, Tensor], labelled: bool) -> None:
+    features, labels, old = batch
+    new, other = [unit(f) for f in features.tolist()], [unit(o) for o in old.tolist()]
+    total = 0.0
+    for i in range(BATCH):
+        strangers = [j for j in range(BATCH) if (labels[j] != labels[i] if labelled else j != i)]
+        logits = [dot(new[i], other[i])]
+        for side in (other, new):
+            logits += sorted((dot(new[i], side[j]) for j in strangers), reverse=True)[:HARDEST]
+        total += cross_entropy([x / 0.1 for x in logits], 0)
+    loss = Contrast(temperature=0.1, labelled=labelled)
+    assert loss(features, labels, old).item() == pytest.approx(total / BATCH, rel=1e-9)
+    assert torch.autograd.gradcheck(lambda f: loss(f, labels, old), (features.requires_grad_(),))
+
+
+def test_hot_refresh_classifies_only_by_real_labels(batch: tuple[Tensor, Tensor, Tensor], old_space: OldSpace) -> None:
+    features, labels, old = batch[0].float(), batch[1], batch[2].float()
+    for labelled, names in ((True, {"contrast", "classification"}), (False, {"contrast"})):
+        settings = LossSettings(labelled=labelled)
+        objective = build_objective("hot_refresh", settings, dim=DIM, classes=CLASSES, old=old_space)
+        assert set(objective(features, labels, old, progress=0, remaining=1)) == names
+
+
+def test_reference_is_plain_softmax_and_a_discriminator_of_raw_features_with_batch_norms_apart(
+    batch: tuple[Tensor, Tensor, Tensor], old_space: OldSpace
+) -> None:
+    features, labels, old = batch[0].float(), batch[1], batch[2].float()
+    objective = build_objective("advbct", LossSettings(reference=True), dim=DIM, classes=CLASSES, old=old_space)
+    terms = objective(features, labels, old, progress=0.5, remaining=1.0)
+    rows = objective.classification.linear
+    logits = [[dot(w, f) + b for w, b in zip(rows.weight.tolist(), rows.bias.tolist(), strict=True)]
+              for f in features.tolist()]  # fmt: skip
+    losses = [cross_entropy(row, label) for row, label in zip(logits, labels.tolist(), strict=True)]
+    assert terms["classification"].item() == pytest.approx(sum(losses) / BATCH, rel=1e-5)
+    discriminator = objective.adversarial.discriminator
+    apart = torch.cat([discriminator(features), discriminator(old)])
+    expected = torch.nn.functional.cross_entropy(apart, torch.tensor([0] * BATCH + [1] * BATCH))
+    assert terms["adversarial"].item() == pytest.approx(expected.item(), rel=1e-5)
+
+
 def test_independent_is_classification_alone(batch: tuple[Tensor, Tensor, Tensor]) -> None:
     objective = build_objective("independent", LossSettings(), dim=DIM, classes=CLASSES, old=None)
     terms = objective(batch[0].float(), batch[1], None, progress=0, remaining=1)
     assert list(terms) == ["classification"]
 
 
-def test_advbct_without_an_old_encoder_is_refused() -> None:
-    with pytest.raises(TrainingProblem, match="needs the old encoder"):
-        build_objective("advbct", LossSettings(), dim=DIM, classes=CLASSES, old=None)
+@pytest.mark.parametrize("method", [name for name, method in METHODS.items() if method.needs_old])
+def test_a_compatible_method_without_an_old_encoder_is_refused(method: str) -> None:
+    with pytest.raises(TrainingProblem, match=f"method {method} needs the old encoder"):
+        build_objective(method, LossSettings(), dim=DIM, classes=CLASSES, old=None)
 
 
 @pytest.mark.parametrize("method", METHODS)
