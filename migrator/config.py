@@ -105,6 +105,18 @@ def _duration(value: Any) -> timedelta:
     return timedelta(**{_UNITS[match[2]]: int(match[1])})
 
 
+def _factory(value: str) -> str:
+    if not re.fullmatch(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*", value):
+        raise ValueError("must be package.module:factory, such as encoders:lite2")
+    return value
+
+
+def _stored(value: Any) -> Any:
+    if value != "stored":
+        raise ValueError("must be a mapping of keys to values, or the word stored")
+    return value
+
+
 def _canary(value: list[int]) -> list[int]:
     if value[-1] != 100 or any(later <= earlier for earlier, later in pairwise(value)):
         raise ValueError("must rise from step to step and end with 100, such as [1, 10, 50, 100]")
@@ -127,6 +139,10 @@ Dim: TypeAlias = Annotated[int, Field(ge=1, le=65_536)]
 ImageSize: TypeAlias = Annotated[int, Field(ge=8, le=4096)]
 Positive: TypeAlias = Annotated[float, Field(gt=0)]
 NotNegative: TypeAlias = Annotated[float, Field(ge=0)]
+Method: TypeAlias = Literal["advbct", "bct", "lce", "hot_refresh", "independent", "procrustes", "ridge", "residual_mlp"]
+"""The methods of `trainer.losses` and `trainer.maps`, named here so that reading a file does not load torch."""
+POST_HOC: tuple[Method, ...] = ("procrustes", "ridge", "residual_mlp")
+"""Those that map the vectors of a new encoder that is finished."""
 
 
 class Section(BaseModel):
@@ -252,62 +268,156 @@ class Images(Section):
 class Encoder(Section):
     """A model and its preprocessing."""
 
-    arch: Text
+    arch: Text | None = None
     """Name of a timm architecture."""
+    module: Annotated[str, AfterValidator(_factory)] | None = None
+    """`package.module:factory`: a function without parameters that returns the torch.nn.Module. It is run."""
+    weights: Annotated[LocalPath | None, Field(validate_default=True)] = None
+    """.safetensors, or a .pt file that holds tensors only; alone, a .pt2 or .onnx file that is the whole model."""
     dim: Dim
     """Length of its vectors."""
-    image_size: ImageSize
+    preprocessing: Literal["timm"] | None = None
+    """`timm`: what timm's data config says of `arch`. Keys below that are given go before it."""
+    image_size: Annotated[ImageSize | None, Field(validate_default=True)] = None
     """Side of the square input, in pixels."""
     mean: tuple[float, float, float] | None = None
     """Subtracted from the RGB channels, which run from 0 to 1; ImageNet's unless given."""
     std: tuple[Positive, Positive, Positive] | None = None
     """Divides the channels; ImageNet's unless given."""
-    resize: Literal["squash", "crop"] = "squash"
-    """Scale both sides to the input, or scale the shorter side and cut out the centre."""
-    interpolation: Literal["bilinear", "bicubic"] = "bilinear"
+    resize: Literal["squash", "crop"] | None = None
+    """Scale both sides to the input, as unless given, or scale the shorter side and cut out the centre."""
+    crop_pct: Annotated[float, Field(ge=0.1, le=1)] | None = None
+    """Scale to image_size divided by this, and cut out the centre; 1 unless given."""
+    interpolation: Literal["bilinear", "bicubic"] | None = None
+    """Bilinear unless given."""
+
+    @property
+    def named(self) -> str:
+        """The model in a few words: its architecture, its factory, or its file."""
+        return self.arch or self.module or (self.weights.name if self.weights else "encoder")
+
+    @property
+    def program(self) -> str | None:
+        """The suffix of the file that is the whole model, if it is one."""
+        suffix = self.weights.suffix if self.weights else ""
+        return suffix if suffix in (".pt2", ".onnx") else None
+
+    @field_validator("module")
+    @classmethod
+    def _one_model(cls, module: str | None, info: ValidationInfo) -> str | None:
+        if module is not None and info.data.get("arch") is not None:
+            raise ValueError("excludes arch: a model comes from one of them")
+        return module
+
+    @field_validator("weights")
+    @classmethod
+    def _some_model(cls, weights: Path | None, info: ValidationInfo) -> Path | None:
+        if not {"arch", "module"} <= info.data.keys():
+            return weights
+        named = [key for key in ("arch", "module") if info.data[key] is not None]
+        program = weights is not None and weights.suffix in (".pt2", ".onnx")
+        if program and named:
+            raise ValueError(f"is a file that holds the whole model: remove {named[0]}, or name a state dict")
+        if not program and not named:
+            raise ValueError(
+                "names no model: add arch (a timm name) or module (package.module:factory), or let weights be a .pt2 "
+                "or .onnx file"
+            )
+        return weights
+
+    @field_validator("preprocessing")
+    @classmethod
+    def _of_timm(cls, preprocessing: str | None, info: ValidationInfo) -> str | None:
+        if preprocessing is not None and info.data.get("arch", "") is None:
+            raise ValueError("timm knows only its own architectures: give image_size, mean, std and resize instead")
+        return preprocessing
+
+    @field_validator("image_size")
+    @classmethod
+    def _some_size(cls, image_size: int | None, info: ValidationInfo) -> int | None:
+        if image_size is None and info.data.get("preprocessing", "") is None:
+            raise ValueError("missing")
+        return image_size
+
+
+def _keys(*sets: str) -> ConfigDict:
+    """For the JSON Schema: a mapping has the keys of one of these sets."""
+    return ConfigDict(json_schema_extra={"anyOf": [{"required": keys.split()} for keys in sets]})
 
 
 class OldEncoder(Encoder):
     """The encoder that made the stored vectors."""
 
-    weights: LocalPath
-    """.safetensors, or a .pt file that holds tensors only."""
+    model_config = _keys("weights image_size", "module image_size", "arch weights preprocessing")
+
+    @field_validator("weights")
+    @classmethod
+    def _finished(cls, weights: Path | None, info: ValidationInfo) -> Path | None:
+        if weights is None and info.data.get("arch") is not None:
+            raise ValueError("missing")
+        return weights
 
 
 class NewEncoder(Encoder):
-    """The encoder to move to."""
+    """The encoder to move to. Without `weights` it is trained, unless it is a `module` and there is no `train`."""
 
-    weights: LocalPath | None = None
-    """Trained elsewhere. Without it `migrator train` makes them."""
+    model_config = _keys("arch image_size", "arch preprocessing", "module image_size", "weights image_size")
+
     pretrained: bool = False
-    """Training starts from timm's pretrained weights, which are downloaded."""
+    """Begin with timm's pretrained weights, which are downloaded."""
+
+    @field_validator("pretrained")
+    @classmethod
+    def _timms(cls, pretrained: bool, info: ValidationInfo) -> bool:
+        if pretrained and info.data.get("arch", "") is None:
+            raise ValueError("is for a timm arch: a factory loads its weights itself")
+        return pretrained
 
 
-class StoreItems(Section):
-    """Train on the collection's own items."""
+class ItemsFrom(Section):
+    """Training images that no file lists."""
 
-    source: Literal["store"] = Field(alias="from")
-    label: Template
-    """The class of an item, from its payload."""
+    source: Literal["store", "folders"] = Field(alias="from")
+    """`store`: the collection's own items. `folders`: every image below `images.root`, its class being the first
+    folder of its path."""
+    label: Template | None = None
+    """With `store`: the class of an item, from its payload. Without it the images have no classes."""
+
+    @field_validator("label")
+    @classmethod
+    def _only_of_items(cls, label: str | None, info: ValidationInfo) -> str | None:
+        if label is not None and info.data.get("source") == "folders":
+            raise ValueError("is for items of the store; with folders the first folder of a path is its class")
+        return label
 
 
 class Train(Section):
     """How the new encoder is trained. What is left out takes the trainer's default."""
 
     items: Annotated[
-        Annotated[LocalPath, Tag("<file>")] | Annotated[StoreItems, Tag("<store>")],
-        Discriminator(lambda value: "<store>" if isinstance(value, Mapping | StoreItems) else "<file>"),
+        Annotated[LocalPath, Tag("<file>")] | Annotated[ItemsFrom, Tag("<from>")],
+        Discriminator(lambda value: "<from>" if isinstance(value, Mapping | ItemsFrom) else "<file>"),
     ]
-    """CSV or Parquet file with the columns path and label, or {from: store, label: "{field}"}."""
-    method: Literal["advbct", "independent"] = "advbct"
-    """`independent` ignores the old encoder: an upper bound for the new one, not a migration."""
+    """CSV or Parquet file with the columns path and label, {from: store, label: "{field}"}, or {from: folders}."""
+    method: Method = "advbct"
+    """`independent` ignores the old encoder: an upper bound, not a migration. `procrustes`, `ridge` and `residual_mlp`
+    train nothing but a map from the vectors of a new encoder that exists to the old ones."""
     epochs: Annotated[int, Field(ge=1, le=10_000)] = 10
     batch_size: Annotated[int, Field(ge=2, le=65_536)] = 128
+    """Images that a step of the optimiser sees, over all processes."""
+    accumulate: Annotated[int, Field(ge=1, le=1024)] = 1
+    """Micro-batches that a step is cut into, to save memory."""
     lr: Positive | None = None
     """Learning rate."""
     seed: Seed = 0
     validation: Annotated[float, Field(gt=0, le=0.5)] = 0.1
     """Share of the images that is held out."""
+    upper_bound: Annotated[float, Field(gt=0, le=1)] | None = None
+    """mAP@100 of an independent encoder's self-test, if known: P_1, which chooses the best epoch, is measured by it."""
+    pseudo_classes: Annotated[int, Field(ge=2, le=10_000_000)] | None = None
+    """Where the items have no labels: so many classes, found by k-means over the old vectors."""
+    class_balanced: bool = False
+    """Draw all classes equally often, however many images they have."""
     flip: bool = False
     """Mirror images at random; wrong for digits and writing."""
     arcface_scale: Positive | None = None
@@ -318,8 +428,29 @@ class Train(Section):
     radius_quantile: Annotated[float, Field(gt=0, le=1)] | None = None
     radius_limit: Annotated[float, Field(gt=0, le=2)] | None = None
     """T of the elastic boundary."""
+    influence_weight: NotNegative | None = None
+    """`bct`: of the loss through the old classifier."""
+    old_classifier: LocalPath | None = None
+    """`bct`: the classifier.safetensors of the old encoder's training; class centres stand in for it."""
+    temperature: Positive | None = None
+    """`hot_refresh`: of the contrastive loss."""
     reference: bool = False
     """The published recipe, term for term."""
+    bf16: bool = False
+    """Train the encoder in bfloat16, on devices that are fast at it."""
+    compile: bool = False
+    """Compile the encoder with torch.compile."""
+    trackers: list[Text] = []
+    """Accelerate's trackers that hear of losses and validation, such as tensorboard."""
+    keep_checkpoints: Annotated[int, Field(ge=1, le=1000)] = 2
+    checkpoint_minutes: Positive = 10.0
+    """Time between checkpoints within an epoch; one is written at the end of each anyhow."""
+    cache: LocalPath | None = None
+    """Folder of prepared images, which trainings share; in the artifacts folder unless given."""
+    cache_gib: Positive = 50.0
+    """Size that the cache may have."""
+    image_threads: Annotated[int, Field(ge=1, le=256)] = 4
+    device: Literal["auto", "cpu", "cuda"] = "auto"
 
 
 class Gate(Section):
@@ -392,7 +523,11 @@ class Migration(Section):
         Discriminator(_store_kind),
     ]
     images: Images
-    old_encoder: OldEncoder
+    old_encoder: Annotated[
+        Annotated[Literal["stored"], BeforeValidator(_stored), Tag("<stored>")] | Annotated[OldEncoder, Tag("<model>")],
+        Discriminator(lambda value: "<model>" if isinstance(value, Mapping | OldEncoder) else "<stored>"),
+    ]
+    """`stored`: there is no model, only the vectors that lie in the collection."""
     new_encoder: NewEncoder
     train: Annotated[Train | None, Field(validate_default=True)] = None
     verify: Verify
@@ -403,6 +538,7 @@ class Migration(Section):
     @classmethod
     def _same_dim(cls, rollout: Rollout, info: ValidationInfo) -> Rollout:
         old, new = info.data.get("old_encoder"), info.data.get("new_encoder")
+        old = None if old == "stored" else old  # then plan compares with the collection
         if rollout.strategy == "in_place" and old is not None and new is not None and old.dim != new.dim:
             raise ValueError(
                 f"new_encoder gives {new.dim}-d vectors but old_encoder {old.dim}-d ones, and in_place keeps the "
@@ -414,8 +550,15 @@ class Migration(Section):
     @classmethod
     def _weights_from_somewhere(cls, train: Train | None, info: ValidationInfo) -> Train | None:
         new = info.data.get("new_encoder")
-        if train is None and new is not None and new.weights is None:
+        if new is None or new.weights is not None or new.module is not None:
+            return train
+        if train is None:
             raise ValueError("missing, and new_encoder has no weights: add a train section or new_encoder.weights")
+        if train.method in POST_HOC and not new.pretrained:
+            raise ValueError(
+                f"method {train.method} maps the vectors of a finished encoder, and new_encoder has no weights: add "
+                "new_encoder.weights, or pretrained: true"
+            )
         return train
 
 

@@ -12,10 +12,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from adapters.base import Capabilities, CollectionInfo, Store
+from migrator.config import OldEncoder
 from migrator.encoding import embed, locate
 from migrator.errors import ConfigProblem, Refused
 from migrator.ledger import Plan
 from migrator.project import Project
+from migrator.stored_encoder import SAME, StoredEncoder
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -54,6 +56,25 @@ STAGES = {
     ),
 }
 
+_UNCHECKED = (
+    "old_encoder is stored: which model made the stored vectors, and whether one made them all, cannot be checked",
+    "verify asks as today with stored vectors, so its queries must be items of the collection; how the old encoder "
+    "serves other queries is not measured",
+)
+STORED_RISKS = {
+    "in_place": (
+        *_UNCHECKED,
+        "a rollback cannot embed with the old encoder: of what the application writes after the cutover, changed items "
+        "get the old vector that they had, and added ones keep the new encoder's; both are named",
+    ),
+    "shadow": (
+        *_UNCHECKED,
+        "a rollback cannot embed with the old encoder: of what the application writes after the cutover, changed items "
+        "keep the old vector that they had, and added ones lie in the shadow alone, which is then kept",
+    ),
+}
+"""What follows from having no old model, by strategy."""
+
 
 @dataclass(frozen=True, slots=True)
 class Planned:
@@ -79,14 +100,17 @@ def make_plan(project: Project, report: Callable[[int, int], None] = lambda _don
                 f"collection {info.name} has no room for stamps and does not give vectors back as they were written, "
                 "so what an application changes could not be found: set rollout.strategy to shadow"
             )
-        old = project.load(project.old_spec())
+        old = None if project.old_is_stored else project.load(project.old_spec())
+        old_id = _known_by_vectors(project, store).id if old is None else old.id
         new = _new_or_untrained(project)
-        check_unmixed(project, store, old.id, None if new.untrained else new.encoder.id)
+        check_unmixed(project, store, old_id, None if new.untrained else new.encoder.id)
         sample = _measure_sample(project, store, old, new, report)
-    risks = list(sample.risks)
     strategy = settings.rollout.strategy
+    risks = [*(STORED_RISKS[strategy] if old is None else ()), *sample.risks]
+    if old is None and not capabilities.exact_vectors:
+        risks.append("the index keeps approximations, and these stand for the old encoder in training and verify")
     can = describe_capabilities(capabilities)
-    recommended, why = recommend(capabilities, same_dim=old.dim == new.encoder.dim)
+    recommended, why = recommend(capabilities, same_dim=info.dim == new.encoder.dim)
     vector_bytes = info.count * info.dim * 4
     rate = sample.images_per_second
     content: dict[str, Any] = {
@@ -105,13 +129,13 @@ def make_plan(project: Project, report: Callable[[int, int], None] = lambda _don
             "server": info.server,
             "schema": dict(info.schema),
         },
-        "old_encoder": {"id": old.id, "arch": settings.old_encoder.arch, "dim": old.dim},
+        "old_encoder": {"id": old_id, "arch": _called(settings.old_encoder), "dim": info.dim},
         "new_encoder": {
             "id": None if new.untrained else new.encoder.id,
-            "arch": settings.new_encoder.arch,
+            "arch": settings.new_encoder.named,
             "dim": new.encoder.dim,
         },
-        "old_encoder_check": {"sampled": sample.compared, "median_cosine": round(sample.median_cosine, 4)},
+        "old_encoder_check": {"sampled": sample.compared, "median_cosine": sample.median_cosine},
         "images_per_second": round(rate, 1),
         "backfill_seconds": round(info.count / rate) if rate else None,
         "chunks": -(-info.count // settings.backfill.chunk_size),
@@ -121,7 +145,7 @@ def make_plan(project: Project, report: Callable[[int, int], None] = lambda _don
         "risks": risks,
         "stages": [list(stage) for stage in STAGES[strategy]],
     }
-    bound = bound_facts(project, info, old.id)
+    bound = bound_facts(project, info, old_id)
     fingerprint = fingerprint_of(bound)
     project.ledger.save_plan(
         project.name,
@@ -129,13 +153,30 @@ def make_plan(project: Project, report: Callable[[int, int], None] = lambda _don
         source=info.local,
         alias=info.alias,
         strategy=strategy,
-        old_encoder_id=old.id,
+        old_encoder_id=old_id,
         new_encoder_id=None if new.untrained else new.encoder.id,
         fingerprint=fingerprint,
         bound=bound,
         content=content,
     )
     return Planned(fingerprint, content)
+
+
+def _called(old: OldEncoder | str) -> str:
+    return old if isinstance(old, str) else old.named
+
+
+def _known_by_vectors(project: Project, store: Store) -> StoredEncoder:
+    """The old encoder of which only vectors are here: the one planned with before, if they are still those.
+
+    Its card goes to the ledger. So planning again, after a rollback too, changes neither the id by which an application
+    chooses its model nor the plan's fingerprint.
+    """
+    known = project.stored_encoder()
+    if known is None or (known.agreement(store) or 0.0) < SAME:
+        known = StoredEncoder.first_seen(store)
+    project.ledger.save_encoder(known.id, known.to_json())
+    return known
 
 
 def _index_bytes(info: CollectionInfo, strategy: str, dim: int) -> int:
@@ -230,12 +271,16 @@ def bound_facts(project: Project, info: CollectionInfo, old_encoder_id: str) -> 
         "artifacts": document["artifacts"],
         "store": settings["store"],
         "images": settings["images"],
-        "old_encoder": {**settings["old_encoder"], "id": old_encoder_id},
+        "old_encoder": {**_of_model(settings["old_encoder"]), "id": old_encoder_id},
         "new_encoder": settings["new_encoder"],
         "rollout": {"strategy": settings["rollout"]["strategy"]},
         "backfill": {"chunk_size": settings["backfill"]["chunk_size"]},
         "collection": {"name": info.name, "dim": info.dim, "metric": info.metric},
     }
+
+
+def _of_model(old: dict[str, Any] | str) -> dict[str, Any]:
+    return {"from": old} if isinstance(old, str) else old
 
 
 def fingerprint_of(bound: Mapping[str, Any]) -> str:
@@ -283,14 +328,14 @@ def _check_collection(project: Project, info: CollectionInfo) -> None:
     where = f"{project.config.path}: migrations.{project.name}"
     if info.count == 0:
         raise Refused(f"collection {info.name} is empty: there is nothing to migrate")
-    if info.dim != old.dim:
+    if not isinstance(old, str) and info.dim != old.dim:
         raise ConfigProblem(
-            f"{where}.old_encoder.dim: collection {info.name} holds {info.dim}-d vectors but encoder {old.arch} "
+            f"{where}.old_encoder.dim: collection {info.name} holds {info.dim}-d vectors but encoder {old.named} "
             f"gives {old.dim}: set old_encoder.dim to {info.dim}, with the weights that made them"
         )
     if info.dim != new.dim and project.settings.rollout.strategy == "in_place":
         raise ConfigProblem(
-            f"{where}.new_encoder.dim: collection {info.name} holds {info.dim}-d vectors but encoder {new.arch} "
+            f"{where}.new_encoder.dim: collection {info.name} holds {info.dim}-d vectors but encoder {new.named} "
             f"gives {new.dim}: set new_encoder.dim to {info.dim} or rollout.strategy to shadow"
         )
 
@@ -306,23 +351,26 @@ def _new_or_untrained(project: Project) -> _New:
     from trainer.encoder import untrained_encoder
 
     spec = project.new_spec()
-    if spec.weights is not None:
+    if spec is not None:
         return _New(project.load(spec), untrained=False)
-    return _New(untrained_encoder(spec), untrained=True)
+    return _New(untrained_encoder(project.untrained_spec()), untrained=True)
 
 
 @dataclass(frozen=True, slots=True)
 class _Sample:
     compared: int
-    median_cosine: float
+    median_cosine: float | None
     images_per_second: float
     risks: tuple[str, ...]
 
 
 def _measure_sample(
-    project: Project, store: Store, old: Encoder, new: _New, report: Callable[[int, int], None]
+    project: Project, store: Store, old: Encoder | None, new: _New, report: Callable[[int, int], None]
 ) -> _Sample:
-    """Embeds sampled items with both encoders: is the old one the one that made them, how fast is the new one?"""
+    """Embeds sampled items with both encoders: is the old one the one that made them, how fast is the new one?
+
+    Without an old model only the second can be told.
+    """
     ids = store.sample(SAMPLE, seed=SEED)
     page = store.read(ids, vectors=True, payload=True)
     assert page.vectors is not None
@@ -334,15 +382,16 @@ def _measure_sample(
     def step(more: int) -> None:
         nonlocal done
         done += more
-        report(done, 2 * len(paths))
+        report(done, (1 if old is None else 2) * len(paths))
 
     def measured(encoder: Encoder) -> tuple[NDArray[np.int64], NDArray[np.float32], dict[int, str], float]:
         began = time.monotonic()
         found = embed(images, paths, [encoder], report=step, **project.loading())
         return found.rows, found.vectors[0], found.problems, time.monotonic() - began
 
-    rows, recomputed, problems, _ = measured(old)
-    new_rows, _, _, seconds = measured(new.encoder)
+    by_old = None if old is None else measured(old)
+    by_new = measured(new.encoder)
+    rows, recomputed, problems, _ = by_new if by_old is None else by_old
     if len(rows) == 0:
         raise Refused(
             f"none of {len(paths)} sampled images could be read ({next(iter(problems.values()))}): "
@@ -355,16 +404,16 @@ def _measure_sample(
         raise Refused(
             f"item {page.ids[rows[row]]!r} holds a vector that is zero or not finite: remove or re-embed such items"
         )
-    cosines = np.einsum("nd,nd->n", stored, recomputed) / norms
-    median = float(np.median(cosines))
-    if median < SAME_ENCODER:
+    cosines = None if by_old is None else np.einsum("nd,nd->n", stored, recomputed) / norms
+    median = None if cosines is None else round(float(np.median(cosines)), 4)
+    if median is not None and median < SAME_ENCODER:
         raise Refused(
             f"the stored vectors were not made by this encoder: median cosine {median:.2f} over {len(rows)} items; "
             "check old_encoder (weights, image_size, mean, std, resize, interpolation)"
         )
     if np.abs(norms - 1).max() > 0.01 and not store.capabilities.exact_vectors:
         raise Refused(
-            "the index keeps approximations too coarse for the old encoder to be checked against them "
+            "the index keeps approximations too coarse to know the old encoder's vectors by "
             f"(lengths {norms.min():.3g} to {norms.max():.3g} instead of 1): rebuild it from the exact vectors first"
         )
     if np.abs(norms - 1).max() > 0.01:
@@ -372,12 +421,16 @@ def _measure_sample(
             f"the stored vectors are not of unit length (sampled: {norms.min():.3g} to {norms.max():.3g}), "
             "which migrator's encoders give: normalise the collection first"
         )
+    seconds = by_new[-1]
     return _Sample(
-        len(rows), median, len(new_rows) / seconds if seconds else 0.0, _risks(page.ids, problems, cosines, new)
+        0 if cosines is None else len(rows),
+        median,
+        len(by_new[0]) / seconds if seconds else 0.0,
+        _risks(page.ids, problems, cosines, new),
     )
 
 
-def _risks(ids: Any, problems: Mapping[int, str], cosines: NDArray[np.float64], new: _New) -> tuple[str, ...]:
+def _risks(ids: Any, problems: Mapping[int, str], cosines: NDArray[np.float64] | None, new: _New) -> tuple[str, ...]:
     risks = []
     if problems:
         row, why = next(iter(problems.items()))
@@ -385,8 +438,8 @@ def _risks(ids: Any, problems: Mapping[int, str], cosines: NDArray[np.float64], 
             f"{len(problems)} of {len(ids)} sampled images cannot be embedded, for instance item {ids[row]!r}: {why}. "
             "Such items keep their old vector and are listed by `migrator failures`"
         )
-    odd = int((cosines < SAME_ENCODER).sum())
-    if odd:
+    odd = 0 if cosines is None else int((cosines < SAME_ENCODER).sum())
+    if odd and cosines is not None:
         risks.append(
             f"{odd} of {len(cosines)} sampled items hold a vector that the old encoder does not give for their image "
             "today: the image may have changed since"

@@ -12,11 +12,12 @@ from migrator.backfill.copies import CopyLog
 from migrator.backfill.files import ChunkFiles, LogFiles
 from migrator.backfill.stamps import StampLog, stamped_beside
 from migrator.backfill.undo import UndoLog
-from migrator.config import Config, Encoder, find_migration, load_config
+from migrator.config import POST_HOC, Config, Encoder, find_migration, load_config
 from migrator.config import Migration as Settings
 from migrator.errors import ConfigProblem, Refused
 from migrator.ledger import Ledger, Migration
 from migrator.retrying import patient
+from migrator.stored_encoder import StoredEncoder, is_stored
 
 if TYPE_CHECKING:
     from adapters.base import ItemId, Store
@@ -75,12 +76,15 @@ class Project:
     def training_folder(self) -> Path:
         """Where training keeps its checkpoints and leaves the encoder. Artifacts must be local for that."""
         artifacts = self.config.artifacts.removeprefix("file://")
-        if "://" in artifacts:
+        if not self._keeps_artifacts_here():
             raise ConfigProblem(
                 f"{self.config.path}: training needs a local folder, artifacts is {artifacts}: train with a local "
                 "one, then set new_encoder.weights to the encoder.safetensors it made"
             )
         return Path(artifacts) / self.name / "training"
+
+    def _keeps_artifacts_here(self) -> bool:
+        return "://" not in self.config.artifacts.removeprefix("file://")
 
     def undo_log(self, migration: Migration) -> UndoLog:
         """The undo log of a migration."""
@@ -145,32 +149,80 @@ class Project:
         images = self.settings.images
         return ImageSource(images.root, images.uri, max_pixels=images.max_pixels)
 
-    def old_spec(self) -> EncoderSpec:
-        """What the configuration says of the old encoder."""
-        return _spec(self.settings.old_encoder, self.settings.old_encoder.weights)
+    @property
+    def old_is_stored(self) -> bool:
+        """Whether there is no old model: the application may have one, migrator has only the vectors that it made."""
+        return self.settings.old_encoder == "stored"
 
-    def new_spec(self) -> EncoderSpec:
-        """What the configuration says of the new encoder; weights are None until they are given or trained."""
-        new = self.settings.new_encoder
-        weights = new.weights
-        if weights is None:
-            trained = self.training_folder() / "encoder.safetensors"
-            weights = trained if trained.is_file() else None
-        return _spec(new, weights)
+    def old_spec(self) -> EncoderSpec:
+        """What the configuration says of the old encoder. Refused where it names no model."""
+        old = self.settings.old_encoder
+        if isinstance(old, str):
+            raise Refused(f"{self.name}: old_encoder is stored: there is no model that could embed an image")
+        return self._spec(old, old.weights)
+
+    def new_spec(self) -> EncoderSpec | None:
+        """What the configuration says of the new encoder; None while it has to be trained first.
+
+        A map that `train` has fitted makes the new encoder, even where the one below it has weights in the file.
+        """
+        new, train = self.settings.new_encoder, self.settings.train
+        trained = self._trained()
+        if trained is not None and (new.weights is None or self._is_mapped(trained)):
+            return self._spec(new, trained)
+        if train is not None and train.method in POST_HOC:
+            return None
+        if new.weights is None and (train is not None or new.module is None):
+            return None
+        return self._spec(new, new.weights)
 
     def untrained_spec(self) -> EncoderSpec:
         """What the configuration says of the new encoder before training."""
         new = self.settings.new_encoder
-        return _spec(new, None, pretrained=new.pretrained)
+        return self._spec(new, new.weights if new.program else None, pretrained=new.pretrained)
+
+    def base_spec(self) -> EncoderSpec:
+        """The finished encoder whose vectors a map leads to the old ones; they may have another length than `dim`."""
+        new = self.settings.new_encoder
+        return self._spec(new, new.weights, pretrained=new.pretrained)
+
+    def _trained(self) -> Path | None:
+        """The encoder that `train` has left, if it has."""
+        new = self.settings.new_encoder
+        if self.settings.train is None or (new.weights is not None and not self._keeps_artifacts_here()):
+            return None
+        trained = self.training_folder() / "encoder.safetensors"
+        return trained if trained.is_file() else None
+
+    @staticmethod
+    def _is_mapped(weights: Path) -> bool:
+        from trainer.encoder import read_card
+
+        card = read_card(weights)
+        return card is not None and card.map is not None
 
     def old_encoder(self) -> LoadedEncoder:
         """The old encoder, proved to be the one planned with."""
         return self.load(self.old_spec(), self.migration().old_encoder_id)
 
+    def stored_encoder(self) -> StoredEncoder | None:
+        """The old encoder as its vectors showed it when it was planned with; None where it was a model, or none."""
+        migration = self.ledger.migration(self.name)
+        old = None if migration is None else migration.old_encoder_id
+        card = self.ledger.encoder_card(old) if old is not None and is_stored(old) else None
+        return None if card is None else StoredEncoder.from_json(card)
+
+    def check_old_encoder(self, store: Store) -> None:
+        """Refuses if the old encoder is not the one planned with: its model, or the vectors that stand for it."""
+        if not self.old_is_stored:
+            self.old_encoder()
+        elif (known := self.stored_encoder()) is not None:
+            known.check(store, name=self.name)
+
     def new_encoder(self) -> LoadedEncoder:
         """The new encoder, proved to be the one trained or verified. Refused while there is none."""
         spec = self.new_spec()
-        if spec.weights is None:
+        if spec is None:
             raise Refused(f"{self.name} has no new encoder yet: `migrator train {self.name}`")
         return self.load(spec, self.migration().new_encoder_id)
 
@@ -183,13 +235,23 @@ class Project:
         self.ledger.save_encoder(encoder.id, encoder.card.to_json())
         return encoder
 
+    def _spec(self, encoder: Encoder, weights: Path | None, *, pretrained: bool = False) -> EncoderSpec:
+        from trainer.backbones import MODULE
+        from trainer.encoder import EncoderSpec
+        from trainer.preprocessing import Preprocessing, timm_preprocessing
 
-def _spec(encoder: Encoder, weights: Path | None, *, pretrained: bool = False) -> EncoderSpec:
-    from trainer.encoder import EncoderSpec, Preprocessing
-
-    given: dict[str, Any] = encoder.model_dump(
-        include={"image_size", "mean", "std", "resize", "interpolation"}, exclude_none=True
-    )
-    return EncoderSpec(
-        arch=encoder.arch, dim=encoder.dim, preprocessing=Preprocessing(**given), weights=weights, pretrained=pretrained
-    )
+        keys = {"image_size", "mean", "std", "resize", "crop_pct", "interpolation"}
+        given: dict[str, Any] = encoder.model_dump(include=keys, exclude_none=True)
+        if encoder.preprocessing == "timm" and encoder.arch is not None:
+            preprocessing = timm_preprocessing(encoder.arch, **given)
+        else:
+            preprocessing = Preprocessing(**given)
+        if encoder.arch is not None:
+            arch = encoder.arch
+        elif encoder.module is not None:
+            arch = MODULE + encoder.module
+        else:
+            arch = f"file{encoder.program}".replace(".", ":")
+        return EncoderSpec(
+            arch, encoder.dim, preprocessing, weights=weights, pretrained=pretrained, folder=self.config.folder
+        )

@@ -40,18 +40,23 @@ def command(name: str | None, config_path: Path, as_json: bool) -> None:
 
 def _show(fingerprint: str, plan: dict[str, Any]) -> None:
     collection, check = plan["collection"], plan["old_encoder_check"]
-    new = plan["new_encoder"]
+    old, new = plan["old_encoder"], plan["new_encoder"]
     if plan["strategy"] == "in_place":
         disk = f"{size(plan['undo_bytes'])} undo log, {size(plan['index_bytes'])} next to the index"
     else:
         disk = f"{size(plan['index_bytes'])} for the second collection"
+    checked = (
+        "known by its vectors alone: not checked"
+        if check["median_cosine"] is None
+        else f"made the stored vectors: median cosine {check['median_cosine']:.3f} over {check['sampled']} items"
+    )
     print_facts(
         [
             ("plan", f"{fingerprint} for {plan['migration']} ({plan['strategy']})"),
             ("collection", f"{collection['name']}: {collection['items']} items, {collection['dim']}-d"),
             ("store", f"{collection['server']}, {collection['index']}, metric {collection['metric']}"),
-            ("old encoder", f"{plan['old_encoder']['arch']} {plan['old_encoder']['id']}"),
-            ("", f"made the stored vectors: median cosine {check['median_cosine']:.3f} over {check['sampled']} items"),
+            ("old encoder", old["id"] if old["arch"] == "stored" else f"{old['arch']} {old['id']}"),
+            ("", checked),
             ("new encoder", f"{new['arch']} {new['id'] or '(to be trained)'}"),
             ("backfill", f"{plan['chunks']} chunks, about {duration(plan['backfill_seconds'])} of work "
                          f"at {plan['images_per_second']:g} images/s"),
