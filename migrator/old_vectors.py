@@ -1,0 +1,53 @@
+"""The old vectors of images, taken from the collection where there is no old model to make them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from adapters.base import Page, Store
+from migrator.encoding import locate
+from migrator.stored_encoder import unit
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from trainer.images import ImageSource
+
+PAGE = 5_000
+
+
+def old_vectors(store: Store, images: ImageSource, paths: Sequence[str]) -> NDArray[np.float32]:
+    """The stored vector of each image's item, of unit length, (len(paths), dim); zeros where the image has none.
+
+    An item's image is known by its path as `images.uri` makes it. Of several items with one image the first counts.
+    One pass over the collection, which ends early where all are found.
+    """
+    rows: dict[str, list[int]] = {}
+    for row, path in enumerate(paths):
+        rows.setdefault(path, []).append(row)
+    found = np.zeros((len(paths), store.describe().dim), np.float32)
+    for page in scan(store):
+        assert page.vectors is not None
+        assert page.payloads is not None
+        vectors = unit(page.vectors)
+        for at, place in enumerate(locate(images, zip(page.ids, page.payloads, strict=True))):
+            if isinstance(place, str) and place in rows and vectors[at].any():
+                found[rows.pop(place)] = vectors[at]
+        if not rows:
+            break
+    return found
+
+
+def scan(store: Store) -> Iterator[Page]:
+    """All items, page by page, with vectors and payloads."""
+    after = None
+    while True:
+        page = store.scan(after=after, limit=PAGE)
+        if len(page):
+            yield page
+        if len(page) < PAGE:
+            return
+        after = page.ids[-1]
