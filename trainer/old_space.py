@@ -23,7 +23,7 @@ class OldSpace:
 
     centres: NDArray[np.float32]  # (C, D), mean of unit vectors, not of unit length itself
     radii: NDArray[np.float32]  # (C,), distance on the unit sphere, 0..2
-    known: NDArray[np.bool_]  # (C,), False: fewer than two old vectors, no ball; centre and radius are 0
+    known: NDArray[np.bool_]  # (C,), False: no ball, for want of old vectors; centre and radius are 0
     classifier: NDArray[np.float32] | None = None
     """(C, D) directions by which the old encoder's classifier knew the classes; NaN where it knows none."""
 
@@ -64,14 +64,18 @@ def _lengths(vectors: NDArray[np.float32]) -> NDArray[np.float32]:
 
 
 def measure_old_space(
-    vectors: NDArray[np.float32], labels: NDArray[np.int64], *, classes: int, quantile: float
+    vectors: NDArray[np.float32], labels: NDArray[np.int64], *, classes: int, quantile: float, shrink: bool = True
 ) -> OldSpace:
     """Centres and radii from vectors (n, D) and labels (n,) in 0..classes-1.
 
     A centre is the mean of the L2-normalised vectors. A radius is the `quantile` (0..1, 1 for the largest) of the
     distances to the centre, after distances beyond [Q1 - 1.5 IQR, Q3 + 1.5 IQR] are dropped in classes of at least
-    four images. A single image gives no radius: such a class is not `known`. Raises TrainingProblem for a vector
-    that is zero or not finite.
+    four images.
+
+    Of fewer than four images the distances say little, and of one nothing: with `shrink` such a radius is drawn towards
+    the median radius of the classes that have four, with weight 1 from one image and 1/3 from three (n images have
+    n - 1 free distances of the 3 that are asked for). Without it a class of one image is not `known`, as published.
+    Raises TrainingProblem for a vector that is zero or not finite.
     """
     lengths = _lengths(vectors)
     unit = vectors.astype(np.float64) / lengths[:, None]
@@ -90,6 +94,12 @@ def measure_old_space(
     radii = _class_quantiles(distances[kept], labels[kept], classes, quantile)
 
     known = counts >= 2
+    enough = counts >= FEWEST_FOR_OUTLIERS
+    usual = radii[enough] if enough.any() else radii[known]
+    if shrink and len(usual):
+        share = ((counts - 1) / (FEWEST_FOR_OUTLIERS - 1)).clip(0, 1)
+        radii = share * radii + (1 - share) * np.median(usual)
+        known = counts >= 1
     return OldSpace(
         np.where(known[:, None], centres, 0).astype(np.float32), np.where(known, radii, 0).astype(np.float32), known
     )

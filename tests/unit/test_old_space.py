@@ -30,11 +30,33 @@ def test_vectors_count_by_direction_only() -> None:
     np.testing.assert_allclose(plain.radii, scaled.radii, atol=1e-6)
 
 
-def test_a_class_with_one_vector_or_none_has_no_ball() -> None:
-    space = measure_old_space(on_circle(0, 20, 90), np.array([0, 0, 2]), classes=4, quantile=0.5)
+def test_a_class_with_one_vector_or_none_has_no_ball_where_nothing_is_borrowed() -> None:
+    space = measure_old_space(on_circle(0, 20, 90), np.array([0, 0, 2]), classes=4, quantile=0.5, shrink=False)
     assert space.known.tolist() == [True, False, False, False]
     assert not space.centres[1:].any()
     assert not space.radii[1:].any()
+
+
+def test_radii_of_rare_classes_are_drawn_to_the_median() -> None:
+    # Classes of 4, 4, 3, 2, 1 and 0 images.
+    labels = np.repeat(np.arange(6), [4, 4, 3, 2, 1, 0])
+    vectors = np.random.default_rng(0).normal(size=(14, 4)).astype(np.float32)
+    own, drawn = (
+        measure_old_space(vectors, labels, classes=6, quantile=0.5, shrink=shrink).radii for shrink in (False, True)
+    )
+    usual = np.median(own[:2])
+    expected = [own[0], own[1], (2 * own[2] + usual) / 3, (own[3] + 2 * usual) / 3, usual, 0]
+    np.testing.assert_allclose(drawn, expected, rtol=1e-6)
+    known = measure_old_space(vectors, labels, classes=6, quantile=0.5)
+    assert known.known.tolist() == [True] * 5 + [False]
+    np.testing.assert_allclose(known.centres[4], vectors[13] / np.linalg.norm(vectors[13]), atol=1e-6)
+
+
+def test_where_every_class_is_rare_the_median_is_of_those_with_two() -> None:
+    space = measure_old_space(on_circle(0, 60, 120), np.array([0, 0, 1]), classes=2, quantile=1.0)
+    np.testing.assert_allclose(space.radii, [0.5, 0.5], atol=1e-6)
+    alone = measure_old_space(on_circle(0, 60), np.array([0, 1]), classes=2, quantile=1.0)
+    assert alone.known.tolist() == [False, False]
 
 
 def test_an_outlier_is_dropped_from_four_images_on() -> None:
@@ -44,7 +66,7 @@ def test_an_outlier_is_dropped_from_four_images_on() -> None:
     space = measure_old_space(on_circle(*degrees), labels, classes=1, quantile=1.0)
     assert space.radii[0] < 0.4
     np.testing.assert_allclose(space.centres[0], on_circle(*degrees).mean(axis=0), atol=1e-6)  # it stays in the centre
-    three = measure_old_space(on_circle(0, 0, 180), labels[:3], classes=1, quantile=1.0)
+    three = measure_old_space(on_circle(0, 0, 180), labels[:3], classes=1, quantile=1.0, shrink=False)
     np.testing.assert_allclose(three.radii, [4 / 3], atol=1e-6)  # the largest, though it lies far out
 
 
@@ -61,7 +83,7 @@ def test_equal_distances_are_no_outliers() -> None:
 def test_agrees_with_numpy_class_by_class(labels: list[int], quantile: float, seed: int) -> None:
     vectors = np.random.default_rng(seed).normal(size=(len(labels), 4)).astype(np.float32)
     by_row = np.array(labels)
-    space = measure_old_space(vectors, by_row, classes=6, quantile=quantile)
+    space = measure_old_space(vectors, by_row, classes=6, quantile=quantile, shrink=False)
     unit = vectors.astype(np.float64) / np.linalg.norm(vectors.astype(np.float64), axis=1, keepdims=True)
     for c in range(6):
         mine = unit[by_row == c]
