@@ -60,8 +60,14 @@ class Run:
 
     @property
     def name(self) -> str:
+        """For a line of progress: what it is, and the settings that are not the trainer's defaults."""
         seen = "" if self.seen == "all" else f" on {self.seen}"
-        return f"{self.dataset} seed {self.seed} {self.method}{seen} {self.arch}"
+        over = f" over {self.builds_on[0].seen}" if self.builds_on else ""
+        usual = dict(fit_settings(self.method, self.seed)) if self.settings else {}
+        changed = [
+            f" {name}={value}" for name, value in self.settings if name not in ("epochs", "lr") and value != usual[name]
+        ]
+        return f"{self.dataset} seed {self.seed} {self.method}{''.join(changed)}{seen}{over} {self.arch}"
 
     @property
     def done(self) -> bool:
@@ -183,9 +189,10 @@ def old_side(run: Run, rows: NDArray[np.int64], device: str) -> Any:
     if not run.builds_on:
         return None
     old = run.builds_on[0]
-    try:
-        from trainer.old_space import stored_vectors
-    except ImportError:
+    import trainer.fit
+    from trainer.old_space import stored_vectors
+
+    if not hasattr(trainer.fit, "StoredVectors"):
         from trainer.encoder import EncoderSpec, Preprocessing, load_encoder
 
         return load_encoder(
@@ -282,7 +289,7 @@ def start_worker(jobs: int) -> None:
         torch.set_num_threads(1)
 
 
-SPEED = {"test_resnet": 4800, "resnet10t": 1000, "resnet18": 600, "resnet50": 150}
+SPEED = {"test_resnet": 4800, "test_byobnet": 4800, "resnet10t": 1000, "resnet18": 600, "resnet50": 150}
 """Images a second of one thread, forward and backward, for the estimate of the time left."""
 
 

@@ -25,7 +25,7 @@ SWEEP = Plan(
     sizes={"fashion": Size(3000, 1000, 3000), "emoji": Size()},
     epochs={"fashion": 6, "emoji": 4},
     same_backbone="test_resnet",
-    backbones=("test_efficientnet", "test_resnet"),
+    backbones=("test_byobnet", "test_resnet"),
     image_size=32,
     dim=128,
     seeds=5,
@@ -41,7 +41,7 @@ TRIED: dict[str, tuple[Any, ...]] = {
     "adversarial_features": ("normalised", "raw"),
     "adversarial_decay": (True, False),
     "spring": (True, False),
-    "start_from_old": (True, False),
+    "start_from_centres": (True, False),
     "reference": (False, True),
 }
 """Values of each setting; the defaults are among them."""
