@@ -40,6 +40,9 @@ FORMATS = {
 }
 """Formats that are decoded, with their Pillow modules; above all not EPS, which Pillow hands to Ghostscript."""
 
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".pgm", ".ppm", ".pnm", ".avif")
+"""By which a folder's images are told from its other files. Whoever names an image may call it as they like."""
+
 # An error with one of these numbers comes from the path; any other from the disk, the network or the process.
 _PATH_ERRNOS = frozenset(
     {
@@ -287,6 +290,15 @@ def _blames_path(error: Exception) -> bool:
     if isinstance(error, FileNotFoundError | IsADirectoryError | NotADirectoryError | PermissionError):
         return True
     return isinstance(error, OSError) and error.errno in _PATH_ERRNOS
+
+
+def is_safe(path: str) -> bool:
+    """Whether `ImageSource.read` would take a path below a local root for what it says."""
+    try:
+        _require_safe(path, decoded=False)
+    except ImageProblem:
+        return False
+    return True
 
 
 def _require_safe(path: str, *, decoded: bool) -> None:
