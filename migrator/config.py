@@ -342,7 +342,7 @@ class Encoder(Section):
 
 def _keys(*sets: str) -> ConfigDict:
     """For the JSON Schema: a mapping has the keys of one of these sets."""
-    return ConfigDict(json_schema_extra={"anyOf": [{"required": keys.split()} for keys in sets]})
+    return ConfigDict(json_schema_extra={"anyOf": [{"required": [*keys.split()]} for keys in sets]})
 
 
 class OldEncoder(Encoder):
