@@ -17,9 +17,11 @@ import difflib
 import hashlib
 import importlib
 import io
+import logging
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+import zipfile
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -199,8 +201,11 @@ def _open_exported(
     from torch.export.passes import move_to_device_pass
 
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about its own internals; what counts is raised
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            damaged = archive.testzip()  # torch does not look at the checksums
+        if damaged is not None:
+            raise ValueError(f"the checksum of {damaged} is wrong")
+        with _quiet("torch.export", "torch._export"):
             exported = torch.export.load(io.BytesIO(data))
             exported = move_to_device_pass(exported, device)
             network = exported.module()
@@ -228,6 +233,21 @@ def _open_exported(
         return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
 
     return run, shape, dtype if dtype.is_floating_point else None, (least, most)
+
+
+@contextlib.contextmanager
+def _quiet(*loggers: str) -> Iterator[None]:
+    """Without the tracebacks and warnings that torch prints for its own sake: what counts is raised."""
+    levels = {logging.getLogger(name): logging.getLogger(name).level for name in loggers}
+    try:
+        for logger in levels:
+            logger.setLevel(logging.CRITICAL)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in levels.items():
+            logger.setLevel(level)
 
 
 _ONNX_TYPES = {"tensor(float)": torch.float32, "tensor(float16)": torch.float16, "tensor(double)": torch.float64}
