@@ -68,6 +68,8 @@ def _show(name: str, verified: Verified) -> None:
     )
     if verified.without_relevant:
         click.echo(f"{verified.without_relevant} queries without a relevant item were left out")
+    if verified.without_old_vector:
+        click.echo(f"{verified.without_old_vector} queries were left out: no item of the collection has their image")
     if verified.unreadable:
         path, why = next(iter(verified.unreadable.items()))
         click.echo(f"{len(verified.unreadable)} images could not be read, for instance {path}: {why}")

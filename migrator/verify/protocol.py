@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,8 +19,10 @@ import numpy as np
 from adapters.base import ItemId, Payload, Store
 from migrator.encoding import embed, locate
 from migrator.errors import ConfigProblem, Refused
+from migrator.old_vectors import old_vectors
 from migrator.planning import check_fresh
 from migrator.project import Project
+from migrator.stored_encoder import unit
 from migrator.verify.gate import Verdict, gate
 from migrator.verify.metrics import Relevance, flips, parse_metric, rank, relevance, summarise
 from trainer.errors import ImageProblem
@@ -29,6 +31,7 @@ from trainer.images import template_fields
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from trainer.encoder import Encoder
     from trainer.images import ImageSource
 
 METRICS = ("map@100", "recall@1", "recall@5", "recall@10")
@@ -49,6 +52,7 @@ class Asked:
     gallery_paths: Sequence[str | ImageProblem]
     gallery_labels: Sequence[str]
     stored: NDArray[np.float32]  # (g, dim) the gallery's vectors as they lie in the store
+    old: NDArray[np.float32] | None = None  # (q, dim) the queries' own stored vectors, where there is no old model
 
     def sha256(self) -> str:
         """Names the question: queries with their labels, and the gallery's items."""
@@ -69,6 +73,8 @@ class Verified:
     """Shares of the queries whose first answer turned wrong or right, `served` against old."""
     queries: int
     without_relevant: int
+    without_old_vector: int
+    """Queries left out because `old_encoder` is stored and no item has their image."""
     gallery: int
     unreadable: dict[str, str]
     """Path -> why the image took no part."""
@@ -85,6 +91,7 @@ class Verified:
             "flips": self.flips,
             "queries": self.queries,
             "queries_without_relevant_items": self.without_relevant,
+            "queries_without_old_vector": self.without_old_vector,
             "gallery": self.gallery,
             "unreadable": self.unreadable,
         }
@@ -100,10 +107,13 @@ def verify(project: Project, report: Report = lambda *_: None) -> Verified:
         )
     with project.store() as store:
         plan = check_fresh(project, store)
-        old, new = project.old_encoder(), project.new_encoder()
+        old, new = None if project.old_is_stored else project.old_encoder(), project.new_encoder()
         images = project.images()
-        asked = ask(project, store, images)
-    embedded = _embed_all(project, images, asked, [old, new], report)
+        asked, without = ask(project, store, images), 0
+        if old is None:
+            project.check_old_encoder(store)
+            asked, without = with_stored_vectors(asked, store, images)
+    embedded = _embed_all(project, images, asked, old, new, report)
     queries_old, queries_new = embedded.queries
     gallery_old, gallery_new = asked.stored[embedded.gallery_rows], embedded.gallery
     pairs = {
@@ -112,7 +122,7 @@ def verify(project: Project, report: Report = lambda *_: None) -> Verified:
         "self": (queries_new, gallery_new),
         "reverse": (queries_old, gallery_new),
     }
-    if old.dim != new.dim:  # such vectors cannot be compared, and in a shadow they never meet
+    if gallery_old.shape[1] != new.dim:  # such vectors cannot be compared, and in a shadow they never meet
         del pairs["cross"], pairs["reverse"]
     # In place, new queries meet old vectors; beside a shadow they only ever meet new ones.
     served = "cross" if migration.strategy == "in_place" else "self"
@@ -129,6 +139,7 @@ def verify(project: Project, report: Report = lambda *_: None) -> Verified:
         flips={name: _number(value) for name, value in flipped._asdict().items()},
         queries=int(counted.sum()),
         without_relevant=int((~counted).sum()),
+        without_old_vector=without,
         gallery=len(embedded.gallery_rows),
         unreadable=embedded.unreadable,
     )
@@ -137,7 +148,7 @@ def verify(project: Project, report: Report = lambda *_: None) -> Verified:
     project.ledger.save_verification(
         migration,
         plan_fingerprint=plan.fingerprint,
-        old_encoder_id=old.id,
+        old_encoder_id=project.encoder_ids()[0],
         new_encoder_id=new.id,
         queries_sha256=asked.sha256(),
         outcome=verdict.outcome,
@@ -202,7 +213,33 @@ def _read_queries(file: Path) -> tuple[list[str | ImageProblem], list[str]]:
     if not file.is_file():
         raise ConfigProblem(f"{file}: no such file: set verify.queries to a list of query images with path and label")
     items = read_items(file)
+    assert items.labels is not None
     return list(items.paths), list(items.labels)
+
+
+def with_stored_vectors(asked: Asked, store: Store, images: ImageSource) -> tuple[Asked, int]:
+    """The queries that are items of the collection, with their stored vectors, and how many others were left out.
+
+    Today's search is then asked as an item asks for its like. Raises `Refused` where no query is an item.
+    """
+    vectors = unit(asked.stored[asked.own])
+    elsewhere = np.flatnonzero(asked.own < 0).tolist()  # not in the sampled gallery, but perhaps in the collection
+    if elsewhere:
+        vectors[elsewhere] = old_vectors(store, images, [str(asked.paths[row]) for row in elsewhere])
+    rows = np.flatnonzero(vectors.any(axis=1)).tolist()
+    if not rows:
+        raise Refused(
+            f"old_encoder is stored, and none of {len(vectors)} queries, for instance {str(asked.paths[0])!r}, is an "
+            f"item of {store.describe().name}: list paths as images.uri makes them, or leave verify.queries out"
+        )
+    asked = replace(
+        asked,
+        paths=[asked.paths[row] for row in rows],
+        labels=[asked.labels[row] for row in rows],
+        own=asked.own[rows],
+        old=vectors[rows],
+    )
+    return asked, len(vectors) - len(rows)
 
 
 def _draw(count: int, n: int, seed: int) -> NDArray[np.int64]:
@@ -233,7 +270,7 @@ class _Vectors:
 
 
 def _embed_all(
-    project: Project, images: ImageSource, asked: Asked, encoders: Sequence[Any], report: Report
+    project: Project, images: ImageSource, asked: Asked, old: Encoder | None, new: Encoder, report: Report
 ) -> _Vectors:
     done = {"queries": 0, "gallery": 0}
 
@@ -245,14 +282,13 @@ def _embed_all(
         return step
 
     loading = project.loading()
-    queries = embed(images, asked.paths, encoders, report=count("queries", len(asked.paths)), **loading)
-    gallery = embed(
-        images, asked.gallery_paths, encoders[1:], report=count("gallery", len(asked.gallery_paths)), **loading
-    )
+    asking = [new] if old is None else [new, old]
+    queries = embed(images, asked.paths, asking, report=count("queries", len(asked.paths)), **loading)
+    gallery = embed(images, asked.gallery_paths, [new], report=count("gallery", len(asked.gallery_paths)), **loading)
     unreadable = {str(asked.paths[row]): why for row, why in queries.problems.items()}
     unreadable |= {str(asked.gallery_paths[row]): why for row, why in gallery.problems.items()}
-    old, new = queries.vectors
-    return _Vectors(queries.rows, (old, new), gallery.rows, gallery.vectors[0], unreadable)
+    by_old = queries.vectors[-1] if asked.old is None else asked.old[queries.rows]
+    return _Vectors(queries.rows, (by_old, queries.vectors[0]), gallery.rows, gallery.vectors[0], unreadable)
 
 
 def _answers(vectors: _Vectors, asked: Asked, queries: NDArray[np.float32], gallery: NDArray[np.float32]) -> Relevance:
