@@ -41,6 +41,7 @@ MOST_SHARDS = 256
 """Large runs get larger shards: each one that is read costs one of the 1,024 files that a process may have open."""
 CHUNK_BYTES = 2**25
 CHUNK_IMAGES = 256
+PATIENCE_SECONDS = 1.0
 
 _KEY = np.dtype([("sha256", np.uint8, 32), ("crc32", "<u4")])
 _FORMAT = 1
@@ -423,15 +424,16 @@ def _turn(folder: Path, waiting: Callable[[], None]) -> Iterator[None]:
     from filelock import FileLock, Timeout
 
     lock = FileLock(folder / ".lock")
-    started = time.monotonic()
+    told = False
     while True:
         try:
             # Two runs of the same images would read them twice if the second did not wait.
-            lock.acquire(timeout=1)
+            lock.acquire(timeout=PATIENCE_SECONDS)
             break
         except Timeout:
-            if time.monotonic() - started < 2:
+            if not told:
                 log.warning("another process fills the image cache %s: waiting for it", folder)
+            told = True
             waiting()
     try:
         yield

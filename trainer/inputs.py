@@ -21,7 +21,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from trainer.cache import ImageCache, Pixels, open_pixels
+from trainer.cache import ImageCache, Pixels, open_pixels, pixel_key
 from trainer.data import LeftOut, TrainingItems, batches_ahead, held_out_split
 from trainer.encoder import Encoder, Preprocessing
 from trainer.errors import EncoderProblem, TrainingProblem
@@ -122,21 +122,23 @@ def load_inputs(
             f"{len(old.vectors)} old vectors do not match {len(items)} training images: give a vector for each, in the "
             "order of the images"
         )
+    folder = out / "images" if cache is None else cache
     gather = _Gather(items, images, out / "inputs.json", num_workers, most_left_out, report)
-    noted, pixels, old_pixels = _prepared(
-        gather,
-        preprocessing,
-        old.card.preprocessing if isinstance(old, Encoder) else preprocessing,
-        out / "images" if cache is None else cache,
-        limit=int(cache_gib * 2**30),
-    )
+    noted = _Noted.read(gather.file)
+    steps = [preprocessing]
+    views: list[Path] = []
+    if isinstance(old, Encoder):
+        views = _views(out, flip=flip)
+        encoded = noted is not None and all(_whole(file, len(noted.rows), old.dim) is not None for file in views)
+        if not encoded and pixel_key(old.card.preprocessing) != pixel_key(preprocessing):
+            steps.append(old.card.preprocessing)
+    noted, pixels = _prepared(gather, noted, steps, folder, limit=int(cache_gib * 2**30))
     vectors: list[NDArray[np.float32]] = []
     if isinstance(old, StoredVectors):
         vectors = [old.vectors[noted.rows]]
     elif old is not None:
         paths = [items.paths[row] for row in noted.rows]
-        vectors = _old_vectors(old, old_pixels, noted.digests, paths, out, flip=flip, size=batch_size, report=report)
-    del old_pixels
+        vectors = _old_vectors(old, pixels[-1], noted.digests, paths, views, size=batch_size, report=report)
     if items.labels is None:
         labels, class_names = _pseudo_labels(noted, vectors[0] if vectors else None, pseudo_classes, seed, gather.file)
     else:
@@ -153,7 +155,7 @@ def load_inputs(
         )
     random = np.random.default_rng(seed)
     return Inputs(
-        pixels=pixels,
+        pixels=pixels[0],
         digests=noted.digests,
         labels=labels,
         classes=len(class_names),
@@ -225,27 +227,32 @@ class _Gather:
 
 
 def _prepared(
-    gather: _Gather, new: Preprocessing, old: Preprocessing, folder: Path, *, limit: int
-) -> tuple[_Noted, Pixels, Pixels]:
-    """Which images are used, and their pixels as the new and as the old encoder sees them."""
-    noted = _Noted.read(gather.file)
+    gather: _Gather, noted: _Noted | None, steps: Sequence[Preprocessing], folder: Path, *, limit: int
+) -> tuple[_Noted, list[Pixels]]:
+    """Which images are used, and their pixels by each of the preprocessings."""
     if noted is not None:
-        pixels, old_pixels = (open_pixels(folder, step, noted.digests) for step in (new, old))
-        if pixels is not None and old_pixels is not None:
-            return noted, pixels, old_pixels
+        found = [open_pixels(folder, step, noted.digests) for step in steps]
+        pixels = [one for one in found if one is not None]
+        if len(pixels) == len(steps):
+            return noted, pixels
 
     def waiting() -> None:
         gather.report("images", 0, len(gather.items), 0.0)
 
-    with ImageCache(folder, (new, old), limit=limit, waiting=waiting) as cache:
+    with ImageCache(folder, steps, limit=limit, waiting=waiting) as cache:
         if noted is None:
             noted = gather.all(cache)
         else:
             gather.again(cache, noted)
-        return noted, cache.open(new, noted.digests), cache.open(old, noted.digests)
+        return noted, [cache.open(step, noted.digests) for step in steps]
 
 
 # --- the old side ---------------------------------------------------------------------------------------------------
+
+
+def _views(out: Path, *, flip: bool) -> list[Path]:
+    """Where the old vectors are kept: of the images, and with `flip` of their mirror images."""
+    return [out / "old_vectors.npy", out / "old_vectors_mirrored.npy"] if flip else [out / "old_vectors.npy"]
 
 
 def _old_vectors(
@@ -253,31 +260,29 @@ def _old_vectors(
     pixels: Pixels,
     digests: Sequence[bytes],
     paths: Sequence[str],
-    out: Path,
+    views: Sequence[Path],
     *,
-    flip: bool,
     size: int,
     report: Report,
 ) -> list[NDArray[np.float32]]:
-    """The old encoder's vectors of the images, and with `flip` of their mirror images: (n, D) each, memory maps."""
+    """The old encoder's vectors (n, D) in each view, as memory maps, encoded where they are not there yet."""
     # What was begun for another encoder or other images must not be continued.
     binding = hashlib.sha256(b"".join([old.id.encode(), size.to_bytes(8), *digests])).hexdigest()[:16]
-    names = ["old_vectors.npy", "old_vectors_mirrored.npy"] if flip else ["old_vectors.npy"]
     found = []
-    for view, name in enumerate(names):
-        vectors = _whole(out / name, len(pixels), old.dim)
+    for view, file in enumerate(views):
+        vectors = _whole(file, len(pixels), old.dim)
         if vectors is None:
-            part = out / f"{name}.{binding}.part"
-            for other in out.glob(f"{name}.*.part"):
+            part = file.with_name(f"{file.name}.{binding}.part")
+            for other in file.parent.glob(f"{file.name}.*.part"):
                 if other != part:
                     other.unlink()
 
             def progress(done: int, rate: float, before: int = view * len(pixels)) -> None:
-                report("old vectors", before + done, len(names) * len(pixels), rate)
+                report("old vectors", before + done, len(views) * len(pixels), rate)
 
             _encode_all(old, pixels, paths, part, mirrored=view == 1, size=size, progress=progress)
-            part.replace(out / name)
-            vectors = np.load(out / name, mmap_mode="r")
+            part.replace(file)
+            vectors = np.load(file, mmap_mode="r")
         found.append(vectors)
     return found
 
