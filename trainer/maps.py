@@ -70,12 +70,12 @@ def fit_map(kind: str, new: NDArray[np.float32], old: NDArray[np.float32], *, se
     On the CPU, the same for the same seed. Raises TrainingProblem for pairs that nothing can be learnt from.
     """
     _require_pairs(kind, new, old)
-    if kind == "procrustes":
-        return _linear(kind, procrustes(new, old))
-    weight, bias = ridge(new, old, best_ridge(new, old))
-    if kind == "ridge":
-        return _linear(kind, weight, bias)
-    return _residual_mlp(new, old, seed=seed)
+    with torch.random.fork_rng(devices=[]):  # new layers draw their first weights: not from the caller's numbers
+        if kind == "procrustes":
+            return _linear(kind, procrustes(new, old))
+        if kind == "ridge":
+            return _linear(kind, *ridge(new, old, best_ridge(new, old)))
+        return _residual_mlp(new, old, seed=seed)
 
 
 def procrustes(new: NDArray[np.floating], old: NDArray[np.floating]) -> NDArray[np.float64]:
@@ -147,7 +147,6 @@ def _residual_mlp(new: NDArray[np.float32], old: NDArray[np.float32], *, seed: i
     first, _, last = fitted.residual
     assert isinstance(first, nn.Linear)
     assert isinstance(last, nn.Linear)
-    # Drawn from our own generator: the seed decides, and nobody else's random numbers are used up.
     nn.init.kaiming_uniform_(first.weight, a=5**0.5, generator=generator)
     for parameter in (first.bias, last.weight, last.bias):
         nn.init.zeros_(parameter)
