@@ -37,7 +37,9 @@ class AdversarialAlignment(nn.Module):
     sees, embeddings of unit length, scaled by sqrt(D) so that a coordinate has unit variance. Its normalisation is
     LayerNorm: BatchNorm over the new and the old batch apart would give both the same mean and scale and so hide what
     is to be told apart; LayerNorm looks at one sample, has no running statistics, and is the same on several devices.
-    `reference` undoes both: raw features, and BatchNorm over each batch apart.
+    `reference` undoes both: features as they are, and BatchNorm over each batch apart (which also makes up for old
+    vectors that come at unit length); and it adds the means over new and old, as the authors' code does, which is twice
+    the mean over both.
     """
 
     def __init__(
@@ -47,9 +49,9 @@ class AdversarialAlignment(nn.Module):
         self.scale = math.sqrt(dim)
         self.raw = reference or features == "raw"
         self.apart = reference
-        norms = {"layer": nn.LayerNorm, "batch": nn.BatchNorm1d, "none": lambda _: nn.Identity()}
+        norms = {"layer": nn.LayerNorm(hidden), "batch": nn.BatchNorm1d(hidden), "none": nn.Identity()}
         self.discriminator = nn.Sequential(
-            nn.Linear(dim, hidden), norms["batch" if reference else norm](hidden), nn.ReLU(), nn.Linear(hidden, 2)
+            nn.Linear(dim, hidden), norms["batch" if reference else norm], nn.ReLU(), nn.Linear(hidden, 2)
         )
 
     def forward(self, features: Tensor, old: Tensor, *, progress: float) -> Tensor:
@@ -57,9 +59,8 @@ class AdversarialAlignment(nn.Module):
         new = features if self.raw else self.scale * F.normalize(features)
         old = old if self.raw else self.scale * F.normalize(old)
         new = GradientReversal.apply(new, reversal_strength(progress))
+        is_new = torch.zeros(len(new), dtype=torch.int64, device=new.device)
+        is_old = torch.ones(len(old), dtype=torch.int64, device=old.device)
         if self.apart:
-            logits = torch.cat([self.discriminator(new), self.discriminator(old)])
-        else:
-            logits = self.discriminator(torch.cat([new, old]))
-        is_old = torch.cat([features.new_zeros(len(features)), features.new_ones(len(old))]).long()
-        return F.cross_entropy(logits, is_old)
+            return F.cross_entropy(self.discriminator(new), is_new) + F.cross_entropy(self.discriminator(old), is_old)
+        return F.cross_entropy(self.discriminator(torch.cat([new, old])), torch.cat([is_new, is_old]))

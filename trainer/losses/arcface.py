@@ -47,11 +47,11 @@ class ArcFace(nn.Module):
 
 
 class Softmax(nn.Module):
-    """Cross entropy of W f + b, on features as they are."""
+    """Cross entropy of W f, on features as they are."""
 
     def __init__(self, dim: int, classes: int) -> None:
         super().__init__()
-        self.linear = nn.Linear(dim, classes)
+        self.linear = nn.Linear(dim, classes, bias=False)
 
     @property
     def weight(self) -> Tensor:

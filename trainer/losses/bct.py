@@ -30,7 +30,7 @@ class Influence(nn.Module):
         self.scale = scale
         directions, known = old.centres, old.known
         if old.classifier is not None:
-            has_row = np.isfinite(old.classifier).all(axis=1)
+            has_row = np.asarray(np.isfinite(old.classifier).all(axis=1))
             directions = np.where(has_row[:, None], np.nan_to_num(old.classifier), directions)
             known = known | has_row
         self.register_buffer("directions", F.normalize(torch.from_numpy(directions.astype(np.float32))))  # (C, D)
