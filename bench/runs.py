@@ -28,7 +28,7 @@ from bench.splits import Size, Split, seen_by_old, split
 RUNS = DATA / "runs"
 METRICS = ("map@100", "recall@1")
 POST_HOC = ("procrustes", "ridge", "residual_mlp")
-NEUTRAL = {"device", "num_workers", "keep_checkpoints", "checkpoint_minutes", "cache", "cache_gib", "trackers"}
+NEUTRAL = {"device", "image_threads", "keep_checkpoints", "checkpoint_minutes", "cache", "cache_gib", "trackers"}
 """Settings that do not change what is trained."""
 
 
@@ -150,10 +150,10 @@ def trained(run: Run, folder: Path, device: str, result: dict[str, Any]) -> NDAr
     rows = seen_by_old(images, whole.train, run.seen, run.seed)
     items = TrainingItems(tuple(images.paths[row] for row in rows), tuple(images.labels[rows].tolist()))
     spec = EncoderSpec(run.arch, run.dim, Preprocessing(run.image_size))
-    settings = FitSettings(
-        **{name: tuple(value) if isinstance(value, list) else value for name, value in run.settings},
-        **neutral(device),
-    )
+    chosen = {name: tuple(value) if isinstance(value, list) else value for name, value in run.settings}
+    if run.method == "bct" and (classifier := run.builds_on[0].folder / "classifier.safetensors").exists():
+        chosen["old_classifier"] = classifier
+    settings = FitSettings(**chosen, **neutral(device))
     source = ImageSource(str(images.root))
     began = time.monotonic()
     with tempfile.TemporaryDirectory(dir=memory_folder()) as name:  # its checkpoints are not what is measured
@@ -174,7 +174,7 @@ def neutral(device: str) -> dict[str, Any]:
     """Settings that do not change what is trained. Prepared images are shared between runs."""
     from trainer.fit import FitSettings
 
-    chosen: dict[str, Any] = {"device": device, "num_workers": 1, "keep_checkpoints": 1}
+    chosen: dict[str, Any] = {"device": device, "image_threads": 1, "keep_checkpoints": 1}
     if "cache" in {field.name for field in fields(FitSettings)}:
         chosen["cache"] = DATA / "prepared"
     return chosen

@@ -3,81 +3,148 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from migrator.config import StoreItems, Train
+import numpy as np
+
+from migrator.config import ItemsFrom, Train
 from migrator.errors import ConfigProblem, Refused
+from migrator.old_vectors import old_vectors
 from migrator.planning import check_fresh
 from migrator.project import Project
 from migrator.verify.protocol import label_of
 from trainer.errors import ImageProblem
 
 if TYPE_CHECKING:
-    from trainer.data import TrainingItems
+    from numpy.typing import NDArray
+
+    from trainer.data import LeftOut, TrainingItems
     from trainer.fit import FitResult, FitSettings, Progress
 
 PAGE = 5_000
 
 
 def train(
-    project: Project, *, resume: bool, restart: bool, report: Callable[[Progress], None] = lambda _: None
-) -> FitResult:
+    project: Project,
+    *,
+    method: str | None = None,
+    resume: bool,
+    restart: bool,
+    report: Callable[[Progress], None] = lambda _: None,
+) -> FitResult | None:
     """Trains the new encoder of a planned migration; it becomes the migration's new encoder.
 
-    `resume` goes on after a kill, `restart` throws an earlier run away. Raises `TrainingProblem` for data or
-    settings that cannot be used, `TrainingFailed` if training diverged.
+    `method` stands in for `train.method`; `resume` goes on after a kill, `restart` throws an earlier run away.
+    Under `torchrun` or `accelerate launch` every process calls this: the first one reads, writes and gives the result,
+    the others train along and give None.
+    Raises `TrainingProblem` for data or settings that cannot be used, `TrainingFailed` if training diverged.
     """
-    from trainer.fit import fit
+    from trainer.fit import fit, follow
+    from trainer.maps import POST_HOC
+    from trainer.old_space import stored_vectors
+    from trainer.processes import is_first_process
 
+    config = project.settings.train
+    chosen = method or (config.method if config else None)
+    if config is None or (project.settings.new_encoder.weights is not None and chosen not in POST_HOC):
+        raise ConfigProblem(
+            f"{project.config.path}: migrations.{project.name}.new_encoder.weights are given, so there is nothing to "
+            f"train: next is `migrator verify {project.name}` (a train section with method procrustes, ridge or "
+            "residual_mlp maps their vectors to the old ones)"
+        )
+    settings = _fit_settings(project, config, chosen)
+    spec = project.base_spec() if chosen in POST_HOC else project.untrained_spec()
+    folder = project.training_folder()
+    if not is_first_process():
+        if chosen not in POST_HOC:
+            follow(spec, settings, folder)
+        return None
     migration = project.migration()
     if migration.state != "planned":
         raise Refused(
             f"{project.name} is at stage {migration.stage} ({migration.state}): its new encoder cannot be exchanged; "
             f"plan a new migration, or `migrator rollback {project.name}` first"
         )
-    config = project.settings.train
-    if config is None or project.settings.new_encoder.weights is not None:
-        raise ConfigProblem(
-            f"{project.config.path}: migrations.{project.name}.new_encoder.weights are given, so there is nothing to "
-            f"train: next is `migrator verify {project.name}`"
-        )
     with project.store() as store:
         check_fresh(project, store)
-    settings = _fit_settings(config)
-    items = _items(project, config)
-    old = project.old_encoder()
-    folder = project.training_folder()
+        if project.old_is_stored:  # an old model is loaded below
+            project.check_old_encoder(store)
+    items, vectors, without_vector = _items(project, config)
+    old = project.old_encoder() if vectors is None else stored_vectors(vectors)
     run = project.ledger.start_training(
         migration.id, method=settings.method, settings=asdict(settings), folder=str(folder)
     )
     try:
         result = fit(
-            items, project.images(), old, project.untrained_spec(), settings, folder,
-            resume=resume, restart=restart, report=report,
-        )  # fmt: skip
+            items, project.images(), old, spec, settings, folder, resume=resume, restart=restart, report=report
+        )
     except BaseException as error:
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         project.ledger.finish_training(run, encoder_id=None, validation=None, error=reason)
         raise
     project.ledger.save_encoder(result.card.id, result.card.to_json())
     project.ledger.finish_training(run, encoder_id=result.card.id, validation=result.validation, error=None)
-    return result
+    return replace(result, left_out=[*without_vector, *result.left_out])
 
 
-def _fit_settings(config: Train) -> FitSettings:
+def _fit_settings(project: Project, config: Train, method: str | None) -> FitSettings:
     from trainer.fit import FitSettings
 
     given: dict[str, Any] = config.model_dump(exclude={"items"}, exclude_none=True)
-    return FitSettings(**given)
+    given.setdefault("cache", project.training_folder().parent.parent / "images")
+    return FitSettings(**{**given, "method": method, "trackers": tuple(config.trackers)})
 
 
-def _items(project: Project, config: Train) -> TrainingItems:
-    """The labelled images: from a file, or from the collection's own payloads."""
-    from trainer.data import read_items, training_items
+def _items(project: Project, config: Train) -> tuple[TrainingItems, NDArray[np.float32] | None, list[LeftOut]]:
+    """The images to learn from; where there is no old model, with the stored vector of each, (n, dim) of unit length.
 
-    if not isinstance(config.items, StoreItems):
-        return read_items(config.items)
+    Images without such a vector are left out and named. Raises `Refused` where none has one.
+    """
+    from trainer.data import LeftOut, folder_items, read_items, training_items
+
+    if not isinstance(config.items, ItemsFrom):
+        items = read_items(config.items, need_labels=False)
+    elif config.items.source == "folders":
+        items = folder_items(_local_root(project))
+    else:
+        items = _items_of_store(project, config.items.label)
+    if not project.old_is_stored:
+        return items, None, []
+    with project.store() as store:
+        vectors = old_vectors(store, project.images(), items.paths)
+        collection = store.describe().name
+    known = vectors.any(axis=1)
+    if not known.any():
+        raise Refused(
+            f"old_encoder is stored, and none of the {len(items)} training images, for instance {items.paths[0]!r}, is "
+            f"an item of {collection}: list paths as images.uri makes them, or set train.items to {{from: store}}"
+        )
+    rows = np.flatnonzero(known).tolist()
+    labels = None if items.labels is None else [items.labels[row] for row in rows]
+    kept = training_items([items.paths[row] for row in rows], labels, source="train.items, as far as stored,")
+    left_out = [
+        LeftOut(items.paths[row], "no item of the collection with a usable vector has this image")
+        for row in np.flatnonzero(~known).tolist()
+    ]
+    return kept, vectors[known], left_out
+
+
+def _local_root(project: Project) -> Path:
+    root = project.settings.images.root.removeprefix("file://")
+    if "://" in root:
+        raise ConfigProblem(
+            f"{project.config.path}: migrations.{project.name}.train.items: only folders of this machine can be "
+            f"walked, and images.root is {root}: list the images in a file"
+        )
+    return Path(root)
+
+
+def _items_of_store(project: Project, label: str | None) -> TrainingItems:
+    """The collection's own images, with labels from the payloads; items that lack one are passed over."""
+    from trainer.data import training_items
+
     images = project.images()
     paths: list[str] = []
     labels: list[str] = []
@@ -91,8 +158,14 @@ def _items(project: Project, config: Train) -> TrainingItems:
                     path = images.locate(item, payload)
                 except ImageProblem:
                     continue  # an item without an image can be searched but not learnt from
-                if label := label_of(config.items.label, item, payload):
+                text = None if label is None else label_of(label, item, payload)
+                if text != "":
                     paths.append(path)
-                    labels.append(label)
+                    labels.append(text or "")
             after = ids[-1]
-    return training_items(paths, labels, source=f"collection of {project.name}")
+    if not paths and label is not None:
+        raise ConfigProblem(
+            f"{project.config.path}: migrations.{project.name}.train.items.label: no item with an image has a value "
+            f"for {label!r}"
+        )
+    return training_items(paths, None if label is None else labels, source=f"collection of {project.name}")

@@ -1,22 +1,17 @@
 """Trains a new encoder whose vectors can be compared with the old one's.
 
-`fit` is the whole story: read the images once, train epoch by epoch, keep a checkpoint after each, save the encoder.
-Its run folder holds `run.json` (what the run is bound to), `inputs.json` with `pixels.u8` and `old_vectors.npy`
-(prepared once), `checkpoint-<epoch>.pt`, `metrics.csv`, and at the end `encoder.safetensors`, `encoder.json` and
+`fit` is the whole story: prepare images and old vectors once, measure the baseline, train epoch by epoch with
+checkpoints, save the encoder of the best epoch. Its run folder holds `run.json` (what the run is bound to), the inputs,
+`baseline.json`, `checkpoint-*.pt`, `best.pt`, `metrics.csv`, and at the end `encoder.safetensors`, `encoder.json` and
 `result.json`, in this order. Every file appears whole or not at all, so a killed run continues from what is there.
 """
 
 from __future__ import annotations
 
-import contextlib
-import csv
-import io
 import json
 import math
-import os
 import time
-import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -27,82 +22,49 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from trainer.data import LeftOut, TrainingItems, augment, held_out_split, prepared_batches
-from trainer.encoder import Card, EmbeddingNet, Encoder, EncoderSpec, build_model, read_card, save_encoder
+from trainer import run_folder, validation
+from trainer.augment import augmented, draw_views
+from trainer.cache import open_pixels
+from trainer.data import LeftOut, TrainingItems, batches_ahead, epoch_rows
+from trainer.encoder import (
+    Card,
+    EmbeddingNet,
+    Encoder,
+    EncoderSpec,
+    build_model,
+    load_base,
+    read_card,
+    save_encoder,
+    save_mapped_encoder,
+)
 from trainer.errors import TrainingFailed, TrainingProblem
 from trainer.images import ImageSource
-from trainer.losses import METHODS, LossSettings, build_objective
-from trainer.old_space import measure_old_space
+from trainer.inputs import Inputs, load_inputs
+from trainer.losses import METHODS, build_objective
+from trainer.maps import POST_HOC, Map, fit_map
+from trainer.old_space import StoredVectors, measure_old_space
+from trainer.processes import accelerator, gathered, share_batch_statistics
+from trainer.settings import FitSettings
+
+__all__ = ["FitResult", "FitSettings", "Progress", "fit", "follow"]
 
 REPORT_EVERY = 20
 """Steps between two looks at the losses; each look waits for the device."""
-METRIC_K = 100
 QUERY_LIMIT, GALLERY_LIMIT = 2_000, 20_000
 """Most held-out queries and gallery images that validation after each epoch compares."""
 GRADIENT_LIMIT = 5.0
 """Norm above which a step's gradient is scaled down."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class FitSettings(LossSettings):
-    """How to train. The defaults were chosen by measurement on small data, several seeds."""
-
-    method: str = "advbct"
-    epochs: int = 10
-    batch_size: int = 128
-    lr: float = 0.002
-    weight_decay: float = 0.01
-    seed: int = 0
-    validation: float = 0.1
-    """Share of the images held out; 0 for none."""
-    most_left_out: float = 0.1
-    """Share of the images that may be unreadable."""
-    flip: bool = False
-    """Mirror half of the images: right for products, wrong for digits."""
-    bf16: bool = False
-    """Run the encoder in bfloat16; losses stay in float32."""
-    keep_checkpoints: int = 2
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    num_workers: int = 4
-
-    def __post_init__(self) -> None:
-        shares = ("validation", "most_left_out", "radius_quantile")
-        counts = ("epochs", "batch_size", "keep_checkpoints", "num_workers")
-        positive = ("lr", "arcface_scale", "radius_limit")
-        not_negative = ("weight_decay", "arcface_margin", "boundary_weight", "adversarial_weight", "seed")
-        problems = [f"{n} must be from 0 to 1" for n in shares if not 0 <= getattr(self, n) <= 1]
-        problems += [f"{n} must be at least 1" for n in counts if getattr(self, n) < 1]
-        problems += [f"{n} must be above 0" for n in positive if not 0 < getattr(self, n) < math.inf]
-        problems += [f"{n} must be 0 or more" for n in not_negative if not 0 <= getattr(self, n) < math.inf]
-        if self.validation > 0.9:
-            problems.append("validation must leave a tenth of the images to train on")
-        if self.batch_size == 1:
-            problems.append("batch_size must be at least 2")
-        if self.method not in METHODS:
-            problems.append(f"method must be one of {', '.join(METHODS)}")
-        if problems:
-            raise TrainingProblem("training settings: " + "; ".join(problems))
-
-    def resolved(self) -> FitSettings:
-        """Itself, or with the numbers of the published recipe where `reference` asks for it."""
-        if not self.reference:
-            return self
-        return replace(
-            self,
-            lr=0.1,
-            weight_decay=5e-4,
-            boundary_weight=1.0,
-            adversarial_weight=1.0,
-            radius_quantile=1.0,
-            radius_limit=1.0,
-        )
+NEUTRAL = (
+    "device", "image_threads", "keep_checkpoints", "checkpoint_minutes", "trackers", "cache", "cache_gib", "compile",
+)  # fmt: skip
+"""Settings that do not decide the outcome, beyond the last bits: they may change when a run is resumed."""
 
 
 @dataclass(frozen=True)
 class Progress:
-    """Where training stands: images read (stage `images`), or steps of an epoch done (stage `train`)."""
+    """Where training stands: images and old vectors prepared, or steps of an epoch done (stage `train`)."""
 
-    stage: Literal["images", "train"]
+    stage: Literal["images", "old vectors", "train"]
     epoch: int
     epochs: int
     step: int
@@ -120,23 +82,13 @@ class FitResult:
     card: Card
     weights: Path
     history: list[dict[str, float]]
-    """A row for each epoch: losses, lr, images_per_second, validation `self` and `cross`."""
+    """A row for each epoch: losses, lr, images_per_second, validation `self` and `cross`, and `p1` to choose by."""
     validation: dict[str, float]
-    """mAP@100 of held-out queries: `self`; with an old encoder also `old` (both sides old), `cross`, `reverse`."""
+    """mAP@100 of held-out queries: `self`; with an old encoder also `old` (both sides old), `cross`, `reverse`, and
+    `procrustes`: the cross-test of the untrained backbone behind a rotation to the old space, the baseline to beat."""
     left_out: list[LeftOut]
-
-
-@dataclass(frozen=True)
-class Inputs:
-    """What training reads, in rows of usable images."""
-
-    pixels: NDArray[np.uint8]  # (n, 3, S, S)
-    labels: NDArray[np.int64]  # (n,)
-    old: NDArray[np.float32] | None  # (n, D) unit length
-    left_out: list[LeftOut]
-    train: NDArray[np.int64]  # rows
-    queries: NDArray[np.int64]  # rows held out
-    gallery: NDArray[np.int64]  # rows of `train`
+    best_epoch: int = 0
+    """The epoch whose weights the encoder has; 0 for a post-hoc map."""
 
 
 class Learner(nn.Module):
@@ -156,7 +108,7 @@ class Learner(nn.Module):
 
     def embed(self, pixels: Tensor) -> Tensor:
         """(B, 3, S, S) uint8 -> (B, D) float32, not normalised."""
-        images = (pixels - self.mean) / self.std
+        images = ((pixels - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
         with torch.autocast(pixels.device.type, torch.bfloat16, enabled=self.bf16):
             features: Tensor = self.encoder(images)
         return features.float()
@@ -164,9 +116,12 @@ class Learner(nn.Module):
     def forward(
         self, pixels: Tensor, labels: Tensor, old: Tensor | None, progress: float, remaining: float
     ) -> dict[str, Tensor]:
-        """The weighted loss terms by name, scalars."""
+        """The weighted loss terms by name, scalars; each over the batch of all processes."""
+        features = gathered(self.embed(pixels))
+        if old is not None:
+            old = gathered(old)
         terms: dict[str, Tensor] = self.objective(
-            self.embed(pixels), labels, old, progress=progress, remaining=remaining
+            features, gathered(labels), old, progress=progress, remaining=remaining
         )
         return terms
 
@@ -174,7 +129,7 @@ class Learner(nn.Module):
 def fit(
     items: TrainingItems,
     images: ImageSource,
-    old: Encoder | None,
+    old: Encoder | StoredVectors | None,
     spec: EncoderSpec,
     settings: FitSettings,
     out: Path,
@@ -183,119 +138,129 @@ def fit(
     restart: bool = False,
     report: Callable[[Progress], None] = lambda progress: None,
 ) -> FitResult:
-    """Trains an encoder of `spec` on the labelled images, compatible with `old` if the method is, in run folder `out`.
+    """Trains an encoder of `spec` on the images, compatible with `old` if the method is, in run folder `out`.
 
-    `resume` continues a run that was cut off, at the end of its last good epoch, and gives what the uninterrupted run
-    would have given (on the CPU, bit for bit); of a finished run it returns the result; where there is no run it starts
-    one. `restart` throws away what an earlier run left in `out`.
+    Of the methods in `trainer.maps.POST_HOC` nothing is trained but a map from the vectors of `spec`, whose weights
+    are there already, to the old space.
+
+    `resume` continues a run that was cut off, at its last good checkpoint, and gives what the uninterrupted run would
+    have given (on the CPU, bit for bit); of a finished run it returns the result; where there is no run it starts one.
+    `restart` throws away what an earlier run left in `out`. In a run of several processes this is for the first one;
+    the others call `follow`.
     Raises TrainingProblem for unusable input or a run folder of another run, TrainingFailed when the loss diverges,
     ImagesUnavailable and EncoderProblem as the image source and the encoder do.
     """
+    settings = _settled(items, settings)
+    _check(items, old, spec, settings)
+    handle = accelerator(settings.device, trackers=settings.trackers, folder=out)
+    with run_folder.locked(out), torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        try:
+            run_folder.bind(out, _fingerprint(items, old, spec, settings), resume=resume, restart=restart)
+            finished = _read_result(out)
+            if finished is None and settings.method in POST_HOC:
+                finished = _fit_map(items, images, old, spec, settings, out, report)
+            if finished is not None:
+                _tell(handle, "leave")
+                return finished
+            inputs = _inputs(items, images, old, spec, settings, out, report)
+            if handle.num_processes > 1:
+                share(inputs, out, settings)
+        except BaseException:
+            _tell(handle, "leave")
+            raise
+        _tell(handle, "train")
+        run = setup(inputs, spec, settings, handle)
+        baseline = _baseline(run, out)
+        history = train(run, out, report)
+        return _save(out, run, history, baseline)
+
+
+def follow(spec: EncoderSpec, settings: FitSettings, out: Path) -> None:
+    """Trains along with the first of several processes, which calls `fit` with the same `spec`, `settings` and `out`.
+
+    All else comes from the run folder, which every process must see.
+    """
     settings = settings.resolved()
-    if old is not None and old.dim != spec.dim:
+    handle = accelerator(settings.device)
+    if _heard(handle) == "train":
+        with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+            inputs, labelled = shared(out, spec, settings)
+            settings = replace(settings, labelled=labelled)
+            train(setup(inputs, spec, settings, handle), out, lambda progress: None)
+
+
+def _settled(items: TrainingItems, settings: FitSettings) -> FitSettings:
+    labelled = items.labels is not None or settings.pseudo_classes is not None
+    return replace(settings.resolved(), labelled=labelled)
+
+
+def _check(items: TrainingItems, old: Encoder | StoredVectors | None, spec: EncoderSpec, settings: FitSettings) -> None:
+    method = settings.method
+    needs_labels, needs_old = True, True
+    if method in METHODS:
+        needs_labels, needs_old = METHODS[method].needs_labels, METHODS[method].needs_old
+    else:
+        needs_labels = False
+    if needs_old and old is None:
+        raise TrainingProblem(
+            f"method {method} needs the old encoder: declare old_encoder, or set method to independent"
+        )
+    if needs_labels and items.labels is None:
+        if settings.pseudo_classes is None:
+            raise TrainingProblem(
+                f"method {method} needs labels and the items have none: give labels, set train.pseudo_classes to a "
+                "number of classes to find among the old vectors, or set method to hot_refresh"
+            )
+        if old is None:
+            raise TrainingProblem("pseudo_classes are found among old vectors: declare old_encoder, or give labels")
+    if isinstance(old, StoredVectors) and len(old.vectors) != len(items):
+        raise TrainingProblem(
+            f"{len(items)} training images but {len(old.vectors)} stored vectors: give one for each image, in order"
+        )
+    if needs_old and old is not None and old.dim != spec.dim:
         raise TrainingProblem(
             f"old encoder {old.id} gives {old.dim}-d vectors but the new encoder {spec.dim}-d: "
-            f"set new_encoder.dim to {old.dim}"
+            f"set new_encoder.dim to {old.dim}, or train.method to independent and rollout.strategy to shadow"
         )
-    if spec.weights is not None:
+    if spec.weights is not None and method not in POST_HOC:
         raise TrainingProblem(
             f"new_encoder.weights names {spec.weights}, but training makes new weights: remove it "
             "(pretrained: true starts from timm's)"
         )
-    with _lock(out), torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-        fingerprint = _fingerprint(items, old, spec, settings)
-        _open_run(out, fingerprint, resume=resume, restart=restart)
-        finished = _read_result(out)
-        if finished is not None:
-            return finished
-        inputs = load_inputs(items, images, old, spec, settings, out, report)
-        run = setup(inputs, spec, settings, classes=len(items.classes))
-        history = _load_checkpoint(out, run)
-        for epoch in range(len(history) + 1, settings.epochs + 1):
-            history.append(train_epoch(run, epoch, out, report))
-            _save_checkpoint(out, run, history)
-        return save(out, run, history)
 
 
 # --- inputs ---------------------------------------------------------------------------------------------------------
 
 
-def load_inputs(
+def _inputs(
     items: TrainingItems,
     images: ImageSource,
-    old: Encoder | None,
+    old: Encoder | StoredVectors | None,
     spec: EncoderSpec,
     settings: FitSettings,
     out: Path,
     report: Callable[[Progress], None],
 ) -> Inputs:
-    """Images and old vectors, from the run folder where they are already, else read, prepared and encoded once."""
-    if not (out / "inputs.json").exists():
-        _gather_inputs(items, images, old, spec, settings, out, report)
-    noted = json.loads((out / "inputs.json").read_text())
-    rows = noted["rows"]
-    side = spec.preprocessing.image_size
-    classes = {label: number for number, label in enumerate(items.classes)}
-    labels = np.array([classes[items.labels[row]] for row in rows], np.int64)
-    if len(np.unique(labels)) < 2:
-        raise TrainingProblem(f"the {len(rows)} readable training images are all of one class: add another")
-    train, held_out = held_out_split(labels, settings.validation, seed=settings.seed)
-    if len(train) < settings.batch_size:
-        raise TrainingProblem(
-            f"{len(train)} images are left to train on ({len(held_out)} held out, {len(items) - len(rows)} left out), "
-            f"fewer than a batch of {settings.batch_size}: add images or set train.batch_size to {len(train)} or less"
-        )
-    random = np.random.default_rng(settings.seed)
-    return Inputs(
-        pixels=np.memmap(out / "pixels.u8", np.uint8, "r", shape=(len(rows), 3, side, side)),
-        labels=labels,
-        old=np.load(out / "old_vectors.npy") if old is not None else None,
-        left_out=[LeftOut(**entry) for entry in noted["left_out"]],
-        train=train,
-        queries=np.sort(random.permutation(held_out)[:QUERY_LIMIT]),
-        gallery=np.sort(random.permutation(train)[:GALLERY_LIMIT]),
+    def told(stage: Literal["images", "old vectors"], done: int, of: int, images_per_second: float) -> None:
+        report(Progress(stage, 0, settings.epochs, done, of, images_per_second=images_per_second))
+
+    return load_inputs(
+        items,
+        images,
+        old,
+        spec.preprocessing,
+        out,
+        validation=settings.validation,
+        seed=settings.seed,
+        batch_size=settings.batch_size,
+        flip=settings.flip,
+        num_workers=settings.image_threads,
+        most_left_out=settings.most_left_out,
+        pseudo_classes=settings.pseudo_classes,
+        cache=settings.cache,
+        cache_gib=settings.cache_gib,
+        report=told,
     )
-
-
-def _gather_inputs(
-    items: TrainingItems,
-    images: ImageSource,
-    old: Encoder | None,
-    spec: EncoderSpec,
-    settings: FitSettings,
-    out: Path,
-    report: Callable[[Progress], None],
-) -> None:
-    prepares = [spec.preprocessing.prepare]
-    if old is not None:
-        prepares.append(old.prepare)
-    rows: list[int] = []
-    left_out: list[LeftOut] = []
-    old_vectors: list[NDArray[np.float32]] = []
-    started = time.monotonic()
-    with (out / "pixels.u8").open("wb") as pixels:
-        for batch in prepared_batches(items.paths, images, prepares, workers=settings.num_workers):
-            rows += batch.rows
-            left_out += batch.left_out
-            if batch.rows:
-                pixels.write(batch.arrays[0].tobytes())
-                if old is not None:
-                    old_vectors.append(old.encode(batch.arrays[1]))
-            done = len(rows) + len(left_out)
-            rate = done / (time.monotonic() - started)
-            report(Progress("images", 0, settings.epochs, done, len(items), images_per_second=rate))
-        pixels.flush()
-        os.fsync(pixels.fileno())
-    if len(left_out) > settings.most_left_out * len(items) or not rows:
-        raise TrainingProblem(
-            f"{len(left_out)} of {len(items)} training images cannot be used (first: {left_out[0].reason}): "
-            f"repair or remove them; up to {settings.most_left_out:.0%} may be left out"
-        )
-    if old is not None:
-        buffer = io.BytesIO()
-        np.save(buffer, np.concatenate(old_vectors))
-        _write(out / "old_vectors.npy", buffer.getvalue())
-    _write_json(out / "inputs.json", {"format": 1, "rows": rows, "left_out": [asdict(entry) for entry in left_out]})
 
 
 # --- training -------------------------------------------------------------------------------------------------------
@@ -314,18 +279,47 @@ class Run:
     optimizer: Any
 
 
-def setup(inputs: Inputs, spec: EncoderSpec, settings: FitSettings, *, classes: int) -> Run:
-    """A fresh model, its losses and its optimiser, on the device."""
-    accelerator = _accelerator(settings)
+@dataclass
+class Epoch:
+    """How far an epoch has come: what a checkpoint within it must know beside the state of the run."""
+
+    number: int
+    step: int = 0
+    totals: dict[str, float] = field(default_factory=dict)
+    """Sums of the losses over the steps."""
+
+
+def setup(inputs: Inputs, spec: EncoderSpec, settings: FitSettings, handle: Any) -> Run:
+    """A fresh model, its losses and its optimiser, on the device.
+
+    Raises TrainingProblem where the batch cannot be shared among processes and micro-batches.
+    """
+    parts = handle.num_processes * settings.accumulate
+    if settings.batch_size % parts or settings.batch_size // parts < 2:
+        raise TrainingProblem(
+            f"a batch of {settings.batch_size} cannot be shared by {handle.num_processes} processes x "
+            f"{settings.accumulate} micro-batches: set train.batch_size to a multiple of {parts}, at least {2 * parts}"
+        )
     torch.manual_seed(settings.seed)
     old_space = None
-    if inputs.old is not None:
+    if METHODS[settings.method].needs_old and inputs.old is not None:
         rows = inputs.train
         old_space = measure_old_space(
-            inputs.old[rows], inputs.labels[rows], classes=classes, quantile=settings.radius_quantile
+            inputs.old[rows],
+            inputs.labels[rows],
+            classes=inputs.classes,
+            quantile=settings.radius_quantile,
+            shrink=not settings.reference,
         )
-    objective = build_objective(settings.method, settings, dim=spec.dim, classes=classes, old=old_space)
-    learner = Learner(build_model(spec), objective, spec, bf16=settings.bf16)
+        if settings.old_classifier is not None:
+            old_space = replace(
+                old_space, classifier=read_classifier(settings.old_classifier, inputs.class_names, spec.dim)
+            )
+    objective = build_objective(settings.method, settings, dim=spec.dim, classes=inputs.classes, old=old_space)
+    encoder = build_model(spec)
+    encoder = share_batch_statistics(encoder, handle.device)  # type: ignore[assignment]
+    encoder.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    learner = Learner(encoder, objective, spec, bf16=settings.bf16)
     # Weight decay would pull norms, biases and the radii's w_c towards a value that means something else than "small".
     decayed = [p for p in learner.parameters() if p.ndim >= 2]
     others = [p for p in learner.parameters() if p.ndim < 2]
@@ -337,20 +331,10 @@ def setup(inputs: Inputs, spec: EncoderSpec, settings: FitSettings, *, classes: 
         optimizer: torch.optim.Optimizer = torch.optim.SGD(groups, lr=settings.lr, momentum=0.9)
     else:
         optimizer = torch.optim.AdamW(groups, lr=settings.lr)
-    wrapped, optimizer = accelerator.prepare(learner, optimizer)
-    return Run(inputs, spec, settings, accelerator, learner, wrapped, optimizer)
-
-
-def _accelerator(settings: FitSettings) -> Any:
-    from accelerate import Accelerator
-
-    if settings.device == "cuda" and not torch.cuda.is_available():
-        raise TrainingProblem("device is cuda but this machine offers none: set train.device to auto or cpu")
-    try:
-        return Accelerator(cpu=settings.device == "cpu", mixed_precision="no")
-    except ValueError as error:
-        # accelerate fixes the device once for a process.
-        raise TrainingProblem(f"device {settings.device} cannot be used in this process: {error}") from error
+    if settings.compile:
+        learner.encoder.compile()
+    wrapped, optimizer = handle.prepare(learner, optimizer)
+    return Run(inputs, spec, settings, handle, learner, wrapped, optimizer)
 
 
 def learning_rate(settings: FitSettings, progress: float) -> float:
@@ -361,144 +345,325 @@ def learning_rate(settings: FitSettings, progress: float) -> float:
     return settings.lr * warm_up * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def train_epoch(run: Run, epoch: int, out: Path, report: Callable[[Progress], None]) -> dict[str, float]:
-    """One pass over the training images, then validation. Returns the epoch's row of `metrics.csv`.
+def train(run: Run, out: Path, report: Callable[[Progress], None]) -> list[dict[str, float]]:
+    """From the newest checkpoint, or the start, to the end. Returns the row of each epoch.
 
     Raises TrainingFailed when a loss or a weight is no longer finite.
     """
-    settings, inputs, accelerator = run.settings, run.inputs, run.accelerator
-    # Each epoch has a seed of its own: a resumed run draws what the uninterrupted one drew, with no state to keep.
-    seed = int(np.random.SeedSequence([settings.seed, epoch]).generate_state(1)[0])
-    generator = torch.Generator().manual_seed(seed)
-    torch.manual_seed(seed + accelerator.process_index)
-    order = inputs.train[torch.randperm(len(inputs.train), generator=generator).numpy()]
-    order = order[accelerator.process_index :: accelerator.num_processes]
-    size = settings.batch_size
-    steps = len(order) // size
-    run.wrapped.train()
-    total: dict[str, float] = {}
+    settings = run.settings
+    if settings.trackers:
+        plain = json.loads(json.dumps(asdict(settings), default=str))
+        config = {name: value for name, value in plain.items() if isinstance(value, int | float | str)}
+        run.accelerator.init_trackers("migrator", config=config)
+    history, epoch = _resume(run, out)
+    while epoch.number <= settings.epochs:
+        row = train_epoch(run, epoch, history, out, report)
+        history.append(row)
+        if run.accelerator.is_main_process:
+            if "p1" in row and row["p1"] >= max(r["p1"] for r in history):
+                run_folder.write_state(out / "best.pt", {"epoch": epoch.number, "encoder": _weights(run)})
+            run_folder.write_metrics(out, history)
+            _checkpoint(run, out, history, None)
+        epoch = Epoch(epoch.number + 1)
+    run.accelerator.wait_for_everyone()
+    if settings.trackers:
+        run.accelerator.end_training()
+    return history
+
+
+def train_epoch(
+    run: Run, epoch: Epoch, history: list[dict[str, float]], out: Path, report: Callable[[Progress], None]
+) -> dict[str, float]:
+    """What is left of one pass over the training images, then validation. Returns the epoch's row of `metrics.csv`."""
+    settings, inputs, handle = run.settings, run.inputs, run.accelerator
+    generator = torch.Generator().manual_seed(_seed(settings, epoch.number, 0))
+    order = epoch_rows(inputs.train, inputs.labels, balanced=settings.class_balanced, generator=generator)
+    steps = len(order) // settings.batch_size
+    first = epoch.step
+    saved = started = time.monotonic()
     pending: list[dict[str, Tensor]] = []
-    started = time.monotonic()
-    for step in range(steps):
-        progress = (epoch - 1 + step / steps) / settings.epochs
+    losses: dict[str, float] = {}
+    speed = rate = 0.0
+    run.wrapped.train()
+    for batch in batches_ahead(lambda n: _batch(run, order, epoch.number, first + n), steps - first):
+        progress = (epoch.number - 1 + epoch.step / steps) / settings.epochs
         rate = learning_rate(settings, progress)
-        for group in run.optimizer.param_groups:
-            group["lr"] = rate
-        rows = order[step * size : (step + 1) * size]
-        pixels, labels, old = _batch(run, rows)
-        pixels = augment(pixels, flip=settings.flip, generator=generator)
-        remaining = (settings.epochs - epoch + 1) / settings.epochs
-        terms = run.wrapped(pixels, labels, old, progress, remaining)
-        run.optimizer.zero_grad()
-        accelerator.backward(torch.stack(list(terms.values())).sum())
-        accelerator.clip_grad_norm_(run.wrapped.parameters(), GRADIENT_LIMIT)
-        run.optimizer.step()
-        pending.append({name: term.detach() for name, term in terms.items()})
-        if len(pending) == REPORT_EVERY or step == steps - 1:
-            table = torch.stack([torch.stack(list(row.values())) for row in pending]).cpu().numpy()
-            if not np.isfinite(table).all():
-                bad = int(np.flatnonzero(~np.isfinite(table).all(axis=1))[0])
-                raise _diverged(out, epoch, step + 1 - len(pending) + bad + 1)
-            for name, column in zip(terms, table.T, strict=True):
-                total[name] = total.get(name, 0.0) + float(column.sum())
-            losses = {name: total[name] / (step + 1) for name in total}
-            speed = (step + 1) * size * accelerator.num_processes / (time.monotonic() - started)
-            pending.clear()
-            if step < steps - 1:
-                report(Progress("train", epoch, settings.epochs, step + 1, steps, losses, speed))
+        pending.append(train_step(run, batch, epoch.number, epoch.step, rate=rate, progress=progress))
+        epoch.step += 1
+        due = handle.is_main_process and time.monotonic() - saved > 60 * settings.checkpoint_minutes
+        if len(pending) < REPORT_EVERY and epoch.step < steps and not due:
+            continue
+        _add_up(epoch, pending, out)
+        losses = {name: total / epoch.step for name, total in epoch.totals.items()}
+        speed = (epoch.step - first) * settings.batch_size / (time.monotonic() - started)
+        pending.clear()
+        if settings.trackers:
+            done = (epoch.number - 1) * steps + epoch.step
+            handle.log({**losses, "lr": rate, "images_per_second": speed}, step=done)
+        if epoch.step < steps:
+            report(Progress("train", epoch.number, settings.epochs, epoch.step, steps, losses, speed))
+            if due:
+                _require_finite(run, epoch, out)
+                _checkpoint(run, out, history, epoch)
+                saved = time.monotonic()
     # A finite loss in the last step does not promise finite weights after it.
+    _require_finite(run, epoch, out)
+    measured = validate(run) if handle.is_main_process else {}
+    if measured:
+        measured["p1"] = validation.score(measured, settings.upper_bound)
+    if settings.trackers and measured:
+        handle.log(measured, step=epoch.number * steps)
+    report(Progress("train", epoch.number, settings.epochs, steps, steps, losses, speed, measured))
+    return {"epoch": epoch.number, **losses, "lr": rate, "images_per_second": speed, **measured}
+
+
+def train_step(
+    run: Run,
+    batch: list[tuple[Tensor, Tensor, Tensor | None]],
+    epoch: int,
+    step: int,
+    *,
+    rate: float,
+    progress: float,
+) -> dict[str, Tensor]:
+    """One step of the optimiser on a batch in micro-batches. Returns the loss terms, without waiting for the device."""
+    settings, handle, device = run.settings, run.accelerator, run.accelerator.device
+    # Every step has a seed of its own: a resumed run draws what the uninterrupted one drew, with no state to keep.
+    torch.manual_seed(_seed(settings, epoch, step + 1) + handle.process_index)
+    for group in run.optimizer.param_groups:
+        group["lr"] = rate
+    remaining = (settings.epochs - epoch + 1) / settings.epochs
+    run.optimizer.zero_grad()
+    found: dict[str, Tensor] = {}
+    for number, (pixels, labels, old) in enumerate(batch, start=1):
+        pixels, labels = pixels.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+        old = None if old is None else old.to(device, non_blocking=True)
+        with handle.no_sync(run.wrapped) if number < len(batch) else _nothing():
+            terms = run.wrapped(pixels, labels, old, progress, remaining)
+            handle.backward(torch.stack(list(terms.values())).sum() / len(batch))
+        for name, term in terms.items():
+            found[name] = found.get(name, 0) + term.detach() / len(batch)
+    handle.clip_grad_norm_(run.wrapped.parameters(), GRADIENT_LIMIT)
+    run.optimizer.step()
+    return found
+
+
+def _nothing() -> Any:
+    import contextlib
+
+    return contextlib.nullcontext()
+
+
+def _seed(settings: FitSettings, epoch: int, step: int) -> int:
+    return int(np.random.SeedSequence([settings.seed, epoch, step]).generate_state(1)[0])
+
+
+def _batch(run: Run, order: NDArray[np.int64], epoch: int, step: int) -> list[tuple[Tensor, Tensor, Tensor | None]]:
+    """This process's part of each micro-batch of a step. What is drawn at random is drawn for the whole batch."""
+    settings, inputs, handle = run.settings, run.inputs, run.accelerator
+    size = settings.batch_size
+    rows = order[step * size : (step + 1) * size]
+    generator = torch.Generator().manual_seed(_seed(settings, epoch, step + 1))
+    views = draw_views(size, run.spec.preprocessing.image_size, flip=settings.flip, generator=generator)
+    micro = size // settings.accumulate
+    part = micro // handle.num_processes
+    found = []
+    for start in range(handle.process_index * part, size, micro):
+        mine = slice(start, start + part)
+        seen = views.part(mine)
+        pixels = augmented(torch.from_numpy(inputs.pixels.take(rows[mine])), seen)
+        old = None
+        if inputs.old is not None:
+            vectors = inputs.old[rows[mine]]
+            if inputs.old_flipped is not None:
+                vectors = np.where(seen.mirrored.numpy()[:, None], inputs.old_flipped[rows[mine]], vectors)
+            old = torch.from_numpy(vectors)
+        labels = torch.from_numpy(inputs.labels[rows[mine]])
+        if handle.device.type == "cuda":
+            pixels, labels = pixels.pin_memory(), labels.pin_memory()
+            old = old.pin_memory() if old is not None else None
+        found.append((pixels, labels, old))
+    return found
+
+
+def _add_up(epoch: Epoch, pending: list[dict[str, Tensor]], out: Path) -> None:
+    """Adds the losses of the last steps to the epoch's. Raises TrainingFailed for one that is not finite."""
+    table = torch.stack([torch.stack(list(row.values())) for row in pending]).cpu().numpy()
+    if not np.isfinite(table).all():
+        bad = int(np.flatnonzero(~np.isfinite(table).all(axis=1))[0])
+        raise _diverged(out, epoch.number, epoch.step - len(pending) + bad + 1)
+    for name, column in zip(pending[0], table.T, strict=True):
+        total = epoch.totals.get(name, 0.0)
+        for value in column:  # one by one: the sum must not depend on where a checkpoint cut the steps
+            total += float(value)
+        epoch.totals[name] = total
+
+
+def _require_finite(run: Run, epoch: Epoch, out: Path) -> None:
     if not torch.stack([p.detach().isfinite().all() for p in run.learner.parameters()]).all():
-        raise _diverged(out, epoch, steps)
-    validation = validate(run)
-    report(Progress("train", epoch, settings.epochs, steps, steps, losses, speed, validation))
-    return {"epoch": epoch, **losses, "lr": rate, "images_per_second": speed, **validation}
-
-
-def _batch(run: Run, rows: NDArray[np.int64]) -> tuple[Tensor, Tensor, Tensor | None]:
-    device = run.accelerator.device
-    old = run.inputs.old
-    return (
-        torch.from_numpy(run.inputs.pixels[rows]).to(device),
-        torch.from_numpy(run.inputs.labels[rows]).to(device),
-        None if old is None else torch.from_numpy(old[rows]).to(device),
-    )
+        raise _diverged(out, epoch.number, epoch.step)
 
 
 def _diverged(out: Path, epoch: int, step: int) -> TrainingFailed:
-    kept = _checkpoints(out)
+    kept = run_folder.checkpoints(out)
     good = f"the last good checkpoint is {kept[-1]}" if kept else "there is no checkpoint yet"
     return TrainingFailed(
         f"the loss is not finite at step {step} of epoch {epoch} ({good}): lower train.lr and train with --restart"
     )
 
 
+def _checkpoint(run: Run, out: Path, history: list[dict[str, float]], epoch: Epoch | None) -> None:
+    """At the end of an epoch, or within one."""
+    state = {"learner": run.learner.state_dict(), "optimizer": run.optimizer.state_dict(), "history": history}
+    if epoch is not None:
+        state |= {"step": epoch.step, "totals": epoch.totals}
+    step = epoch.step if epoch is not None else 0
+    run_folder.save_checkpoint(out, state, epochs=len(history), step=step, keep=run.settings.keep_checkpoints)
+
+
+def _resume(run: Run, out: Path) -> tuple[list[dict[str, float]], Epoch]:
+    """Puts the run where its newest undamaged checkpoint left it. Returns the epochs done and the one that is next."""
+    state = run_folder.load_checkpoint(out)
+    if state is None:
+        return [], Epoch(1)
+    run.learner.load_state_dict(state["learner"])
+    run.optimizer.load_state_dict(state["optimizer"])
+    history = list(state["history"])
+    return history, Epoch(len(history) + 1, state.get("step", 0), dict(state.get("totals", {})))
+
+
+def _weights(run: Run) -> dict[str, Tensor]:
+    return {name: tensor.detach().cpu() for name, tensor in run.learner.encoder.state_dict().items()}
+
+
 # --- validation -----------------------------------------------------------------------------------------------------
 
 
 def validate(run: Run, *, reverse: bool = False) -> dict[str, float]:
-    """mAP@100 of held-out queries in a gallery of training images: `self`, and with old vectors `cross` and `old`.
-
-    Empty where nothing is held out. With `reverse` also old queries in the new gallery.
-    """
+    """`validation.measure` of the encoder as it is; empty where nothing is held out."""
     inputs = run.inputs
     if not len(inputs.queries):
         return {}
-    labels = (inputs.labels[inputs.queries], inputs.labels[inputs.gallery])
-    new_queries, new_gallery = _encode(run, inputs.queries), _encode(run, inputs.gallery)
-    measured = {"self": mean_average_precision(new_queries, new_gallery, *labels)}
-    if inputs.old is not None:
-        old_queries, old_gallery = inputs.old[inputs.queries], inputs.old[inputs.gallery]
-        measured["cross"] = mean_average_precision(new_queries, old_gallery, *labels)
-        measured["old"] = mean_average_precision(old_queries, old_gallery, *labels)
-        if reverse:
-            measured["reverse"] = mean_average_precision(old_queries, new_gallery, *labels)
+    new = _embed(run, inputs.queries, run.learner.encoder), _embed(run, inputs.gallery, run.learner.encoder)
+    return validation.measure(new, _old_sides(inputs), _labels(inputs), reverse=reverse)
+
+
+def _old_sides(inputs: Inputs) -> tuple[NDArray[np.float32], NDArray[np.float32]] | None:
+    return None if inputs.old is None else (inputs.old[inputs.queries], inputs.old[inputs.gallery])
+
+
+def _labels(inputs: Inputs) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    return inputs.labels[inputs.queries], inputs.labels[inputs.gallery]
+
+
+def _embed(run: Run, rows: NDArray[np.int64], model: nn.Module) -> NDArray[np.float32]:
+    """Vectors of unit length from the encoder, or from its backbone alone."""
+    learner, device = run.learner, run.accelerator.device
+    learner.eval()
+    vectors = []
+    with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=run.settings.bf16):
+        for part in np.array_split(rows, math.ceil(len(rows) / 256)):
+            pixels = torch.from_numpy(run.inputs.pixels.take(part)).to(device)
+            features = model(((pixels - learner.mean) / learner.std).contiguous(memory_format=torch.channels_last))
+            vectors.append(F.normalize(features.float()).cpu().numpy())
+    return np.concatenate(vectors)
+
+
+def _baseline(run: Run, out: Path) -> dict[str, float]:
+    """`procrustes`: the cross-test of the backbone as it starts, behind the rotation that best meets the old vectors.
+
+    What minutes of arithmetic give without training; a trained encoder has to beat it. Measured once a run.
+    """
+    inputs = run.inputs
+    noted = out / "baseline.json"
+    if noted.exists():
+        kept: dict[str, float] = json.loads(noted.read_text())["validation"]
+        return kept
+    measured: dict[str, float] = {}
+    if inputs.old is not None and len(inputs.queries):
+        backbone = run.learner.encoder.backbone
+        gallery = _embed(run, inputs.gallery, backbone)
+        rotation = fit_map("procrustes", gallery, inputs.old[inputs.gallery], seed=run.settings.seed)
+        queries = _mapped(rotation, _embed(run, inputs.queries, backbone))
+        found = validation.mean_average_precision(queries, inputs.old[inputs.gallery], *_labels(inputs))
+        measured["procrustes"] = found
+    run_folder.write_json(noted, {"format": 1, "validation": measured})
     return measured
 
 
-def _encode(run: Run, rows: NDArray[np.int64]) -> NDArray[np.float32]:
-    run.learner.eval()
-    with torch.inference_mode():
-        batches = [
-            F.normalize(run.learner.embed(torch.from_numpy(run.inputs.pixels[part]).to(run.accelerator.device)))
-            for part in np.array_split(rows, math.ceil(len(rows) / 256))
-        ]
-        vectors: NDArray[np.float32] = torch.cat(batches).cpu().numpy()
-    return vectors
+# --- the end --------------------------------------------------------------------------------------------------------
 
 
-def mean_average_precision(
-    queries: NDArray[np.float32],
-    gallery: NDArray[np.float32],
-    query_labels: NDArray[np.int64],
-    gallery_labels: NDArray[np.int64],
-    k: int = METRIC_K,
-) -> float:
-    """mAP@k by inner product: the mean over queries of sum_i precision@i relevant_i / min(k, number of relevant items).
-
-    queries (q, D), gallery (g, D). Queries without a relevant item are left out; 0 where no query has one.
-    """
-    relevant_items = np.bincount(gallery_labels, minlength=int(query_labels.max()) + 1)[query_labels]
-    k = min(k, len(gallery))
-    precisions = []
-    for start in range(0, len(queries), 256):
-        part = slice(start, start + 256)
-        order = np.argsort(-(queries[part] @ gallery.T), axis=1, kind="stable")[:, :k]
-        relevant = gallery_labels[order] == query_labels[part, None]
-        precision = relevant.cumsum(axis=1) / np.arange(1, k + 1)
-        precisions.append((precision * relevant).sum(axis=1) / np.clip(relevant_items[part], 1, k))
-    answerable = relevant_items > 0
-    return float(np.concatenate(precisions)[answerable].mean()) if answerable.any() else 0.0
-
-
-# --- the run folder -------------------------------------------------------------------------------------------------
-
-
-def save(out: Path, run: Run, history: list[dict[str, float]]) -> FitResult:
-    """Writes the trained encoder and the result, and gives back the disk space of the prepared images."""
-    validation = validate(run, reverse=True)
+def _save(out: Path, run: Run, history: list[dict[str, float]], baseline: dict[str, float]) -> FitResult:
+    """Writes the encoder of the best epoch, its classifier and the result."""
+    best = len(history)
+    if "p1" in history[-1]:
+        best = max(range(len(history)), key=lambda n: (history[n]["p1"], n)) + 1
+    if best < len(history):
+        state = run_folder.read_state(out / "best.pt")
+        if state is None or state["epoch"] != best:
+            raise TrainingProblem(f"{out / 'best.pt'} is damaged or missing: train again with --restart")
+        run.learner.encoder.load_state_dict(state["encoder"])
+    measured = {**validate(run, reverse=True), **baseline}
     save_encoder(run.learner.encoder, run.spec, out / "encoder.safetensors")
-    left_out = [asdict(entry) for entry in run.inputs.left_out]
-    _write_json(out / "result.json", {"format": 1, "history": history, "validation": validation, "left_out": left_out})
+    _save_classifier(run, out / "classifier.safetensors")
+    return _write_result(out, run.inputs.left_out, history, measured, best)
+
+
+def _save_classifier(run: Run, path: Path) -> None:
+    """The directions of the classes, for a later encoder that is trained with `bct`."""
+    from safetensors.torch import save
+
+    head = getattr(run.learner.objective, "classification", None)
+    if head is None or not run.settings.labelled:
+        return
+    weight = F.normalize(head.weight.detach().float().cpu())
+    run_folder.write(path, save({"weight": weight}, metadata={"classes": json.dumps(run.inputs.class_names)}))
+
+
+def read_classifier(path: Path, class_names: list[str], dim: int) -> NDArray[np.float32]:
+    """The directions (C, D) that an old classifier has for these classes; NaN where it knows none.
+
+    Raises TrainingProblem for a file that `fit` did not write or that is of another space.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="numpy") as file:
+            weight = file.get_tensor("weight")
+            known = json.loads((file.metadata() or {})["classes"])
+        rows = {name: row for row, name in enumerate(known)}
+        usable = weight.ndim == 2 and len(weight) == len(rows) and bool(np.isfinite(weight).all())
+    except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
+        raise TrainingProblem(
+            f"old_classifier {path} cannot be read ({type(error).__name__}): name the classifier.safetensors that the "
+            "old encoder's training left, or leave it out"
+        ) from error
+    if not usable or weight.shape[1] != dim:
+        raise TrainingProblem(
+            f"old_classifier {path} holds {weight.shape[-1]}-d directions, but the encoders give {dim}-d vectors: "
+            "name the one that belongs to the old encoder, or leave it out"
+        )
+    found = np.full((len(class_names), dim), np.nan, np.float32)
+    for row, name in enumerate(class_names):
+        if name in rows:
+            found[row] = weight[rows[name]]
+    if np.isnan(found).all():
+        raise TrainingProblem(f"old_classifier {path} knows none of the {len(class_names)} classes: leave it out")
+    return found
+
+
+def _write_result(
+    out: Path, left_out: list[LeftOut], history: list[dict[str, float]], measured: dict[str, float], best: int
+) -> FitResult:
+    document = {
+        "format": 1,
+        "history": history,
+        "validation": measured,
+        "left_out": [asdict(entry) for entry in left_out],
+        "best_epoch": best,
+    }
+    run_folder.write_json(out / "result.json", document)
     result = _read_result(out)
     assert result is not None
     return result
@@ -507,23 +672,25 @@ def save(out: Path, run: Run, history: list[dict[str, float]]) -> FitResult:
 def _read_result(out: Path) -> FitResult | None:
     if not (out / "result.json").exists():
         return None
-    (out / "pixels.u8").unlink(missing_ok=True)
     noted = json.loads((out / "result.json").read_text())
     weights = out / "encoder.safetensors"
     card = read_card(weights)
     if card is None or not weights.exists():
         raise TrainingProblem(f"{out} holds a finished run whose encoder is gone: put it back, or train with --restart")
     left_out = [LeftOut(**entry) for entry in noted["left_out"]]
-    return FitResult(card, weights, noted["history"], noted["validation"], left_out)
+    return FitResult(card, weights, noted["history"], noted["validation"], left_out, noted["best_epoch"])
 
 
-def _fingerprint(items: TrainingItems, old: Encoder | None, spec: EncoderSpec, settings: FitSettings) -> dict[str, Any]:
+def _fingerprint(
+    items: TrainingItems, old: Encoder | StoredVectors | None, spec: EncoderSpec, settings: FitSettings
+) -> dict[str, Any]:
     """What decides the outcome of a run, flat, named as in messages."""
     settings_of_outcome = asdict(settings)
-    for name in ("device", "num_workers", "keep_checkpoints"):
+    for name in NEUTRAL:
         del settings_of_outcome[name]
     new = asdict(spec)
     new.update(new.pop("preprocessing"))
+    del new["folder"]
     values = {
         **{f"train.{name}": value for name, value in settings_of_outcome.items()},
         **{f"new_encoder.{name}": value for name, value in new.items()},
@@ -534,110 +701,121 @@ def _fingerprint(items: TrainingItems, old: Encoder | None, spec: EncoderSpec, s
     return plain
 
 
-def _open_run(out: Path, fingerprint: dict[str, Any], *, resume: bool, restart: bool) -> None:
-    """Binds the folder to this run, or checks that it is bound to it already."""
-    noted = out / "run.json"
-    finished = (out / "result.json").exists()
-    before = None
-    if noted.exists():
-        try:
-            before = json.loads(noted.read_text())["fingerprint"]
-        except (ValueError, KeyError, TypeError):
-            before = {}
-    # Before the first checkpoint nothing is lost: who corrects a setting that was refused need not say restart.
-    if not restart and (finished or _checkpoints(out)):
-        if not resume:
-            state = "a finished" if finished else "an unfinished"
-            raise TrainingProblem(f"{out} holds {state} run: continue with --resume, or replace it with --restart")
-        if not before:
-            raise TrainingProblem(f"{noted} is damaged or missing: start over with --restart")
-        changed = [
-            f"{name} was {before.get(name)} and is {fingerprint.get(name)}"
-            for name in sorted({*before, *fingerprint})
-            if before.get(name) != fingerprint.get(name)
-        ]
-        if changed:
-            raise TrainingProblem(
-                f"{out} holds a run with other inputs ({'; '.join(changed)}): put them back or use --restart"
-            )
-    if restart or before != fingerprint:
-        ours = ("result.json", "encoder.json", "encoder.safetensors", "inputs.json", "pixels.u8", "old_vectors.npy")
-        for path in [*_checkpoints(out), *(out / name for name in ours), out / "metrics.csv"]:
-            path.unlink(missing_ok=True)
-        _write_json(noted, {"format": 1, "fingerprint": fingerprint})
+# --- post-hoc maps --------------------------------------------------------------------------------------------------
 
 
-@contextlib.contextmanager
-def _lock(out: Path) -> Iterator[None]:
-    from filelock import FileLock, Timeout
-
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        with FileLock(out / ".lock", timeout=0):
-            yield
-    except Timeout:
-        raise TrainingProblem(f"another process is training in {out}: wait for it or choose another folder") from None
-    except OSError as error:
-        raise TrainingProblem(f"run folder {out} cannot be written: {error.strerror or error}") from error
-
-
-def _checkpoints(out: Path) -> list[Path]:
-    """Oldest first."""
-    return sorted(out.glob("checkpoint-*.pt"))
-
-
-def _save_checkpoint(out: Path, run: Run, history: list[dict[str, float]]) -> None:
-    buffer = io.BytesIO()
-    state = {"learner": run.learner.state_dict(), "optimizer": run.optimizer.state_dict(), "history": history}
-    torch.save(state, buffer)
-    _write(out / f"checkpoint-{len(history):05d}.pt", buffer.getvalue())
-    table = io.StringIO(newline="")
-    writer = csv.DictWriter(table, history[0].keys(), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(history)
-    _write(out / "metrics.csv", table.getvalue().encode())
-    for path in _checkpoints(out)[: -run.settings.keep_checkpoints]:
-        path.unlink()
-
-
-def _load_checkpoint(out: Path, run: Run) -> list[dict[str, float]]:
-    """Puts the run where its newest undamaged checkpoint left it and returns the history so far."""
-    for path in reversed(_checkpoints(out)):
-        state = _read_checkpoint(path)
-        if state is not None:
-            run.learner.load_state_dict(state["learner"])
-            run.optimizer.load_state_dict(state["optimizer"])
-            return list(state["history"])
-    return []
+def _fit_map(
+    items: TrainingItems,
+    images: ImageSource,
+    old: Encoder | StoredVectors | None,
+    spec: EncoderSpec,
+    settings: FitSettings,
+    out: Path,
+    report: Callable[[Progress], None],
+) -> FitResult:
+    """Learns a map from the vectors of an encoder that is there to the old ones, instead of an encoder."""
+    if spec.weights is None and not spec.pretrained and not spec.arch.startswith("module:"):
+        raise TrainingProblem(
+            f"method {settings.method} maps the vectors of an encoder that exists: give new_encoder.weights, a module, "
+            "or pretrained: true"
+        )
+    base = load_base(spec, device=settings.device)
+    inputs = _inputs(items, images, old, spec, settings, out, report)
+    assert inputs.old is not None
+    vectors = _base_vectors(base, inputs, report)
+    maps = {
+        kind: fit_map(kind, vectors[inputs.train], inputs.old[inputs.train], seed=settings.seed)
+        for kind in dict.fromkeys(("procrustes", settings.method))
+    }
+    measured: dict[str, float] = {}
+    if len(inputs.queries):
+        for kind, fitted in maps.items():
+            new = _mapped(fitted, vectors[inputs.queries]), _mapped(fitted, vectors[inputs.gallery])
+            found = validation.measure(new, _old_sides(inputs), _labels(inputs), reverse=True)
+            if kind == settings.method:
+                measured |= found
+            if kind == "procrustes":
+                measured["procrustes"] = found["cross"]
+    save_mapped_encoder(base, spec, maps[settings.method], spec.dim, out / "encoder.safetensors")
+    return _write_result(out, inputs.left_out, [], measured, 0)
 
 
-def _read_checkpoint(path: Path) -> dict[str, Any] | None:
-    """The saved state, or None where the file is damaged."""
-    try:
-        # torch does not look at the checksums in its own archives.
-        with zipfile.ZipFile(path) as archive:
-            if archive.testzip() is not None:
-                return None
-        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-    except (zipfile.BadZipFile, OSError, RuntimeError, ValueError, EOFError):
-        return None
-    return state
+def _mapped(fitted: Map, vectors: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Vectors (n, d) of unit length -> (n, D) of unit length."""
+    with torch.inference_mode():
+        mapped: NDArray[np.float32] = F.normalize(fitted(torch.tensor(vectors))).numpy()
+    return mapped
 
 
-def _write_json(path: Path, document: dict[str, Any]) -> None:
-    _write(path, json.dumps(document, indent=1).encode())
+def _base_vectors(base: Encoder, inputs: Inputs, report: Callable[[Progress], None]) -> NDArray[np.float32]:
+    """Unit vectors (n, d) of all images by the encoder that is to be mapped."""
+    count = len(inputs.pixels)
+    vectors = np.empty((count, base.dim), np.float32)
+    started = time.monotonic()
+    for start in range(0, count, 256):
+        rows = np.arange(start, min(start + 256, count))
+        vectors[rows] = base.encode(inputs.pixels.take(rows))
+        done = int(rows[-1]) + 1
+        rate = done / max(time.monotonic() - started, 1e-9)
+        report(Progress("train", 1, 1, done, count, images_per_second=rate))
+    return vectors
 
 
-def _write(path: Path, content: bytes) -> None:
-    """Durably, and whole or not at all."""
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as stream:
-        stream.write(content)
-        stream.flush()
-        os.fsync(stream.fileno())
-    temporary.replace(path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+# --- several processes ----------------------------------------------------------------------------------------------
+
+
+def share(inputs: Inputs, out: Path, settings: FitSettings) -> None:
+    """Leaves in the run folder what the other processes need to read the same inputs."""
+    if inputs.old is not None and not (out / "old_vectors.npy").exists():
+        np.save(out / "old_vectors.npy", inputs.old)
+    digests = np.frombuffer(b"".join(inputs.digests), np.uint8).reshape(-1, 32)
+    arrays = {name: getattr(inputs, name) for name in ("labels", "train", "queries", "gallery")}
+    names = np.array(json.dumps(inputs.class_names))
+    np.savez(out / "shared.npz", digests=digests, names=names, labelled=settings.labelled, **arrays)
+
+
+def shared(out: Path, spec: EncoderSpec, settings: FitSettings) -> tuple[Inputs, bool]:
+    """What `share` left, and whether the labels are real. Raises TrainingProblem where the cache has lost images."""
+    with np.load(out / "shared.npz") as file:
+        noted = dict(file)
+    digests = [row.tobytes() for row in noted["digests"]]
+    cache = settings.cache or out / "images"
+    pixels = open_pixels(cache, spec.preprocessing, digests)
+    if pixels is None:
+        raise TrainingProblem(f"the image cache {cache} is not the one that the first process filled: share it")
+    old = [
+        np.load(out / name, mmap_mode="r") if (out / name).exists() else None
+        for name in ("old_vectors.npy", "old_vectors_mirrored.npy")
+    ]
+    names = json.loads(str(noted["names"]))
+    inputs = Inputs(
+        pixels=pixels,
+        digests=digests,
+        labels=noted["labels"],
+        classes=len(names),
+        class_names=names,
+        old=old[0],
+        old_flipped=old[1],
+        left_out=[],
+        train=noted["train"],
+        queries=noted["queries"],
+        gallery=noted["gallery"],
+    )
+    return inputs, bool(noted["labelled"])
+
+
+def _tell(handle: Any, what: Literal["train", "leave"]) -> None:
+    """Lets the other processes go on, once all that they need lies in the run folder."""
+    if handle.num_processes > 1:
+        from accelerate.utils import broadcast_object_list
+
+        broadcast_object_list([what])
+
+
+def _heard(handle: Any) -> str:
+    from accelerate.utils import broadcast_object_list
+
+    heard = ["leave"]
+    if handle.num_processes > 1:
+        broadcast_object_list(heard)
+    return heard[0]

@@ -105,7 +105,7 @@ def gathered(part: Tensor) -> Tensor:
     """
     if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
         return part
-    whole: Tensor = _Gather.apply(part)  # type: ignore[no-untyped-call]
+    whole: Tensor = _Gather.apply(part)
     return whole
 
 
@@ -136,9 +136,9 @@ class _SharedBatchNorm(nn.modules.batchnorm._BatchNorm):
         shape = [1, -1] + [1] * (features.ndim - 2)
         # Every process holds as many.
         count = features.numel() // features.shape[1] * dist.get_world_size()
-        mean = _Sum.apply(features.sum(axes)) / count  # type: ignore[no-untyped-call]
+        mean = _Sum.apply(features.sum(axes)) / count
         centred = features - mean.view(shape)
-        variance = _Sum.apply(centred.square().sum(axes)) / count  # type: ignore[no-untyped-call]
+        variance = _Sum.apply(centred.square().sum(axes)) / count
         if self.running_mean is not None and self.running_var is not None and self.num_batches_tracked is not None:
             with torch.no_grad():
                 self.num_batches_tracked.add_(1)

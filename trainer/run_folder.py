@@ -20,7 +20,7 @@ from trainer.errors import TrainingProblem
 _CHECKPOINT = re.compile(r"checkpoint-(\d{5})(?:-(\d{7}))?\.pt")
 _OURS = (
     "result.json", "encoder.json", "encoder.safetensors", "classifier.safetensors", "best.pt", "baseline.json",
-    "inputs.json", "old_vectors.npy", "old_vectors_mirrored.npy", "base_vectors.npy", "metrics.csv",
+    "inputs.json", "old_vectors.npy", "old_vectors_mirrored.npy", "shared.npz", "metrics.csv",
 )  # fmt: skip
 
 

@@ -65,7 +65,7 @@ def train(folder: Path, run: str, reports: Connection | None = None) -> None:
         if reports is not None:
             reports.send(progress.stage)
 
-    settings = FitSettings(epochs=4, batch_size=10, device="cpu", num_workers=2)
+    settings = FitSettings(epochs=4, batch_size=10, device="cpu", image_threads=2)
     items, images = read_items(folder / "items.csv"), ImageSource(str(folder))
     fit(items, images, old, SPEC, settings, folder / run, resume=True, report=report)
 
