@@ -6,7 +6,7 @@ import csv
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,19 +15,14 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from trainer.errors import ImageProblem, TrainingProblem
+from trainer.errors import TrainingProblem
 from trainer.images import SUFFIXES, is_safe
 
 if TYPE_CHECKING:
-    import PIL.Image
     import torch
-
-    from trainer.images import ImageSource
 
 FEWEST_TO_HOLD_OUT = 3
 """A class with fewer images stays in training whole."""
-
-LOADED_TOGETHER = 256
 
 T = TypeVar("T")
 
@@ -62,7 +57,7 @@ def training_items(paths: Sequence[Any], labels: Sequence[Any] | None, *, source
     when a path or label is missing, a path has two labels, there are no rows, or there is only one class.
     """
     if not len(paths):
-        raise TrainingProblem(f"{source} lists no images: add rows with a path{' and a label' if labels else ''}")
+        raise TrainingProblem(f"{source} lists no images: add rows with a path{'' if labels is None else ' and a label'}")
     names = _column(paths, "path", source)
     if labels is None:
         return TrainingItems(tuple(dict.fromkeys(names)), None)
@@ -242,7 +237,7 @@ def epoch_rows(
     return rows
 
 
-def batches_ahead(make: Callable[[int], T], count: int) -> Iterator[T]:
+def batches_ahead(make: Callable[[int], T], count: int) -> Generator[T, None, None]:
     """`make(0)` to `make(count - 1)`, in this order; a thread makes the next one while the last one is in use.
 
     What `make` raises comes out in its place. Closing the iterator early waits for the batch in the making.
@@ -262,63 +257,3 @@ class LeftOut:
 
     path: str
     reason: str
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """A batch of images ready for encoders, and those of it that could not be used."""
-
-    rows: list[int]  # (b,) positions of the usable images in the list of paths
-    arrays: list[NDArray[np.uint8]]  # for each `prepare` (b, 3, S, S)
-    left_out: list[LeftOut]
-
-
-def prepared_batches(
-    paths: Sequence[str],
-    images: ImageSource,
-    prepares: Sequence[Callable[[PIL.Image.Image], NDArray[np.uint8]]],
-    *,
-    workers: int,
-) -> Iterator[Prepared]:
-    """Every image in order, loaded once and prepared for each encoder in a pool of threads.
-
-    Raises ImagesUnavailable as the source does.
-    """
-
-    def load(path: str) -> list[NDArray[np.uint8]] | LeftOut:
-        try:
-            image = images.load(path)
-        except ImageProblem as problem:
-            return LeftOut(path, str(problem))
-        return [prepare(image) for prepare in prepares]
-
-    with ThreadPoolExecutor(max_workers=workers) as pool:
-        for start in range(0, len(paths), LOADED_TOGETHER):
-            results = list(pool.map(load, paths[start : start + LOADED_TOGETHER]))
-            usable = [(row, result) for row, result in enumerate(results, start) if not isinstance(result, LeftOut)]
-            yield Prepared(
-                rows=[row for row, _ in usable],
-                arrays=[np.stack([arrays[i] for _, arrays in usable]) for i in range(len(prepares)) if usable],
-                left_out=[result for result in results if isinstance(result, LeftOut)],
-            )
-
-
-def augment(batch: torch.Tensor, *, flip: bool, generator: torch.Generator) -> torch.Tensor:
-    """Shifts each image at random by up to an eighth of its side, edges repeated, and mirrors half of them if `flip`.
-
-    Takes and gives (B, 3, S, S) of any type, on any device; `generator` is a CPU generator.
-    """
-    import torch
-
-    count, _, _, side = batch.shape
-    reach = side // 8
-    axis = torch.arange(side)
-    shift = torch.randint(-reach, reach + 1, (2, count, 1), generator=generator)
-    rows, columns = (axis + shift).clamp(0, side - 1)  # (B, S) each; clamping repeats the edge
-    if flip:
-        mirrored = torch.rand(count, 1, generator=generator) < 0.5
-        columns = torch.where(mirrored, columns.flip(1), columns)
-    device = batch.device
-    sample = torch.arange(count, device=device)[:, None, None, None]
-    channel = torch.arange(3, device=device)[None, :, None, None]
-    return batch[sample, channel, rows.to(device)[:, None, :, None], columns.to(device)[:, None, None, :]]

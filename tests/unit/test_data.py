@@ -1,22 +1,29 @@
-"""Training items, the held-out split, prepared batches and augmentation."""
+"""Training items, the labels from folders, held-out split, the order of an epoch and its batches."""
 
 import csv
+import os
+import threading
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import PIL.Image
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 
-from trainer.data import augment, held_out_split, prepared_batches, read_items, training_items
-from trainer.encoder import Preprocessing
+from trainer.data import (
+    batches_ahead,
+    epoch_rows,
+    folder_items,
+    held_out_split,
+    read_items,
+    training_items,
+)
 from trainer.errors import TrainingProblem
-from trainer.images import ImageSource
 
 
 def write_csv(file: Path, text: str, encoding: str = "utf-8") -> Path:
@@ -49,7 +56,7 @@ def test_csv_with_byte_order_mark_and_spaces(tmp_path: Path) -> None:
     [
         ("", "no column path and no column label"),
         ("path,class\na,1\n", "no column label .*it has: path, class"),
-        ("path,label\n", "lists no images"),
+        ("path,label\n", "lists no images: add rows with a path and a label"),
         ("path,label\na,1\nb,\nc\n", "label missing in 2 of 3 rows .*row 2"),
         ("path,label\n,1\nb,2\n", "path missing in 1 of 2 rows"),
         ("path,label\na,1\nb,1\n", "every image has the label '1'"),
@@ -122,67 +129,161 @@ def test_split_differs_between_seeds_and_can_be_switched_off() -> None:
     assert (len(train), len(held_out)) == (200, 0)
 
 
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    """Files 0.png..599.png, 4 pixels a side, the red channel telling the number; 3.png and 300.png are broken."""
-    for number in range(600):
-        colour = (number % 256, number // 256, 77)
-        PIL.Image.new("RGB", (4, 4), colour).save(tmp_path / f"{number}.png")
-    (tmp_path / "3.png").write_bytes(b"")
-    (tmp_path / "300.png").write_bytes(b"not an image")
-    return tmp_path
+# --- items without labels, and labels from folders
 
 
-def test_every_image_is_prepared_once_in_order_and_broken_ones_are_listed(folder: Path) -> None:
-    sizes = (Preprocessing(image_size=4).prepare, Preprocessing(image_size=2).prepare)
-    paths = [f"{number}.png" for number in range(600)]
-    batches = list(prepared_batches(paths, ImageSource(str(folder)), sizes, workers=4))
-    rows = [row for batch in batches for row in batch.rows]
-    assert rows == [number for number in range(600) if number not in (3, 300)]
-    large, small = (np.concatenate([batch.arrays[i] for batch in batches]) for i in (0, 1))
-    assert large.shape == (598, 3, 4, 4)
-    assert small.shape == (598, 3, 2, 2)
-    numbers = large[:, 0, 0, 0].astype(int) + 256 * large[:, 1, 0, 0].astype(int)
-    assert numbers.tolist() == rows
-    assert [entry.path for batch in batches for entry in batch.left_out] == ["3.png", "300.png"]
-    assert all("3" in entry.reason for batch in batches for entry in batch.left_out)
+def test_a_label_column_may_be_missing_where_no_labels_are_needed(tmp_path: Path) -> None:
+    file = write_csv(tmp_path / "items.csv", "path,note\na,1\nb,2\na,3\n")
+    pq.write_table(pa.table({"path": ["a", "b"]}), tmp_path / "items.parquet")
+    items = read_items(file, need_labels=False)
+    assert items == read_items(tmp_path / "items.parquet", need_labels=False)
+    assert (items.paths, items.labels, items.classes) == (("a", "b"), None, [])
+    assert items.digest != training_items(["a", "b"], ["1", "2"], source="x").digest
+    with pytest.raises(TrainingProblem, match="has no column label"):
+        read_items(file)
 
 
-def test_a_batch_without_a_usable_image(folder: Path) -> None:
-    (batch,) = prepared_batches(["3.png", "absent.png"], ImageSource(str(folder)), [], workers=2)
-    assert batch.rows == []
-    assert len(batch.left_out) == 2
+def test_a_label_column_that_is_there_is_read(tmp_path: Path) -> None:
+    items = read_items(write_csv(tmp_path / "items.csv", "path,label\na,1\nb,2\n"), need_labels=False)
+    assert items.labels == ("1", "2")
+    with pytest.raises(TrainingProblem, match="label missing in 1 of 2 rows"):
+        read_items(write_csv(tmp_path / "items.csv", "path,label\na,1\nb,\n"), need_labels=False)
+    with pytest.raises(TrainingProblem, match="no column path"):
+        read_items(write_csv(tmp_path / "items.csv", "label\n1\n"), need_labels=False)
 
 
-def augmented(image: torch.Tensor, *, count: int, flip: bool, seed: int = 0) -> torch.Tensor:
-    return augment(image.expand(count, -1, -1, -1), flip=flip, generator=torch.Generator().manual_seed(seed))
+def test_items_without_labels_need_paths() -> None:
+    with pytest.raises(TrainingProblem, match=r"lists no images: add rows with a path$"):
+        training_items([], None, source="list")
+    with pytest.raises(TrainingProblem, match="path missing in 1 of 2 rows"):
+        training_items(["a", ""], None, source="list")
 
 
-def test_augmentation_only_shifts_and_reaches_every_shift() -> None:
-    side, reach = 16, 2
-    image = torch.arange(3 * side * side).reshape(1, 3, side, side)
-    axis = torch.arange(side)
-    found = set()
-    for result in augmented(image, count=400, flip=False):
-        inner = result[0, side // 2, side // 2].item()
-        down, right = inner // side - side // 2, inner % side - side // 2
-        rows, columns = (axis + down).clamp(0, side - 1), (axis + right).clamp(0, side - 1)
-        torch.testing.assert_close(result, image[0][:, rows][:, :, columns])
-        found.add((down, right))
-    assert found == {(a, b) for a in range(-reach, reach + 1) for b in range(-reach, reach + 1)}
+def touch(root: Path, *paths: str) -> None:
+    for path in paths:
+        (root / path).parent.mkdir(parents=True, exist_ok=True)
+        (root / path).touch()
 
 
-def test_flip_mirrors_about_half_and_only_on_request() -> None:
-    image = torch.arange(7).repeat(3, 7, 1)[None].to(torch.uint8)  # 7 pixels: too small to shift
-    plain = augmented(image, count=200, flip=False)
-    assert (plain == image).all()
-    mirrored = augmented(image, count=200, flip=True)
-    flipped = (mirrored == image.flip(3)).all(dim=(1, 2, 3))
-    assert (flipped | (mirrored == image).all(dim=(1, 2, 3))).all()
-    assert 60 < flipped.sum() < 140
+def test_folders_give_labels(tmp_path: Path) -> None:
+    touch(tmp_path, "shoes/b.jpg", "shoes/2019/a.PNG", "hats/z.webp", "hats/notes.txt", "hats/.hidden.png", "top.jpg")
+    touch(tmp_path, ".cache/a.png", "hats/.thumbs/z.png", "empty/readme")
+    (tmp_path / "linked").symlink_to(tmp_path / "hats")
+    items = folder_items(tmp_path)
+    assert items.paths == ("hats/z.webp", "shoes/2019/a.PNG", "shoes/b.jpg")
+    assert items.labels == ("hats", "shoes", "shoes")
+    assert items.passed_over == 0
+    assert items == training_items(items.paths, items.labels, source="the same")
 
 
-def test_augmentation_follows_its_generator() -> None:
-    image = torch.rand(1, 3, 16, 16)
-    torch.testing.assert_close(augmented(image, count=8, flip=True), augmented(image, count=8, flip=True))
-    assert not torch.equal(augmented(image, count=8, flip=True), augmented(image, count=8, flip=True, seed=1))
+def test_names_that_are_not_trusted_are_counted(tmp_path: Path) -> None:
+    touch(tmp_path, "a/1.jpg", "b/1.jpg", "a/new\nline.jpg", "a/back\\slash.jpg", "a/x::y.jpg", " b/2.jpg", "c /3.jpg")
+    (tmp_path / "a" / os.fsdecode(b"not utf-8 \xff.jpg")).touch()
+    items = folder_items(tmp_path)
+    assert items.paths == ("a/1.jpg", "b/1.jpg")
+    assert items.passed_over == 6
+
+
+def test_folders_that_give_nothing(tmp_path: Path) -> None:
+    with pytest.raises(TrainingProblem, match="lists no images"):
+        folder_items(tmp_path)
+    touch(tmp_path, "a/1.jpg", "a/2.jpg")
+    with pytest.raises(TrainingProblem, match="every image has the label 'a'"):
+        folder_items(tmp_path)
+    with pytest.raises(TrainingProblem, match="cannot be walked: No such file") as caught:
+        folder_items(tmp_path / "absent")
+    assert "\n" not in str(caught.value)
+
+
+# --- the order of an epoch
+
+
+def epoch(labels: NDArray[np.int64], train: NDArray[np.int64], *, balanced: bool, seed: int) -> NDArray[np.int64]:
+    return epoch_rows(train, labels, balanced=balanced, generator=torch.Generator().manual_seed(seed))
+
+
+@given(sizes=st.lists(st.integers(1, 30), min_size=1, max_size=8), balanced=st.booleans(), seed=st.integers(0, 99))
+def test_an_epoch_is_as_long_as_the_training_rows(sizes: list[int], balanced: bool, seed: int) -> None:
+    random = np.random.default_rng(seed)
+    labels = random.permutation(np.repeat(np.arange(len(sizes)), sizes))
+    train = np.sort(random.permutation(len(labels))[: random.integers(1, len(labels) + 1)])
+    rows = epoch(labels, train, balanced=balanced, seed=seed)
+    assert len(rows) == len(train)
+    np.testing.assert_array_equal(rows, epoch(labels, train, balanced=balanced, seed=seed))
+    if not balanced:
+        assert sorted(rows) == train.tolist()
+        return
+    # Within each class: every image once before any comes again.
+    for label in np.unique(labels[train]):
+        images = set(train[labels[train] == label].tolist())
+        drawn = rows[labels[rows] == label].tolist()
+        for start in range(0, len(drawn), len(images)):
+            part = drawn[start : start + len(images)]
+            assert len(set(part)) == len(part)
+            assert set(part) <= images
+
+
+def test_a_balanced_epoch_draws_classes_alike_and_in_no_order() -> None:
+    labels = np.repeat(np.arange(3), [3000, 900, 6])
+    rows = epoch(labels, np.arange(len(labels)), balanced=True, seed=0)
+    counts = np.bincount(labels[rows])
+    assert abs(counts - len(labels) / 3).max() < 5 * np.sqrt(len(labels) * 2 / 9)  # five deviations of a binomial
+    first, second = labels[rows][:1953], labels[rows][1953:]
+    assert abs(np.bincount(first) - np.bincount(second)).max() < 200
+    # The images of a class that is drawn more often than it has images come equally often.
+    assert np.ptp(np.bincount(rows[labels[rows] == 2] - 3900)) <= 1
+    assert (np.diff(rows[labels[rows] == 0]) > 0).mean() < 0.6  # shuffled
+
+
+def test_epochs_differ_by_their_generators() -> None:
+    labels = np.repeat(np.arange(3), 30)
+    for balanced in (False, True):
+        orders = [epoch(labels, np.arange(90), balanced=balanced, seed=seed).tolist() for seed in (0, 1)]
+        assert orders[0] != orders[1]
+
+
+# --- batches ahead
+
+
+def batch_threads() -> list[str]:
+    return [thread.name for thread in threading.enumerate() if thread.name.startswith("batch")]
+
+
+def test_batches_come_in_order_and_one_is_made_ahead() -> None:
+    made: list[int] = []
+    next_is_made = [threading.Event() for _ in range(6)]
+
+    def make(number: int) -> int:
+        made.append(number)
+        next_is_made[number].set()
+        return number * number
+
+    batches = batches_ahead(make, 5)
+    for number, batch in enumerate(batches):
+        assert batch == number * number
+        if number < 4:
+            assert next_is_made[number + 1].wait(30)  # while this one is in use
+        assert made == list(range(min(number + 2, 5)))
+    assert batch_threads() == []
+
+
+def test_what_goes_wrong_in_a_batch_comes_out_in_its_place() -> None:
+    def make(number: int) -> int:
+        if number == 2:
+            raise TrainingProblem("the third")
+        return number
+
+    batches = batches_ahead(make, 5)
+    assert [next(batches), next(batches)] == [0, 1]
+    with pytest.raises(TrainingProblem, match="the third"):
+        next(batches)
+    assert batch_threads() == []
+
+
+def test_batches_left_early_leave_no_thread() -> None:
+    batches = batches_ahead(lambda number: number, 1000)
+    assert next(batches) == 0
+    assert batch_threads() != []
+    batches.close()
+    assert batch_threads() == []
+    assert list(batches_ahead(lambda number: number, 0)) == []
