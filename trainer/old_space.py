@@ -6,6 +6,7 @@ Source: AdvBCT, https://arxiv.org/abs/2305.02610, section 3.4.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,6 +16,8 @@ from trainer.errors import TrainingProblem
 
 FEWEST_FOR_OUTLIERS = 4
 """Below this many images of a class its quartiles say nothing, and no distance is dropped as an outlier."""
+CHUNK = 65_536
+"""Rows looked at together."""
 
 
 @dataclass(frozen=True)
@@ -52,13 +55,25 @@ def stored_vectors(vectors: NDArray[np.float32]) -> StoredVectors:
     return StoredVectors(f"stored-{digest[:16]}", unit)
 
 
+def _chunks(n: int) -> Iterator[slice]:
+    """Rows 0..n-1 in pieces: float64 copies of a million vectors would take gigabytes."""
+    return (slice(start, start + CHUNK) for start in range(0, n, CHUNK))
+
+
+def _unit(vectors: NDArray[np.float32], lengths: NDArray[np.float32], rows: slice) -> NDArray[np.float64]:
+    unit: NDArray[np.float64] = vectors[rows] / lengths[rows, None].astype(np.float64)
+    return unit
+
+
 def _lengths(vectors: NDArray[np.float32]) -> NDArray[np.float32]:
-    lengths: NDArray[np.float32] = np.linalg.norm(vectors, axis=1)
+    lengths = np.empty(len(vectors), np.float32)
+    for rows in _chunks(len(vectors)):
+        lengths[rows] = np.linalg.norm(vectors[rows], axis=1)
     bad = np.flatnonzero(~(np.isfinite(lengths) & (lengths > 0)))
     if len(bad):
         raise TrainingProblem(
             f"{len(bad)} of {len(vectors)} old vectors are zero or not finite (first: row {bad[0]}): "
-            "check the old encoder's weights"
+            "check the old encoder's weights, or leave out the images whose stored vectors these are"
         )
     return lengths
 
@@ -78,13 +93,16 @@ def measure_old_space(
     Raises TrainingProblem for a vector that is zero or not finite.
     """
     lengths = _lengths(vectors)
-    unit = vectors.astype(np.float64) / lengths[:, None]
-
     counts = np.bincount(labels, minlength=classes)
-    sums = np.zeros((classes, vectors.shape[1]))
-    np.add.at(sums, labels, unit)
-    centres = sums / np.maximum(counts, 1)[:, None]
-    distances = np.linalg.norm(unit - centres[labels], axis=1)
+    centres = np.zeros((classes, vectors.shape[1]))
+    for rows in _chunks(len(vectors)):
+        order = np.argsort(labels[rows], kind="stable")
+        there, starts = np.unique(labels[rows][order], return_index=True)
+        centres[there] += np.add.reduceat(_unit(vectors, lengths, rows)[order], starts)
+    centres /= np.maximum(counts, 1)[:, None]
+    distances = np.empty(len(vectors))
+    for rows in _chunks(len(vectors)):
+        distances[rows] = np.linalg.norm(_unit(vectors, lengths, rows) - centres[labels[rows]], axis=1)
 
     first, third = (_class_quantiles(distances, labels, classes, q) for q in (0.25, 0.75))
     reach = 1.5 * (third - first)

@@ -5,8 +5,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from trainer import old_space
 from trainer.errors import TrainingProblem
-from trainer.old_space import measure_old_space
+from trainer.old_space import measure_old_space, stored_vectors
 
 
 def on_circle(*degrees: float) -> np.ndarray:
@@ -99,9 +100,32 @@ def test_agrees_with_numpy_class_by_class(labels: list[int], quantile: float, se
         np.testing.assert_allclose(space.radii[c], np.quantile(distances, quantile), atol=1e-5)
 
 
+def test_the_size_of_the_chunks_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(2)
+    vectors, labels = rng.normal(size=(100, 4)).astype(np.float32), rng.integers(0, 9, 100)
+    whole = measure_old_space(vectors, labels, classes=9, quantile=0.5)
+    monkeypatch.setattr(old_space, "CHUNK", 7)
+    parts = measure_old_space(vectors, labels, classes=9, quantile=0.5)
+    np.testing.assert_allclose(parts.centres, whole.centres, atol=1e-7)
+    np.testing.assert_allclose(parts.radii, whole.radii, atol=1e-6)
+
+
 @pytest.mark.parametrize("bad", [0.0, np.nan, np.inf])
 def test_an_unusable_vector_is_named(bad: float) -> None:
     vectors = on_circle(0, 10, 20)
     vectors[1] = bad
     with pytest.raises(TrainingProblem, match=r"1 of 3 old vectors .*row 1"):
         measure_old_space(vectors, np.zeros(3, int), classes=1, quantile=0.5)
+    with pytest.raises(TrainingProblem, match=r"1 of 3 old vectors .*row 1"):
+        stored_vectors(vectors)
+
+
+def test_stored_vectors_are_of_unit_length_and_known_by_what_they_are() -> None:
+    vectors = on_circle(0, 30, 100)
+    stored, longer, other = (stored_vectors(v) for v in (vectors, 2 * vectors, vectors[::-1]))
+    np.testing.assert_allclose(longer.vectors, vectors, atol=1e-6)
+    assert longer.vectors.dtype == np.float32
+    assert stored.dim == 2
+    assert stored.id == longer.id != other.id
+    assert stored.id.startswith("stored-")
+    assert len(stored.id) == len("stored-") + 16
