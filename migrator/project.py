@@ -202,8 +202,12 @@ class Project:
         return card is not None and card.map is not None
 
     def old_encoder(self) -> LoadedEncoder:
-        """The old encoder, proved to be the one planned with."""
-        return self.load(self.old_spec(), self.migration().old_encoder_id)
+        """The old encoder, proved to be the one planned with. Refused where there is no model of it."""
+        planned_with = self.migration().old_encoder_id
+        spec = self.old_spec()
+        if is_stored(planned_with):
+            raise Refused(f"{self.name} was planned with `old_encoder: stored`: undo the change")
+        return self.load(spec, planned_with)
 
     def stored_encoder(self) -> StoredEncoder | None:
         """The old encoder as its vectors showed it when it was planned with; None where it was a model, or none."""

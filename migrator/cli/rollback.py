@@ -34,6 +34,8 @@ def command(name: str | None, config_path: Path, as_json: bool, yes: bool) -> in
             says = f"restore the old vectors of {migration.collection}, then send every query back to the old encoder"
         else:
             says = f"send every query back to {migration.collection} and delete {migration.shadow}"
+        if project.old_is_stored and migration.stage in ("cutover", "finalize"):
+            says += "; what was written since the cutover has no model to be embedded with"
         confirm(says, yes=yes)
         with progress("rollback") as advance:
             result = rollback(project, advance)
@@ -45,12 +47,22 @@ def command(name: str | None, config_path: Path, as_json: bool, yes: bool) -> in
                 "restored": result.restored,
                 "re_encoded": result.re_encoded,
                 "removed": result.removed,
+                "stale": list(result.stale),
+                "kept_shadow": result.kept_shadow,
                 "problems": problems,
             }
         )
     else:
         removed = f", {result.removed} removed" if result.removed else ""
         click.echo(f"rolled back: {result.restored} items restored, {result.re_encoded} embedded again{removed}")
+        if result.stale:
+            named = ", ".join(map(repr, result.stale[:5])) + (" and more" if len(result.stale) > 5 else "")
+            click.echo(
+                f"{len(result.stale)} items written since the cutover have the old vector of before: embed them again "
+                f"if their images changed: {named}"
+            )
+        if result.kept_shadow:
+            click.echo(f"{result.kept_shadow} is kept, for it alone holds items: take them over, then delete it")
         for item, why in problems.items():
             click.echo(f"item {item} could not be embedded with the old encoder: {why}")
-    return 3 if problems else 0
+    return 3 if problems or result.stale else 0

@@ -6,6 +6,9 @@ Where a vector comes from, when item and undo log are looked at again after a cr
 - it carries no stamp and equals the undo log's vector: it is restored already;
 - anything else was written by the application. Before the cutover that was done with the old encoder, and the
   vector stays; from the cutover on with the new one, and the image is embedded again with the old encoder.
+
+Without an old model the last cannot be done. Then the undo log's vector goes back, for a vector of an earlier image is
+found by old queries and a new encoder's is not; an item that the undo log does not know keeps what it has.
 """
 
 from __future__ import annotations
@@ -25,6 +28,7 @@ if TYPE_CHECKING:
     from trainer.encoder import Encoder
 
 PAGE = 5_000
+NO_MODEL = "old_encoder is stored, there is no model; it keeps the new encoder's vector"
 
 
 class Restore:
@@ -40,6 +44,7 @@ class Restore:
         self.after_cutover = migration.stage in ("cutover", "finalize")
         self.restored = self.re_encoded = 0
         self.problems: dict[ItemId, str] = {}
+        self.stale: list[ItemId] = []
         self._old_encoder: Encoder | None = None
 
     def go(self) -> None:
@@ -87,7 +92,11 @@ class Restore:
                 if stamp is not None and stamp.startswith(self.stamp):  # an adapter's claim on a cut-off write too
                     back.setdefault(old.stamps[row], []).append(row)
                 elif self.after_cutover and vector.tobytes() != old.vectors[row].tobytes():
-                    foreign.append(item)
+                    if self.project.old_is_stored:
+                        back.setdefault(old.stamps[row], []).append(row)
+                        self.stale.append(item)
+                    else:
+                        foreign.append(item)
             for stamp, these in back.items():
                 self._write([old.ids[row] for row in these], old.vectors[these], stamp)
                 self.restored += len(these)
@@ -121,6 +130,9 @@ class Restore:
 
     def _re_encode(self, items: Iterable[ItemId]) -> None:
         """Embeds items that the application wrote with the new encoder once more, with the old one."""
+        if self.project.old_is_stored:
+            self.problems.update(dict.fromkeys(items, NO_MODEL))
+            return
         remaining = iter(items)
         while ids := list(itertools.islice(remaining, PAGE)):
             if self._old_encoder is None:

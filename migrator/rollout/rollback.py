@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from adapters.base import ItemId, StoreBusy
@@ -28,6 +28,11 @@ class RolledBack:
     """Items that the application wrote with the new encoder, embedded again with the old one."""
     removed: int = 0
     """Items that the application deleted in the shadow after the cutover, and that are now gone here too."""
+    stale: Sequence[ItemId] = ()
+    """Items that the application wrote with the new encoder and that have their earlier old vector: there is no old
+    model, and their image may have changed."""
+    kept_shadow: str | None = None
+    """The shadow, where it alone holds items, which only an old model could have brought back."""
     problems: Mapping[ItemId, str] = field(default_factory=dict)
     """Items that could not be embedded again, with the reason."""
 
@@ -42,7 +47,7 @@ def check_can_roll_back(project: Project) -> Migration:
     if migration.state == "finished" and not migration.old_kept:
         raise Refused(
             f"{project.name} is finished and its old vectors were dropped: "
-            "migrate again, with the old encoder as the new one"
+            "migrate again, with the old encoder as the new one, if there is a model of it"
         )
     return migration
 
@@ -76,6 +81,7 @@ def rollback(project: Project, report: Report = lambda _done, _of: None) -> Roll
             "restored": result.restored,
             "re_encoded": result.re_encoded,
             "removed": result.removed,
+            "stale": len(result.stale),
             "problems": len(result.problems),
         },
         route=initial_route(migration, salt=route.salt, epoch=route.epoch),
@@ -89,9 +95,9 @@ def _restore(project: Project, migration: Migration, report: Report) -> RolledBa
     with project.store(write=True) as store:
         restore = Restore(project, migration, store, report)
         restore.go()
-    return RolledBack(restore.restored, restore.re_encoded, 0, restore.problems)
+    return RolledBack(restore.restored, restore.re_encoded, 0, restore.stale, None, restore.problems)
 
 
 def _take_back(project: Project, migration: Migration, report: Report) -> RolledBack:
     back = take_back(project, migration, report)
-    return RolledBack(0, back.re_encoded, back.removed, back.problems)
+    return RolledBack(0, back.re_encoded, back.removed, list(back.stale), back.kept, back.problems)

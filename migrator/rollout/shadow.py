@@ -1,21 +1,22 @@
 """The second collection of the shadow strategy: made, proved whole, put in the first one's place, and taken back.
 
 Nothing is dropped but the shadow, which migrator made under a name of its own, and at `finalize --drop-old` the old
-collection that this flag names; and neither while an alias leads to it.
+collection that this flag names; and neither while an alias leads to it. Where there is no old model, a rollback also
+keeps a shadow that alone holds items.
 """
 
 from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from adapters.base import ItemId, Page
+from adapters.base import ItemId, Page, Payload, Store
 from migrator.backfill.copies import Copies, digests
-from migrator.backfill.transfer import Shadow, open_transfer, pages, walk
+from migrator.backfill.transfer import ITEMS, Shadow, open_transfer, pages, walk
 from migrator.encoding import embed, locate
 from migrator.errors import Refused
 from migrator.ledger import Migration, Route
@@ -25,6 +26,7 @@ from migrator.rollout.route import initial_route
 if TYPE_CHECKING:
     from trainer.encoder import Encoder
 
+NO_MODEL = "old_encoder is stored, there is no model; it lies in the shadow alone"
 NAMED = 3
 """Items that a message names."""
 
@@ -94,6 +96,10 @@ class TakenBack:
     """Items that it deleted after the cutover."""
     problems: dict[ItemId, str] = field(default_factory=dict)
     """Items that could not be embedded again, with the reason: the old collection has their state before."""
+    stale: set[ItemId] = field(default_factory=set)
+    """Items that were brought back with the old vector that the old collection has, as there is no old model."""
+    kept: str | None = None
+    """The shadow, where it alone holds items and there is no old model."""
     synced: dict[ItemId, int] = field(default_factory=dict)
     """Items already brought back, with the digest that they had in the shadow then."""
 
@@ -116,11 +122,19 @@ def take_back(project: Project, migration: Migration, report: Callable[[int, int
     if migration.stage in ("cutover", "finalize"):
         _back_sync(project, migration, result, report)  # what applications wrote that had not heard of it yet
     with project.store(write=True) as source:
-        if source.exists(migration.shadow):
+        if project.old_is_stored and _any_missing(source, list(result.problems)):
+            result.kept = migration.shadow
+        elif source.exists(migration.shadow):
             with closing(source.sibling(migration.shadow)) as target:
                 target.drop()
     project.copy_log(migration).drop()
     return result
+
+
+def _any_missing(store: Store, items: Sequence[ItemId]) -> bool:
+    """Whether one of these items is not there; the application may have brought some back itself."""
+    parts = (items[start : start + ITEMS] for start in range(0, len(items), ITEMS))
+    return any(len(store.read(part, vectors=False, payload=False)) < len(part) for part in parts)
 
 
 def _dual_writes(project: Project, migration: Migration, route: Route) -> Route:
@@ -186,10 +200,13 @@ class _BackSync:
     def _re_encode(self, page: Page, rows: list[int]) -> None:
         if not rows:
             return
-        if self._old is None:
-            self._old = self.project.old_encoder()
         assert page.payloads is not None
         ids, payloads = [page.ids[row] for row in rows], [page.payloads[row] for row in rows]
+        if self.project.old_is_stored:
+            self._bring_payloads(ids, payloads)
+            return
+        if self._old is None:
+            self._old = self.project.old_encoder()
         images = self.project.images()
         paths = locate(images, zip(ids, payloads, strict=True))
         embedded = embed(images, paths, [self._old], **self.project.loading())
@@ -203,3 +220,18 @@ class _BackSync:
         report = self.source.insert(items)
         self.result.problems.update({item: f"the store refused it: {why}" for item, why in report.rejected.items()})
         self.result.re_encoded += len(report.written)
+
+    def _bring_payloads(self, ids: Sequence[ItemId], payloads: Sequence[Payload]) -> None:
+        """Without an old model: items keep the old vector that the source has, those it has none of are named."""
+        payload_of = dict(zip(ids, payloads, strict=True))
+        there = self.source.read(ids, vectors=True, payload=True)
+        assert there.vectors is not None
+        assert there.payloads is not None
+        rows = [row for row, item in enumerate(there.ids) if there.payloads[row] != payload_of[item]]
+        if rows:
+            items = [there.ids[row] for row in rows]
+            page = Page(items, there.vectors[rows], [payload_of[item] for item in items], [None] * len(rows))
+            report = self.source.insert(page)
+            self.result.problems.update({item: f"the store refused it: {why}" for item, why in report.rejected.items()})
+        self.result.stale.update(there.ids)
+        self.result.problems.update(dict.fromkeys(payload_of.keys() - set(there.ids), NO_MODEL))

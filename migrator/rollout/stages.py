@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from adapters.base import Store
 from migrator.errors import Refused, UsageProblem
 from migrator.ledger import Migration, Route, now
 from migrator.planning import check_fresh, check_unmixed
@@ -69,7 +70,7 @@ def _prepare(project: Project, migration: Migration, _: Options) -> Step:
         beside = shadow.shadow_name(migration) if migration.strategy == "shadow" else None
         if beside is not None and store.exists(beside):
             raise Refused(f"{beside} is there already and not this migration's: remove it, or plan again")
-    _check_encoders(project)
+        _check_encoders(project, store)
     check_verified(project, migration, plan.fingerprint)
     route = project.ledger.route(migration.collection)
 
@@ -105,10 +106,10 @@ def check_verified(project: Project, migration: Migration, plan_fingerprint: str
         raise Refused(f"the verification of {name} came out as {found.outcome}: {'; '.join(found.results['reasons'])}")
 
 
-def _check_encoders(project: Project) -> None:
+def _check_encoders(project: Project, store: Store) -> None:
     """Both encoders are what they were when they were planned, trained and verified."""
     project.encoder_ids()
-    project.old_encoder()
+    project.check_old_encoder(store)
     project.new_encoder()
 
 
@@ -140,7 +141,7 @@ def _canary(project: Project, migration: Migration, options: Options) -> Step:
             raise Refused(f"{name} is at {route.canary_percent:g} %: the next step is {higher[0]} %, not {percent} %")
     with project.store() as store:
         plan = check_fresh(project, store)
-    _check_encoders(project)
+        _check_encoders(project, store)
     if percent > route.canary_percent:  # the way back is never barred
         check_verified(project, migration, plan.fingerprint)
         if not in_place:
@@ -180,7 +181,7 @@ def _backfill(project: Project, migration: Migration, _: Options) -> Step:
     with project.store() as store:
         plan = check_fresh(project, store)
         count = store.count()
-    _check_encoders(project)
+        _check_encoders(project, store)
     check_verified(project, migration, plan.fingerprint)
 
     def make() -> str:
