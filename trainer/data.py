@@ -57,7 +57,8 @@ def training_items(paths: Sequence[Any], labels: Sequence[Any] | None, *, source
     when a path or label is missing, a path has two labels, there are no rows, or there is only one class.
     """
     if not len(paths):
-        raise TrainingProblem(f"{source} lists no images: add rows with a path{'' if labels is None else ' and a label'}")
+        needed = "a path" if labels is None else "a path and a label"
+        raise TrainingProblem(f"{source} lists no images: add rows with {needed}")
     names = _column(paths, "path", source)
     if labels is None:
         return TrainingItems(tuple(dict.fromkeys(names)), None)
