@@ -80,6 +80,6 @@ def is_stored(encoder_id: str | None) -> bool:
 
 def unit(vectors: Vectors) -> Vectors:
     """Vectors (n, dim) scaled to length 1; one that has no direction, zero or not finite, becomes zero."""
-    lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
+    lengths = np.linalg.norm(vectors.astype(np.float64), axis=1, keepdims=True)
     usable = np.isfinite(lengths) & (lengths > 0)
     return np.where(usable, vectors / np.where(usable, lengths, 1), 0).astype(np.float32)
