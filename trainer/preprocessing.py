@@ -26,8 +26,8 @@ class Preprocessing:
     """How an RGB picture becomes the model's input: resized, cut to a square, scaled to 0..1, normalised per channel.
 
     With s = floor(image_size / crop_pct), `squash` scales the picture to s x s, whatever its shape, and `crop` scales
-    its shorter side to s; then the centred square of image_size is cut out. Both give what timm's and torchvision's
-    Resize and CenterCrop give. Mean and standard deviation default to ImageNet's.
+    its shorter side to s; then the centred square of image_size is cut out. Both give the pixels of timm's and
+    torchvision's Resize and CenterCrop, up to rounding. Mean and standard deviation default to ImageNet's.
     Raises EncoderProblem for values outside their range.
     """
 
@@ -70,8 +70,7 @@ class Preprocessing:
         scaled_width, scaled_height = self._scaled(width, height)
         if (scaled_width, scaled_height) != (width, height) or (width, height) != (size, size):
             resampling = Resampling.BICUBIC if self.interpolation == "bicubic" else Resampling.BILINEAR
-            # The square's place in the picture as it came: only the square is resized, however long the picture is, and
-            # the pixels are those of resizing all of it first.
+            # The square's place in the picture as it came: only the square is resized, however long the picture is.
             left, right = _centred(size, scaled_width, width)
             top, bottom = _centred(size, scaled_height, height)
             image = image.resize((size, size), resampling, box=(left, top, right, bottom))
