@@ -254,7 +254,7 @@ def _inputs(
         seed=settings.seed,
         batch_size=settings.batch_size,
         flip=settings.flip,
-        num_workers=settings.image_threads,
+        image_threads=settings.image_threads,
         most_left_out=settings.most_left_out,
         pseudo_classes=settings.pseudo_classes,
         cache=settings.cache,

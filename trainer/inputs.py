@@ -101,7 +101,7 @@ def load_inputs(
     seed: int,
     batch_size: int,
     flip: bool,
-    num_workers: int,
+    image_threads: int,
     most_left_out: float,
     pseudo_classes: int | None,
     cache: Path | None,
@@ -123,7 +123,7 @@ def load_inputs(
             "order of the images"
         )
     folder = out / "images" if cache is None else cache
-    gather = _Gather(items, images, out / "inputs.json", num_workers, most_left_out, report)
+    gather = _Gather(items, images, out / "inputs.json", image_threads, most_left_out, report)
     noted = _Noted.read(gather.file)
     steps = [preprocessing]
     views: list[Path] = []

@@ -79,7 +79,7 @@ def load(
     **changed: Any,
 ) -> Inputs:
     options: dict[str, Any] = {
-        "validation": 0.2, "seed": 0, "batch_size": 8, "flip": False, "num_workers": 2, "most_left_out": 0.1,
+        "validation": 0.2, "seed": 0, "batch_size": 8, "flip": False, "image_threads": 2, "most_left_out": 0.1,
         "pseudo_classes": None, "cache": folder / "cache", "cache_gib": 1.0, **changed,
     }  # fmt: skip
     return load_inputs(items, source or Source(folder), old, preprocessing, folder / "run", **options)
