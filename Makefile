@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: venv demo test test-crash lint bench clean
+.PHONY: venv demo test test-crash lint bench bench-train clean
 
 venv: $(VENV)/.installed
 
@@ -32,6 +32,12 @@ lint: venv
 
 bench: venv
 	$(BIN)/python -m bench
+
+# Two data sets are built first, by npm and from Debian's dataset-fashion-mnist. Runs that are done are not done again.
+bench-train: venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'
+	$(BIN)/python -m bench train
+	$(BIN)/python -m bench train-speed
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -13,7 +13,7 @@ import tempfile
 import time
 from collections.abc import Iterable
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from functools import cache
 from multiprocessing import get_context
 from pathlib import Path
@@ -90,7 +90,7 @@ class Run:
 
 def fit_settings(method: str, seed: int, **chosen: Any) -> tuple[tuple[str, Any], ...]:
     """All settings of a training, those that are not `chosen` by their defaults."""
-    from trainer.fit import FitSettings
+    from trainer.settings import FitSettings
 
     # All data is trained on: the tests are of other images.
     chosen = {"validation": 0.0, "seed": seed, **chosen}
@@ -142,8 +142,9 @@ def trained(run: Run, folder: Path, device: str, result: dict[str, Any]) -> NDAr
     """Trains by `fit`. The vectors of the test rows; a run that others build on also leaves its encoder."""
     from trainer.data import TrainingItems
     from trainer.encoder import EncoderSpec, Preprocessing, load_encoder
-    from trainer.fit import FitSettings, fit
+    from trainer.fit import fit
     from trainer.images import ImageSource
+    from trainer.settings import FitSettings
 
     images = images_of(run.dataset)
     whole = split_of(run)
@@ -157,7 +158,7 @@ def trained(run: Run, folder: Path, device: str, result: dict[str, Any]) -> NDAr
     source = ImageSource(str(images.root))
     began = time.monotonic()
     with tempfile.TemporaryDirectory(dir=memory_folder()) as name:  # its checkpoints are not what is measured
-        fitted = fit(items, source, old_side(run, rows, device), spec, settings, Path(name))
+        fitted = fit(items, source, old_side(run, rows), spec, settings, Path(name))
         result["fit_seconds"] = time.monotonic() - began
         result["history"] = fitted.history
         encoder = load_encoder(EncoderSpec(spec.arch, spec.dim, spec.preprocessing, weights=fitted.weights))
@@ -172,33 +173,20 @@ def trained(run: Run, folder: Path, device: str, result: dict[str, Any]) -> NDAr
 
 def neutral(device: str) -> dict[str, Any]:
     """Settings that do not change what is trained. Prepared images are shared between runs."""
-    from trainer.fit import FitSettings
-
-    chosen: dict[str, Any] = {"device": device, "image_threads": 1, "keep_checkpoints": 1}
-    if "cache" in {field.name for field in fields(FitSettings)}:
-        chosen["cache"] = DATA / "prepared"
-    return chosen
+    return {"device": device, "image_threads": 1, "keep_checkpoints": 1, "cache": DATA / "prepared"}
 
 
 def memory_folder() -> str | None:
     return "/dev/shm" if Path("/dev/shm").is_dir() else None
 
 
-def old_side(run: Run, rows: NDArray[np.int64], device: str) -> Any:
+def old_side(run: Run, rows: NDArray[np.int64]) -> Any:
     """The old vectors of the training images, as they lie in a collection; None for a run that has no old side."""
+    from trainer.old_space import stored_vectors
+
     if not run.builds_on:
         return None
     old = run.builds_on[0]
-    import trainer.fit
-    from trainer.old_space import stored_vectors
-
-    if not hasattr(trainer.fit, "StoredVectors"):
-        from trainer.encoder import EncoderSpec, Preprocessing, load_encoder
-
-        return load_encoder(
-            EncoderSpec(old.arch, old.dim, Preprocessing(old.image_size), weights=old.folder / "encoder.safetensors"),
-            device=device,
-        )
     every = split_of(old).train
     return stored_vectors(np.load(old.folder / "train.npy")[np.searchsorted(every, rows)])
 

@@ -17,8 +17,8 @@ from bench.intervals import over_seeds
 from bench.machine import machine
 from bench.results_files import heading, save
 from bench.runs import do_all
-from bench.splits import PROTOCOLS, Size
-from bench.train import DATASETS, Case, Plan, arguments, cases, runs_of
+from bench.splits import Size
+from bench.train import Case, Plan, arguments, cases, runs_of
 from bench.train_table import points, scores
 
 SWEEP = Plan(
@@ -174,8 +174,9 @@ def main(words: list[str]) -> None:
     rows = table(chosen)
     results = {"machine": machine(), "plan": asdict(SWEEP), "tried": TRIED, "rows": rows}
     what = (
-        f"{len(chosen) // (len(DATASETS) * len(PROTOCOLS))} seeds, {len(DATASETS)} data sets, {len(PROTOCOLS)} "
-        "protocols; one setting changed at a time. Points of mAP@100 and hundredths of P_1; differences from the "
-        "defaults are paired by seed, with Student's 95 % interval in brackets, bold where it leaves out zero."
+        f"{len({one.seed for one in chosen})} seeds, {len({one.dataset for one in chosen})} data sets, "
+        f"{len({one.protocol for one in chosen})} protocols; one setting changed at a time. Points of mAP@100 and "
+        "hundredths of P_1; differences from the defaults are paired by seed, with Student's 95 % interval in "
+        "brackets, bold where it leaves out zero."
     )
     save("sweep", results, "\n".join(heading("Settings of AdvBCT", results, what) + as_markdown(rows)).rstrip() + "\n")
