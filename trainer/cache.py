@@ -104,7 +104,8 @@ def open_pixels(folder: Path, preprocessing: Preprocessing, digests: Sequence[by
                 if not os.fstat(file.fileno()).st_nlink:
                     return None
                 shards.append(np.memmap(file, np.uint8, "r", shape=(shard.count, *shelf.shape)))
-            os.utime(shard.keys)  # by this is told which were used last
+            with contextlib.suppress(PermissionError):  # a cache that may only be read evicts nothing
+                os.utime(shard.keys)  # by this is told which were used last
     except FileNotFoundError:  # evicted just now
         return None
     except OSError as error:
@@ -232,8 +233,8 @@ class ImageCache:
                 if isinstance(result, _Read) and result.digest not in shelf.rows
             }
             if new:
-                self._make_room(len(new) * (shelf.row_bytes + _KEY.itemsize))
                 try:
+                    self._make_room(len(new) * (shelf.row_bytes + _KEY.itemsize))
                     self._size += shelf.append(new)
                 except OSError as error:
                     raise _unusable(self.folder, error) from error
