@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -74,7 +75,10 @@ def train(
     items, vectors, without_vector = _items(project, config)
     old = project.old_encoder() if vectors is None else stored_vectors(vectors)
     run = project.ledger.start_training(
-        migration.id, method=settings.method, settings=asdict(settings), folder=str(folder)
+        migration.id,
+        method=settings.method,
+        settings=json.loads(json.dumps(asdict(settings), default=str)),
+        folder=str(folder),
     )
     try:
         result = fit(
