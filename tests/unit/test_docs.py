@@ -18,6 +18,7 @@ from migrator.cli import VERBS, cli
 from migrator.config import Verify, load_config, schema
 from migrator.rollout.stages import _STEPS
 from migrator.status import Status
+from trainer.fit import FitSettings
 
 ROOT = Path(__file__).parents[2]
 DOCS = sorted((ROOT / "docs").glob("*.md"))
@@ -95,7 +96,7 @@ def test_every_key_of_the_configuration_is_documented_with_its_default(heading: 
         elif any(required[key]):
             assert said.startswith("required for"), key
         elif heading == "train" and known[key].get("default", ...) is None:
-            assert said == "trainer's", key
+            assert said == ("none" if getattr(FitSettings(), key) is None else "trainer's"), key
         elif known[key].get("default", ...) is None:
             assert said == "none", key
         elif isinstance(known[key].get("default"), dict) or "$ref" in known[key]:
@@ -105,11 +106,11 @@ def test_every_key_of_the_configuration_is_documented_with_its_default(heading: 
 
 
 def test_no_section_of_the_schema_is_left_out() -> None:
-    in_words = {"OtherStore", "StoreItems"}  # another store's keys are its own; train.items.* are rows of train
+    in_words = {"OtherStore", "ItemsFrom"}  # another store's keys are its own; train.items.* are rows of train
     assert {name for names in SECTIONS.values() for name in names} | in_words == definitions().keys()
     rows = table(section((ROOT / "docs" / "configuration.md").read_text(), "train"))
     nested = {row[0].strip("`").partition(".")[2] for row in rows if "." in row[0]}
-    assert nested == definitions()["StoreItems"]["properties"].keys()
+    assert nested == definitions()["ItemsFrom"]["properties"].keys()
 
 
 def test_the_seven_days_of_max_age() -> None:
