@@ -10,6 +10,9 @@ from numpy.typing import NDArray
 from trainer.errors import TrainingProblem
 
 ITERATIONS = 25
+MOST_PER_CENTRE = 64
+"""Images by which a centre is placed, on average at most. faiss asks for 39 at least, and its own limit of 256 would
+make k-means take four times as long where there are a million images."""
 FEWEST_PER_CLASS = 8
 """Images that a class of `default_k` has on average at least: fewer give no centre to speak of."""
 
@@ -38,7 +41,15 @@ def pseudo_classes(vectors: NDArray[np.float32], k: int, *, seed: int) -> NDArra
         ) from error
     data = np.ascontiguousarray(vectors, np.float32)
     # Without min_points_per_centroid faiss prints a warning for small sets, which it clusters well enough.
-    clustering = faiss.Kmeans(data.shape[1], k, niter=ITERATIONS, seed=seed, spherical=True, min_points_per_centroid=1)
+    clustering = faiss.Kmeans(
+        data.shape[1],
+        k,
+        niter=ITERATIONS,
+        seed=seed,
+        spherical=True,
+        min_points_per_centroid=1,
+        max_points_per_centroid=MOST_PER_CENTRE,
+    )
     clustering.train(data)
     _, nearest = clustering.index.search(data, 1)
     _, classes = np.unique(nearest[:, 0], return_inverse=True)

@@ -355,10 +355,13 @@ def test_the_cone_of_the_angular_boundary_holds_what_the_ball_holds() -> None:
     assert loss.angles.item() == pytest.approx(0.5, abs=1e-5)
 
 
-@pytest.mark.parametrize("method", ["lce", "hot_refresh"])
-def test_a_perfect_fit_has_a_finite_gradient(method: str, old_space: OldSpace) -> None:
+@pytest.mark.parametrize("length", [1, 5])
+@pytest.mark.parametrize("method", METHODS)
+def test_a_perfect_fit_has_a_finite_gradient(method: str, length: float, old_space: OldSpace) -> None:
+    # At length 1 with centres of unit length the boundary's distance, too, is exactly 0.
+    old_space = replace(old_space, centres=old_space.centres / np.linalg.norm(old_space.centres, axis=1)[:, None])
     objective = build_objective(method, LossSettings(), dim=DIM, classes=CLASSES, old=old_space)
-    features = (5 * torch.from_numpy(old_space.centres[[0, 1, 2]])).requires_grad_()
+    features = (length * torch.from_numpy(old_space.centres[[0, 1, 2]])).requires_grad_()
     old = torch.nn.functional.normalize(features.detach())
     terms = objective(features, torch.tensor([0, 1, 2]), old, progress=1.0, remaining=0.1)
     torch.stack(list(terms.values())).sum().backward()

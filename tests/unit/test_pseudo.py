@@ -33,6 +33,13 @@ def test_the_seed_decides() -> None:
     assert (first != other).any()
 
 
+def test_centres_placed_by_some_of_the_images_give_a_class_to_all() -> None:
+    vectors, labels = blobs(2, 150)  # more than twice 64
+    found = pseudo_classes(vectors, 2, seed=0)
+    assert len(found) == 300
+    assert len(set(zip(found.tolist(), labels.tolist(), strict=True))) == 2
+
+
 def test_classes_are_numbered_without_gaps_where_vectors_coincide() -> None:
     vectors = np.repeat(np.eye(3, dtype=np.float32), 5, axis=0)
     found = pseudo_classes(vectors, 6, seed=0)
