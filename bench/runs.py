@@ -82,8 +82,8 @@ class Run:
         found: dict[str, Any] = json.loads((self.folder / "result.json").read_text())
         return found
 
-    def per_query(self) -> dict[str, NDArray[np.float32]]:
-        """`self`, and where there is an old encoder `cross`, `reverse`, by metric: `cross/map@100`, (q,)."""
+    def per_query(self) -> dict[str, NDArray[np.float64]]:
+        """By test and metric, such as `cross/map@100`: a value for each question, (q,)."""
         with np.load(self.folder / "per_query.npz") as arrays:
             return dict(arrays)
 
@@ -229,42 +229,51 @@ def mapped(run: Run) -> NDArray[np.float32]:
 
 
 def measure(run: Run, folder: Path, vectors: NDArray[np.float32], result: dict[str, Any]) -> None:
-    """Every metric of each query: self-test, and against the old encoder cross-test and reverse test."""
+    """Every metric of each question: self-test, and against the old encoder cross-test, reverse test and flips.
+
+    A flip is a query whose first answer was right with old query and old gallery and is wrong in the cross-test.
+    """
     images, whole = images_of(run.dataset), split_of(run)
     sides = {"self": (vectors, vectors)}
     if run.builds_on:
         old = np.load(run.builds_on[0].folder / "test.npy")
-        sides |= {"cross": (vectors, old), "reverse": (old, vectors)}
-    found: dict[str, NDArray[np.float32]] = {}
-    for side, (asking, stored) in sides.items():
-        for metric in METRICS:
-            found[f"{side}/{metric}"] = per_query(images, whole, asking, stored, metric)
+        sides |= {"cross": (vectors, old), "reverse": (old, vectors), "old": (old, old)}
+    found = {
+        f"{side}/{metric}": per_query(images, whole, asking, stored, metric)
+        for side, (asking, stored) in sides.items()
+        for metric in METRICS
+    }
+    if run.builds_on:
+        lost = found["old/recall@1"] > found["cross/recall@1"]
+        found["flips"] = np.where(np.isnan(found["old/recall@1"]), np.nan, lost)
+    found = {name: per_question(images, whole, values) for name, values in found.items()}
     np.savez(folder / "per_query.npz", **found)  # type: ignore[arg-type]
     result["means"] = {name: float(values.mean()) for name, values in found.items()}
 
 
 def per_query(
     images: Images, whole: Split, asking: NDArray[np.float32], stored: NDArray[np.float32], metric: str
-) -> NDArray[np.float32]:
-    """A value for each query. Where several artists ask for the same class it is one question: their mean."""
+) -> NDArray[np.float64]:
+    """A value for each query of each test, one test after the other; NaN where nothing is relevant."""
     from migrator.verify.metrics import parse_metric, rank, relevance
 
-    place = {row: position for position, row in enumerate(whole.test_rows.tolist())}
-    values, asked = [], []
     wanted = parse_metric(metric)
+    values = []
     for test in whole.tests:
-        queries, gallery = (
-            np.array([place[row] for row in rows]) for rows in (test.queries.tolist(), test.gallery.tolist())
-        )
+        queries, gallery = (np.searchsorted(whole.test_rows, rows) for rows in (test.queries, test.gallery))
         nearest = rank(asking[queries], stored[gallery], wanted.k)
         values.append(wanted.per_query(relevance(images.labels[test.queries], images.labels[test.gallery], nearest)))
-        asked.append(images.labels[test.queries] if len(whole.tests) > 1 else test.queries)
-    _, question = np.unique(np.concatenate(asked), return_inverse=True)
-    every = np.concatenate(values)
-    answered = ~np.isnan(every)
+    return np.concatenate(values)
+
+
+def per_question(images: Images, whole: Split, values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Where several artists ask for the same class it is one question, and its value their mean."""
+    rows = np.concatenate([test.queries for test in whole.tests])
+    _, question = np.unique(images.labels[rows] if len(whole.tests) > 1 else rows, return_inverse=True)
+    answered = ~np.isnan(values)
     counted = np.bincount(question, answered)
-    sums = np.bincount(question, np.where(answered, every, 0))
-    return (sums[counted > 0] / counted[counted > 0]).astype(np.float32)
+    sums = np.bincount(question, np.where(answered, values, 0))
+    return sums[counted > 0] / counted[counted > 0]
 
 
 # --- doing many -----------------------------------------------------------------------------------------------------

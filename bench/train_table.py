@@ -68,8 +68,7 @@ def row(dataset: str, protocol: str, method: str, done: list[tuple[Case, Run]]) 
         named = (values[f"{side}/{METRIC}"][-1] for side in ("self", "cross", "old", "independent"))
         for name, value in scores(*named).items():
             values[name].append(value)
-        right, wrong = o["self/recall@1"] > 0.5, n["cross/recall@1"] < 0.5
-        values["negative_flips"].append(float((right & wrong).mean()))
+        values["negative_flips"].append(float(n["flips"].mean()))
     found["values"] = dict(values)
     found["means"] = {name: over_seeds(each)._asdict() for name, each in values.items()}
     cross = [n[f"cross/{METRIC}"] - o[f"self/{METRIC}"] for n, o in zip(new, old, strict=True)]

@@ -12,7 +12,7 @@ import pytest
 
 from bench.datasets import Images, code, icon_names, kept
 from bench.intervals import over_queries, over_seeds
-from bench.runs import Run, with_bases
+from bench.runs import Run, per_query, per_question, with_bases
 from bench.splits import PROTOCOLS, QUERY_ARTISTS, Size, seen_by_old, split
 from bench.sweep import DEFAULTS, table
 from bench.train import override, selected
@@ -228,6 +228,25 @@ class TestTable:
         found = summary(rates)
         assert found["advbct_over_arcface"] == {"median": 1.5, "least": 1.0, "largest": 2.0}
         assert found["published_over_advbct"] == {"median": 2.5, "least": 2.0, "largest": 3.0}
+
+
+class TestMetrics:
+    def test_the_answers_of_two_artists_to_one_class_are_one_value(self) -> None:
+        images = emoji(classes=10)
+        whole = split(images, Size(), seed=0)
+        first = per_query(images, whole, *(2 * [np.eye(len(whole.test_rows), dtype=np.float32)]), "recall@1")
+        assert len(first) == 2 * 3
+        values = np.array([1.0, 0.0, np.nan, 0.0, 0.0, np.nan])
+        assert per_question(images, whole, values).tolist() == [0.5, 0.0]  # and the third class was never answered
+
+    def test_an_encoder_that_knows_every_class_is_always_right(self) -> None:
+        images = emoji(classes=10)
+        whole = split(images, Size(), seed=0)
+        _, classes = np.unique(images.labels[whole.test_rows], return_inverse=True)
+        vectors = np.eye(3, dtype=np.float32)[classes]
+        assert per_query(images, whole, vectors, vectors, "map@100").tolist() == [1.0] * 6
+        turned = np.roll(vectors, 1, axis=1)
+        assert per_query(images, whole, turned, vectors, "recall@1").tolist() == [0.0] * 6
 
 
 class TestRuns:
