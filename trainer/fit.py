@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -50,8 +51,6 @@ __all__ = ["FitResult", "FitSettings", "Progress", "fit", "follow"]
 
 REPORT_EVERY = 20
 """Steps between two looks at the losses; each look waits for the device."""
-QUERY_LIMIT, GALLERY_LIMIT = 2_000, 20_000
-"""Most held-out queries and gallery images that validation after each epoch compares."""
 GRADIENT_LIMIT = 5.0
 """Norm above which a step's gradient is scaled down."""
 NEUTRAL = (
@@ -664,6 +663,8 @@ def _write_result(
         "best_epoch": best,
     }
     run_folder.write_json(out / "result.json", document)
+    # A cache of one's own is needed no more; one that was named is for others too.
+    shutil.rmtree(out / "images", ignore_errors=True)
     result = _read_result(out)
     assert result is not None
     return result
