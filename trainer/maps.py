@@ -132,17 +132,14 @@ def best_ridge(new: NDArray[np.floating], old: NDArray[np.floating]) -> float:
 def _residual_mlp(new: NDArray[np.float32], old: NDArray[np.float32], *, seed: int) -> Map:
     """Ridge, and beside it an MLP that starts at zero and learns what ridge leaves, by the cosine to the old vectors.
 
-    A tenth of the pairs is held out, and the state that was best there is kept: on them the map is never worse than
-    ridge alone.
+    A tenth of the pairs is held out, and the state that was best there is kept; where that is the start, the MLP stays
+    zero and the rest is ridge on all pairs.
     """
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(new), generator=generator)
     held_out, train = order.tensor_split([max(1, len(new) // 10)])
-    x, y = (torch.tensor(vectors, dtype=torch.float32) for vectors in (new, old))
-    x_train, y_train = x[train].numpy(), y[train].numpy()
-    start = _linear("ridge", *ridge(x_train, y_train, best_ridge(x_train, y_train)))
-    fitted = Map("residual_mlp", new.shape[1], old.shape[1])
-    fitted.linear.load_state_dict(start.linear.state_dict())
+    weight, bias = ridge(new[train], old[train], best_ridge(new[train], old[train]))
+    fitted = _linear("residual_mlp", weight, bias)
     assert isinstance(fitted.residual, nn.Sequential)
     first, _, last = fitted.residual
     assert isinstance(first, nn.Linear)
@@ -154,26 +151,36 @@ def _residual_mlp(new: NDArray[np.float32], old: NDArray[np.float32], *, seed: i
     with torch.no_grad():
         first.weight.mul_(new.shape[1] ** 0.5)
     # The linear part stays: the residual only has to learn what is left.
-    fitted.linear.requires_grad_(False)
-    optimizer = torch.optim.AdamW(fitted.residual.parameters(), lr=_RATE, weight_decay=0.01)
+    residual = fitted.residual.requires_grad_(True)
+    x, y = (torch.tensor(vectors, dtype=torch.float32) for vectors in (new, old))
+    with torch.no_grad():
+        linear = fitted.linear(x)
+    optimizer = torch.optim.AdamW(residual.parameters(), lr=_RATE, weight_decay=0.01)
+
+    def loss_of(rows: Tensor) -> Tensor:
+        return _cosine_loss(linear[rows] + residual(x[rows]), y[rows])
 
     def held_out_loss() -> float:
         with torch.no_grad():
-            return float(_cosine_loss(fitted(x[held_out]), y[held_out]))
+            return float(loss_of(held_out))
 
-    least = held_out_loss()
-    best = {name: tensor.clone() for name, tensor in fitted.state_dict().items()}
+    least, best = held_out_loss(), None
     for step in range(1, _STEPS + 1):
         for group in optimizer.param_groups:
             group["lr"] = _RATE * 0.5 * (1 + math.cos(math.pi * step / _STEPS))
         rows = train[torch.randint(len(train), (min(_BATCH, len(train)),), generator=generator)]
         optimizer.zero_grad()
-        _cosine_loss(fitted(x[rows]), y[rows]).backward()
+        loss_of(rows).backward()
         optimizer.step()
         if step % _LOOK_EVERY == 0 and (loss := held_out_loss()) < least:
-            least = loss
-            best = {name: tensor.clone() for name, tensor in fitted.state_dict().items()}
-    fitted.load_state_dict(best)
+            least, best = loss, {name: tensor.clone() for name, tensor in residual.state_dict().items()}
+    if best is None:
+        fitted = _linear("residual_mlp", *ridge(new, old, best_ridge(new, old)))
+        assert isinstance(fitted.residual, nn.Sequential)
+        for parameter in fitted.residual.parameters():
+            nn.init.zeros_(parameter)
+        return fitted
+    residual.load_state_dict(best)
     return fitted.requires_grad_(False)
 
 
@@ -184,10 +191,10 @@ def _cosine_loss(mapped: Tensor, old: Tensor) -> Tensor:
 
 def _linear(kind: str, weight: NDArray[np.float64], bias: NDArray[np.float64] | None = None) -> Map:
     fitted = Map(kind, weight.shape[1], weight.shape[0])
-    state = {"linear.weight": torch.tensor(weight, dtype=torch.float32)}
-    if bias is not None:
-        state["linear.bias"] = torch.tensor(bias, dtype=torch.float32)
-    fitted.load_state_dict(state)
+    fitted.linear.load_state_dict(
+        {"weight": torch.tensor(weight, dtype=torch.float32)}
+        | ({} if bias is None else {"bias": torch.tensor(bias, dtype=torch.float32)})
+    )
     return fitted.requires_grad_(False)
 
 
