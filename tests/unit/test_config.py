@@ -36,6 +36,9 @@ migrations:
     backfill: {chunk_size: 1000, batch_size: 64}
 """
 
+MODEL = "{arch: resnet10t, weights: old.safetensors, dim: 128, image_size: 32}"
+"""The old encoder of the example."""
+
 
 def write(folder: Path, text: str | bytes) -> Path:
     path = folder / "migrations.yaml"
@@ -142,6 +145,20 @@ def test_an_unknown_key_of_a_store_is_told_with_the_keys_of_its_kind(tmp_path):
 def test_training_items_may_come_from_the_store(tmp_path):
     config = load_config(write(tmp_path, edited("items: train.csv", 'items: {from: store, label: "{category}"}')))
     assert config.migrations["digits-v2"].train.items.label == "{category}"
+
+
+@pytest.mark.parametrize("source", ["store", "folders"])
+def test_training_items_need_no_file_and_no_labels(tmp_path, source):
+    config = load_config(write(tmp_path, edited("items: train.csv", f"items: {{from: {source}}}")))
+    items = config.migrations["digits-v2"].train.items
+    assert (items.source, items.label) == (source, None)
+
+
+def test_an_old_encoder_may_be_stored(tmp_path):
+    text = edited(MODEL, "stored")
+    config = load_config(write(tmp_path, text.replace("dim: 128", "dim: 96")))  # plan compares with the collection
+    assert config.migrations["digits-v2"].old_encoder == "stored"
+    assert config.redacted()["migrations"]["digits-v2"]["old_encoder"] == "stored"
 
 
 def test_new_weights_need_no_training(tmp_path):
@@ -324,9 +341,9 @@ ledgr: sqlite:///x.db
         f'migrations.yaml:4: {at}.store.pth: unknown key; did you mean "path"?',
         f"migrations.yaml:5: {at}.images.uri: must hold payload fields in braces, such as "
         '"{path}" or "{shop}/{id}.jpg"',
-        f"migrations.yaml:9: {at}.train.items.label: missing",
         f'migrations.yaml:9: {at}.train.items.lable: unknown key; did you mean "label"?',
-        f"migrations.yaml:10: {at}.train.method: must be 'advbct' or 'independent'",
+        f"migrations.yaml:10: {at}.train.method: must be 'advbct', 'bct', 'lce', 'hot_refresh', 'independent', "
+        "'procrustes', 'ridge' or 'residual_mlp'",
         f"migrations.yaml:11: {at}.train.epochs: must not be true or false (YAML also reads yes, no, on and off so): "
         "put text in quotes",
         f"migrations.yaml:12: {at}.train.batch_size: must be a valid integer",
@@ -388,6 +405,19 @@ ledgr: sqlite:///x.db
         ("epochs: 10", f"epochs: {'9' * 5000}", "10: migrations.digits-v2.train.epochs: cannot be read as int"),
         ("epochs: 10", "epochs: !!bool maybe", "10: migrations.digits-v2.train.epochs: cannot be read as bool"),
         ("epochs: 10", "epochs: !!python/name:os.system 1", "10: migrations.digits-v2.train.epochs: YAML tags are not"),
+        (
+            MODEL,
+            "storred",
+            "8: migrations.digits-v2.old_encoder: must be a mapping of keys to values, or the word stored",
+        ),
+        (MODEL, "", "8: migrations.digits-v2.old_encoder: must be a mapping of keys to values, or the word stored"),
+        (MODEL, "[stored]", "8: migrations.digits-v2.old_encoder: must be a mapping of keys to values, or the word"),
+        ("train.csv", "{from: files}", "10: migrations.digits-v2.train.items.from: must be 'store' or 'folders'"),
+        (
+            "train.csv",
+            '{from: folders, label: "{c}"}',
+            "10: migrations.digits-v2.train.items.label: is for items of the store",
+        ),
         ("arch: resnet18", "arch: 18", "9: migrations.digits-v2.new_encoder.arch: must be a valid string"),
         ("arch: resnet18", "arch: no", "9: migrations.digits-v2.new_encoder.arch: must not be true or false"),
         ("arch: resnet18", 'arch: "\\ud800"', "9: migrations.digits-v2.new_encoder.arch: must be a valid string"),
@@ -533,7 +563,13 @@ def conforms(value: Any, rule: dict[str, Any], root: dict[str, Any]) -> bool:
 def test_the_schema_accepts_what_loads(tmp_path):
     rules = schema()
     json.dumps(rules)
-    for text in (EXAMPLE, TEMPLATE, edited("items: train.csv", 'items: {from: store, label: "{c}"}')):
+    for text in (
+        EXAMPLE,
+        TEMPLATE,
+        edited("items: train.csv", 'items: {from: store, label: "{c}"}'),
+        edited("items: train.csv", "items: {from: folders}"),
+        edited(MODEL, "stored"),
+    ):
         load_config(write(tmp_path, text))
         assert conforms(yaml.safe_load(text), rules, rules)
     other = edited("{kind: faiss, path: ./gallery}", "{kind: qdrant, url: x, collection: c}")
