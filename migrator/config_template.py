@@ -26,6 +26,7 @@ migrations:
       root: ./images            # a folder, or an fsspec URL such as s3://bucket/products
 
     # The encoder that made the stored vectors: a timm architecture, its weights and its preprocessing.
+    # Where there is no model of it any more, the one word `stored` in place of all this.
     old_encoder:
       arch: resnet18
       weights: ./old.safetensors

@@ -87,7 +87,9 @@ def rollback(project: Project, report: Report = lambda _done, _of: None) -> Roll
         route=initial_route(migration, salt=route.salt, epoch=route.epoch),
         old_kept=False,
     )
+    # Last: with them a repeated call knows what was changed and what was not.
     project.undo_log(migration).drop()
+    project.copy_log(migration).drop()
     return result
 
 

@@ -127,7 +127,6 @@ def take_back(project: Project, migration: Migration, report: Callable[[int, int
         elif source.exists(migration.shadow):
             with closing(source.sibling(migration.shadow)) as target:
                 target.drop()
-    project.copy_log(migration).drop()
     return result
 
 

@@ -184,6 +184,13 @@ def test_queries_are_asked_with_their_stored_vectors(world: World, migrator: Mig
     assert "none of 2 queries, for instance 'stranger.png', is an item of faiss:" in err
 
 
+def test_the_new_vectors_must_be_as_long_as_those_in_the_collection(lost: World, printed: Printed) -> None:
+    lost.configure(new_encoder__dim=32)
+    code, out, err = printed("plan")
+    assert (code, out) == (2, "")
+    assert "holds 24-d vectors but encoder test_resnet gives 32: set new_encoder.dim to 24 or rollout.strategy" in err
+
+
 def test_vectors_of_another_encoder_are_not_the_old_one(lost: World, migrator: Migrator, printed: Printed) -> None:
     def planned() -> str:
         return json.loads(printed("plan", "--json")[1])["old_encoder"]["id"]
