@@ -28,13 +28,14 @@ migrations:
     # The encoder that made the stored vectors: a timm architecture, its weights and its preprocessing.
     # Where there is no model of it any more, the one word `stored` in place of all this.
     old_encoder:
-      arch: resnet18
+      arch: resnet18                      # or module: package.module:factory; or neither, and weights a .pt2 or .onnx file
       weights: ./old.safetensors
       dim: 128
       image_size: 224
       # mean: [0.485, 0.456, 0.406]       # ImageNet's unless given
       # std: [0.229, 0.224, 0.225]
       # resize: squash                    # or crop: scale the shorter side, cut out the centre
+      # crop_pct: 1.0                     # scale to image_size / crop_pct first
       # interpolation: bilinear           # or bicubic
 
     # The encoder to move to. It has the same dim. Without weights, `migrator train` makes them.
@@ -44,6 +45,7 @@ migrations:
       image_size: 224
       # weights: ./new.safetensors
       # pretrained: true                  # training starts from timm's weights, which are downloaded
+      # preprocessing: timm               # image_size, mean, std and the rest as timm's data config has them
 
     # Training images: CSV or Parquet with the columns path and label.
     train:
