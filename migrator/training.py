@@ -114,8 +114,11 @@ def _items(project: Project, config: Train) -> tuple[TrainingItems, NDArray[np.f
         items = folder_items(_local_root(project))
     else:
         items = _items_of_store(project, config.items.label)
+    left_out = []
+    if items.passed_over:
+        left_out.append(LeftOut(project.settings.images.root, f"{items.passed_over} file names in it are not trusted"))
     if not project.old_is_stored:
-        return items, None, []
+        return items, None, left_out
     with project.store() as store:
         vectors = old_vectors(store, project.images(), items.paths)
         collection = store.describe().name
@@ -128,7 +131,7 @@ def _items(project: Project, config: Train) -> tuple[TrainingItems, NDArray[np.f
     rows = np.flatnonzero(known).tolist()
     labels = None if items.labels is None else [items.labels[row] for row in rows]
     kept = training_items([items.paths[row] for row in rows], labels, source="train.items, as far as stored,")
-    left_out = [
+    left_out += [
         LeftOut(items.paths[row], "no item of the collection with a usable vector has this image")
         for row in np.flatnonzero(~known).tolist()
     ]
