@@ -367,12 +367,23 @@ def test_angular_boundary_is_its_formula(batch: tuple[Tensor, Tensor, Tensor], o
         length, radius = math.sqrt(dot(centre, centre)), float(old_space.radii[label])
         allowed = math.acos(max(-1, min(1, (1 + length**2 - radius**2) / (2 * length))))
         angle = math.acos(dot(unit(feature), unit(centre)))
-        if angle > allowed:
-            excesses.append(angle - allowed)
+        excesses.append(max(0.0, angle - allowed))
     loss = AngularBoundary(old_space).double()
-    assert excesses
+    assert any(excess > 0 for excess in excesses)
     assert loss(features, labels).item() == pytest.approx(sum(excesses) / len(excesses), rel=1e-6)
     assert torch.autograd.gradcheck(loss, (features.requires_grad_(), labels))
+
+
+@pytest.mark.parametrize("label", [2, 3])
+def test_lce_asks_nothing_of_features_inside_the_cone_or_of_unknown_classes(label: int, old_space: OldSpace) -> None:
+    features = torch.from_numpy(old_space.centres[[label, label]]).requires_grad_()
+    value = AngularBoundary(old_space)(features, torch.tensor([label, label]))
+    assert value.item() == 0
+    value.backward()
+    assert not features.grad.any()
+    weight = torch.randn(CLASSES, DIM, requires_grad=True)
+    CentreAlignment(old_space)(weight, torch.tensor([label, label])).backward()
+    assert weight.grad.any() == (label == 2)
 
 
 def test_the_cone_of_the_angular_boundary_holds_what_the_ball_holds() -> None:

@@ -21,7 +21,9 @@ class Contrast(nn.Module):
     L = -log( exp(f.o / t) / (exp(f.o / t) + sum exp(f.o' / t) + sum exp(f.f' / t)) )
 
     f and o are an image's new and old vector, o' and f' those of other images, each sum over the 10 greatest; images of
-    the same known class are no negatives. Source: Hot-Refresh, section 3.2, regression-alleviating compatible training.
+    the same known class are no negatives. Source: Hot-Refresh, regression-alleviating compatible training. Where there
+    are no labels, every other image is a negative, be it of the same thing or not: nobody knows better. The temperature
+    is `LossSettings.temperature`; published code has 0.01, at which the self-test suffers.
     """
 
     def __init__(self, *, temperature: float, labelled: bool) -> None:

@@ -16,7 +16,9 @@ from trainer.old_space import OldSpace
 class CentreAlignment(nn.Module):
     """Mean of 1 - cos(w_c, c_c) over the classes of the batch that have an old centre c; w are the new class centres.
 
-    The new centres are the weights of the classifier. Source: LCE, "aligning class centers between models".
+    The new centres are the weights of the classifier. Source: LCE, the alignment loss, checked against the authors'
+    code, which has the squared distance of the unit vectors, that is 2 - 2 cos, over all classes. Here only those of
+    the batch count, so that the loss does not fade as classes become many.
     """
 
     centres: Tensor
@@ -38,9 +40,11 @@ class CentreAlignment(nn.Module):
 class AngularBoundary(nn.Module):
     """Angle by which new embeddings lie outside the cone that their class's old embeddings fill.
 
-    L = mean over the violating samples of theta(f, c_y) - theta_y. theta_y belongs to the radius of the class's ball:
-    a unit vector at distance r from the centre c, not of unit length itself, has cos theta = (1 + |c|^2 - r^2) / 2|c|.
-    Source: LCE, the boundary that keeps new classes as compact as the old ones.
+    L = mean over the samples of known classes of max(0, theta(f, c_y) - theta_y). theta_y belongs to the radius of the
+    class's ball: a unit vector at distance r from the centre c, not of unit length itself, has
+    cos theta = (1 + |c|^2 - r^2) / 2|c|.
+    Source: LCE, the boundary loss, checked against the authors' code. Two departures: theirs takes the largest angle
+    of a class, which is the radius at quantile 1; and it compares cosines, whose slope fades near the centre.
     """
 
     directions: Tensor
@@ -56,12 +60,12 @@ class AngularBoundary(nn.Module):
         self.register_buffer("known", torch.from_numpy(old.known))  # (C,)
 
     def forward(self, features: Tensor, labels: Tensor) -> Tensor:
-        """Mean excess, in radians, of the violating ones among features (B, D); 0 where none violates."""
+        """Mean excess, in radians, of those of features (B, D) whose class is known; 0 where none is."""
         cosine = (F.normalize(features) * self.directions[labels]).sum(dim=1)
         # At +-1 the slope of acos is infinite, and one perfect sample would turn every weight into NaN.
         excess = cosine.clamp(-1 + 1e-6, 1 - 1e-6).acos() - self.angles[labels]
-        violating = (excess > 0) & self.known[labels]
-        return torch.where(violating, excess, 0).sum() / violating.sum().clamp(min=1)
+        known = self.known[labels]
+        return torch.where(known, excess.relu(), 0).sum() / known.sum().clamp(min=1)
 
 
 class LCE(nn.Module):
