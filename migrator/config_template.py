@@ -28,7 +28,7 @@ migrations:
     # The encoder that made the stored vectors: a timm architecture, its weights and its preprocessing.
     # Where there is no model of it any more, the one word `stored` in place of all this.
     old_encoder:
-      arch: resnet18                      # or module: package.module:factory; or neither, and weights a .pt2 or .onnx file
+      arch: resnet18                      # or module: package.module:factory, or weights: model.onnx alone
       weights: ./old.safetensors
       dim: 128
       image_size: 224
