@@ -48,6 +48,10 @@ def main() -> None:
     parser.add_argument("--images", type=Path, default=Path("/usr/share/datasets/fashion-mnist"))
     source = parser.parse_args().images
     work = HERE / "work"
+    if work.exists():
+        raise SystemExit(f"{work} is there already: remove it to begin anew")
+    if not source.is_dir():
+        raise SystemExit(f"{source} is not there: apt-get install dataset-fashion-mnist, or give --images")
     (work / "images").mkdir(parents=True)
     pixels = read_idx(source / "t10k-images-idx3-ubyte.gz", 16).reshape(-1, 28, 28)
     labels = read_idx(source / "t10k-labels-idx1-ubyte.gz", 8)
