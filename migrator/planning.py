@@ -111,6 +111,7 @@ def make_plan(project: Project, report: Callable[[int, int], None] = lambda _don
         risks.append("the index keeps approximations, and these stand for the old encoder in training and verify")
     can = describe_capabilities(capabilities)
     recommended, why = recommend(capabilities, same_dim=info.dim == new.encoder.dim)
+    median = None if sample.median_cosine is None else round(sample.median_cosine, 4)
     vector_bytes = info.count * info.dim * 4
     rate = sample.images_per_second
     content: dict[str, Any] = {
@@ -135,7 +136,7 @@ def make_plan(project: Project, report: Callable[[int, int], None] = lambda _don
             "arch": settings.new_encoder.named,
             "dim": new.encoder.dim,
         },
-        "old_encoder_check": {"sampled": sample.compared, "median_cosine": sample.median_cosine},
+        "old_encoder_check": {"sampled": sample.compared, "median_cosine": median},
         "images_per_second": round(rate, 1),
         "backfill_seconds": round(info.count / rate) if rate else None,
         "chunks": -(-info.count // settings.backfill.chunk_size),
@@ -405,7 +406,7 @@ def _measure_sample(
             f"item {page.ids[rows[row]]!r} holds a vector that is zero or not finite: remove or re-embed such items"
         )
     cosines = None if by_old is None else np.einsum("nd,nd->n", stored, recomputed) / norms
-    median = None if cosines is None else round(float(np.median(cosines)), 4)
+    median = None if cosines is None else float(np.median(cosines))
     if median is not None and median < SAME_ENCODER:
         raise Refused(
             f"the stored vectors were not made by this encoder: median cosine {median:.2f} over {len(rows)} items; "
