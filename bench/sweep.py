@@ -22,8 +22,8 @@ from bench.train import Case, Plan, arguments, cases, runs_of
 from bench.train_table import points, scores
 
 SWEEP = Plan(
-    sizes={"fashion": Size(3000, 1000, 3000), "emoji": Size()},
-    epochs={"fashion": 6, "emoji": 4},
+    sizes={"fashion": Size(3000, 1000, 3000), "emoji": Size(3300)},
+    epochs={"fashion": 6, "emoji": 6},
     same_backbone="test_resnet",
     backbones=("test_byobnet", "test_resnet"),
     image_size=32,
@@ -33,14 +33,16 @@ SWEEP = Plan(
 )
 
 TRIED: dict[str, tuple[Any, ...]] = {
-    "radius_quantile": (0.5, 0.75, 0.9, 1.0),
-    "radius_limit": (0.35, 0.5, 0.75, 1.0),
-    "boundary_weight": (1.0, 2.0, 5.0, 10.0, 20.0),
-    "adversarial_weight": (0.0, 0.3, 1.0, 3.0),
+    "radius_quantile": (0.25, 0.5, 0.9),
+    "radius_limit": (0.25, 0.5, 1.0),
+    "boundary_weight": (0.5, 2.0, 5.0, 10.0),
+    "adversarial_weight": (0.0, 1.0, 3.0),
+    "anchor_weight": (0.0, 0.5, 1.0, 2.0),
     "discriminator_norm": ("layer", "batch", "none"),
     "adversarial_features": ("normalised", "raw"),
     "adversarial_decay": (True, False),
     "spring": (True, False),
+    "radius_decay": (0.0, 0.01),
     "start_from_centres": (True, False),
     "reference": (False, True),
 }

@@ -32,6 +32,8 @@ class Plan:
     seeds: int
     lr: float = 0.005
     """Chosen by the self-test of independent encoders, which no method under test is."""
+    batch_size: int = 64
+    """Half the trainer's own: of so few images an epoch has few steps."""
     device: str = "cpu"
 
 
@@ -73,7 +75,7 @@ def case(plan: Plan, dataset: str, protocol: str, seed: int, methods: dict[str, 
     old_arch, new_arch = plan.backbones if protocol == "extended_backbone" else (plan.same_backbone,) * 2
 
     def run(method: str, arch: str, seen: str, builds_on: tuple[Run, ...] = (), **chosen: Any) -> Run:
-        basics = {"epochs": plan.epochs[dataset], "lr": plan.lr}
+        basics = {"epochs": plan.epochs[dataset], "lr": plan.lr, "batch_size": plan.batch_size}
         return Run(
             dataset=dataset,
             digest=images_of(dataset).digest,

@@ -425,6 +425,8 @@ class Train(Section):
     """In radians."""
     boundary_weight: NotNegative | None = None
     adversarial_weight: NotNegative | None = None
+    anchor_weight: NotNegative | None = None
+    """`advbct`: of the contrast between an image's new and old vector."""
     radius_quantile: Annotated[float, Field(gt=0, le=1)] | None = None
     radius_limit: Annotated[float, Field(gt=0, le=2)] | None = None
     """T of the elastic boundary."""
@@ -433,7 +435,7 @@ class Train(Section):
     old_classifier: LocalPath | None = None
     """`bct`: the classifier.safetensors of the old encoder's training; class centres stand in for it."""
     temperature: Positive | None = None
-    """`hot_refresh`: of the contrastive loss."""
+    """Of the contrast (`hot_refresh`, and the anchor of `advbct`)."""
     reference: bool = False
     """The published recipe, term for term."""
     bf16: bool = False

@@ -57,8 +57,9 @@ class FitSettings(LossSettings):
     def __post_init__(self) -> None:
         shares = ("validation", "most_left_out", "radius_quantile")
         counts = ("epochs", "batch_size", "accumulate", "keep_checkpoints", "image_threads")
-        positive = ("lr", "arcface_scale", "radius_limit", "checkpoint_minutes", "cache_gib")
-        not_negative = ("weight_decay", "arcface_margin", "boundary_weight", "adversarial_weight", "seed")
+        positive = ("lr", "arcface_scale", "radius_limit", "temperature", "checkpoint_minutes", "cache_gib")
+        weights = ("boundary_weight", "adversarial_weight", "anchor_weight", "influence_weight")
+        not_negative = ("weight_decay", "arcface_margin", "seed", *weights)
         problems = [f"{n} must be from 0 to 1" for n in shares if not 0 <= getattr(self, n) <= 1]
         problems += [f"{n} must be at least 1" for n in counts if getattr(self, n) < 1]
         problems += [f"{n} must be above 0" for n in positive if not 0 < getattr(self, n) < math.inf]
@@ -86,6 +87,8 @@ class FitSettings(LossSettings):
             weight_decay=5e-4,
             boundary_weight=1.0,
             adversarial_weight=1.0,
+            anchor_weight=0.0,
+            radius_decay=5e-4,
             radius_quantile=1.0,
             radius_limit=1.0,
         )

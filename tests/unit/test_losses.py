@@ -14,7 +14,7 @@ from trainer.losses.adversarial import AdversarialAlignment, GradientReversal, r
 from trainer.losses.arcface import ArcFace
 from trainer.losses.bct import Influence
 from trainer.losses.boundary import ElasticBoundary
-from trainer.losses.hot_refresh import HARDEST, Contrast
+from trainer.losses.contrast import HARDEST, Contrast
 from trainer.losses.lce import AngularBoundary, CentreAlignment
 from trainer.old_space import OldSpace
 

@@ -47,8 +47,10 @@ class LossSettings:
 
     arcface_scale: float = 30.0
     arcface_margin: float = 0.3  # radians
-    boundary_weight: float = 5.0
+    boundary_weight: float = 2.0
     adversarial_weight: float = 1.0
+    anchor_weight: float = 1.0
+    """Of the contrast between an image's new and old vector (`advbct`)."""
     radius_quantile: float = 0.5
     """Which of a class's distances is its radius; 1 for the largest."""
     radius_limit: float = 0.5
@@ -59,12 +61,14 @@ class LossSettings:
     """Whether the adversarial term's weight falls over the epochs."""
     spring: bool = True
     """Whether radii are held by the slack term."""
+    radius_decay: float = 0.0
+    """Weight decay of the radii's w_c."""
     start_from_centres: bool = True
     """Whether classification starts from the old class centres."""
     influence_weight: float = 1.0
     """Of the loss through the old classifier (`bct`)."""
     temperature: float = 0.05
-    """Of the contrastive loss (`hot_refresh`)."""
+    """Of the contrast (`hot_refresh`, and the anchor of `advbct`)."""
     labelled: bool = True
     """Whether labels say what is the same; without, `hot_refresh` contrasts every two images."""
     reference: bool = False

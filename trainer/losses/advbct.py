@@ -9,20 +9,28 @@ from trainer.losses import LossSettings
 from trainer.losses.adversarial import AdversarialAlignment
 from trainer.losses.arcface import ArcFace, Softmax
 from trainer.losses.boundary import ElasticBoundary
+from trainer.losses.contrast import Contrast
 from trainer.old_space import OldSpace
 
 
 class AdvBCT(nn.Module):
-    """Classification + boundary + adversarial alignment, whose weight decays over the epochs (section 3.5)."""
+    """Classification + boundary + adversarial alignment, whose weight decays over the epochs (section 3.5), + anchor.
+
+    The paper's terms align class by class and distribution by distribution. The anchor is ours: it draws each image's
+    new vector to its own old one against the hardest others, as `hot_refresh` does, which decides where classes are
+    small or not those of the queries. docs/training.md has what it is worth.
+    """
 
     def __init__(
         self,
         classification: nn.Module,
         boundary: ElasticBoundary,
         adversarial: AdversarialAlignment,
+        anchor: Contrast | None,
         *,
         boundary_weight: float,
         adversarial_weight: float,
+        anchor_weight: float,
         decay: bool,
         spring: bool,
     ) -> None:
@@ -30,6 +38,8 @@ class AdvBCT(nn.Module):
         self.classification = classification
         self.boundary = boundary
         self.adversarial = adversarial
+        self.anchor = anchor
+        self.anchor_weight = anchor_weight
         self.boundary_weight = boundary_weight
         self.adversarial_weight = adversarial_weight
         self.decay = decay
@@ -38,20 +48,22 @@ class AdvBCT(nn.Module):
     def forward(
         self, features: Tensor, labels: Tensor, old: Tensor, *, progress: float, remaining: float
     ) -> dict[str, Tensor]:
-        """The three terms, weighted, and `slack`, which only moves the radii."""
+        """The terms, weighted, and `slack`, which only moves the radii."""
         weight = self.adversarial_weight * (remaining if self.decay else 1.0)
         terms = {
             "classification": self.classification(features, labels),
             "boundary": self.boundary_weight * self.boundary(features, labels),
             "adversarial": weight * self.adversarial(features, old, progress=progress),
         }
+        if self.anchor is not None:
+            terms["anchor"] = self.anchor_weight * self.anchor(features, labels, old)
         if self.spring:
             terms["slack"] = self.boundary_weight * self.boundary.slack(labels)
         return terms
 
 
 def build(settings: LossSettings, *, dim: int, classes: int, old: OldSpace | None) -> AdvBCT:
-    """The method as `settings` have it; the published recipe (`reference`) has plain softmax and no spring."""
+    """The method as `settings` have it; the published recipe, `reference`, has plain softmax, no anchor, no spring."""
     if old is None:
         raise TrainingProblem("method advbct needs the old encoder: declare old_encoder, or set method to independent")
     boundary = ElasticBoundary(old, limit=settings.radius_limit)
@@ -63,6 +75,9 @@ def build(settings: LossSettings, *, dim: int, classes: int, old: OldSpace | Non
         if settings.start_from_centres:
             # From random directions, a class may be gathered far from its ball, with other classes in between.
             classification.start_from(boundary.centres, boundary.known)
+    anchor = None
+    if settings.anchor_weight and not settings.reference:
+        anchor = Contrast(temperature=settings.temperature, labelled=settings.labelled)
     return AdvBCT(
         classification,
         boundary,
@@ -72,8 +87,10 @@ def build(settings: LossSettings, *, dim: int, classes: int, old: OldSpace | Non
             features=settings.adversarial_features,
             reference=settings.reference,
         ),
+        anchor,
         boundary_weight=settings.boundary_weight,
         adversarial_weight=settings.adversarial_weight,
+        anchor_weight=settings.anchor_weight,
         decay=settings.adversarial_decay,
         spring=settings.spring and not settings.reference,
     )
