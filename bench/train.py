@@ -161,6 +161,8 @@ def main(words: list[str]) -> None:
     asked = parser.parse_args(words)
     plan = FULL if asked.full else DEFAULT
     methods = {name: (name, dict(asked.set) if name in TRAINED else {}) for name in METHODS}
+    # The paper's three terms alone, beside the trainer's own.
+    methods["advbct, no anchor"] = ("advbct", {**dict(asked.set), "anchor_weight": 0.0})
     chosen = cases(plan, methods, asked.only, asked.seeds or plan.seeds)
     if not asked.table:
         redone = [run for one in chosen for run in one.methods.values()]

@@ -79,7 +79,7 @@ def row(dataset: str, protocol: str, method: str, done: list[tuple[Case, Run]]) 
 
 
 def aims(table: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """What the issue asks of AdvBCT, for each data set and protocol, and once on average."""
+    """Whether AdvBCT is what it should be, for each data set and protocol, and once on average."""
     found = []
     by_place: dict[tuple[str, str], dict[str, dict[str, Any]]] = defaultdict(dict)
     for one in table:
