@@ -320,13 +320,12 @@ def setup(inputs: Inputs, spec: EncoderSpec, settings: FitSettings, handle: Any)
     encoder.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     learner = Learner(encoder, objective, spec, bf16=settings.bf16)
     # Weight decay would pull norms, biases and the radii's w_c towards a value that means something else than "small".
-    radii = [p for name, p in learner.named_parameters() if name.endswith("boundary.w")]
-    decayed = [p for p in learner.parameters() if p.ndim >= 2]
-    others = [p for p in learner.parameters() if p.ndim < 2 and not any(p is w for w in radii)]
+    # The published recipe decays everything.
+    decayed = [p for p in learner.parameters() if p.ndim >= 2 or settings.reference]
+    others = [p for p in learner.parameters() if p.ndim < 2 and not settings.reference]
     groups = [
         {"params": decayed, "weight_decay": settings.weight_decay},
         {"params": others, "weight_decay": 0.0},
-        {"params": radii, "weight_decay": settings.radius_decay},
     ]
     if settings.reference:
         optimizer: torch.optim.Optimizer = torch.optim.SGD(groups, lr=settings.lr, momentum=0.9)

@@ -35,6 +35,8 @@ def locked(out: Path) -> Iterator[None]:
             yield
     except Timeout:
         raise TrainingProblem(f"another process is training in {out}: wait for it or choose another folder") from None
+    except ConnectionError:  # whoever listened to the progress is gone
+        raise
     except OSError as error:
         raise TrainingProblem(
             f"run folder {out} cannot be written: {error.strerror or error}: make room or correct its permissions, "

@@ -88,7 +88,6 @@ class FitSettings(LossSettings):
             boundary_weight=1.0,
             adversarial_weight=1.0,
             anchor_weight=0.0,
-            radius_decay=5e-4,
             radius_quantile=1.0,
             radius_limit=1.0,
         )

@@ -15,6 +15,7 @@ import torch
 from safetensors.numpy import load_file
 from sklearn.datasets import load_digits
 
+from trainer import fit as fitting
 from trainer.data import read_items
 from trainer.encoder import EncoderSpec, Preprocessing, build_model, load_encoder, save_encoder
 from trainer.fit import FitSettings, Progress, fit
@@ -59,13 +60,15 @@ def _one_thread() -> Iterator[None]:
 
 def train(folder: Path, run: str, reports: Connection | None = None) -> None:
     torch.set_num_threads(1)
+    fitting.REPORT_EVERY = 3
     old = load_encoder(replace(SPEC, weights=folder / "old.safetensors"), device="cpu")
 
     def report(progress: Progress) -> None:
         if reports is not None:
             reports.send(progress.stage)
 
-    settings = FitSettings(epochs=4, batch_size=10, device="cpu", image_threads=2)
+    # A checkpoint after every step.
+    settings = FitSettings(epochs=3, batch_size=20, device="cpu", image_threads=2, checkpoint_minutes=1e-9)
     items, images = read_items(folder / "items.csv"), ImageSource(str(folder))
     fit(items, images, old, SPEC, settings, folder / run, resume=True, report=report)
 
@@ -91,10 +94,12 @@ def train_and_kill(context: ForkServerContext, folder: Path, *, after: int) -> l
 
 def test_killed_training_resumes_bit_for_bit(folder: Path, context: ForkServerContext) -> None:
     dice = random.Random(4)
-    # Images are reported twice, then each epoch twice, the second time just before its checkpoint.
-    stages = [train_and_kill(context, folder, after=n) for n in (1, *(dice.randint(3, 5) for _ in range(KILLS - 1)))]
+    # One step is one report, of some forty; the first kill meets the images.
+    stages = [train_and_kill(context, folder, after=n) for n in (1, *(dice.randint(3, 12) for _ in range(KILLS - 1)))]
     assert stages[0] == ["images"]
-    assert any("train" in seen for seen in stages)
+    assert all("train" in seen for seen in stages[1:])
+    within = [path for path in (folder / "parts").glob("checkpoint-*.pt") if path.stem.count("-") == 2]
+    assert within, "no kill left a checkpoint within an epoch"
     assert not (folder / "parts" / "result.json").exists()
     for run in ("parts", "whole"):
         train(folder, run)

@@ -192,25 +192,6 @@ def test_adversarial_is_its_formula(batch: tuple[Tensor, Tensor, Tensor]) -> Non
     assert loss(features, old, progress=0.3).item() == pytest.approx(total / (2 * BATCH), rel=1e-9)
 
 
-@pytest.mark.parametrize("norm", ["layer", "batch", "none"])
-@pytest.mark.parametrize("features", ["normalised", "raw"])
-def test_adversarial_variants_look_at_both_sides_together(
-    batch: tuple[Tensor, Tensor, Tensor], norm: str, features: str
-) -> None:
-    new, _, old = batch
-    loss = AdversarialAlignment(DIM, norm=norm, features=features).double()
-    seen = [new, old] if features == "raw" else [math.sqrt(DIM) * torch.nn.functional.normalize(x) for x in (new, old)]
-    first, between, _, last = loss.discriminator
-    hidden = first(torch.cat(seen))
-    if norm == "batch":
-        hidden = (hidden - hidden.mean(dim=0)) / (hidden.var(dim=0, unbiased=False) + between.eps).sqrt()
-    elif norm == "layer":
-        hidden = (hidden - hidden.mean(dim=1)[:, None]) / (hidden.var(dim=1, unbiased=False)[:, None] + 1e-5).sqrt()
-    logits = last(hidden.clamp(min=0)).tolist()
-    expected = sum(cross_entropy(row, side) for row, side in zip(logits, [0] * BATCH + [1] * BATCH, strict=True))
-    assert loss(new, old, progress=0.3).item() == pytest.approx(expected / (2 * BATCH), rel=1e-9)
-
-
 def test_adversarial_gradient_is_reversed_for_the_encoder_alone(batch: tuple[Tensor, Tensor, Tensor]) -> None:
     features, _, old = batch
     features.requires_grad_()
@@ -260,7 +241,7 @@ def cosine_to_centre(loss: ArcFace, old_space: OldSpace) -> float:
 
 def test_advbct_adds_up_its_weighted_terms(batch: tuple[Tensor, Tensor, Tensor], old_space: OldSpace) -> None:
     features, labels, old = (batch[0].float(), batch[1], batch[2].float())
-    settings = LossSettings(boundary_weight=7.0, adversarial_weight=3.0)
+    settings = LossSettings(boundary_weight=7.0, adversarial_weight=3.0, anchor_weight=0.5)
     objective = build_objective("advbct", settings, dim=DIM, classes=CLASSES, old=old_space)
     terms = objective(features, labels, old, progress=0.5, remaining=0.25)
     classification, boundary, adversarial = objective.classification, objective.boundary, objective.adversarial
@@ -268,18 +249,10 @@ def test_advbct_adds_up_its_weighted_terms(batch: tuple[Tensor, Tensor, Tensor],
     assert terms["boundary"] == 7 * boundary(features, labels)
     assert terms["adversarial"] == 3 * 0.25 * adversarial(features, old, progress=0.5)
     assert terms["slack"] == 7 * boundary.slack(labels)
+    assert terms["anchor"] == 0.5 * objective.anchor(features, labels, old)
 
 
-def test_advbct_without_decay_and_without_spring(batch: tuple[Tensor, Tensor, Tensor], old_space: OldSpace) -> None:
-    features, labels, old = (batch[0].float(), batch[1], batch[2].float())
-    settings = LossSettings(adversarial_weight=3.0, adversarial_decay=False, spring=False)
-    objective = build_objective("advbct", settings, dim=DIM, classes=CLASSES, old=old_space)
-    terms = objective(features, labels, old, progress=0.5, remaining=0.25)
-    assert terms["adversarial"] == 3 * objective.adversarial(features, old, progress=0.5)
-    assert "slack" not in terms
-
-
-def test_the_published_recipe_has_no_spring_and_no_start_from_the_centres(
+def test_the_published_recipe_has_no_spring_no_anchor_and_no_start_from_the_centres(
     batch: tuple[Tensor, Tensor, Tensor], old_space: OldSpace
 ) -> None:
     features, labels, old = (batch[0].float(), batch[1], batch[2].float())

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import importlib
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from torch import nn
@@ -55,16 +55,6 @@ class LossSettings:
     """Which of a class's distances is its radius; 1 for the largest."""
     radius_limit: float = 0.5
     """T of the elastic boundary."""
-    discriminator_norm: Literal["layer", "batch", "none"] = "layer"
-    adversarial_features: Literal["normalised", "raw"] = "normalised"
-    adversarial_decay: bool = True
-    """Whether the adversarial term's weight falls over the epochs."""
-    spring: bool = True
-    """Whether radii are held by the slack term."""
-    radius_decay: float = 0.0
-    """Weight decay of the radii's w_c."""
-    start_from_centres: bool = True
-    """Whether classification starts from the old class centres."""
     influence_weight: float = 1.0
     """Of the loss through the old classifier (`bct`)."""
     temperature: float = 0.05

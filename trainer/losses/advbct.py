@@ -31,7 +31,6 @@ class AdvBCT(nn.Module):
         boundary_weight: float,
         adversarial_weight: float,
         anchor_weight: float,
-        decay: bool,
         spring: bool,
     ) -> None:
         super().__init__()
@@ -42,18 +41,16 @@ class AdvBCT(nn.Module):
         self.anchor_weight = anchor_weight
         self.boundary_weight = boundary_weight
         self.adversarial_weight = adversarial_weight
-        self.decay = decay
         self.spring = spring
 
     def forward(
         self, features: Tensor, labels: Tensor, old: Tensor, *, progress: float, remaining: float
     ) -> dict[str, Tensor]:
         """The terms, weighted, and `slack`, which only moves the radii."""
-        weight = self.adversarial_weight * (remaining if self.decay else 1.0)
         terms = {
             "classification": self.classification(features, labels),
             "boundary": self.boundary_weight * self.boundary(features, labels),
-            "adversarial": weight * self.adversarial(features, old, progress=progress),
+            "adversarial": self.adversarial_weight * remaining * self.adversarial(features, old, progress=progress),
         }
         if self.anchor is not None:
             terms["anchor"] = self.anchor_weight * self.anchor(features, labels, old)
@@ -72,25 +69,18 @@ def build(settings: LossSettings, *, dim: int, classes: int, old: OldSpace | Non
         classification = Softmax(dim, classes)
     else:
         classification = ArcFace(dim, classes, scale=settings.arcface_scale, margin=settings.arcface_margin)
-        if settings.start_from_centres:
-            # From random directions, a class may be gathered far from its ball, with other classes in between.
-            classification.start_from(boundary.centres, boundary.known)
+        # From random directions, a class may be gathered far from its ball, with other classes in between.
+        classification.start_from(boundary.centres, boundary.known)
     anchor = None
     if settings.anchor_weight and not settings.reference:
         anchor = Contrast(temperature=settings.temperature, labelled=settings.labelled)
     return AdvBCT(
         classification,
         boundary,
-        AdversarialAlignment(
-            dim,
-            norm=settings.discriminator_norm,
-            features=settings.adversarial_features,
-            reference=settings.reference,
-        ),
+        AdversarialAlignment(dim, reference=settings.reference),
         anchor,
         boundary_weight=settings.boundary_weight,
         adversarial_weight=settings.adversarial_weight,
         anchor_weight=settings.anchor_weight,
-        decay=settings.adversarial_decay,
-        spring=settings.spring and not settings.reference,
+        spring=not settings.reference,
     )

@@ -42,25 +42,21 @@ class AdversarialAlignment(nn.Module):
     the mean over both.
     """
 
-    def __init__(
-        self, dim: int, hidden: int = 100, *, norm: str = "layer", features: str = "normalised", reference: bool = False
-    ) -> None:
+    def __init__(self, dim: int, hidden: int = 100, *, reference: bool = False) -> None:
         super().__init__()
         self.scale = math.sqrt(dim)
-        self.raw = reference or features == "raw"
-        self.apart = reference
-        norms = {"layer": nn.LayerNorm(hidden), "batch": nn.BatchNorm1d(hidden), "none": nn.Identity()}
-        self.discriminator = nn.Sequential(
-            nn.Linear(dim, hidden), norms["batch" if reference else norm], nn.ReLU(), nn.Linear(hidden, 2)
-        )
+        self.reference = reference
+        norm = nn.BatchNorm1d(hidden) if reference else nn.LayerNorm(hidden)
+        self.discriminator = nn.Sequential(nn.Linear(dim, hidden), norm, nn.ReLU(), nn.Linear(hidden, 2))
 
     def forward(self, features: Tensor, old: Tensor, *, progress: float) -> Tensor:
         """Mean loss over features (B, D), of any length, and old vectors (B', D); old ones enter without reversal."""
-        new = features if self.raw else self.scale * F.normalize(features)
-        old = old if self.raw else self.scale * F.normalize(old)
-        new = GradientReversal.apply(new, reversal_strength(progress))
-        is_new = torch.zeros(len(new), dtype=torch.int64, device=new.device)
+        is_new = torch.zeros(len(features), dtype=torch.int64, device=features.device)
         is_old = torch.ones(len(old), dtype=torch.int64, device=old.device)
-        if self.apart:
+        strength = reversal_strength(progress)
+        if self.reference:
+            new = GradientReversal.apply(features, strength)
             return F.cross_entropy(self.discriminator(new), is_new) + F.cross_entropy(self.discriminator(old), is_old)
-        return F.cross_entropy(self.discriminator(torch.cat([new, old])), torch.cat([is_new, is_old]))
+        new = GradientReversal.apply(self.scale * F.normalize(features), strength)
+        logits = self.discriminator(torch.cat([new, self.scale * F.normalize(old)]))
+        return F.cross_entropy(logits, torch.cat([is_new, is_old]))
