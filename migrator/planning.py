@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from adapters.base import Capabilities, CollectionInfo, Store
-from migrator.config import OldEncoder
+from migrator.config import POST_HOC, OldEncoder
 from migrator.encoding import embed, locate
 from migrator.errors import ConfigProblem, Refused
 from migrator.ledger import Plan
@@ -135,6 +135,7 @@ def make_plan(project: Project, report: Callable[[int, int], None] = lambda _don
             "id": None if new.untrained else new.encoder.id,
             "arch": settings.new_encoder.named,
             "dim": new.encoder.dim,
+            "vectors": describe_dim(stored=info.dim, new=new.encoder.dim, made_by=_dim_made_by(project, new)),
         },
         "old_encoder_check": {"sampled": sample.compared, "median_cosine": median},
         "images_per_second": round(rate, 1),
@@ -216,6 +217,19 @@ def describe_capabilities(can: Capabilities) -> list[str]:
         "a shadow's cutover moves the alias in one step" if can.aliases else "there are no aliases: the route decides",
         *can.notes,
     ]
+
+
+def describe_dim(*, stored: int, new: int, made_by: str) -> str:
+    """How long the new vectors are beside the stored ones, and what makes them so. `made_by` is `projection`, `map`
+    or, for an encoder that is there, `itself`."""
+    what = {
+        "projection": f"a projection behind its backbone makes {new} numbers",
+        "map": f"a map behind it makes {new} numbers",
+        "itself": f"gives {new} numbers",
+    }[made_by]
+    if new == stored:
+        return f"{what}, as many as the stored vectors have"
+    return f"{what}, the stored vectors have {stored}: old and new cannot be compared, and meet nowhere with a shadow"
 
 
 def can_log_stamps(can: Capabilities) -> bool:
@@ -355,6 +369,13 @@ def _new_or_untrained(project: Project) -> _New:
     if spec is not None:
         return _New(project.load(spec), untrained=False)
     return _New(untrained_encoder(project.untrained_spec()), untrained=True)
+
+
+def _dim_made_by(project: Project, new: _New) -> str:
+    if not new.untrained:
+        return "itself"
+    train = project.settings.train
+    return "map" if train is not None and train.method in POST_HOC else "projection"
 
 
 @dataclass(frozen=True, slots=True)

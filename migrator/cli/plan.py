@@ -58,6 +58,7 @@ def _show(fingerprint: str, plan: dict[str, Any]) -> None:
             ("old encoder", old["id"] if old["arch"] == "stored" else f"{old['arch']} {old['id']}"),
             ("", checked),
             ("new encoder", f"{new['arch']} {new['id'] or '(to be trained)'}"),
+            ("", new["vectors"]),
             ("backfill", f"{plan['chunks']} chunks, about {duration(plan['backfill_seconds'])} of work "
                          f"at {plan['images_per_second']:g} images/s"),
             ("disk", disk),

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from adapters.base import Capabilities
-from migrator.planning import describe_capabilities, recommend
+from migrator.planning import describe_capabilities, describe_dim, recommend
 
 PLAIN = Capabilities(
     update_in_place=True, visible="at_once", stamps=True, concurrent_writers=True, exact_vectors=True,
@@ -31,6 +31,19 @@ def test_the_strategy_follows_from_what_the_store_can_do(change, same_dim, strat
     found, reason = recommend(replace(PLAIN, **change), same_dim=same_dim)
     assert found == strategy
     assert why in reason
+
+
+@pytest.mark.parametrize(
+    ("new", "made_by", "says"),
+    [
+        (128, "projection", "a projection behind its backbone makes 128 numbers, as many as the stored"),
+        (128, "map", "a map behind it makes 128 numbers, as many"),
+        (256, "projection", "makes 256 numbers, the stored vectors have 128: old and new cannot be compared"),
+        (128, "itself", "gives 128 numbers, as many"),
+    ],
+)
+def test_a_plan_says_where_the_length_of_the_new_vectors_comes_from(new, made_by, says):
+    assert says in describe_dim(stored=128, new=new, made_by=made_by)
 
 
 def test_every_capability_has_its_sentence():
