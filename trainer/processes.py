@@ -56,7 +56,8 @@ def accelerator(device: str, *, trackers: Sequence[str] = (), folder: Path | Non
             )
     try:
         return Accelerator(
-            cpu=device == "cpu",
+            # Without this, accelerate on a machine without GPU takes each of several processes for the only one.
+            cpu=device == "cpu" or not torch.cuda.is_available(),
             mixed_precision="no",
             log_with=list(trackers) or None,
             project_dir=folder,

@@ -7,6 +7,7 @@ from dataclasses import replace
 from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import PIL.Image
@@ -98,11 +99,11 @@ def trained(
     return losses, load_file(folder / run / "encoder.safetensors")
 
 
-@pytest.mark.parametrize("method", ["advbct", "hot_refresh"])
+@pytest.mark.parametrize(("method", "device"), [("advbct", "cpu"), ("hot_refresh", "auto")])
 def test_two_processes_have_the_losses_and_weights_of_one(
-    context: ForkServerContext, folder: Path, method: str
+    context: ForkServerContext, folder: Path, method: str, device: Literal["auto", "cpu"]
 ) -> None:
-    settings = replace(SETTINGS, method=method)
+    settings = replace(SETTINGS, method=method, device=device)
     alone, weights = trained(context, folder, settings, 1)
     together, shared_weights = trained(context, folder, settings, 2)
     assert len(together) == len(alone) > 3
