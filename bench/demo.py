@@ -17,7 +17,7 @@ def demo() -> dict[str, Any]:
         folder = Path(name) / "demo"
         began = time.perf_counter()
         story.make_folder(folder, replace=False)
-        story.make_old_system(folder)
+        story.make_old_system(folder, "faiss")
         story.walk(folder, keep_at=None, run=run, say=print)
         story.check(folder)
         seconds = time.perf_counter() - began
