@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -77,7 +76,7 @@ def train(
     run = project.ledger.start_training(
         migration.id,
         method=settings.method,
-        settings=json.loads(json.dumps(asdict(settings), default=str)),
+        settings=settings.plain(),
         folder=str(folder),
     )
     try:

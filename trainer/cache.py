@@ -30,6 +30,7 @@ from numpy.typing import NDArray
 
 from trainer.data import LeftOut
 from trainer.errors import ImageProblem, TrainingProblem
+from trainer.files import sync_folder
 from trainer.run_folder import write_json
 
 if TYPE_CHECKING:
@@ -388,15 +389,7 @@ def _append(path: Path, end: int, arrays: Sequence[NDArray[np.uint8]]) -> None:
                 file.truncate(end)
             raise
     if new:
-        _sync_folder(path.parent)
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        sync_folder(path.parent)
 
 
 def _claim(folder: Path) -> None:

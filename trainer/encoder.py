@@ -11,7 +11,6 @@ import copy
 import hashlib
 import json
 import math
-import os
 import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
@@ -35,6 +34,7 @@ from trainer.backbones import (
     timm_settings,
 )
 from trainer.errors import EncoderMismatch, EncoderProblem
+from trainer.files import write_whole
 from trainer.maps import POST_HOC, Map
 from trainer.preprocessing import Preprocessing as Preprocessing
 
@@ -338,8 +338,8 @@ def save_encoder(model: EmbeddingNet | MappedNet, spec: EncoderSpec, path: Path)
         path.parent.mkdir(parents=True, exist_ok=True)
         if (program := _program(frozen)) is not None:
             _copy_program(program, path.with_suffix(program.path.suffix))
-        _write_whole(path, save(state, metadata={"format": "pt", "encoder": card.id}))
-        _write_whole(_card_path(path), card.to_json().encode())
+        write_whole(path, save(state, metadata={"format": "pt", "encoder": card.id}))
+        write_whole(_card_path(path), card.to_json().encode())
     except OSError as error:
         raise EncoderProblem(f"encoder cannot be written to {str(path)!r}: {error.strerror}") from error
     return card
@@ -683,7 +683,7 @@ def _copy_program(program: Program, path: Path) -> None:
     data = program.path.read_bytes()
     if hashlib.sha256(data).hexdigest() != program.sha256:
         raise EncoderMismatch(f"{program.named} was changed while it was in use: put it back and try again")
-    _write_whole(path, data)
+    write_whole(path, data)
 
 
 def _require_program(spec: EncoderSpec) -> None:
@@ -724,21 +724,6 @@ def _device(name: str) -> torch.device:
 
 def _card_path(weights: Path) -> Path:
     return weights.with_suffix(".json")
-
-
-def _write_whole(path: Path, data: bytes) -> None:
-    """The file appears complete and durable under its name, or not at all."""
-    draft = path.with_name(path.name + ".tmp")
-    with draft.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    draft.replace(path)
-    folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
 
 
 def _named(spec: EncoderSpec) -> str:

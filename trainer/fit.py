@@ -8,6 +8,7 @@ checkpoints, save the encoder of the best epoch. Its run folder holds `run.json`
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import shutil
@@ -39,9 +40,10 @@ from trainer.encoder import (
     save_mapped_encoder,
 )
 from trainer.errors import TrainingFailed, TrainingProblem
+from trainer.files import write_whole
 from trainer.images import ImageSource
 from trainer.inputs import Inputs, load_inputs
-from trainer.losses import METHODS, build_objective
+from trainer.losses import METHODS, build_objective, old_is_missing
 from trainer.maps import POST_HOC, Map, fit_map
 from trainer.old_space import StoredVectors, measure_old_space
 from trainer.processes import accelerator, gathered, share_batch_statistics
@@ -105,11 +107,11 @@ class Learner(nn.Module):
             value = torch.tensor(getattr(spec.preprocessing, name), dtype=torch.float32) * 255
             self.register_buffer(name, value[:, None, None], persistent=False)
 
-    def embed(self, pixels: Tensor) -> Tensor:
-        """(B, 3, S, S) uint8 -> (B, D) float32, not normalised."""
+    def embed(self, pixels: Tensor, model: nn.Module | None = None) -> Tensor:
+        """(B, 3, S, S) uint8 -> (B, D) float32, not normalised, by the encoder or by `model`, a part of it."""
         images = ((pixels - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
         with torch.autocast(pixels.device.type, torch.bfloat16, enabled=self.bf16):
-            features: Tensor = self.encoder(images)
+            features: Tensor = (model or self.encoder)(images)
         return features.float()
 
     def forward(
@@ -195,15 +197,11 @@ def _settled(items: TrainingItems, settings: FitSettings) -> FitSettings:
 
 def _check(items: TrainingItems, old: Encoder | StoredVectors | None, spec: EncoderSpec, settings: FitSettings) -> None:
     method = settings.method
-    needs_labels, needs_old = True, True
-    if method in METHODS:
-        needs_labels, needs_old = METHODS[method].needs_labels, METHODS[method].needs_old
-    else:
-        needs_labels = False
+    trained = METHODS.get(method)  # None: a map, which needs old vectors and no labels
+    needs_labels = trained is not None and trained.needs_labels
+    needs_old = trained is None or trained.needs_old
     if needs_old and old is None:
-        raise TrainingProblem(
-            f"method {method} needs the old encoder: declare old_encoder, or set method to independent"
-        )
+        raise old_is_missing(method)
     if needs_labels and items.labels is None:
         if settings.pseudo_classes is None:
             raise TrainingProblem(
@@ -352,8 +350,7 @@ def train(run: Run, out: Path, report: Callable[[Progress], None]) -> list[dict[
     """
     settings = run.settings
     if settings.trackers:
-        plain = json.loads(json.dumps(asdict(settings), default=str))
-        config = {name: value for name, value in plain.items() if isinstance(value, int | float | str)}
+        config = {name: value for name, value in settings.plain().items() if isinstance(value, int | float | str)}
         run.accelerator.init_trackers("migrator", config=config)
     history, epoch = _resume(run, out)
     while epoch.number <= settings.epochs:
@@ -438,7 +435,7 @@ def train_step(
     for number, (pixels, labels, old) in enumerate(batch, start=1):
         pixels, labels = pixels.to(device, non_blocking=True), labels.to(device, non_blocking=True)
         old = None if old is None else old.to(device, non_blocking=True)
-        with handle.no_sync(run.wrapped) if number < len(batch) else _nothing():
+        with handle.no_sync(run.wrapped) if number < len(batch) else contextlib.nullcontext():
             terms = run.wrapped(pixels, labels, old, progress, remaining)
             handle.backward(torch.stack(list(terms.values())).sum() / len(batch))
         for name, term in terms.items():
@@ -446,12 +443,6 @@ def train_step(
     handle.clip_grad_norm_(run.wrapped.parameters(), GRADIENT_LIMIT)
     run.optimizer.step()
     return found
-
-
-def _nothing() -> Any:
-    import contextlib
-
-    return contextlib.nullcontext()
 
 
 def _seed(settings: FitSettings, epoch: int, step: int) -> int:
@@ -561,11 +552,10 @@ def _embed(run: Run, rows: NDArray[np.int64], model: nn.Module) -> NDArray[np.fl
     learner, device = run.learner, run.accelerator.device
     learner.eval()
     vectors = []
-    with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=run.settings.bf16):
+    with torch.inference_mode():
         for part in np.array_split(rows, math.ceil(len(rows) / 256)):
             pixels = torch.from_numpy(run.inputs.pixels.take(part)).to(device)
-            features = model(((pixels - learner.mean) / learner.std).contiguous(memory_format=torch.channels_last))
-            vectors.append(F.normalize(features.float()).cpu().numpy())
+            vectors.append(F.normalize(learner.embed(pixels, model)).cpu().numpy())
     return np.concatenate(vectors)
 
 
@@ -618,7 +608,7 @@ def _save_classifier(run: Run, path: Path) -> None:
     if head is None or not run.settings.labelled:
         return
     weight = F.normalize(head.weight.detach().float().cpu())
-    run_folder.write(path, save({"weight": weight}, metadata={"classes": json.dumps(run.inputs.class_names)}))
+    write_whole(path, save({"weight": weight}, metadata={"classes": json.dumps(run.inputs.class_names)}))
 
 
 def read_classifier(path: Path, class_names: list[str], dim: int) -> NDArray[np.float32]:
@@ -687,7 +677,7 @@ def _fingerprint(
     items: TrainingItems, old: Encoder | StoredVectors | None, spec: EncoderSpec, settings: FitSettings
 ) -> dict[str, Any]:
     """What decides the outcome of a run, flat, named as in messages."""
-    settings_of_outcome = asdict(settings)
+    settings_of_outcome = settings.plain()
     for name in NEUTRAL:
         del settings_of_outcome[name]
     new = asdict(spec)

@@ -6,7 +6,6 @@ import contextlib
 import csv
 import io
 import json
-import os
 import re
 import zipfile
 from collections.abc import Iterator, Sequence
@@ -16,6 +15,7 @@ from typing import Any
 import torch
 
 from trainer.errors import TrainingProblem
+from trainer.files import write_whole
 
 _CHECKPOINT = re.compile(r"checkpoint-(\d{5})(?:-(\d{7}))?\.pt")
 _OURS = (
@@ -107,7 +107,7 @@ def write_state(path: Path, state: dict[str, Any]) -> None:
     """Tensors and plain values as a file of torch."""
     buffer = io.BytesIO()
     torch.save(state, buffer)
-    write(path, buffer.getbuffer())
+    write_whole(path, buffer.getbuffer())
 
 
 def read_state(path: Path) -> dict[str, Any] | None:
@@ -129,29 +129,9 @@ def write_metrics(out: Path, history: Sequence[dict[str, float]]) -> None:
     writer = csv.DictWriter(table, history[0].keys(), lineterminator="\n")
     writer.writeheader()
     writer.writerows(history)
-    write(out / "metrics.csv", table.getvalue().encode())
+    write_whole(out / "metrics.csv", table.getvalue().encode())
 
 
 def write_json(path: Path, document: dict[str, Any]) -> None:
     """A JSON document, durably."""
-    write(path, json.dumps(document, indent=1).encode())
-
-
-def write(path: Path, content: bytes | memoryview) -> None:
-    """Durably, and whole or not at all."""
-    draft = path.with_name(path.name + ".tmp")
-    try:
-        with draft.open("wb") as stream:
-            stream.write(content)
-            stream.flush()
-            os.fsync(stream.fileno())
-        draft.replace(path)
-    except OSError:
-        with contextlib.suppress(OSError):
-            draft.unlink()  # on a full disk half a checkpoint would keep the room that is missing
-        raise
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+    write_whole(path, json.dumps(document, indent=1).encode())

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import math
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from trainer.errors import TrainingProblem
 from trainer.losses import METHODS, LossSettings
@@ -76,6 +77,11 @@ class FitSettings(LossSettings):
             problems.append(f"method must be one of {', '.join((*METHODS, *POST_HOC))}")
         if problems:
             raise TrainingProblem("training settings: " + "; ".join(problems))
+
+    def plain(self) -> dict[str, Any]:
+        """The settings as JSON has them."""
+        values: dict[str, Any] = json.loads(json.dumps(asdict(self), default=str))
+        return values
 
     def resolved(self) -> FitSettings:
         """Itself, or with the numbers of the published recipe where `reference` asks for it."""

@@ -1,6 +1,5 @@
 """A training killed at random moments and resumed ends with the weights of an uninterrupted one, bit for bit."""
 
-import multiprocessing
 import random
 from collections.abc import Iterator
 from dataclasses import replace
@@ -8,16 +7,14 @@ from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
 
-import numpy as np
-import PIL.Image
 import pytest
 import torch
 from safetensors.numpy import load_file
-from sklearn.datasets import load_digits
 
+from tests.digits import digits_with_old_encoder, trainers
 from trainer import fit as fitting
 from trainer.data import read_items
-from trainer.encoder import EncoderSpec, Preprocessing, build_model, load_encoder, save_encoder
+from trainer.encoder import EncoderSpec, Preprocessing, load_encoder
 from trainer.fit import FitSettings, Progress, fit
 from trainer.images import ImageSource
 
@@ -29,24 +26,13 @@ KILLS = 3
 
 @pytest.fixture(scope="module")
 def context() -> ForkServerContext:
-    """Starts processes from one that has torch already; importing it anew each time would take most of the test."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["trainer.fit", "accelerate", "sklearn.datasets"])
-    return context
+    return trainers()
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Digits, their list of items, and an old encoder (not trained: that does not matter here)."""
     folder = tmp_path_factory.mktemp("digits")
-    data = load_digits()
-    lines = ["path,label"]
-    for number, (image, label) in enumerate(zip(data.images[:300], data.target[:300], strict=True)):
-        PIL.Image.fromarray((image * 255 / 16).astype(np.uint8)).save(folder / f"{number}.png")
-        lines.append(f"{number}.png,{label}")
-    (folder / "items.csv").write_text("\n".join(lines))
-    torch.manual_seed(0)
-    save_encoder(build_model(SPEC), SPEC, folder / "old.safetensors")
+    digits_with_old_encoder(folder, 300, SPEC)
     return folder
 
 

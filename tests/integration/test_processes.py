@@ -1,6 +1,5 @@
 """Two processes on the gloo backend train what one does with the same batch: real processes, losses compared."""
 
-import multiprocessing
 import os
 import socket
 from dataclasses import replace
@@ -10,15 +9,14 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-import PIL.Image
 import pytest
 import torch
 from safetensors.numpy import load_file
-from sklearn.datasets import load_digits
 
+from tests.digits import digits_with_old_encoder, trainers
 from trainer import fit as fitting
 from trainer.data import read_items
-from trainer.encoder import EncoderSpec, Preprocessing, build_model, load_encoder, save_encoder
+from trainer.encoder import EncoderSpec, Preprocessing, load_encoder
 from trainer.fit import FitSettings, Progress, fit, follow
 from trainer.images import ImageSource
 
@@ -30,23 +28,13 @@ DEADLINE = 120.0
 
 @pytest.fixture(scope="module")
 def context() -> ForkServerContext:
-    """Starts processes from one that has torch already; importing it anew each time would take most of the test."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["trainer.fit", "accelerate", "sklearn.datasets"])
-    return context
+    return trainers()
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("digits")
-    data = load_digits()
-    lines = ["path,label"]
-    for number, (image, label) in enumerate(zip(data.images[:240], data.target[:240], strict=True)):
-        PIL.Image.fromarray((image * 255 / 16).astype(np.uint8)).save(folder / f"{number}.png")
-        lines.append(f"{number}.png,{label}")
-    (folder / "items.csv").write_text("\n".join(lines))
-    torch.manual_seed(0)
-    save_encoder(build_model(SPEC), SPEC, folder / "old.safetensors")
+    digits_with_old_encoder(folder, 240, SPEC)
     return folder
 
 

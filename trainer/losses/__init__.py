@@ -16,6 +16,8 @@ import importlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from trainer.errors import TrainingProblem
+
 if TYPE_CHECKING:
     from torch import nn
 
@@ -65,8 +67,18 @@ class LossSettings:
     """The published recipe: SGD in steps, largest distance as radius, T = 1, equal weights; it needs much data."""
 
 
+def old_is_missing(method: str) -> TrainingProblem:
+    """What to raise where a compatible method is asked for and there is nothing to be compatible with."""
+    return TrainingProblem(f"method {method} needs the old encoder: declare old_encoder, or set method to independent")
+
+
 def build_objective(method: str, settings: LossSettings, *, dim: int, classes: int, old: OldSpace | None) -> nn.Module:
-    """The loss of `method` for D = `dim` and that many classes. `old` is None where there is no old encoder."""
+    """The loss of `method` for D = `dim` and that many classes. `old` is None where there is no old encoder.
+
+    Raises TrainingProblem where the method needs one.
+    """
+    if METHODS[method].needs_old and old is None:
+        raise old_is_missing(method)
     module = importlib.import_module(METHODS[method].module)
     objective: nn.Module = module.build(settings, dim=dim, classes=classes, old=old)
     return objective

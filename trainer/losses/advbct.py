@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from trainer.errors import TrainingProblem
 from trainer.losses import LossSettings
 from trainer.losses.adversarial import AdversarialAlignment
 from trainer.losses.arcface import ArcFace, Softmax
@@ -61,8 +60,7 @@ class AdvBCT(nn.Module):
 
 def build(settings: LossSettings, *, dim: int, classes: int, old: OldSpace | None) -> AdvBCT:
     """The method as `settings` have it; the published recipe, `reference`, has plain softmax, no anchor, no spring."""
-    if old is None:
-        raise TrainingProblem("method advbct needs the old encoder: declare old_encoder, or set method to independent")
+    assert old is not None  # build_objective asks for it
     boundary = ElasticBoundary(old, limit=settings.radius_limit)
     classification: nn.Module
     if settings.reference:

@@ -7,7 +7,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from trainer.errors import TrainingProblem
 from trainer.losses import LossSettings
 from trainer.losses.arcface import ArcFace
 from trainer.old_space import OldSpace
@@ -66,8 +65,7 @@ class BCT(nn.Module):
 
 def build(settings: LossSettings, *, dim: int, classes: int, old: OldSpace | None) -> BCT:
     """The method as `settings` have it."""
-    if old is None:
-        raise TrainingProblem("method bct needs the old encoder: declare old_encoder, or set method to independent")
+    assert old is not None  # build_objective asks for it
     return BCT(
         ArcFace(dim, classes, scale=settings.arcface_scale, margin=settings.arcface_margin),
         Influence(old, scale=settings.arcface_scale),

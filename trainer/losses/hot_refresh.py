@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from trainer.errors import TrainingProblem
 from trainer.losses import LossSettings
 from trainer.losses.arcface import ArcFace
 from trainer.losses.contrast import Contrast
@@ -31,10 +30,7 @@ class HotRefresh(nn.Module):
 
 def build(settings: LossSettings, *, dim: int, classes: int, old: OldSpace | None) -> HotRefresh:
     """The method as `settings` have it."""
-    if old is None:
-        raise TrainingProblem(
-            "method hot_refresh needs the old encoder: declare old_encoder, or set method to independent"
-        )
+    assert old is not None  # build_objective asks for it
     classification = None
     if settings.labelled:
         classification = ArcFace(dim, classes, scale=settings.arcface_scale, margin=settings.arcface_margin)
