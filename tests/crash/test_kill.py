@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -48,14 +49,16 @@ def to_backfill(commands: Commands, world: World) -> None:
 
 def kill_at_random(
     commands: Commands, world: World, rng: random.Random, longest: float, verb: str, *words: str
-) -> bool:
-    """Starts a command and kills it within `longest` seconds; returns whether it was still running then."""
+) -> float | None:
+    """Starts a command and kills it within `longest` seconds; where it was done before, returns its own seconds."""
+    began = time.monotonic()
     commands.start(*arguments(world, verb, *words))
     code = commands.wait(rng.uniform(0, longest))
+    took = time.monotonic() - began
     if code is None:
         code = commands.kill()
     assert code in (0, -9), f"{verb} ended with {code}"
-    return code == -9
+    return None if code == -9 else took
 
 
 def each_is_one_of(vectors: np.ndarray, old: np.ndarray, new: np.ndarray) -> np.ndarray:
@@ -93,12 +96,14 @@ def test_killed_again_and_again(commands: Commands, tmp_path: Path) -> None:
     killed = 0
     while killed < KILLS:
         # Short runs, so that many of the kills fall into the publication at a run's end.
-        killed += kill_at_random(commands, world, rng, part, "backfill", "--max-items", "40")
+        took = kill_at_random(commands, world, rng, part, "backfill", "--max-items", "40")
+        killed += took is None
+        # The machine may have been busier when the calm run was measured: the kills are to meet this one.
+        part = min(part, took or part)
         each_is_one_of(world.vectors(), old, new)
         if stamps(world)[1] == ITEMS:
             break
-    # Half of them come late where the load of the machine falls between measuring a run and killing others.
-    assert killed >= KILLS / 4, "too few kills hit a running backfill for this to mean anything"
+    assert killed >= KILLS / 2, "too few kills hit a running backfill for this to mean anything"
     succeed(commands, world, "backfill")
     assert stamps(world) == (ITEMS, ITEMS)
     np.testing.assert_array_equal(world.vectors(), new)
