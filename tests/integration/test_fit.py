@@ -411,8 +411,8 @@ def test_without_labels_classes_are_made_from_the_old_vectors_or_none_are_needed
 def test_every_rival_trains_an_encoder_that_searches_the_old_gallery(
     few: TrainingItems, images: ImageSource, old: Encoder, tmp_path: Path, method: str
 ) -> None:
-    result = fit(few, images, old, SPEC, replace(FAST, method=method, epochs=7, batch_size=20, lr=0.005), tmp_path)
-    assert result.validation["cross"] > 0.2  # chance is 0.1
+    result = fit(few, images, old, SPEC, replace(FAST, method=method, epochs=12, batch_size=20, lr=0.005), tmp_path)
+    assert result.validation["cross"] > 0.3  # chance is 0.1
 
 
 def test_bct_asks_the_old_classifier(few: TrainingItems, images: ImageSource, tmp_path: Path) -> None:
