@@ -47,6 +47,13 @@ _SQLITE = re.compile(r"(?P<driver>sqlite(?:\+pysqlite)?):///(?P<file>[^?]+)(?P<q
 _DURATION = re.compile(r"([1-9][0-9]{0,5})([smhd])")
 _UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days"}
 
+METRICS = ("map", "recall", "precision", "ndcg", "mrr")
+"""Those of `migrator.verify.metrics`, named here so that reading a file does not load numpy."""
+FLIPS = "negative_flips"
+"""The share of queries whose first answer was right and is wrong now."""
+MOST_ANSWERS = 1000
+"""The longest ranking that a metric may look at."""
+
 Place: TypeAlias = tuple[str | int, ...]
 """Keys and list positions from the top of the file to a value."""
 
@@ -115,6 +122,21 @@ def _stored(value: Any) -> Any:
     if value != "stored":
         raise ValueError("must be a mapping of keys to values, or the word stored")
     return value
+
+
+def _metric(value: str) -> str:
+    match = re.fullmatch(r"([a-z]+)@([1-9][0-9]{0,3})", value)
+    if value != FLIPS and (match is None or match[1] not in METRICS or int(match[2]) > MOST_ANSWERS):
+        near = difflib.get_close_matches(value.partition("@")[0], METRICS, n=1)
+        advice = f'did you mean "{near[0]}@10"?' if near else f"known are {', '.join(f'{name}@k' for name in METRICS)}"
+        raise ValueError(f"is no metric with k up to {MOST_ANSWERS}; {advice}")
+    return value
+
+
+def _gate_metric(value: str) -> str:
+    if value == FLIPS:
+        raise ValueError(f"{FLIPS} can be one of gate.thresholds: here a metric such as map@100 is compared")
+    return _metric(value)
 
 
 def _canary(value: list[int]) -> list[int]:
@@ -455,31 +477,76 @@ class Train(Section):
     device: Literal["auto", "cpu", "cuda"] = "auto"
 
 
+class Threshold(Section):
+    """One more thing that must hold before queries are moved: a metric, its bound, and for whom."""
+
+    metric: Annotated[Text, AfterValidator(_metric)]
+    """As `gate.metric`, or `negative_flips`."""
+    min: Annotated[float | None, Field(ge=0, le=1)] = None
+    """The least value of the new search."""
+    max: Annotated[float | None, Field(ge=0, le=1)] = None
+    """The greatest value of the new search; for `negative_flips`, the share of queries that turn wrong."""
+    min_gain: Annotated[float | None, Field(ge=-1, le=1)] = None
+    """The least gain over today's search, in the metric's own unit."""
+    min_ratio: Annotated[float | None, Field(gt=0, le=10, validate_default=True)] = None
+    """The least value of the new search as a share of today's."""
+    segment: Text | None = None
+    """The segment whose queries are meant, as `verify.segment` makes them; `*` for each of them. All queries unless
+    given."""
+
+    @field_validator("min_ratio")
+    @classmethod
+    def _one_bound(cls, ratio: float | None, info: ValidationInfo) -> float | None:
+        bounds = ("min", "max", "min_gain")
+        if not set(bounds) <= info.data.keys():
+            return ratio
+        given = [name for name in bounds if info.data[name] is not None] + (["min_ratio"] if ratio is not None else [])
+        if len(given) != 1:
+            raise ValueError("a threshold has one bound: give one of min, max, min_gain, min_ratio")
+        if info.data.get("metric") == FLIPS and given != ["max"]:
+            raise ValueError(f"{FLIPS} is a change against today's search already: give max")
+        return ratio
+
+
 class Gate(Section):
     """What the new encoder must show before queries are moved to it."""
 
-    metric: Literal["map@100", "recall@1", "recall@5", "recall@10"] = "map@100"
+    metric: Annotated[Text, AfterValidator(_gate_metric)] = "map@100"
+    """map@k, recall@k, precision@k, ndcg@k or mrr@k, with k up to 1000."""
     confidence: Annotated[float, Field(ge=0.5, lt=1)] = 0.95
-    """Of the two-sided bootstrap interval."""
+    """Of the two-sided bootstrap interval, over all looks: each further question set or encoder that is verified gets
+    a smaller part of what is left to 1."""
     min_gain: Annotated[float, Field(ge=-1, le=1)] = 0.0
     """The least gain over today's search, in the metric's own unit; negative accepts a loss."""
     min_queries: Annotated[int, Field(ge=10)] = 30
     """With fewer the result is inconclusive."""
     resamples: Annotated[int, Field(ge=100, le=1_000_000)] = 10_000
+    cluster: Literal["class", "query"] = "class"
+    """What is drawn again in the bootstrap. `class`: whole classes, which stand for classes yet to come. `query`:
+    queries, where the classes are all there are."""
+    thresholds: Annotated[list[Threshold], Field(max_length=100)] = []
+    """Further bounds; all must hold."""
 
 
 class Verify(Section):
     """How old and new search are compared."""
 
     queries: LocalPath | None = None
-    """CSV or Parquet file with the columns path and label. Without it items of the collection are the queries."""
-    label: Template
-    """The class of an item, from its payload: items of the same class are relevant."""
+    """CSV or Parquet file with the columns path and label, or path and relevant (ids of the right answers). Without it
+    items of the collection are the queries."""
+    label: Template | None = None
+    """The class of an item, from its payload: items of the same class are relevant. Without labels altered views of the
+    collection's images are searched for: weaker evidence."""
+    segment: Template | None = None
+    """A group that a query belongs to, from the columns of the file or its item's payload; results are told for each."""
     sample: Annotated[int, Field(ge=1, le=1_000_000)] = 500
-    """Queries at most."""
+    """Queries at most, drawn evenly over the classes."""
     gallery: Annotated[int, Field(ge=1, le=10_000_000)] = 10_000
     """Items searched at most, drawn at random."""
     seed: Seed = 0
+    upper_bound: Annotated[float | None, Field(gt=0, le=1)] = None
+    """`gate.metric` of the self-test of an encoder trained without regard to the old one, if known: P_up, P_comp and
+    P_1 are measured by it."""
     gate: Gate = Gate()
     max_age: Annotated[Duration, Field(json_schema_extra={"default": "7d"})] = timedelta(days=7)
     """An older result no longer opens a stage or a further step of the canary."""
@@ -512,6 +579,13 @@ class Backfill(Section):
     """Tries for a chunk that the store refuses, before it is listed as failed."""
     retry_for: Annotated[float, Field(ge=0, le=86_400)] = 60.0
     """Seconds of trying again while a store or image source cannot be reached."""
+    order: Literal["id", "worst_first"] = "id"
+    """`worst_first` begins with the items whose old vector lies farthest from the centre of its class, or, without
+    labels, of its cluster."""
+    read_back: Annotated[int, Field(ge=0, le=100_000)] = 64
+    """Written items that are read over a fresh connection after each run, embedded again and compared; 0 leaves it."""
+    measure: bool = True
+    """Ask the questions of `verify` again after each run; a result below the gate pauses the backfill."""
 
 
 class Migration(Section):
@@ -534,7 +608,15 @@ class Migration(Section):
     train: Annotated[Train | None, Field(validate_default=True)] = None
     verify: Verify
     rollout: Annotated[Rollout, Field(validate_default=True)] = Rollout()
-    backfill: Backfill = Backfill()
+    backfill: Annotated[Backfill, Field(validate_default=True)] = Backfill()
+
+    @field_validator("backfill")
+    @classmethod
+    def _order_matters(cls, backfill: Backfill, info: ValidationInfo) -> Backfill:
+        rollout = info.data.get("rollout")
+        if backfill.order != "id" and rollout is not None and rollout.strategy == "shadow":
+            raise ValueError("order is for in_place: a shadow answers no query before all of it is there")
+        return backfill
 
     @field_validator("rollout")
     @classmethod
