@@ -7,6 +7,7 @@ from typing import Any
 
 from migrator.ledger import Counts, Migration, Route
 from migrator.project import Project
+from migrator.verify.standing import why_not
 
 RATE_RUNS = 5
 """The last runs from which the rate is taken."""
@@ -65,12 +66,8 @@ def status_of(project: Project) -> Status:
     plan = ledger.latest_plan(migration.id)
     route = ledger.route(migration.collection)
     verification = ledger.latest_verification(migration.id)
-    current = (
-        verification is not None
-        and verification.new_encoder_id == migration.new_encoder_id
-        and plan is not None
-        and verification.plan_fingerprint == plan.fingerprint
-    )
+    current = why_not(verification, migration, plan, project.settings.verify.max_age) is None
+    outcome = verification.outcome if verification is not None and current else None
     rate = _rate(project, migration)
     left = counts.planned - counts.done
     return Status(
@@ -83,7 +80,7 @@ def status_of(project: Project) -> Status:
         plan=plan.fingerprint if plan else None,
         old_encoder=migration.old_encoder_id,
         new_encoder=migration.new_encoder_id,
-        verification=verification.outcome if verification is not None and current else None,
+        verification=outcome,
         paused=migration.paused,
         epoch=route.epoch if route else None,
         canary_percent=route.canary_percent if route else None,
@@ -97,7 +94,7 @@ def status_of(project: Project) -> Status:
         eta_seconds=round(left / rate) if rate and left and migration.stage == "backfill" else None,
         mixed_space=is_mixed(migration, counts),
         old_kept=migration.old_kept,
-        next_command=next_command(name, migration, route, counts, verification.outcome if current else None),  # type: ignore[union-attr]
+        next_command=next_command(name, migration, route, counts, outcome),
     )
 
 

@@ -428,6 +428,13 @@ class Ledger:
             )
             self._note(session, session.get_one(Migration, migration.id), "verify", {"outcome": outcome})
 
+    def verifications(self, migration_id: int) -> Sequence[Verification]:
+        """All verifications of a migration, oldest first."""
+        with self._read() as session:
+            return session.scalars(
+                sa.select(Verification).where(Verification.migration_id == migration_id).order_by(Verification.id)
+            ).all()
+
     def latest_verification(self, migration_id: int) -> Verification | None:
         """The newest verification of a migration."""
         with self._read() as session:

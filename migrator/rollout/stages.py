@@ -15,11 +15,12 @@ from typing import Any
 
 from adapters.base import Store
 from migrator.errors import Refused, UsageProblem
-from migrator.ledger import Migration, Route, now
+from migrator.ledger import Migration, Plan, Route
 from migrator.planning import check_fresh, check_unmixed
 from migrator.project import Project
 from migrator.rollout import shadow
 from migrator.rollout.route import initial_route
+from migrator.verify.standing import why_not
 
 READ_BACK = 256
 """Items read over a fresh connection after the cutover's publication, to see that what was written is there."""
@@ -71,7 +72,7 @@ def _prepare(project: Project, migration: Migration, _: Options) -> Step:
         if beside is not None and store.exists(beside):
             raise Refused(f"{beside} is there already and not this migration's: remove it, or plan again")
         _check_encoders(project, store)
-    check_verified(project, migration, plan.fingerprint)
+    check_verified(project, migration, plan)
     route = project.ledger.route(migration.collection)
 
     def make() -> str:
@@ -89,19 +90,13 @@ def _prepare(project: Project, migration: Migration, _: Options) -> Step:
     return Step(f"claim {migration.collection} and write its route, with every query at the old encoder", make)
 
 
-def check_verified(project: Project, migration: Migration, plan_fingerprint: str) -> None:
+def check_verified(project: Project, migration: Migration, plan: Plan) -> None:
     """Refuses unless the latest verification passed, for these encoders and this plan, and is young enough."""
     name = project.name
-    again = f"`migrator verify {name}`"
     found = project.ledger.latest_verification(migration.id)
-    if found is None:
-        raise Refused(f"{name} has not been verified: {again}")
-    if (found.old_encoder_id, found.new_encoder_id) != (migration.old_encoder_id, migration.new_encoder_id):
-        raise Refused(f"{name} was verified with another encoder ({found.new_encoder_id}): {again}")
-    if found.plan_fingerprint != plan_fingerprint:
-        raise Refused(f"{name} was verified under another plan ({found.plan_fingerprint}): {again}")
-    if now() - found.created_at > project.settings.verify.max_age:
-        raise Refused(f"{name} was verified on {found.created_at:%Y-%m-%d}, longer ago than verify.max_age: {again}")
+    reason = why_not(found, migration, plan, project.settings.verify.max_age)
+    if found is None or reason is not None:
+        raise Refused(f"{name} {reason}: `migrator verify {name}`")
     if found.outcome != "pass":
         raise Refused(f"the verification of {name} came out as {found.outcome}: {'; '.join(found.results['reasons'])}")
 
@@ -143,7 +138,7 @@ def _canary(project: Project, migration: Migration, options: Options) -> Step:
         plan = check_fresh(project, store)
         _check_encoders(project, store)
     if percent > route.canary_percent:  # the way back is never barred
-        check_verified(project, migration, plan.fingerprint)
+        check_verified(project, migration, plan)
         if not in_place:
             _check_backfilled(project, migration, options)
 
@@ -182,7 +177,7 @@ def _backfill(project: Project, migration: Migration, _: Options) -> Step:
         plan = check_fresh(project, store)
         count = store.count()
         _check_encoders(project, store)
-    check_verified(project, migration, plan.fingerprint)
+    check_verified(project, migration, plan)
 
     def make() -> str:
         if not in_place:
@@ -203,6 +198,8 @@ def _cutover(project: Project, migration: Migration, options: Options) -> Step:
     if migration.stage != before:
         first = f"`migrator backfill {name}`" if before == "backfill" else "the canary"
         raise Refused(f"{name} is at stage {migration.stage}: cutover comes after {first}")
+    if migration.paused is not None:
+        raise Refused(f"{name} is paused ({migration.paused}): when that is settled, `migrator resume {name}`")
     failures = _check_backfilled(project, migration, options)
     route = _route(project, migration)
     if migration.strategy == "in_place":
