@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple, TypeAlias
 
 import numpy as np
@@ -89,6 +89,10 @@ class Relevance(NamedTuple):
 
     hits: Bools  # (q, k)
     total: NDArray[np.int64]  # (q,)
+    grades: Floats | None = None
+    """(q, k) gain of each answer; without it a hit gains 1."""
+    ideal: Floats | None = None
+    """(q, k) gains of the best ranking there could be: the query's grades, largest first, padded with 0."""
 
 
 def relevance(
@@ -111,6 +115,38 @@ def relevance(
     return Relevance(hits, total)
 
 
+def graded_relevance(relevant: Sequence[Mapping[int, float]], ranking: NDArray[np.integer]) -> Relevance:
+    """As `relevance`, where `relevant[i]` says how relevant gallery rows are to query i: row -> grade.
+
+    Rows with a grade above 0 are relevant, all others have grade 0. A query's own item must not be among them. Raises
+    ValueError for negative rows and for grades that are negative or not finite.
+    """
+    query = np.repeat(np.arange(len(relevant)), [len(of) for of in relevant])
+    row = np.fromiter((row for of in relevant for row in of), np.int64, len(query))
+    grade = np.fromiter((grade for of in relevant for grade in of.values()), np.float64, len(query))
+    if (row < 0).any() or not np.isfinite(grade).all() or (grade < 0).any():
+        raise ValueError("relevant items must be gallery rows from 0 on, each with a finite grade that is not negative")
+    query, row, grade = query[grade > 0], row[grade > 0], grade[grade > 0]
+    n, k = ranking.shape
+    if len(relevant) != n:
+        raise ValueError(f"{len(relevant)} queries have relevant items, but the ranking has {n}")
+    # A query and a row as one number, in whose sorted list all answers are looked up at once.
+    width = max(row.max(initial=-1), ranking.max(initial=-1)) + 1
+    order = np.argsort(query * width + row)
+    key = (query * width + row)[order]
+    asked = np.where(ranking >= 0, np.arange(n)[:, None] * width + ranking, -1)
+    place = np.minimum(np.searchsorted(key, asked), max(0, len(key) - 1))
+    hits = key[place] == asked if len(key) else np.zeros((n, k), np.bool_)
+    grades = np.where(hits, grade[order][place], 0.0) if len(key) else np.zeros((n, k))
+    total = np.bincount(query, minlength=n).astype(np.int64)
+    best = np.lexsort((-grade, query))
+    rank_of = np.arange(len(query)) - np.repeat(np.cumsum(total) - total, total)
+    ideal = np.zeros((n, k))
+    kept = rank_of < k
+    ideal[query[best][kept], rank_of[kept]] = grade[best][kept]
+    return Relevance(hits, total, grades, ideal)
+
+
 def _codes(*labels: Sequence[object] | NDArray[np.generic]) -> list[NDArray[np.int64]]:
     """The same small integer for the same label, in all the sequences given."""
     known: dict[object, int] = {}
@@ -120,44 +156,78 @@ def _codes(*labels: Sequence[object] | NDArray[np.generic]) -> list[NDArray[np.i
     ]
 
 
-def average_precision_at_k(hits: Bools, total: NDArray[np.int64], k: int) -> Floats:
+def average_precision_at_k(found: Relevance, k: int) -> Floats:
     """AP@k of each query: the sum of precision@i over the hits i <= k, over min(k, relevant items). (q,)
 
     NaN where a query has no relevant item.
     """
-    hits = hits[:, :k]
+    hits = found.hits[:, :k]
     precision = np.cumsum(hits, axis=1) / np.arange(1, hits.shape[1] + 1)
-    return _divide((precision * hits).sum(axis=1), np.minimum(k, total))
+    return _divide((precision * hits).sum(axis=1), np.minimum(k, found.total))
 
 
-def recall_at_k(hits: Bools, total: NDArray[np.int64], k: int) -> Floats:
+def recall_at_k(found: Relevance, k: int) -> Floats:
     """R@k as in metric learning, a hit rate: 1 where a relevant item is among the first k, else 0. (q,)
 
     This is not the share of all relevant items found. NaN where a query has no relevant item.
     """
-    return np.where(total > 0, hits[:, :k].any(axis=1).astype(np.float64), np.nan)
+    return _of_those_with_relevant(found, found.hits[:, :k].any(axis=1))
 
 
-def precision_at_k(hits: Bools, total: NDArray[np.int64], k: int) -> Floats:
+def precision_at_k(found: Relevance, k: int) -> Floats:
     """The share of relevant items among the first k, where missing answers count as wrong. (q,)
 
     NaN where a query has no relevant item.
     """
-    return np.where(total > 0, hits[:, :k].sum(axis=1) / k, np.nan)
+    return _of_those_with_relevant(found, found.hits[:, :k].sum(axis=1) / k)
 
 
-def _divide(numerator: Floats, denominator: NDArray[np.int64]) -> Floats:
-    quotient = np.full(len(numerator), np.nan)
-    np.divide(numerator, denominator, out=quotient, where=denominator > 0)
-    return quotient
+def ndcg_at_k(found: Relevance, k: int) -> Floats:
+    """nDCG@k: the gains of the first k answers, the i-th over log2(i + 1), over those of the best ranking. (q,)
+
+    Järvelin and Kekäläinen, Cumulated gain-based evaluation of IR techniques, ACM TOIS 20(4), 2002, section 2. The
+    gain is the grade itself, as in trec_eval and scikit-learn, and 1 for a hit without grades. NaN where a query has no
+    relevant item.
+    """
+    gains = found.hits[:, :k].astype(np.float64) if found.grades is None else found.grades[:, :k]
+    if found.ideal is None:
+        ideal = (np.arange(k) < found.total[:, None]).astype(np.float64)
+    else:
+        ideal = found.ideal[:, :k]
+    # By element, not as a matrix product: then a ranking like the ideal one has exactly its sum.
+    best = (ideal * _discount(ideal.shape[1])).sum(axis=1)
+    return np.minimum(1.0, _divide((gains * _discount(gains.shape[1])).sum(axis=1), best))
 
 
-METRICS: dict[str, Callable[[Bools, NDArray[np.int64], int], Floats]] = {
+def reciprocal_rank_at_k(found: Relevance, k: int) -> Floats:
+    """1 over the rank of the first hit, 0 where none is among the first k. (q,)
+
+    NaN where a query has no relevant item.
+    """
+    hits = found.hits[:, :k]
+    return _of_those_with_relevant(found, hits.any(axis=1) / (1 + hits.argmax(axis=1)))
+
+
+def _discount(k: int) -> Floats:
+    return 1 / np.log2(np.arange(2, k + 2))
+
+
+def _of_those_with_relevant(found: Relevance, values: NDArray[np.generic]) -> Floats:
+    return np.where(found.total > 0, values.astype(np.float64), np.nan)
+
+
+def _divide(numerator: Floats, denominator: NDArray[np.integer] | Floats) -> Floats:
+    return np.divide(numerator, denominator, out=np.full(len(numerator), np.nan), where=denominator > 0)
+
+
+METRICS: dict[str, Callable[[Relevance, int], Floats]] = {
     "map": average_precision_at_k,
     "recall": recall_at_k,
     "precision": precision_at_k,
+    "ndcg": ndcg_at_k,
+    "mrr": reciprocal_rank_at_k,
 }
-"""Of a ranking's hits (q, k'), the relevant items (q,) and k <= k': a value for each query, NaN where undefined."""
+"""Of a ranking of k' answers and k <= k': a value for each query (q,), NaN where undefined."""
 
 
 class Metric(NamedTuple):
@@ -176,7 +246,7 @@ class Metric(NamedTuple):
         """
         if found.hits.shape[1] < self.k:
             raise ValueError(f"{self} needs rankings of {self.k} answers, these have {found.hits.shape[1]}")
-        return METRICS[self.name](found.hits, found.total, self.k)
+        return METRICS[self.name](found, self.k)
 
 
 def parse_metric(text: str) -> Metric:
@@ -220,11 +290,37 @@ def flips(old: Relevance, new: Relevance) -> Flips:
 
     Negative flips: Yan et al., Positive-Congruent Training (arXiv 2011.09161, section 3).
     """
-    counted = (old.total > 0) & (new.total > 0)
-    if not counted.any():
-        return Flips(float("nan"), float("nan"))
-    before, now = old.hits[counted, 0], new.hits[counted, 0]
-    return Flips(float((before & ~now).mean()), float((~before & now).mean()))
+    return Flips(summarise(negative_flips(old, new)).mean, summarise(positive_flips(old, new)).mean)
+
+
+def negative_flips(old: Relevance, new: Relevance) -> Floats:
+    """1 for each query whose first answer was right in `old` and is wrong in `new`, else 0. (q,)
+
+    NaN where a query has no relevant item.
+    """
+    both = Relevance(old.hits[:, :1] & ~new.hits[:, :1], np.minimum(old.total, new.total))
+    return recall_at_k(both, 1)
+
+
+def positive_flips(old: Relevance, new: Relevance) -> Floats:
+    """1 for each query whose first answer was wrong in `old` and is right in `new`, else 0; NaN as before. (q,)"""
+    return negative_flips(new, old)
+
+
+def overlap_at_k(old_ranking: NDArray[np.integer], new_ranking: NDArray[np.integer], k: int) -> Floats:
+    """The share of the first k answers that two rankings (q, k') of the same queries have in common. (q,)
+
+    Where there are fewer than k answers (rows end in -1), the share of those; NaN where there are none. An order says
+    nothing here. Raises ValueError for rankings of other queries or of fewer than k places.
+    """
+    if len(old_ranking) != len(new_ranking) or k < 1 or min(old_ranking.shape[1], new_ranking.shape[1]) < k:
+        raise ValueError(
+            f"rankings {old_ranking.shape} and {new_ranking.shape} must be of the same queries, k from {k}"
+        )
+    old, new = np.asarray(old_ranking)[:, :k], np.asarray(new_ranking)[:, :k]
+    answers = np.sort(np.hstack([old, new]), axis=1)  # no ranking names an item twice: a pair is an item of both
+    common = ((answers[:, 1:] == answers[:, :-1]) & (answers[:, 1:] >= 0)).sum(axis=1)
+    return _divide(common.astype(np.float64), np.maximum((old >= 0).sum(axis=1), (new >= 0).sum(axis=1)))
 
 
 def p_up(new_new: ArrayLike, best_best: ArrayLike) -> float:
