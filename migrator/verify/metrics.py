@@ -171,7 +171,7 @@ def recall_at_k(found: Relevance, k: int) -> Floats:
 
     This is not the share of all relevant items found. NaN where a query has no relevant item.
     """
-    return _of_those_with_relevant(found, found.hits[:, :k].any(axis=1))
+    return _of_those_with_relevant(found, found.hits[:, :k].sum(axis=1) > 0)
 
 
 def precision_at_k(found: Relevance, k: int) -> Floats:
@@ -217,7 +217,9 @@ def _of_those_with_relevant(found: Relevance, values: NDArray[np.generic]) -> Fl
 
 
 def _divide(numerator: Floats, denominator: NDArray[np.integer] | Floats) -> Floats:
-    return np.divide(numerator, denominator, out=np.full(len(numerator), np.nan), where=denominator > 0)
+    quotient = np.full(len(numerator), np.nan)
+    np.divide(numerator, denominator, out=quotient, where=denominator > 0)
+    return quotient
 
 
 METRICS: dict[str, Callable[[Relevance, int], Floats]] = {
@@ -298,8 +300,8 @@ def negative_flips(old: Relevance, new: Relevance) -> Floats:
 
     NaN where a query has no relevant item.
     """
-    both = Relevance(old.hits[:, :1] & ~new.hits[:, :1], np.minimum(old.total, new.total))
-    return recall_at_k(both, 1)
+    flipped = old.hits[:, 0] & ~new.hits[:, 0]
+    return np.where((old.total > 0) & (new.total > 0), flipped.astype(np.float64), np.nan)
 
 
 def positive_flips(old: Relevance, new: Relevance) -> Floats:
@@ -315,7 +317,7 @@ def overlap_at_k(old_ranking: NDArray[np.integer], new_ranking: NDArray[np.integ
     """
     if len(old_ranking) != len(new_ranking) or k < 1 or min(old_ranking.shape[1], new_ranking.shape[1]) < k:
         raise ValueError(
-            f"rankings {old_ranking.shape} and {new_ranking.shape} must be of the same queries, k from {k}"
+            f"rankings {old_ranking.shape} and {new_ranking.shape} must hold {k} answers of the same queries"
         )
     old, new = np.asarray(old_ranking)[:, :k], np.asarray(new_ranking)[:, :k]
     answers = np.sort(np.hstack([old, new]), axis=1)  # no ranking names an item twice: a pair is an item of both

@@ -153,7 +153,9 @@ def _resampled_means(sums: Floats, sizes: Floats, resamples: int, seed: int) -> 
 
 
 def _ratio(total: Floats, count: NDArray[np.integer] | Floats) -> Floats:
-    return np.divide(total, count, out=np.full(total.shape, np.nan), where=count > 0)
+    ratio = np.full(total.shape, np.nan)
+    np.divide(total, count, out=ratio, where=count > 0)
+    return ratio
 
 
 def _error(resampled: Floats, clusters: int) -> float:
