@@ -1,23 +1,31 @@
-"""Cutting a collection into chunks, once: the boundaries are stored before the first chunk is worked on."""
+"""Cutting a collection into chunks, once: they are stored before the first of them is worked on."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 
-from adapters.base import ItemId
+from adapters.base import ItemId, order_key
 from migrator.backfill.transfer import Transfer
 from migrator.ledger import Ledger, Migration
 
 
-def cut_first_pass(transfer: Transfer, ledger: Ledger, migration: Migration, *, size: int) -> int:
-    """Cuts the whole collection into ranges of `size` items and stores them; returns the number of chunks.
+def cut_first_pass(
+    transfer: Transfer, ledger: Ledger, migration: Migration, *, size: int, order: Sequence[ItemId] | None = None
+) -> int:
+    """Cuts the whole collection into chunks of `size` items and stores them; returns the number of chunks.
 
-    The boundaries are never derived again.
+    They are ranges in the order of ids, or, with another `order` of all ids, lists. Neither is ever derived again.
     """
-    ranges = list(_ranges(transfer.everything(), size))
-    ledger.add_chunks(migration.id, 0, ranges)
-    return len(ranges)
+    if order is None:
+        ranges = list(_ranges(transfer.everything(), size))
+        ledger.add_chunks(migration.id, 0, ranges)
+        return len(ranges)
+    lists = [order[start : start + size] for start in range(0, len(order), size)]
+    # The range of a list covers it, for whoever asks only whether an item may be in it.
+    last = max(order, key=order_key, default=0)
+    ledger.add_chunks(migration.id, 0, [(None, last, len(ids)) for ids in lists], lists)
+    return len(lists)
 
 
 def cut_catch_up(

@@ -6,10 +6,12 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal, TypeAlias
 
 from adapters.base import ItemId, StoreBusy
 from migrator.backfill.chunks import cut_catch_up, cut_first_pass
+from migrator.backfill.order import worst_first_ids
 from migrator.backfill.pipeline import ChunkFailed, Finished, Pipeline
 from migrator.backfill.throttle import Throttle
 from migrator.backfill.transfer import Transfer, open_transfer
@@ -17,6 +19,7 @@ from migrator.errors import Refused
 from migrator.ledger import BACKFILL_STAGES, Chunk, Ledger, Migration, this_process
 from migrator.planning import check_fresh
 from migrator.project import Project
+from migrator.verify.protocol import label_of
 
 Ended: TypeAlias = Literal["complete", "limit", "paused", "interrupted", "busy", "stuck"]
 
@@ -128,8 +131,13 @@ class _Run:
         ended = "failed"
         try:
             if self.ledger.counts(self.migration.id).passes == 0:
+                order = None
+                if self.settings.order == "worst_first":
+                    verify = self.project.settings.verify
+                    label = None if verify.label is None else partial(label_of, verify.label)
+                    order = worst_first_ids(self.transfer.source, label, seed=verify.seed)
                 size = self.settings.chunk_size
-                cut_first_pass(self.transfer, self.ledger, self.migration, size=size)
+                cut_first_pass(self.transfer, self.ledger, self.migration, size=size, order=order)
             for _ in range(PASSES_A_RUN):
                 self.failing = self.project.open_failures(self.migration)
                 counts = self.ledger.counts(self.migration.id)

@@ -108,7 +108,7 @@ class InPlace:
             after = ids[-1]
 
     def take(self, chunk: Chunk, leave: Collection[ItemId]) -> Taken:
-        """The items of a chunk's range that do not carry the stamp."""
+        """The items of a chunk, a range or a list, that do not carry the stamp."""
         before = self._undo.read(chunk)
         begun = set() if before is None else set(before.ids)
         if chunk.pass_number > 0:  # a few items of a range that may be the whole collection
@@ -117,7 +117,10 @@ class InPlace:
             stamps = self.source.read(list(begun), vectors=False, payload=False)
             done = [item for item, stamp in zip(stamps.ids, stamps.stamps, strict=True) if stamp == self._stamp]
             return Taken(chunk, page, repeated=done)
-        page = _joined(list(pages(self.source, *bounds(chunk), size=chunk.items + 1)))
+        if chunk.ids is None:
+            page = _joined(list(pages(self.source, *bounds(chunk), size=chunk.items + 1)))
+        else:
+            page = self.source.read(json.loads(chunk.ids), vectors=True, payload=True)
         carries = [stamp == self._stamp for stamp in page.stamps]
         due = [row for row, item in enumerate(page.ids) if not carries[row] and item not in leave]
         done = [item for row, item in enumerate(page.ids) if carries[row] and item in begun]
@@ -309,7 +312,7 @@ class Shadow:
 
 
 def bounds(chunk: Chunk) -> tuple[ItemId | None, ItemId]:
-    """The range (after, upto] of a chunk."""
+    """The range (after, upto] of a chunk; it covers a chunk that is a list."""
     return None if chunk.after_id is None else json.loads(chunk.after_id), json.loads(chunk.upto_id)
 
 

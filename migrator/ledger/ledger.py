@@ -19,7 +19,7 @@ from typing import Any, Literal
 import sqlalchemy as sa
 from sqlalchemy import event, exc
 from sqlalchemy.engine import URL, Connection, Engine, make_url
-from sqlalchemy.orm import Session
+from sqlalchemy.orm import Session, undefer
 from sqlalchemy.pool import NullPool
 
 from migrator.errors import MigratorError, Refused, Unavailable, UsageProblem
@@ -42,7 +42,7 @@ from migrator.ledger.models import (
     Verification,
 )
 
-SCHEMA = "0002"
+SCHEMA = "0003"
 """The newest revision in `versions/`; a ledger that is at it is opened without loading alembic."""
 
 LOCK: dict[str, Any] = {"key_share": True}
@@ -554,9 +554,16 @@ class Ledger:
     # -- chunks -----------------------------------------------------------------------------------------------------
 
     def add_chunks(
-        self, migration_id: int, pass_number: int, ranges: Sequence[tuple[int | str | None, int | str, int]]
+        self,
+        migration_id: int,
+        pass_number: int,
+        ranges: Sequence[tuple[int | str | None, int | str, int]],
+        lists: Sequence[Sequence[int | str]] | None = None,
     ) -> None:
-        """Stores the ranges (after, upto, items) of one pass, all or none. A pass already stored stays as it is."""
+        """Stores the ranges (after, upto, items) of one pass, all or none. A pass already stored stays as it is.
+
+        With `lists` each chunk is that list of ids, which its range covers.
+        """
         with self._write() as session:
             session.get_one(Migration, migration_id, with_for_update=LOCK)  # one process at a time cuts
             if self._has_pass(session, migration_id, pass_number):
@@ -568,6 +575,7 @@ class Ledger:
                     "ordinal": ordinal,
                     "after_id": None if after is None else json.dumps(after),
                     "upto_id": json.dumps(upto),
+                    "ids": None if lists is None else json.dumps(lists[ordinal]),
                     "items": items,
                     "state": "pending",
                     "attempts": 0,
@@ -589,7 +597,7 @@ class Ledger:
         )
 
     def lease_chunk(self, migration_id: int, owner: str, *, seconds: float, leave: set[int]) -> Chunk | None:
-        """The first chunk that is free, taken for `seconds`; None if there is none or a pause was asked for.
+        """The first chunk that is free, with its ids, taken for `seconds`; None if there is none or in a pause.
 
         Free is: pending, its lease run out, or its holder a dead process of this host. `leave` holds chunk ids that
         this run has already tried. Raises `LeaseLost` once the migration is no longer in its backfill stage.
@@ -617,7 +625,7 @@ class Ledger:
                     .values(state="leased", lease_owner=owner, lease_until=until)
                 ).rowcount  # type: ignore[attr-defined]
                 if taken:
-                    return session.get_one(Chunk, chunk_id)
+                    return session.get_one(Chunk, chunk_id, options=[undefer(Chunk.ids)])
             return None
 
     @staticmethod
@@ -699,7 +707,7 @@ class Ledger:
             return [chunk for chunk in leased if not self._abandoned(chunk)]
 
     def chunks(self, migration_id: int, *states: ChunkState) -> Sequence[Chunk]:
-        """The chunks of a migration in one of `states` (all, if none is given), in order."""
+        """The chunks of a migration in one of `states` (all, if none is given), in order, without their ids."""
         with self._read() as session:
             query = sa.select(Chunk).where(Chunk.migration_id == migration_id)
             if states:
@@ -711,6 +719,12 @@ class Ledger:
         with self._read() as session:
             query = sa.select(Chunk).where(Chunk.migration_id == migration_id, Chunk.pass_number > 0)
             return session.scalars(query.order_by(Chunk.pass_number, Chunk.ordinal)).all()
+
+    def ids_of(self, chunk: Chunk) -> list[int | str] | None:
+        """The ids of a chunk that is a list; None of one that is a range."""
+        with self._read() as session:
+            ids = session.scalar(sa.select(Chunk.ids).where(Chunk.id == chunk.id))
+            return None if ids is None else list(json.loads(ids))
 
     def set_restored(self, chunk: Chunk) -> None:
         """Marks a chunk whose old vectors are back."""

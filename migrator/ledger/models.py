@@ -249,7 +249,7 @@ class BackfillRun(Base):
 
 
 class Chunk(Base):
-    """A durable, ordered range of item ids, (after_id, upto_id]: the unit of leasing, resuming and reporting.
+    """The unit of leasing, resuming and reporting: a durable range of item ids, (after_id, upto_id], or a list of them.
 
     Ids are JSON text, so that 7 and "7" stay two ids.
     """
@@ -269,8 +269,10 @@ class Chunk(Base):
     ordinal: Mapped[int]
     after_id: Mapped[str | None] = mapped_column(Text)
     upto_id: Mapped[str] = mapped_column(Text)
+    ids: Mapped[str | None] = mapped_column(Text, deferred=True)
+    """JSON list of the ids; NULL for a range. A list's range covers it. Long, so loaded only with a lease."""
     items: Mapped[int]
-    """How many items lay in the range when it was cut."""
+    """How many items the chunk held when it was cut."""
     state: Mapped[ChunkState]
     lease_owner: Mapped[str | None]
     lease_until: Mapped[dt.datetime | None]

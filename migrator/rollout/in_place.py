@@ -52,15 +52,20 @@ class Restore:
         chunks = self.project.ledger.chunks(self.migration.id)
         failed = self.project.open_failures(self.migration)
         handled: set[ItemId] = set()  # of the catch-up passes, which are small
+        listed: set[ItemId] = set()  # of the chunks that are lists: all ids of the collection, as it was cut
         for number, chunk in enumerate(sorted(chunks, key=lambda chunk: (-chunk.pass_number, chunk.ordinal))):
-            touched = self._restore_chunk(chunk, handled, failed)
+            ids = self.project.ledger.ids_of(chunk) if self.after_cutover else None
+            listed.update(ids or ())
+            touched = self._restore_chunk(chunk, ids, handled, failed)
             if chunk.pass_number > 0:
                 handled |= touched
             self.report(number + 1, len(chunks))
         if self.after_cutover:
             last = max((json.loads(chunk.upto_id) for chunk in chunks if chunk.pass_number == 0), key=order_key)
             left_alone = handled | failed
-            self._re_encode(item for item in self._unstamped(last, None) if item not in left_alone)
+            # Ranges leave only what lies beyond the last of them, lists whatever is in none of them.
+            others = self._unstamped(None if listed else last, None)
+            self._re_encode(item for item in others if item not in left_alone and item not in listed)
         if self.store.count(stamp=self.stamp):
             self._re_encode(self._stamped())
         self.store.publish(final=True)
@@ -71,7 +76,9 @@ class Restore:
             )
         self.store.forget_migration()
 
-    def _restore_chunk(self, chunk: Chunk, handled: set[ItemId], failed: set[ItemId]) -> set[ItemId]:
+    def _restore_chunk(
+        self, chunk: Chunk, ids: list[ItemId] | None, handled: set[ItemId], failed: set[ItemId]
+    ) -> set[ItemId]:
         old = self.undo.read(chunk)
         known = set() if old is None else set(old.ids)
         if chunk.state == "restored":
@@ -101,10 +108,13 @@ class Restore:
                 self._write([old.ids[row] for row in these], old.vectors[these], stamp)
                 self.restored += len(these)
         if self.after_cutover and chunk.pass_number == 0:
-            start = None if chunk.after_id is None else json.loads(chunk.after_id)
-            arrived = self._unstamped(start, json.loads(chunk.upto_id))
             left_alone = known | handled | failed
-            foreign += [item for item in arrived if item not in left_alone]
+            if ids is None:
+                start = None if chunk.after_id is None else json.loads(chunk.after_id)
+                arrived = self._unstamped(start, json.loads(chunk.upto_id))
+                foreign += [item for item in arrived if item not in left_alone]
+            else:  # deleted before the backfill came to them, and there again
+                foreign += self._without_stamp([item for item in ids if item not in left_alone])
         self._re_encode(foreign)
         self.project.ledger.set_restored(chunk)
         return known
@@ -120,6 +130,10 @@ class Restore:
                     return
                 yield item
             after = ids[-1]
+
+    def _without_stamp(self, ids: list[ItemId]) -> list[ItemId]:
+        page = self.store.read(ids, vectors=False, payload=False)
+        return [item for item, stamp in zip(page.ids, page.stamps, strict=True) if stamp != self.stamp]
 
     def _stamped(self) -> Iterator[ItemId]:
         after: ItemId | None = None

@@ -4,6 +4,7 @@ import json
 import threading
 import time
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,7 +19,7 @@ from migrator.backfill import transfer as module
 from migrator.backfill.chunks import cut_catch_up, cut_first_pass
 from migrator.backfill.throttle import Throttle
 from migrator.backfill.transfer import InPlace
-from migrator.ledger import Chunk, Ledger, Migration
+from migrator.ledger import Chunk, Ledger, Migration, this_process
 
 STAMP = "new-encoder"
 
@@ -64,10 +65,18 @@ class Passes:
 
     def __init__(self) -> None:
         self.passes: list[list[tuple[ItemId | None, ItemId, int]]] = []
+        self.lists: Sequence[Sequence[ItemId]] | None = None
 
-    def add_chunks(self, _: int, number: int, ranges: Sequence[tuple[ItemId | None, ItemId, int]]) -> None:
+    def add_chunks(
+        self,
+        _: int,
+        number: int,
+        ranges: Sequence[tuple[ItemId | None, ItemId, int]],
+        lists: Sequence[Sequence[ItemId]] | None = None,
+    ) -> None:
         if ranges and number == len(self.passes):
             self.passes.append(list(ranges))
+            self.lists = self.lists or lists
 
     def counts(self, _: int) -> Any:
         return SimpleNamespace(passes=len(self.passes))
@@ -77,6 +86,7 @@ class Passes:
             Chunk(
                 pass_number=number, ordinal=ordinal, items=count, upto_id=json.dumps(upto),
                 after_id=None if after is None else json.dumps(after),
+                ids=None if number or self.lists is None else json.dumps(self.lists[ordinal]),
             )
             for ordinal, (after, upto, count) in enumerate(self.passes[number])
         ] if number < len(self.passes) else []  # fmt: skip
@@ -96,9 +106,10 @@ def in_place(store: Ids) -> InPlace:
     return InPlace(store, undo=NothingRecorded(), stamp=STAMP)  # type: ignore[arg-type]
 
 
-def first_pass(store: Ids, size: int) -> Passes:
+def first_pass(store: Ids, size: int, order: Sequence[ItemId] | None = None) -> Passes:
     ledger = Passes()
-    cut_first_pass(in_place(store), ledger, MIGRATION, size=size)  # type: ignore[arg-type]
+    cut = cut_first_pass(in_place(store), ledger, MIGRATION, size=size, order=order)  # type: ignore[arg-type]
+    assert cut == len(ledger.chunks(0))
     return ledger
 
 
@@ -108,6 +119,26 @@ def catch_up(store: Ids, ledger: Passes, size: int, leave: Iterable[ItemId] = ()
 
 def to_do(store: Ids, chunk: Chunk, leave: Iterable[ItemId] = ()) -> list[ItemId]:
     return list(in_place(store).take(chunk, set(leave)).page.ids)
+
+
+def real_ledger(folder: Path) -> tuple[Ledger, Migration]:
+    """A ledger with a migration in its backfill stage."""
+    ledger = Ledger(f"sqlite:///{folder}/migrator.db")
+    for encoder in ("old", "new"):
+        ledger.save_encoder(encoder, "{}")
+    ledger.save_plan(
+        "m", collection="c", source="c", alias=None,
+        strategy="in_place", old_encoder_id="old", new_encoder_id="new", fingerprint="", bound={},
+        content={},
+    )  # fmt: skip
+    migration = ledger.migration("m")
+    assert migration is not None
+    return ledger, ledger.move(migration, stage="backfill", state="active", event="backfill")
+
+
+def leased(ledger: Ledger, migration: Migration) -> list[Chunk]:
+    """All chunks, as a run gets them."""
+    return list(iter(lambda: ledger.lease_chunk(migration.id, this_process(), seconds=60, leave=set()), None))
 
 
 def exactly(found: Iterable[ItemId]) -> list[str]:
@@ -136,19 +167,11 @@ def test_every_id_is_in_one_chunk_and_in_order(ids, size):
 
 def test_ranges_go_through_a_real_ledger(tmp_path):
     ids: list[ItemId] = [-(2**62), -3, 7, 2**62, "", "'; DROP TABLE chunks; --", "7", 'a"b\\', "é✓\U0001f600"]
-    ledger = Ledger(f"sqlite:///{tmp_path}/migrator.db")
-    ledger.save_encoder("old", "{}")
-    ledger.save_plan(
-        "m", collection="c", source="c", alias=None,
-        strategy="in_place", old_encoder_id="old", new_encoder_id=None, fingerprint="", bound={},
-        content={},
-    )  # fmt: skip
-    migration = ledger.migration("m")
-    assert migration is not None
+    ledger, migration = real_ledger(tmp_path)
     store = Ids(ids)
     assert cut_first_pass(in_place(store), ledger, migration, size=2) == 5
+    assert exactly(item for chunk in leased(ledger, migration) for item in to_do(store, chunk)) == exactly(ids)
     chunks = ledger.chunks(migration.id)
-    assert exactly(item for chunk in chunks for item in to_do(store, chunk)) == exactly(ids)
 
     store.stamps.update({"new one": False, 8: False})
     cut_first_pass(in_place(store), ledger, migration, size=2)
@@ -203,6 +226,52 @@ def test_a_chunk_with_nothing_left_looks_no_further():
     store.limits.clear()
     assert to_do(store, chunk) == []
     assert store.limits == [11], "one page, of a chunk's size and not of the collection's"
+
+
+# --- a first pass in another order -----------------------------------------------------------------------------------
+
+
+@settings(deadline=None)
+@given(ids=items, size=st.integers(1, 15), data=st.data())
+def test_a_list_is_what_was_cut_whatever_happens_since(ids, size, data):
+    store = Ids(ids)
+    order = data.draw(st.permutations(ids))
+    ledger = first_pass(store, size, order)
+    chunks = ledger.chunks(0)
+    assert exactly(item for chunk in chunks for item in to_do(store, chunk)) == exactly(order)
+    assert [chunk.items for chunk in chunks] == [len(to_do(store, chunk)) for chunk in chunks]
+    assert all(chunk.items == size for chunk in chunks[:-1])
+    last = max(ids, key=order_key, default=None)
+    assert all((chunk.after_id, chunk.upto_id) == (None, json.dumps(last)) for chunk in chunks), "the range covers all"
+
+    some = st.lists(st.sampled_from(ids), unique_by=repr) if ids else st.just([])
+    stamped, deleted, left, new = data.draw(some), data.draw(some), data.draw(some), data.draw(items)
+    store.stamps.update(dict.fromkeys(stamped, True))
+    for item in deleted:
+        del store.stamps[item]
+    arrived = [item for item in new if item not in ids]
+    store.stamps.update(dict.fromkeys(arrived, False))
+    due = [item for item in order if not store.stamps.get(item, True) and item not in left]
+    assert exactly(item for chunk in chunks for item in to_do(store, chunk, left)) == exactly(due)
+
+    # What came since is in no list, whatever range covers it: catching up finds it.
+    store.stamps.update(dict.fromkeys(due, True))
+    number = len(ledger.passes)
+    assert catch_up(store, ledger, size, left) == len(arrived)
+    found = [item for chunk in ledger.chunks(number) for item in to_do(store, chunk, left)]
+    assert exactly(found) == exactly(sorted(arrived, key=order_key))
+
+
+def test_lists_go_through_a_real_ledger(tmp_path):
+    order: list[ItemId] = ["7", 2**62, "", 7, "'; DROP TABLE chunks; --", -3, 'a"b\\', "é✓\U0001f600\x00", -(2**62)]
+    ledger, migration = real_ledger(tmp_path)
+    store = Ids(order)
+    assert cut_first_pass(in_place(store), ledger, migration, size=2, order=order) == 5
+    assert cut_first_pass(in_place(store), ledger, migration, size=3, order=order[::-1]) == 3
+    chunks = leased(ledger, migration)
+    assert [chunk.items for chunk in chunks] == [2, 2, 2, 2, 1], "the first cut is the one that counts"
+    assert exactly(item for chunk in chunks for item in to_do(store, chunk)) == exactly(order)
+    ledger.close()
 
 
 # --- catching up -----------------------------------------------------------------------------------------------------

@@ -35,6 +35,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 from sqlalchemy import exc
+from sqlalchemy.orm.exc import DetachedInstanceError
 
 from migrator.errors import Refused, Unavailable, UsageProblem
 from migrator.ledger import Chunk, Failure, LeaseLost, Ledger, Migration, RouteMoved, this_process
@@ -200,6 +201,34 @@ class LedgerSuite:
         assert "pip install --upgrade" in str(caught.value)
         with engine.connect() as connection:
             assert connection.exec_driver_sql(f"SELECT version_num FROM {VERSION_TABLE}").scalar() == "0999"
+
+    def test_chunks_of_0002_stay_ranges(self, empty_url, tmp_path, monkeypatch):
+        package = tmp_path / "older"
+        ignored = shutil.ignore_patterns("__pycache__", *(f"{number:04d}_*" for number in range(3, int(SCHEMA) + 1)))
+        shutil.copytree(Path(module.__file__).parent, package, ignore=ignored)
+        monkeypatch.setattr(module, "__file__", str(package / "ledger.py"))
+        monkeypatch.setattr(module, "SCHEMA", "0002")
+        with closing(Ledger(empty_url)) as old:
+            migration = open_backfill(old, chunks=0)
+        engine = sa.create_engine(empty_url, poolclass=sa.NullPool)
+        with engine.begin() as connection:
+            for ordinal, upto in enumerate(('"7"', "8")):
+                connection.execute(
+                    sa.text(
+                        "INSERT INTO chunks (migration_id, pass_number, ordinal, upto_id, items, state, attempts, "
+                        "written, failed, gone) VALUES (:migration, 0, :ordinal, :upto, 5, 'pending', 0, 0, 0, 0)"
+                    ),
+                    {"migration": migration.id, "ordinal": ordinal, "upto": upto},
+                )
+        monkeypatch.undo()
+        with closing(Ledger(empty_url)) as new:
+            assert [(chunk.upto_id, new.ids_of(chunk)) for chunk in new.chunks(migration.id)] == [
+                ('"7"', None), ("8", None)
+            ]  # fmt: skip
+            assert lease(new, migration, ME).ids is None
+        with engine.connect() as connection:
+            assert connection.exec_driver_sql(f"SELECT version_num FROM {VERSION_TABLE}").scalar() == SCHEMA
+        engine.dispose()
 
     def test_the_database_refuses_what_must_not_be(self, ledger, engine):
         migration = open_backfill(ledger, chunks=2)
@@ -455,6 +484,22 @@ class LedgerSuite:
         ]  # fmt: skip
         second.add_chunks(migration.id, 1, [])
         assert ledger.counts(migration.id).passes == 1
+
+    def test_a_chunk_may_be_a_list(self, ledger, second):
+        migration = open_backfill(ledger, chunks=0)
+        lists = [["7", -7, 2**62], [7, "", "a'\"; DROP TABLE chunks", "é✓\U0001f600", "\x00", "\ud800"]]
+        ledger.add_chunks(migration.id, 0, [(None, "é", len(ids)) for ids in lists], lists)
+        second.add_chunks(migration.id, 0, [(None, 8, 1)], [[8]])
+        ledger.add_chunks(migration.id, 1, [(3, 8, 1)])
+        chunks = second.chunks(migration.id)
+        assert [repr(second.ids_of(chunk)) for chunk in chunks] == [*map(repr, lists), "None"]
+        found = [lease(ledger, migration, ME) for _ in chunks]
+        assert [None if chunk.ids is None else repr(json.loads(chunk.ids)) for chunk in found] == [
+            *map(repr, lists), None
+        ]  # fmt: skip
+        assert [(chunk.upto_id, chunk.items) for chunk in found] == [('"\\u00e9"', 3), ('"\\u00e9"', 6), ("8", 1)]
+        with pytest.raises(DetachedInstanceError):  # long, and loaded only with a lease
+            _ = chunks[0].ids
 
     def test_a_pass_cut_by_many_at_once(self, ledger):
         migration = open_backfill(ledger, chunks=0)
@@ -800,23 +845,24 @@ def test_creating_it_is_all_or_nothing(tmp_path, monkeypatch):
     Ledger(f"sqlite:///{path}").close()
 
 
-def test_an_older_ledger_is_upgraded_with_its_rows(template, tmp_path, monkeypatch):
+def test_a_newer_revision_upgrades_a_ledger_with_its_rows(template, tmp_path, monkeypatch):
+    newer = f"{int(SCHEMA) + 1:04d}"
     path = shutil.copy(template, tmp_path / "migrator.db")
     with closing(Ledger(f"sqlite:///{path}")) as old:
         plan(old)
     package = tmp_path / "newer"
     shutil.copytree(Path(module.__file__).parent, package, ignore=shutil.ignore_patterns("__pycache__"))
-    (package / "versions" / "0003_a_mood.py").write_text(
-        "import sqlalchemy as sa\nfrom alembic import op\nrevision, down_revision = '0003', '0002'\n"
+    (package / "versions" / f"{newer}_a_mood.py").write_text(
+        f"import sqlalchemy as sa\nfrom alembic import op\nrevision, down_revision = '{newer}', '{SCHEMA}'\n"
         "def upgrade():\n    op.add_column('encoders', sa.Column('mood', sa.String()))\n"
     )
     monkeypatch.setattr(module, "__file__", str(package / "ledger.py"))
-    monkeypatch.setattr(module, "SCHEMA", "0003")
+    monkeypatch.setattr(module, "SCHEMA", newer)
     with closing(Ledger(f"sqlite:///{path}")) as new:
         assert new.migration("digits-v2").state == "planned"
     with closing(sqlite3.connect(path)) as raw:
         assert raw.execute("SELECT id, mood FROM encoders ORDER BY id").fetchall() == [(NEW, None), (OLD, None)]
-        assert raw.execute(f"SELECT version_num FROM {VERSION_TABLE}").fetchall() == [("0003",)]
+        assert raw.execute(f"SELECT version_num FROM {VERSION_TABLE}").fetchall() == [(newer,)]
     monkeypatch.undo()
     with pytest.raises(UsageProblem, match="written by a newer migrator"):
         Ledger(f"sqlite:///{path}")
