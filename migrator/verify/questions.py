@@ -1,0 +1,781 @@
+"""The questions of a verification: queries, which answers are right, and the gallery; drawn once, then frozen.
+
+The same questions are asked before the canary, after each backfill and at the end, so that results can be compared.
+They lie in the artifacts, at `<artifacts>/<name>/questions/<migration.key>.json`, under a checksum. A configuration
+that asks for others is refused until somebody draws anew, which counts as a further look at the data.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import json
+import math
+import posixpath
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any, Literal, TypeAlias, TypeVar
+
+import numpy as np
+
+from adapters.base import ItemId, Payload, Store, order_key
+from migrator.backfill.files import LogFiles
+from migrator.encoding import locate
+from migrator.errors import ConfigProblem, Refused
+from migrator.ledger import Migration, now
+from migrator.project import Project
+from trainer.images import is_safe, template_fields
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from trainer.images import ImageSource
+
+T = TypeVar("T")
+
+Kind: TypeAlias = Literal["labels", "relevant", "instance"]
+
+EVIDENCE: Mapping[Kind, str] = {
+    "labels": "answers of the query's class count as right",
+    "relevant": "the answers that the file of queries lists for each query count as right",
+    "instance": "altered views of the collection's images are asked, and only the image itself counts as right: this "
+    "shows that near-copies are found, not that search is good",
+}
+
+FORMAT = 1
+PAGE = 5_000
+"""Items whose payloads are read at once."""
+MOST_GRADE = 1e9
+MOST_NAMES = 10
+COUNTS = (
+    "queries_without_answer", "classes_without_answer", "queries_listing_themselves", "items_without_label",
+    "items_without_path",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Questions:
+    """Queries (q) and gallery (g) before any encoder has seen them. The lists of queries run side by side."""
+
+    kind: Kind
+    paths: list[str]
+    """The query images, as `ImageSource.load` takes them. Of the kind `instance` their altered views are meant."""
+    labels: list[str] | None
+    """The class of each query, never empty; None where classes are not known."""
+    segments: list[str] | None
+    """The segment of each query, empty for a query that has none; None without `verify.segment`."""
+    own: list[ItemId | None]
+    """The gallery item whose image the query is: never an answer to it. None of kind `instance` and where none is."""
+    relevant: list[dict[ItemId, float]] | None
+    """The right answers of each query with their grades, 1 unless given; None of kind `labels`."""
+    gallery: list[ItemId]
+    """Ascending, in the total order of ids."""
+    gallery_labels: list[str] | None
+    """The class of each gallery item, empty for an item that has none; None without `verify.label`."""
+    gallery_paths: list[str | None]
+    """None for an item whose payload gives no usable path: it can be found, but not embedded."""
+    made_from: dict[str, Any]
+    """The configuration that they were drawn by, and the name and SHA-256 of the file of queries."""
+    counts: dict[str, int]
+    """What was passed over, in the draw: candidates for queries without any right answer in the gallery
+    (`queries_without_answer`) and the classes in which all are so (`classes_without_answer`); gallery items that give
+    no class (`items_without_label`) or no image (`items_without_path`), which are never queries; queries that list
+    their own item as relevant, where it does not count (`queries_listing_themselves`)."""
+    drawn_at: str
+    """ISO 8601, UTC."""
+
+    @property
+    def sha256(self) -> str:
+        """Names what is asked: two sets with the same one are the same questions, whenever they were drawn."""
+        asked = _body(self)
+        for name in ("made_from", "counts", "drawn_at"):
+            del asked[name]
+        return _digest(asked)
+
+    @property
+    def evidence(self) -> str:
+        """What a good result shows, in words."""
+        return EVIDENCE[self.kind]
+
+    def clusters(self) -> NDArray[np.int64] | None:
+        """A code for each query's class, (q,), from 0 on, where classes group the queries.
+
+        None where there are no labels, all queries have the same, or no two have.
+        """
+        if self.labels is None or len(set(self.labels)) in (1, len(self.labels)):
+            return None
+        return _codes(self.labels)
+
+
+# -- frozen -------------------------------------------------------------------------------------------------------
+
+
+def frozen_questions(
+    project: Project, migration: Migration, store: Store, images: ImageSource, *, anew: bool = False
+) -> Questions:
+    """The migration's questions: those frozen, else, and where `anew`, drawn from the collection and frozen.
+
+    Raises `Refused` where the configuration or the file of queries is no longer what they were drawn from, and what
+    `draw_questions` and `read_frozen` raise.
+    """
+    _refuse_stored_instances(project)
+    found = None if anew else read_frozen(project, migration)
+    if found is not None:
+        _refuse_changes(project, found)
+        return found
+    questions = draw_questions(project, store, images)
+    body = _body(questions)
+    document = {"format": FORMAT, "checksum": _digest(body), "questions": body}
+    _files(project, migration).write(_file_name(migration), json.dumps(document).encode())
+    return questions
+
+
+def read_frozen(project: Project, migration: Migration) -> Questions | None:
+    """The frozen questions as they were drawn, whatever the configuration says by now; None before the first draw.
+
+    Raises `Refused` for a file that is damaged, and `Unavailable`.
+    """
+    files, name = _files(project, migration), _file_name(migration)
+    content = files.read(name)
+    if content is None:
+        return None
+    advice = f"put it back from a backup, or draw new questions with `migrator verify {project.name} --new-questions`"
+    try:
+        document = json.loads(content)
+        version, body = document["format"], document["questions"]
+        if version == FORMAT and document["checksum"] == _digest(body):
+            return _questions(body)
+    except (ValueError, TypeError, KeyError, RecursionError):
+        version = FORMAT
+    if version != FORMAT:
+        raise Refused(
+            f"{files.path(name)}: the frozen questions are of format {_shown(version)}, not {FORMAT}: {advice}"
+        )
+    raise Refused(f"{files.path(name)}: the frozen questions are damaged: {advice}")
+
+
+def _files(project: Project, migration: Migration) -> LogFiles:
+    files = LogFiles(project.config.artifacts, project.name, "questions", migration.key)
+    # A migration leaves one such file, so that it needs no folder of its own.
+    files.folder = files.folder.removesuffix(f"-{migration.key}")
+    return files
+
+
+def _file_name(migration: Migration) -> str:
+    return f"{migration.key}.json"
+
+
+def _body(questions: Questions) -> dict[str, Any]:
+    """As JSON: relevant items as pairs, since the keys of a JSON object would all be text."""
+    body = asdict(questions)
+    if questions.relevant is not None:
+        body["relevant"] = [[[item, grade] for item, grade in right.items()] for right in questions.relevant]
+    return body
+
+
+def _questions(body: dict[str, Any]) -> Questions:
+    relevant = body["relevant"]
+    if relevant is not None:
+        relevant = [{item: float(grade) for item, grade in right} for right in relevant]
+    return Questions(**{**body, "relevant": relevant})
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def _made_from(project: Project, sha256: str | None) -> dict[str, Any]:
+    """What the questions depend on; `images.uri` makes their paths."""
+    verify = project.settings.verify
+    return {
+        "queries": None if verify.queries is None else {"file": verify.queries.name, "sha256": sha256},
+        **verify.model_dump(include={"label", "segment", "sample", "gallery", "seed"}),
+        "uri": project.settings.images.uri,
+    }
+
+
+def _refuse_changes(project: Project, questions: Questions) -> None:
+    file, then = project.settings.verify.queries, questions.made_from
+    sha256 = None
+    if file is not None and then["queries"] is not None:
+        sha256 = _sha256_of(file)
+    current = _made_from(project, sha256)
+    day = questions.drawn_at[:10]
+    changes = []
+    if file is None or then["queries"] is None:
+        if current["queries"] != then["queries"]:
+            names = ["not set" if made["queries"] is None else made["queries"]["file"] for made in (current, then)]
+            changes.append(f"verify.queries is {names[0]}, and was {names[1]} when the questions of {day} were drawn")
+    elif sha256 is None:
+        changes.append(f"{file}, the file that the questions of {day} were drawn from, cannot be read")
+    elif sha256 != then["queries"]["sha256"]:
+        short = f"sha256 {then['queries']['sha256'][:8]}... -> {sha256[:8]}..."
+        changes.append(f"{file} is no longer the file that the questions of {day} were drawn from ({short})")
+    for key in ("label", "segment", "sample", "gallery", "seed", "uri"):
+        if current[key] != then[key]:
+            name = "images.uri" if key == "uri" else f"verify.{key}"
+            old, new = ("not set" if value is None else _shown(value) for value in (then[key], current[key]))
+            changes.append(f"{name} is {new}, and was {old} when the questions of {day} were drawn")
+    if changes:
+        raise Refused(
+            f"{'; '.join(changes)}: put it back, or draw new questions with `migrator verify {project.name} "
+            "--new-questions`, which counts as a further look"
+        )
+
+
+def _sha256_of(file: Path) -> str | None:
+    try:
+        with file.open("rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
+    except OSError:
+        return None
+
+
+# -- drawn --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class _Gallery:
+    """The items that are searched, in the total order of ids."""
+
+    ids: list[ItemId]
+    paths: list[str | None]
+    labels: list[str] | None
+    segments: list[str] | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Queries:
+    """Queries, or what may become some; `numbers` are their rows in the file, from 1 on, or in the gallery."""
+
+    paths: list[str]
+    labels: list[str] | None
+    segments: list[str] | None
+    own: list[ItemId | None]
+    relevant: list[dict[ItemId, float]] | None
+    numbers: list[int]
+
+    def at(self, rows: Iterable[int]) -> _Queries:
+        """Those at `rows`."""
+        chosen = list(rows)
+
+        def of(column: list[T] | None) -> list[T] | None:
+            return None if column is None else [column[row] for row in chosen]
+
+        return _Queries(
+            [self.paths[row] for row in chosen],
+            of(self.labels),
+            of(self.segments),
+            [self.own[row] for row in chosen],
+            of(self.relevant),
+            [self.numbers[row] for row in chosen],
+        )
+
+
+def draw_questions(project: Project, store: Store, images: ImageSource) -> Questions:
+    """Draws gallery and queries: the same ones for the same configuration, file and collection.
+
+    The gallery is a random sample of the collection, and of the kind `relevant` all relevant items besides. Without a
+    file, queries are drawn among the gallery alone, even where few classes come together there: the collection is
+    never read whole. What has no right answer in the gallery cannot be a query. Of several items with one image the
+    first is the query's own.
+
+    Raises `ConfigProblem` where the configuration or the file of queries cannot be used, `Refused` where the collection
+    gives nothing to ask.
+    """
+    _refuse_stored_instances(project)
+    settings = project.settings.verify
+    listed, sha256 = None, None
+    if settings.queries is not None:
+        listed, sha256 = _read_queries(settings.queries, settings.segment)
+        if listed.relevant is None and settings.label is None:
+            raise ConfigProblem(
+                f"{_key(project, 'label')} is not set: {settings.queries} gives the classes of the queries; say where "
+                'the payload of an item has its own, such as "{category}", or give the file a column relevant'
+            )
+    ids = store.sample(settings.gallery, seed=settings.seed)
+    if not ids:
+        raise Refused(f"collection {store.describe().name} holds no items: there is nothing to verify against")
+    counts = Counter[str]()
+    kind: Kind
+    if listed is not None and listed.relevant is not None:
+        kind = "relevant"
+        able = listed.at(row for row, right in enumerate(listed.relevant) if right)
+        queries = _drawn(able, project)
+        gallery = _read_gallery(project, store, images, _with_relevant(store, ids, queries, settings.queries))
+        queries = _without_own_relevant(_with_own(queries, gallery), counts)
+        counts["queries_without_answer"] += len(listed.paths) - len(able.paths)
+        if not queries.paths:
+            raise ConfigProblem(
+                f"{settings.queries}: no query lists a relevant item other than itself: list the ids of the right "
+                "answers in the column relevant"
+            )
+    else:
+        gallery = _read_gallery(project, store, images, ids)
+        kind = "instance" if gallery.labels is None else "labels"
+        queries = _items_as_queries(gallery) if listed is None else _with_own(listed, gallery)
+        if not queries.paths:
+            raise Refused(
+                f"none of {len(gallery.ids)} items of {store.describe().name} has a usable image path"
+                f"{' and a class' if kind == 'labels' else ''}: correct images.uri, or set verify.queries to a file"
+            )
+        if gallery.labels is not None:
+            queries = _with_answer(queries, gallery, counts, settings.queries)
+        queries = _drawn(queries, project)
+    counts["items_without_path"] = gallery.paths.count(None)
+    counts["items_without_label"] = 0 if gallery.labels is None else gallery.labels.count("")
+    return Questions(
+        kind=kind,
+        paths=queries.paths,
+        labels=queries.labels,
+        segments=queries.segments,
+        own=queries.own,
+        relevant=queries.relevant,
+        gallery=gallery.ids,
+        gallery_labels=gallery.labels,
+        gallery_paths=gallery.paths,
+        made_from=_made_from(project, sha256),
+        counts={name: counts[name] for name in COUNTS},
+        drawn_at=now().isoformat(timespec="seconds"),
+    )
+
+
+def _refuse_stored_instances(project: Project) -> None:
+    verify = project.settings.verify
+    if project.old_is_stored and verify.queries is None and verify.label is None:
+        raise ConfigProblem(
+            f"{_key(project, 'label')} is not set, and old_encoder is stored: an item's own vector would find itself. "
+            'Set verify.label to the class of an item, such as "{category}", or verify.queries to a file that lists '
+            "the right answers"
+        )
+
+
+def _key(project: Project, name: str) -> str:
+    return f"{project.config.path}: migrations.{project.name}.verify.{name}"
+
+
+def even_draw(classes: NDArray[np.int64], n: int, *, seed: int) -> NDArray[np.int64]:
+    """`n` rows of `classes` (rows,), codes from 0 on, ascending; all rows where there are fewer.
+
+    The classes take turns, in random order, and each gives a random one of its rows as long as it has any, so that
+    the numbers of two classes that are not used up differ by one at most.
+    """
+    random = np.random.default_rng((seed, 1))  # not the numbers by which a store draws its sample
+    shuffled = random.permutation(len(classes))
+    members = classes[shuffled]
+    sizes = np.bincount(members)
+    before = np.empty(len(classes), np.int64)  # how many of its class come before a row: the round of its turn
+    before[np.argsort(members, kind="stable")] = np.arange(len(classes)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+    turn = random.permutation(len(sizes))
+    return np.sort(shuffled[np.lexsort((turn[members], before))[:n]])
+
+
+def _drawn(queries: _Queries, project: Project) -> _Queries:
+    settings = project.settings.verify
+    classes = np.zeros(len(queries.paths), np.int64) if queries.labels is None else _codes(queries.labels)
+    return queries.at(even_draw(classes, settings.sample, seed=settings.seed).tolist())
+
+
+def _codes(labels: Iterable[str]) -> NDArray[np.int64]:
+    """The same number for the same label, from 0 on in the order of appearance."""
+    known: dict[str, int] = {}
+    return np.array([known.setdefault(label, len(known)) for label in labels], np.int64)
+
+
+def _read_gallery(project: Project, store: Store, images: ImageSource, ids: Iterable[ItemId]) -> _Gallery:
+    """Those of the items that are there, page by page, with what their payloads say."""
+    settings = project.settings.verify
+    # The segments of queries from a file stand in the file.
+    segment = settings.segment if settings.queries is None else None
+    gallery = _Gallery([], [], None if settings.label is None else [], None if segment is None else [])
+    fields: dict[str, None] = {}
+    ordered = sorted(ids, key=order_key)
+    for page in _pages(store, ordered, payload=True):
+        for item, payload in page:
+            gallery.ids.append(item)
+            for template, column in ((settings.label, gallery.labels), (segment, gallery.segments)):
+                if template is not None and column is not None:
+                    column.append(label_of(template, item, payload))
+            if len(fields) < MOST_NAMES:
+                fields |= dict.fromkeys(payload)
+        gallery.paths.extend(path if isinstance(path, str) else None for path in locate(images, page))
+    for name, column in (("label", gallery.labels), ("segment", gallery.segments)):
+        if column is not None and not any(column):
+            raise ConfigProblem(
+                f"{_key(project, name)}: {getattr(settings, name)!r} names a payload field that the items do not have; "
+                f"they have {_names(fields)}"
+            )
+    return gallery
+
+
+def _pages(store: Store, ids: Sequence[ItemId], *, payload: bool) -> Iterator[list[tuple[ItemId, Payload]]]:
+    for start in range(0, len(ids), PAGE):
+        page = store.read(ids[start : start + PAGE], vectors=False, payload=payload)
+        yield list(zip(page.ids, page.payloads if page.payloads is not None else [{}] * len(page), strict=True))
+
+
+def _with_own(queries: _Queries, gallery: _Gallery) -> _Queries:
+    """With the gallery item whose image each query is."""
+    item_of: dict[str, ItemId] = {}
+    for item, path in zip(gallery.ids, gallery.paths, strict=True):
+        if path is not None:
+            item_of.setdefault(posixpath.normpath(path), item)
+    return replace(queries, own=[item_of.get(posixpath.normpath(path)) for path in queries.paths])
+
+
+def _items_as_queries(gallery: _Gallery) -> _Queries:
+    """The items themselves, as far as they have an image and, where there are classes, a class.
+
+    Without classes an item is the one right answer to its own altered view, and no item is left out of the answers.
+    """
+    rows = [
+        row
+        for row, path in enumerate(gallery.paths)
+        if path is not None and (gallery.labels is None or gallery.labels[row] != "")
+    ]
+    whole = _Queries(
+        [path or "" for path in gallery.paths],
+        gallery.labels,
+        gallery.segments,
+        [None] * len(gallery.ids) if gallery.labels is None else list(gallery.ids),
+        [{item: 1.0} for item in gallery.ids] if gallery.labels is None else None,
+        list(range(len(gallery.ids))),
+    )
+    return whole.at(rows)
+
+
+def _with_answer(queries: _Queries, gallery: _Gallery, counts: Counter[str], file: Path | None) -> _Queries:
+    """The queries that have an item of their class in the gallery, besides themselves. Counts the others."""
+    assert queries.labels is not None
+    assert gallery.labels is not None
+    sizes = Counter(label for label in gallery.labels if label)
+    class_of = dict(zip(gallery.ids, gallery.labels, strict=True))
+    able = [
+        row
+        for row, (label, own) in enumerate(zip(queries.labels, queries.own, strict=True))
+        if sizes[label] > (own is not None and class_of[own] == label)
+    ]
+    left = queries.at(able)
+    assert left.labels is not None
+    classes = set(left.labels)
+    counts["queries_without_answer"] = len(queries.paths) - len(able)
+    counts["classes_without_answer"] = len(set(queries.labels) - classes)
+    drawn = f"the {len(gallery.ids)} items drawn"
+    if not able and file is None:
+        raise Refused(
+            f"{drawn} have {len(sizes)} classes and no two items of one: nothing can be found; raise verify.gallery, "
+            "or set verify.queries to a file"
+        )
+    if not able:
+        raise ConfigProblem(
+            f"{file}: no query has the class of another item among {drawn}: queries have {_names(queries.labels)}, "
+            f"items {_names(sizes)}; make verify.label give the classes of the file, or raise verify.gallery"
+        )
+    if len(classes) == 1:
+        where = drawn if file is None else str(file)
+        raise ConfigProblem(
+            f"{where}: every query has the class {_names(classes)}, so that no answer would be wrong: correct "
+            f"{'verify.label' if file is None else 'the column label'}, or give queries of at least two classes"
+        )
+    return left
+
+
+def _with_relevant(store: Store, ids: Sequence[ItemId], queries: _Queries, file: Path | None) -> set[ItemId]:
+    """The sample and all relevant items, each of which must be in the collection."""
+    assert queries.relevant is not None
+    known = set(ids)
+    rows_of: dict[ItemId, list[int]] = {}
+    for number, right in zip(queries.numbers, queries.relevant, strict=True):
+        for item in right:
+            if item not in known:
+                rows_of.setdefault(item, []).append(number)
+    for page in _pages(store, list(rows_of), payload=False):
+        for item, _ in page:
+            known.add(item)
+            del rows_of[item]
+    if rows_of:
+        item, numbers = next(iter(rows_of.items()))
+        raise ConfigProblem(
+            f"{file}: row {numbers[0]} lists {_id(item)} as relevant, and {store.describe().name} has no such item "
+            f"({len(rows_of)} unknown ids in {len(set().union(*rows_of.values()))} of {len(queries.paths)} rows drawn):"
+            ' correct or remove them; 17 and "17" are two ids'
+        )
+    return known
+
+
+def _without_own_relevant(queries: _Queries, counts: Counter[str]) -> _Queries:
+    """An item is no answer to itself, even where it is listed. Counts such queries, and those that are left with none."""
+    assert queries.relevant is not None
+    counts["queries_listing_themselves"] = sum(
+        own in right for own, right in zip(queries.own, queries.relevant, strict=True)
+    )
+    relevant = [
+        {item: grade for item, grade in right.items() if item != own}
+        for own, right in zip(queries.own, queries.relevant, strict=True)
+    ]
+    rows = [row for row, right in enumerate(relevant) if right]
+    counts["queries_without_answer"] += len(relevant) - len(rows)
+    return replace(queries, relevant=relevant).at(rows)
+
+
+def label_of(template: str, item: ItemId, payload: Payload) -> str:
+    """The class of an item: the template with payload fields and {id} put in, without spaces around it.
+
+    Empty where a field is missing, null, no number (NaN), or a number of thousands of digits.
+    """
+    return _filled(template, {**payload, "id": item})
+
+
+def _filled(template: str, values: Mapping[str, Any]) -> str:
+    try:
+        if any(values[name] is None or _is_nan(values[name]) for name in template_fields(template)):
+            return ""
+        return template.format_map(values).strip()
+    except (KeyError, ValueError):
+        return ""
+
+
+def _is_nan(value: Any) -> bool:
+    return isinstance(value, float) and math.isnan(value)
+
+
+# -- the file of queries ------------------------------------------------------------------------------------------
+
+
+def _read_queries(file: Path, segment: str | None) -> tuple[_Queries, str]:
+    """What the file lists, a query for each image, and the file's SHA-256. Raises `ConfigProblem`."""
+    read = {".csv": _read_csv, ".parquet": _read_parquet}.get(file.suffix.lower())
+    if read is None:
+        raise ConfigProblem(f"{file}: queries are read from a .csv or .parquet file: rename or convert it")
+    if not file.is_file():
+        raise ConfigProblem(
+            f"{file}: no such file: set verify.queries to a list of query images with the columns path and label, or "
+            "path and relevant"
+        )
+    fields = () if segment is None else template_fields(segment)
+    wanted = ("path", "label", "relevant", "grades", *fields)
+
+    def places(header: Sequence[str]) -> dict[str, int]:
+        """Where the columns stand that are read."""
+        twice = [name for name, count in Counter(header).items() if count > 1 and name in wanted]
+        if twice:
+            raise ConfigProblem(f"{file} has two columns {twice[0]}: keep one")
+        has = f"(it has: {_names(header)})"
+        if "path" not in header:
+            raise ConfigProblem(f"{file} has no column path {has}: its first line names the columns path and label")
+        if not {"label", "relevant"}.intersection(header):
+            raise ConfigProblem(
+                f"{file} has no column label and no column relevant {has}: give the class of each query, or the ids of "
+                "its right answers"
+            )
+        if "grades" in header and "relevant" not in header:
+            raise ConfigProblem(f"{file} has a column grades and no column relevant {has}: name the graded items there")
+        missing = [name for name in fields if name not in header]
+        if missing:
+            raise ConfigProblem(f"{file} has no column {missing[0]}, which verify.segment names {has}")
+        return {name: header.index(name) for name in dict.fromkeys(wanted) if name in header}
+
+    try:
+        with file.open("rb") as stream:
+            sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
+            stream.seek(0)
+            columns = read(file, stream, places)
+    except (OSError, csv.Error, ValueError, OverflowError) as error:
+        raise ConfigProblem(
+            f"{file} cannot be read: {_shown(' '.join(str(error).split()), 200, plain=True)}"
+        ) from error
+    return _checked(file, columns, segment), sha256
+
+
+def _read_csv(file: Path, stream: IO[bytes], places: Callable[[Sequence[str]], dict[str, int]]) -> dict[str, list[Any]]:
+    reader = csv.reader(io.TextIOWrapper(stream, "utf-8-sig", newline=""), strict=True)
+    header = [name.strip() for name in next(reader, [])]
+    where = places(header)
+    columns: dict[str, list[Any]] = {name: [] for name in where}
+    for number, cells in enumerate((cells for cells in reader if cells), start=1):
+        if len(cells) > len(header):
+            raise ConfigProblem(
+                f"{file}: row {number} has {len(cells)} cells, the first line names {len(header)}: put text with commas "
+                'in quotes, such as "[17, ""a-9""]"'
+            )
+        for name, place in where.items():
+            columns[name].append(cells[place] if place < len(cells) else None)
+    return columns
+
+
+def _read_parquet(
+    file: Path, stream: IO[bytes], places: Callable[[Sequence[str]], dict[str, int]]
+) -> dict[str, list[Any]]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        table = pyarrow.parquet.ParquetFile(stream)
+        names = list(places(table.schema_arrow.names))
+        columns = table.read(columns=names)
+        return {name: columns[name].to_pylist() for name in names}
+    except pyarrow.ArrowException as error:
+        raise ValueError(f"it is no Parquet file: {error}") from error
+
+
+def _checked(file: Path, columns: Mapping[str, list[Any]], segment: str | None) -> _Queries:
+    """One query for each image. An image that is listed again with the same answers counts once."""
+    count = len(columns["path"])
+    if not count:
+        raise ConfigProblem(f"{file} lists no queries: add rows with a path, and a label or relevant items")
+    paths = _texts(file, "path", columns["path"])
+    labels = _texts(file, "label", columns["label"]) if "label" in columns else None
+    relevant = _relevant(file, columns["relevant"], columns.get("grades")) if "relevant" in columns else None
+    segments = None
+    if segment is not None:
+        names = template_fields(segment)
+        segments = [
+            _filled(segment, dict(zip(names, cells, strict=True))) if all(_text(cell) for cell in cells) else ""
+            for cells in zip(*(columns[name] for name in names), strict=True)
+        ]
+        if not any(segments):
+            raise ConfigProblem(f"{file}: the columns that verify.segment names ({', '.join(names)}) are empty")
+    given = {"label": labels, "relevant": relevant, "segment": segments}
+    first: dict[str, int] = {}
+    for row, path in enumerate(paths):
+        if not is_safe(path):
+            raise ConfigProblem(
+                f"{file}: row {row + 1} has the path {_shown(path)}: write plain paths below images.root, without .. "
+                "and without control characters"
+            )
+        earlier = first.setdefault(path, row)
+        for name, column in given.items():
+            if column is not None and column[earlier] != column[row]:
+                raise ConfigProblem(
+                    f"{file}: row {row + 1} gives {_shown(path)} another {name} than row {earlier + 1} does: keep one"
+                )
+    return _Queries(paths, labels, segments, [None] * count, relevant, list(range(1, count + 1))).at(first.values())
+
+
+def _texts(file: Path, name: str, values: Sequence[Any]) -> list[str]:
+    """A column of which every cell must hold something."""
+    texts = [_text(value) for value in values]
+    missing = [row for row, text in enumerate(texts, start=1) if not text]
+    if missing:
+        raise ConfigProblem(
+            f"{file}: {name} missing in {len(missing)} of {len(texts)} rows (first: row {missing[0]}): fill it in with "
+            "text or a number, or remove these rows"
+        )
+    return texts
+
+
+def _text(value: Any) -> str:
+    """A cell's text; empty where it is missing or neither text nor a number."""
+    return "" if not isinstance(value, str | int | float) or _is_nan(value) else str(value).strip()
+
+
+def _relevant(file: Path, cells: Sequence[Any], grades: Sequence[Any] | None) -> list[dict[ItemId, float]]:
+    """The right answers of each row, with their grades."""
+    rows: list[dict[ItemId, float]] = []
+    for number, cell in enumerate(cells, start=1):
+        try:
+            items = _list(cell, "relevant", '[17, "a-9"]')
+            for item in items:
+                if isinstance(item, bool) or not isinstance(item, int | str) or not _fits(item):
+                    raise ValueError(f"{_shown(item)} in relevant is no item id: ids are whole numbers or text")
+            if len(set(items)) < len(items):
+                raise ValueError(f"relevant lists {_id(Counter(items).most_common(1)[0][0])} twice: keep one")
+            gains = [1.0] * len(items) if grades is None else _list(grades[number - 1], "grades", "[3, 1]")
+            if len(gains) != len(items):
+                raise ValueError(f"{len(gains)} grades for {len(items)} relevant items: give one for each")
+            for gain in gains:
+                if isinstance(gain, bool) or not isinstance(gain, int | float) or not 0 < gain <= MOST_GRADE:
+                    raise ValueError(f"{_shown(gain)} is no grade: give numbers above 0, up to {MOST_GRADE:.0e}")
+        except ValueError as error:
+            raise ConfigProblem(f"{file}: row {number}: {error}") from None
+        rows.append({item: float(gain) for item, gain in zip(items, gains, strict=True)})
+    return rows
+
+
+def _list(cell: Any, name: str, example: str) -> list[Any]:
+    """A list column's cell, or JSON text of a list."""
+    value = cell
+    if isinstance(cell, str):
+        try:
+            value = json.loads(cell)
+        except (ValueError, RecursionError):
+            value = None
+    if not isinstance(value, list):
+        raise ValueError(f"{name} is no JSON list such as {example}: {_shown(cell)}; [] says that there is none")
+    return value
+
+
+def _fits(item: int | str) -> bool:
+    """Whether any store could have such an id: a number has 64 bits."""
+    return isinstance(item, str) or -(2**63) <= item < 2**64
+
+
+# -- as arrays ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class GalleryRows:
+    """Questions in terms of the gallery's rows: of g items that are there, of the questions' gallery."""
+
+    kept: NDArray[np.int64]  # (g,) positions in `Questions.gallery`, ascending
+    own_rows: NDArray[np.int64]  # (q,) the row of the query's own item, or -1
+    relevant_rows: list[dict[int, float]] | None  # row -> grade, for each query; None of kind `labels`
+    query_codes: NDArray[np.int64] | None  # (q,) class, from 0 on; None unless of kind `labels`
+    gallery_codes: NDArray[np.int64] | None  # (g,) class, or -1 for an item without one
+    gone: int
+    """Items of the gallery that are not there."""
+    without_answer: int
+    """Queries that have no right answer among those that are."""
+
+
+def resolve(questions: Questions, ids_present: Iterable[ItemId]) -> GalleryRows:
+    """The questions over those items of the gallery that are among `ids_present`, in the gallery's order."""
+    present = set(ids_present)
+    kept = [row for row, item in enumerate(questions.gallery) if item in present]
+    row_of = {questions.gallery[row]: at for at, row in enumerate(kept)}
+    own = np.array([-1 if item is None else row_of.get(item, -1) for item in questions.own], np.int64)
+    relevant, query_codes, gallery_codes = None, None, None
+    if questions.relevant is not None:
+        relevant = [
+            {row_of[item]: grade for item, grade in right.items() if item in row_of} for right in questions.relevant
+        ]
+        without = sum(not right for right in relevant)
+    else:
+        assert questions.labels is not None
+        assert questions.gallery_labels is not None
+        # One more label, at the end: the class of the items that have none, and of the row -1.
+        codes = _codes([*questions.labels, *(questions.gallery_labels[row] for row in kept), ""])
+        codes[codes == codes[-1]] = -1
+        query_codes, gallery_codes = codes[: len(own)], codes[len(own) : -1]
+        sizes = np.bincount(gallery_codes[gallery_codes >= 0], minlength=query_codes.max(initial=-1) + 1)
+        itself = codes[len(own) :][own] == query_codes
+        without = int((sizes[query_codes] <= itself).sum())
+    return GalleryRows(
+        np.array(kept, np.int64), own, relevant, query_codes, gallery_codes, len(questions.gallery) - len(kept), without
+    )
+
+
+# -- words --------------------------------------------------------------------------------------------------------
+
+
+def _names(names: Iterable[str]) -> str:
+    """Some names in a row, shortened."""
+    distinct = sorted(dict.fromkeys(names))
+    shown = [_shown(name, 40, plain=True) for name in distinct[:MOST_NAMES]]
+    return ", ".join(shown + ["..."] * (len(distinct) > MOST_NAMES)) or "none"
+
+
+def _id(item: ItemId) -> str:
+    return _shown(item)
+
+
+def _shown(value: Any, most: int = 60, *, plain: bool = False) -> str:
+    """A value from outside as one line of bounded length; `plain`: text without quotes, where it can be printed."""
+    try:
+        text = value if plain and isinstance(value, str) and value.isprintable() else repr(value)
+    except ValueError:  # Python does not write out integers of thousands of digits
+        text = f"a {type(value).__name__}"
+    return text if len(text) <= most else text[: most - 3] + "..."
