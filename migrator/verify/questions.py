@@ -1,8 +1,8 @@
 """The questions of a verification: queries, which answers are right, and the gallery; drawn once, then frozen.
 
 The same questions are asked before the canary, after each backfill and at the end, so that results can be compared.
-They lie in the artifacts, at `<artifacts>/<name>/questions/<migration.key>.json`, under a checksum. A configuration
-that asks for others is refused until somebody draws anew, which counts as a further look at the data.
+They lie in the artifacts, at `<artifacts>/<name>/questions-<key of the migration>/questions.json`, under a checksum. A
+configuration that asks for others is refused until somebody draws anew, which counts as a further look at the data.
 """
 
 from __future__ import annotations
@@ -45,6 +45,7 @@ EVIDENCE: Mapping[Kind, str] = {
     "shows that near-copies are found, not that search is good",
 }
 
+FILE = "questions.json"
 FORMAT = 1
 PAGE = 5_000
 """Items whose payloads are read at once."""
@@ -129,7 +130,7 @@ def frozen_questions(
     questions = draw_questions(project, store, images)
     body = _body(questions)
     document = {"format": FORMAT, "checksum": _digest(body), "questions": body}
-    _files(project, migration).write(_file_name(migration), json.dumps(document).encode())
+    question_files(project, migration).write(FILE, json.dumps(document).encode())
     return questions
 
 
@@ -138,8 +139,8 @@ def read_frozen(project: Project, migration: Migration) -> Questions | None:
 
     Raises `Refused` for a file that is damaged, and `Unavailable`.
     """
-    files, name = _files(project, migration), _file_name(migration)
-    content = files.read(name)
+    files = question_files(project, migration)
+    content = files.read(FILE)
     if content is None:
         return None
     advice = f"put it back from a backup, or draw new questions with `migrator verify {project.name} --new-questions`"
@@ -151,21 +152,13 @@ def read_frozen(project: Project, migration: Migration) -> Questions | None:
     except (ValueError, TypeError, KeyError, RecursionError):
         version = FORMAT
     if version != FORMAT:
-        raise Refused(
-            f"{files.path(name)}: the frozen questions are of format {_shown(version)}, not {FORMAT}: {advice}"
-        )
-    raise Refused(f"{files.path(name)}: the frozen questions are damaged: {advice}")
+        raise Refused(f"{files.path(FILE)}: the questions are of format {_shown(version)}, not {FORMAT}: {advice}")
+    raise Refused(f"{files.path(FILE)}: the questions are damaged: {advice}")
 
 
-def _files(project: Project, migration: Migration) -> LogFiles:
-    files = LogFiles(project.config.artifacts, project.name, "questions", migration.key)
-    # A migration leaves one such file, so that it needs no folder of its own.
-    files.folder = files.folder.removesuffix(f"-{migration.key}")
-    return files
-
-
-def _file_name(migration: Migration) -> str:
-    return f"{migration.key}.json"
+def question_files(project: Project, migration: Migration) -> LogFiles:
+    """The folder in the artifacts that holds a migration's questions, and what is kept beside them."""
+    return LogFiles(project.config.artifacts, project.name, "questions", migration.key)
 
 
 def _body(questions: Questions) -> dict[str, Any]:
@@ -499,7 +492,7 @@ def _with_relevant(store: Store, ids: Sequence[ItemId], queries: _Queries, file:
     if rows_of:
         item, numbers = next(iter(rows_of.items()))
         raise ConfigProblem(
-            f"{file}: row {numbers[0]} lists {_id(item)} as relevant, and {store.describe().name} has no such item "
+            f"{file}: row {numbers[0]} lists {_shown(item)} as relevant, and {store.describe().name} has no such item "
             f"({len(rows_of)} unknown ids in {len(set().union(*rows_of.values()))} of {len(queries.paths)} rows drawn):"
             ' correct or remove them; 17 and "17" are two ids'
         )
@@ -507,7 +500,7 @@ def _with_relevant(store: Store, ids: Sequence[ItemId], queries: _Queries, file:
 
 
 def _without_own_relevant(queries: _Queries, counts: Counter[str]) -> _Queries:
-    """An item is no answer to itself, even where it is listed. Counts such queries, and those that are left with none."""
+    """An item is no answer to itself, even where it is listed. Counts such queries, and those left without answer."""
     assert queries.relevant is not None
     counts["queries_listing_themselves"] = sum(
         own in right for own, right in zip(queries.own, queries.relevant, strict=True)
@@ -584,9 +577,8 @@ def _read_queries(file: Path, segment: str | None) -> tuple[_Queries, str]:
             stream.seek(0)
             columns = read(file, stream, places)
     except (OSError, csv.Error, ValueError, OverflowError) as error:
-        raise ConfigProblem(
-            f"{file} cannot be read: {_shown(' '.join(str(error).split()), 200, plain=True)}"
-        ) from error
+        reason = _shown(" ".join(str(error).split()), 200, plain=True)
+        raise ConfigProblem(f"{file} cannot be read: {reason}") from error
     return _checked(file, columns, segment), sha256
 
 
@@ -598,8 +590,8 @@ def _read_csv(file: Path, stream: IO[bytes], places: Callable[[Sequence[str]], d
     for number, cells in enumerate((cells for cells in reader if cells), start=1):
         if len(cells) > len(header):
             raise ConfigProblem(
-                f"{file}: row {number} has {len(cells)} cells, the first line names {len(header)}: put text with commas "
-                'in quotes, such as "[17, ""a-9""]"'
+                f"{file}: row {number} has {len(cells)} cells, the first line names {len(header)}: put text with "
+                'commas in quotes, such as "[17, ""a-9""]"'
             )
         for name, place in where.items():
             columns[name].append(cells[place] if place < len(cells) else None)
@@ -633,7 +625,7 @@ def _checked(file: Path, columns: Mapping[str, list[Any]], segment: str | None) 
     if segment is not None:
         names = template_fields(segment)
         segments = [
-            _filled(segment, dict(zip(names, cells, strict=True))) if all(_text(cell) for cell in cells) else ""
+            _filled(segment, dict(zip(names, (_text(cell) or None for cell in cells), strict=True)))
             for cells in zip(*(columns[name] for name in names), strict=True)
         ]
         if not any(segments):
@@ -668,8 +660,9 @@ def _texts(file: Path, name: str, values: Sequence[Any]) -> list[str]:
 
 
 def _text(value: Any) -> str:
-    """A cell's text; empty where it is missing or neither text nor a number."""
-    return "" if not isinstance(value, str | int | float) or _is_nan(value) else str(value).strip()
+    """A cell's text; empty where it is missing, or is bytes or a list."""
+    odd = value is None or isinstance(value, bytes | list | tuple | dict) or _is_nan(value)
+    return "" if odd else str(value).strip()
 
 
 def _relevant(file: Path, cells: Sequence[Any], grades: Sequence[Any] | None) -> list[dict[ItemId, float]]:
@@ -682,7 +675,7 @@ def _relevant(file: Path, cells: Sequence[Any], grades: Sequence[Any] | None) ->
                 if isinstance(item, bool) or not isinstance(item, int | str) or not _fits(item):
                     raise ValueError(f"{_shown(item)} in relevant is no item id: ids are whole numbers or text")
             if len(set(items)) < len(items):
-                raise ValueError(f"relevant lists {_id(Counter(items).most_common(1)[0][0])} twice: keep one")
+                raise ValueError(f"relevant lists {_shown(Counter(items).most_common(1)[0][0])} twice: keep one")
             gains = [1.0] * len(items) if grades is None else _list(grades[number - 1], "grades", "[3, 1]")
             if len(gains) != len(items):
                 raise ValueError(f"{len(gains)} grades for {len(items)} relevant items: give one for each")
@@ -766,10 +759,6 @@ def _names(names: Iterable[str]) -> str:
     distinct = sorted(dict.fromkeys(names))
     shown = [_shown(name, 40, plain=True) for name in distinct[:MOST_NAMES]]
     return ", ".join(shown + ["..."] * (len(distinct) > MOST_NAMES)) or "none"
-
-
-def _id(item: ItemId) -> str:
-    return _shown(item)
 
 
 def _shown(value: Any, most: int = 60, *, plain: bool = False) -> str:
