@@ -1,106 +1,306 @@
 """The gate: a pure decision, from paired measurements to pass, fail or inconclusive, with reasons.
 
-The interval is a paired percentile bootstrap (Efron and Tibshirani, An Introduction to the Bootstrap, 1993,
-chapter 13): the same queries are asked of both systems, and whole queries are drawn again.
+Each bound is one column of a bootstrap over the queries (`migrator.verify.statistics`): the same queries are asked of
+both searches, and whole classes of them are drawn again. A bound holds where the whole interval does.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
+from migrator.verify.statistics import (
+    Bootstrap,
+    Interval,
+    bootstrap,
+    exact_share,
+    minimum_detectable,
+    queries_needed,
+    spent,
+)
+
 if TYPE_CHECKING:
-    from migrator.config import Gate
+    from migrator.config import Gate, Threshold
 
-_DRAWS_PER_BLOCK = 1 << 20  # 12 MiB of indices and values
-_MOST_QUERIES = 1_000_000
+Floats: TypeAlias = NDArray[np.float64]
+Outcome: TypeAlias = Literal["pass", "fail", "inconclusive"]
+
+_EACH = "*"
+_SHOWN = 40  # characters of a segment's name, which may be any text
 
 
-class Interval(NamedTuple):
-    """A mean and its two-sided bootstrap interval."""
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """What two searches gave for the same queries: metric -> value of each query (q,), NaN where it does not count."""
 
-    mean: float
-    low: float
-    high: float
+    old: Mapping[str, Floats]
+    """Today's search, by names such as "map@100"."""
+    new: Mapping[str, Floats]
+    """The new search; `negative_flips` is here only."""
+    clusters: NDArray[np.int64] | None = None
+    """(q,) class of each query, where queries have classes."""
+    segments: Sequence[str] | None = None
+    """(q,) segment of each query, empty for none; None where `verify.segment` is not set."""
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One bound, and whether it holds."""
+
+    metric: str
+    bound: str
+    """As text, such as "gain >= 0.02"."""
+    segment: str | None
+    """None for all queries."""
+    outcome: Outcome
+    interval: Interval | None
+    """Of what is bounded; with a ratio, of the new value less that share of today's. None where there is none."""
+    queries: int
+    """Queries that count."""
+    minimum_detectable: float | None
+    """The least true distance from the bound that so many queries would probably have decided."""
+    reason: str
 
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
     """What the gate decided, and why."""
 
-    outcome: Literal["pass", "fail", "inconclusive"]
+    outcome: Outcome
     reasons: tuple[str, ...]
+    """Of the findings that have the verdict's outcome."""
     interval: Interval | None
-    """Of the gain per query; None where there was nothing to measure."""
+    """Of the first bound, the gain in `gate.metric`; None where there was too little to measure."""
     queries: int
+    """That count in the first bound."""
+    findings: tuple[Finding, ...]
+    confidence: float
+    """Of every interval, as `spent` gives it for this look."""
+    look: int
 
 
-def paired_bootstrap(differences: NDArray[np.float64], *, confidence: float, resamples: int, seed: int) -> Interval:
-    """The mean of `differences` (q,), new minus old per query, and its interval at `confidence` (0.95: 2.5 to 97.5 %).
+@dataclass(frozen=True, slots=True)
+class _Bound:
+    metric: str
+    kind: Literal["min", "max", "min_gain", "min_ratio"]
+    given: float
+    segment: str | None = None
 
-    The same seed gives the same interval. Memory does not grow with `resamples` x q. Raises ValueError for no
-    differences and for numbers that are not finite.
+    @property
+    def text(self) -> str:
+        what = {"min_gain": "gain", "min_ratio": "ratio"}.get(self.kind, "value")
+        return f"{what} {'<=' if self.kind == 'max' else '>='} {self.given:g}"
+
+    @property
+    def what(self) -> str:
+        """What the mean of `values` is called."""
+        what = {"min_gain": " gain", "min_ratio": f" less {self.given:g} of today's"}.get(self.kind, "")
+        return f"{_where(self.segment)}{self.metric}{what}"
+
+    @property
+    def limit(self) -> float:
+        """What the mean of `values` must reach, or for `max` not pass."""
+        return 0.0 if self.kind == "min_ratio" else self.given
+
+    def values(self, measured: Measured) -> Floats:
+        new = measured.new[self.metric]
+        if self.kind == "min_gain":
+            return new - measured.old[self.metric]
+        return new - self.given * measured.old[self.metric] if self.kind == "min_ratio" else new
+
+    def outcome(self, interval: Interval) -> Outcome:
+        if self.kind == "max":
+            right, wrong = interval.high <= self.limit, interval.low > self.limit
+        else:
+            right, wrong = interval.low >= self.limit, interval.high < self.limit
+        return "pass" if right else "fail" if wrong else "inconclusive"
+
+    def side(self, outcome: Outcome) -> str:
+        sides = {"pass": "at least", "fail": "below", "inconclusive": "on both sides of"}
+        if self.kind == "max":
+            sides |= {"pass": "at most", "fail": "above"}
+        return f"{sides[outcome]} {self.number(self.limit)}"
+
+    def number(self, value: float) -> str:
+        return f"{value:.4f}" if self.kind in ("min", "max") else f"{value:+.4f}"
+
+
+def gate(measured: Measured, settings: Gate, *, look: int = 1, seed: int = 0) -> Verdict:
+    """Decides whether the new search may take over: `settings.min_gain` in `settings.metric`, and every threshold.
+
+    A bound passes where the whole interval is on its right side, and fails where all of it is on the wrong one. All
+    else is inconclusive: an interval on both sides, fewer than `min_queries` queries that count, queries of one class
+    only, values that are not finite or known for one search only, and segments that no query has. One failed bound
+    fails the verdict; else one inconclusive bound makes it inconclusive. `look` is the number of the look at such data
+    (`spent`). Raises ValueError where rows differ in length or a metric was not measured.
     """
-    if differences.ndim != 1 or len(differences) == 0 or not np.isfinite(differences).all():
-        raise ValueError("the bootstrap needs a row of finite differences")
-    random = np.random.default_rng(seed)
-    n = len(differences)
-    means = np.empty(resamples)
-    block = max(1, _DRAWS_PER_BLOCK // n)
-    for start in range(0, resamples, block):
-        drawn = random.integers(0, n, size=(min(block, resamples - start), n), dtype=np.int32)
-        means[start : start + block] = differences[drawn].mean(axis=1)
-    tail = (1 - confidence) / 2
-    # No mean lies outside the data; rounding must not say so where all differences are equal to the gate's bound.
-    bounds = differences.min(), differences.max()
-    low, high = np.clip(np.quantile(means, [tail, 1 - tail]), *bounds)
-    return Interval(float(np.clip(differences.mean(), *bounds)), float(low), float(high))
-
-
-def gate(old: NDArray[np.float64], new: NDArray[np.float64], settings: Gate, *, seed: int = 0) -> Verdict:
-    """Decides whether `new` (q,) gains at least `settings.min_gain` over `old` (q,), the metric of the same queries.
-
-    Pass: the whole interval of the mean gain is at or above `min_gain`. Fail: all of it lies below. Everything else is
-    inconclusive: an interval on both sides, fewer than `min_queries` queries, or values that are not finite (queries
-    without relevant items must be left out before). Raises ValueError where the rows differ in length.
-    """
-    if old.ndim != 1 or old.shape != new.shape:
-        raise ValueError(f"old {old.shape} and new {new.shape} must be rows of the same queries")
-    queries = len(old)
-    if not (np.isfinite(old).all() and np.isfinite(new).all()):
-        reason = (
-            f"the {settings.metric} of some queries is not a finite number: leave out queries without relevant items"
-        )
-        return Verdict("inconclusive", (reason,), None, queries)
-    interval = None
-    if queries:
-        interval = paired_bootstrap(new - old, confidence=settings.confidence, resamples=settings.resamples, seed=seed)
-    if interval is None or queries < settings.min_queries:
-        reason = f"{queries} queries have relevant items, the gate needs {settings.min_queries}: add labelled queries"
-        return Verdict("inconclusive", (reason,), interval, queries)
-    measured = (
-        f"{settings.metric} gain {interval.mean:+.4f}, between {interval.low:+.4f} and {interval.high:+.4f} "
-        f"at {settings.confidence:.4g} confidence over {queries} queries"
+    bounds = [_Bound(settings.metric, "min_gain", settings.min_gain)]
+    for threshold in settings.thresholds:
+        bounds += _bounds(threshold, measured.segments)
+    columns = np.full((_queries(measured, bounds), len(bounds)), np.nan)
+    problems = []
+    for column, bound in enumerate(bounds):
+        here = _members(bound.segment, measured.segments, len(columns))
+        problems.append(_problem(bound, measured, here))
+        if problems[-1] is None:
+            columns[here, column] = bound.values(measured)[here]
+    confidence = spent(settings.confidence, look)
+    drawn = bootstrap(
+        columns,
+        measured.clusters if settings.cluster == "class" else None,
+        confidence=confidence,
+        resamples=settings.resamples,
+        seed=seed,
     )
-    if interval.low >= settings.min_gain:
-        return Verdict("pass", (f"{measured}: at least {settings.min_gain:+.4f}",), interval, queries)
-    if interval.high < settings.min_gain:
-        return Verdict("fail", (f"{measured}: below {settings.min_gain:+.4f}",), interval, queries)
-    advice = _advice(interval, settings.min_gain, queries)
+    asked = _Asked(
+        least=settings.min_queries,
+        classes=settings.cluster == "class" and measured.clusters is not None,
+        at=f"at {confidence:.6g} confidence" + (f" (look {look})" if look > 1 else ""),
+    )
+    findings = tuple(
+        _none(bound, problem) if problem else _finding(bound, columns[:, column], drawn, column, asked)
+        for column, (bound, problem) in enumerate(zip(bounds, problems, strict=True))
+    )
+    outcomes = {finding.outcome for finding in findings}
+    outcome: Outcome = "fail" if "fail" in outcomes else "inconclusive" if "inconclusive" in outcomes else "pass"
     return Verdict(
-        "inconclusive", (f"{measured}: on both sides of {settings.min_gain:+.4f}", advice), interval, queries
+        outcome=outcome,
+        reasons=tuple(finding.reason for finding in findings if finding.outcome == outcome),
+        interval=findings[0].interval,
+        queries=findings[0].queries,
+        findings=findings,
+        confidence=confidence,
+        look=look,
     )
 
 
-def _advice(interval: Interval, min_gain: float, queries: int) -> str:
-    """How many queries of the same mean and spread would decide: the interval shrinks with the root of their number."""
-    distance = abs(interval.mean - min_gain)
-    reach = interval.mean - interval.low if interval.mean >= min_gain else interval.high - interval.mean
-    needed = math.ceil(queries * (reach / distance) ** 2) if distance > 0 else math.inf
-    if needed > _MOST_QUERIES:
-        return "the gain is too close to min_gain for any number of queries to decide: change min_gain or train longer"
-    return f"about {max(needed, queries + 1)} queries like these would decide"
+def _bounds(threshold: Threshold, segments: Sequence[str] | None) -> list[_Bound]:
+    """A threshold's bound, for each segment that there is where it is for all of them."""
+    kinds: tuple[Literal["min", "max", "min_gain", "min_ratio"], ...] = ("min", "max", "min_gain", "min_ratio")
+    (kind,) = (kind for kind in kinds if getattr(threshold, kind) is not None)
+    each: list[str | None] = [threshold.segment]
+    if threshold.segment == _EACH:
+        each = [*sorted(set(segments or ()) - {""})] or [_EACH]  # without segments one bound is left, to be told of
+    return [_Bound(threshold.metric, kind, getattr(threshold, kind), segment) for segment in each]
+
+
+def _queries(measured: Measured, bounds: Sequence[_Bound]) -> int:
+    """How many were asked. Raises ValueError where the rows differ in length or one is missing."""
+    rows = [values for side in (measured.old, measured.new) for values in side.values()]
+    lengths = {values.shape for values in rows}
+    lengths |= {of.shape for of in (measured.clusters,) if of is not None}
+    lengths |= {(len(of),) for of in (measured.segments,) if of is not None}
+    missing = {bound.metric for bound in bounds} - measured.new.keys()
+    missing |= {bound.metric for bound in bounds if bound.kind in ("min_gain", "min_ratio")} - measured.old.keys()
+    if missing:
+        raise ValueError(f"{', '.join(sorted(missing))} must be measured for both searches")
+    if len(lengths) != 1 or any(values.ndim != 1 for values in rows):
+        raise ValueError(f"metrics, clusters and segments must be rows of the same queries, these are {lengths}")
+    return len(rows[0])
+
+
+def _members(segment: str | None, segments: Sequence[str] | None, queries: int) -> NDArray[np.bool_]:
+    if segment is None:
+        return np.ones(queries, np.bool_)
+    return np.fromiter((of == segment for of in segments or [""] * queries), np.bool_, queries)
+
+
+def _where(segment: str | None) -> str:
+    if segment is None:
+        return ""
+    return f"segment {segment[:_SHOWN]!r}{'…' if len(segment) > _SHOWN else ''}: "
+
+
+def _problem(bound: _Bound, measured: Measured, here: NDArray[np.bool_]) -> str | None:
+    """Why nothing can be said of a bound's values."""
+    if bound.segment is not None and not here.any():
+        if measured.segments is None:
+            return f"{_where(bound.segment)}queries have no segments: set verify.segment"
+        known = [_where(segment).removeprefix("segment ").removesuffix(": ") for segment in {*measured.segments} - {""}]
+        return f"{_where(bound.segment)}no query is in it; there are {', '.join(sorted(known)[:10]) or 'none'}"
+    new = measured.new[bound.metric][here]
+    old = measured.old[bound.metric][here] if bound.metric in measured.old else new
+    broken = int((np.isinf(new) | np.isinf(old) | (np.isnan(new) != np.isnan(old))).sum())
+    if broken:
+        return (
+            f"{_where(bound.segment)}the {bound.metric} of {broken} queries is not a finite number for both searches: "
+            "leave such queries out of both"
+        )
+    return None
+
+
+def _none(bound: _Bound, reason: str) -> Finding:
+    return Finding(bound.metric, bound.text, bound.segment, "inconclusive", None, 0, None, reason)
+
+
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    least: int
+    """Queries."""
+    classes: bool
+    """Whether they were drawn again by class."""
+    at: str
+    """The confidence, in words."""
+
+
+def _finding(bound: _Bound, values: Floats, drawn: Bootstrap, column: int, asked: _Asked) -> Finding:
+    queries, classes, error = int(drawn.queries[column]), int(drawn.clusters[column]), float(drawn.error[column])
+    interval: Interval | None = None
+    outcome: Outcome = "inconclusive"
+    detectable: float | None = None
+    if classes > 1:
+        interval = drawn.interval(column)
+        counted = values[~np.isnan(values)]
+        if bound.kind in ("min", "max") and np.isin(counted, (0, 1)).all():
+            interval, error = _share(interval, error, queries, drawn.confidence)
+        detectable = minimum_detectable(error, drawn.confidence)
+    if queries < asked.least:
+        reason = (
+            f"{_where(bound.segment)}{queries} queries have relevant items, the gate needs {asked.least}: "
+            "add labelled queries"
+        )
+    elif interval is None:
+        reason = (
+            f"{_where(bound.segment)}all {queries} queries are of one class: add queries of other classes, or set "
+            "verify.gate.cluster to query"
+        )
+    else:
+        outcome = bound.outcome(interval)
+        mean, low, high = (bound.number(value) for value in interval)
+        of = f"{queries} queries" + (f" of {classes} classes" if asked.classes else "")
+        reason = f"{bound.what} {mean}, between {low} and {high} {asked.at} over {of}: {bound.side(outcome)}"
+        if outcome == "inconclusive":
+            distance = abs(interval.mean - bound.limit)
+            needed = queries_needed(queries, error, distance, drawn.confidence)
+            reason += (
+                f"; so many queries would find a distance of {detectable:.4f} from it in four cases of five; "
+                + _advice(needed, queries, classes if asked.classes else None, bound.kind)
+            )
+    return Finding(bound.metric, bound.text, bound.segment, outcome, interval, queries, detectable, reason)
+
+
+def _share(interval: Interval, error: float, queries: int, confidence: float) -> tuple[Interval, float]:
+    """The interval and standard error of a share, at least as wide as if the queries were independent.
+
+    What never happened in the sample never happens in a resample: without this 30 queries, none of them turned wrong,
+    would prove that none ever does.
+    """
+    exact = exact_share(interval.mean, queries, confidence)
+    likely = (interval.mean * queries + 1) / (queries + 2)  # Laplace's rule of succession: neither 0 nor 1
+    return (
+        Interval(interval.mean, min(interval.low, exact.low), max(interval.high, exact.high)),
+        max(error, math.sqrt(likely * (1 - likely) / queries)),
+    )
+
+
+def _advice(needed: int | None, queries: int, classes: int | None, kind: str) -> str:
+    if needed is None:
+        return f"it is too close to {kind} for any number of queries to decide: change {kind} or train longer"
+    needed = max(needed, queries + 1)
+    more = "" if classes is None else f", of about {math.ceil(needed * classes / queries)} classes,"
+    return f"about {needed} queries like these{more} would decide"

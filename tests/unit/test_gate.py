@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import re
-import tracemalloc
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,66 +9,33 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from migrator.config import Gate
-from migrator.verify.gate import gate, paired_bootstrap
+from migrator.config import Gate, Threshold
+from migrator.verify.gate import Measured, Verdict, gate
+from migrator.verify.statistics import bootstrap, spent
 
+MAP = "map@100"
 QUICK = Gate(min_queries=10, resamples=200)
 VALUES = st.floats(0, 1, width=32)
+NAN = float("nan")
 
 
-def test_the_interval_covers_the_true_mean_about_as_often_as_it_says():
-    random = np.random.default_rng(5)
-    trials, covered = 400, 0
-    for trial in range(trials):
-        # Skewed like differences of average precision: mostly small, some large; the mean is 0.05.
-        differences = random.exponential(0.25, 150) - 0.2
-        interval = paired_bootstrap(differences, confidence=0.95, resamples=1000, seed=trial)
-        covered += interval.low <= 0.05 <= interval.high
-    # At 95 % of 400 trials the share has a standard deviation of 1.1 points; percentile intervals run slightly short.
-    assert 0.91 <= covered / trials <= 0.98
-
-
-def test_the_interval_widens_with_confidence_and_matches_the_normal_one():
-    differences = np.random.default_rng(6).normal(0.1, 0.3, 2000)
-    narrow = paired_bootstrap(differences, confidence=0.8, resamples=4000, seed=0)
-    wide = paired_bootstrap(differences, confidence=0.99, resamples=4000, seed=0)
-    assert wide.low < narrow.low < narrow.mean < narrow.high < wide.high
-    error = differences.std() / np.sqrt(2000)
-    assert narrow.high - narrow.mean == pytest.approx(1.2816 * error, rel=0.1)
-    assert narrow.mean == pytest.approx(differences.mean())
-
-
-def test_the_same_seed_gives_the_same_interval():
-    differences = np.random.default_rng(7).normal(size=40)
-    first, again, other = (paired_bootstrap(differences, confidence=0.9, resamples=300, seed=s) for s in (1, 1, 2))
-    assert first == again
-    assert first != other
-
-
-@pytest.mark.parametrize("differences", [[0.3], [0.1] * 7, [-0.7] * 1000, [0.0] * 30])
-def test_equal_differences_give_a_point_without_rounding(differences):
-    interval = paired_bootstrap(np.array(differences), confidence=0.95, resamples=100, seed=0)
-    assert interval == (differences[0],) * 3
-
-
-@pytest.mark.parametrize("differences", [np.array([]), np.array([0.1, np.nan]), np.array([np.inf]), np.zeros((2, 2))])
-def test_the_bootstrap_refuses_what_has_no_mean(differences):
-    with pytest.raises(ValueError, match="row of finite differences"):
-        paired_bootstrap(differences, confidence=0.95, resamples=100, seed=0)
-
-
-def test_memory_does_not_grow_with_resamples_times_queries():
-    differences = np.random.default_rng(8).normal(size=10_000)
-    tracemalloc.start()
-    paired_bootstrap(differences, confidence=0.95, resamples=2_000, seed=0)
-    _, peak = tracemalloc.get_traced_memory()
-    tracemalloc.stop()
-    assert peak < 40e6  # all indices at once would be 80 MB as int32, the values 160 MB more
+def asked(old: np.ndarray, new: np.ndarray, **others: Any) -> Measured:
+    return Measured({MAP: old}, {MAP: new}, **others)
 
 
 def row(mean: float, spread: float, n: int) -> np.ndarray:
     """n values of exactly this mean, half above and half below by `spread`."""
     return mean + spread * np.where(np.arange(n) % 2, 1, -1)
+
+
+def share(ones: int, n: int) -> np.ndarray:
+    return (np.arange(n) < ones).astype(np.float64)
+
+
+def told(verdict: Verdict) -> str:
+    assert verdict.reasons
+    assert all("\n" not in reason for reason in verdict.reasons)
+    return " ".join(verdict.reasons)
 
 
 @pytest.mark.parametrize(
@@ -78,11 +45,11 @@ def row(mean: float, spread: float, n: int) -> np.ndarray:
             row(0.20, 0.1, 100),
             {},
             "pass",
-            r"map@100 gain \+0\.2000, between \+0\.1.* at 0\.95 .* 100 queries: at least",
+            r"^map@100 gain \+0\.2000, between \+0\.1\d+ and \+0\.2\d+ at 0\.975 confidence over 100 queries: at least",
         ),
         (row(-0.20, 0.1, 100), {}, "fail", r"gain -0\.2000.*below \+0\.0000"),
         (row(0.01, 0.1, 100), {}, "inconclusive", r"about \d+ queries like these would decide"),
-        (row(-0.01, 0.1, 100), {}, "inconclusive", r"about \d+ queries like these would decide"),
+        (row(-0.01, 0.1, 100), {}, "inconclusive", r"find a distance of 0\.03\d\d .*about \d+ queries like these"),
         (row(0.0, 0.1, 100), {}, "inconclusive", "too close to min_gain"),
         (np.zeros(100), {}, "pass", r"at least \+0\.0000"),
         (np.full(100, 0.1), {"min_gain": 0.1}, "pass", r"at least \+0\.1000"),
@@ -92,55 +59,227 @@ def row(mean: float, spread: float, n: int) -> np.ndarray:
         (row(0.20, 0.1, 29), {}, "inconclusive", "29 queries have relevant items, the gate needs 30"),
         (row(-0.20, 0.1, 3), {}, "inconclusive", "3 queries have relevant items"),
         (np.array([]), {}, "inconclusive", "0 queries"),
-        (np.append(row(0.2, 0.1, 100), np.nan), {}, "inconclusive", "not a finite number"),
-        (np.append(row(0.2, 0.1, 100), np.inf), {}, "inconclusive", "not a finite number"),
+        (np.append(row(0.2, 0.1, 99), np.nan), {}, "inconclusive", "of 1 queries is not a finite number for both"),
+        (np.append(row(0.2, 0.1, 99), np.inf), {}, "inconclusive", "not a finite number"),
     ],
 )
-def test_the_gate_decides(new, changes, outcome, reason):
-    verdict = gate(np.zeros(len(new)), new, Gate(resamples=2000, **changes))
+def test_the_first_bound_is_the_least_gain(new, changes, outcome, reason):
+    verdict = gate(asked(np.zeros(len(new)), new), Gate(resamples=2000, **changes))
     assert verdict.outcome == outcome
-    assert re.search(reason, " ".join(verdict.reasons)), verdict.reasons
-    assert verdict.queries == len(new)
-    assert all("\n" not in line for line in verdict.reasons)
+    assert re.search(reason, told(verdict)), verdict.reasons
+    if np.isfinite(new).all():
+        assert verdict.queries == len(new)
+    assert [finding.bound for finding in verdict.findings] == [f"gain >= {changes.get('min_gain', 0):g}"]
+    assert (verdict.interval is None) == (verdict.findings[0].minimum_detectable is None)
+
+
+@pytest.mark.parametrize(
+    ("bound", "old", "new", "outcome", "reason"),
+    [
+        ({"min": 0.6}, row(0.9, 0.1, 100), row(0.7, 0.1, 100), "pass", r"ndcg@10 0\.7000, between.*at least 0\.6000"),
+        ({"min": 0.8}, row(0.2, 0.1, 100), row(0.7, 0.1, 100), "fail", r"below 0\.8000"),
+        ({"min": 0.71}, row(0.2, 0.1, 100), row(0.7, 0.1, 100), "inconclusive", r"both sides of 0\.7100"),
+        ({"max": 0.8}, row(0.2, 0.1, 100), row(0.7, 0.1, 100), "pass", r"at most 0\.8000"),
+        ({"max": 0.6}, row(0.9, 0.1, 100), row(0.7, 0.1, 100), "fail", r"above 0\.6000"),
+        ({"max": 0.71}, row(0.9, 0.1, 100), row(0.7, 0.1, 100), "inconclusive", r"both sides of 0\.7100"),
+        ({"min_gain": 0.1}, row(0.5, 0.3, 100), row(0.7, 0.2, 100), "pass", r"ndcg@10 gain \+0\.2000.*at least"),
+        ({"min_gain": 0.3}, row(0.5, 0.3, 100), row(0.7, 0.2, 100), "fail", r"below \+0\.3000"),
+        ({"min_gain": 0.21}, row(0.5, 0.3, 100), row(0.7, 0.2, 100), "inconclusive", "both sides"),
+        ({"min_ratio": 0.9}, row(0.8, 0.1, 100), row(0.79, 0.1, 100), "pass", r"less 0\.9 of today's \+0\.0700"),
+        ({"min_ratio": 0.9}, row(0.8, 0.1, 100), row(0.65, 0.1, 100), "fail", r"-0\.0700.*below \+0\.0000"),
+        ({"min_ratio": 0.9}, row(0.8, 0.1, 100), row(0.721, 0.1, 100)[::-1], "inconclusive", "both sides"),
+        ({"min_ratio": 1.1}, row(0.8, 0.1, 100), row(0.8, 0.1, 100), "fail", "less 1.1 of today's -0.0800"),
+    ],
+)
+@pytest.mark.parametrize("segment", [None, "a"])
+def test_every_bound_has_three_outcomes_overall_and_in_a_segment(bound, old, new, outcome, reason, segment):
+    name = "ndcg@10"
+    segments = None
+    if segment is not None:  # all others would make it fail, or pass
+        other = np.ones(300) if outcome != "pass" else np.zeros(300)
+        other = 1 - other if "max" in bound else other
+        old, new = np.append(old, np.full(300, 0.5)), np.append(new, other)
+        segments = ["a"] * 100 + ["b"] * 300
+    gains = np.ones(len(new))
+    measured = Measured({MAP: 0 * gains, name: old}, {MAP: gains, name: new}, segments=segments)
+    wanted = Gate(resamples=2000, thresholds=[Threshold(metric=name, segment=segment, **bound)])
+    verdict = gate(measured, wanted)
+    first, second = verdict.findings
+    assert first.outcome == "pass"
+    assert (second.outcome, second.segment, second.queries) == (outcome, segment, 100)
+    assert re.search(reason, second.reason), second.reason
+    assert second.reason.startswith("segment 'a': ") == (segment is not None)
+    assert verdict.outcome == outcome
+    assert second.reason in verdict.reasons
+
+
+@pytest.mark.parametrize(
+    ("flipped", "queries", "outcome"),
+    [(0, 1000, "pass"), (0, 100, "inconclusive"), (3, 3000, "pass"), (100, 1000, "fail"), (20, 1000, "inconclusive")],
+)
+def test_negative_flips_are_bounded_from_above_and_few_queries_without_any_prove_little(flipped, queries, outcome):
+    flips = share(flipped, queries)
+    measured = Measured({MAP: np.zeros(queries)}, {MAP: np.zeros(queries), "negative_flips": flips})
+    verdict = gate(measured, Gate(resamples=2000, thresholds=[Threshold(metric="negative_flips", max=0.02)]))
+    finding = verdict.findings[1]
+    assert finding.outcome == verdict.outcome == outcome
+    assert finding.bound == "value <= 0.02"
+    assert finding.minimum_detectable > 0
+    if flipped == 0:  # the chance of none at all is then half of 0.025
+        assert (1 - finding.interval.high) ** queries == pytest.approx(0.0125)
+
+
+def test_all_bounds_must_hold_and_the_reasons_are_those_that_decided():
+    new = np.ones(60)
+    bounds = {"good": Threshold(metric=MAP, min=0.5), "bad": Threshold(metric=MAP, max=0.5)}
+    bounds["unknown"] = Threshold(metric=MAP, min=0.5, segment="nowhere")
+    told_of = []
+    for wanted in ([], ["good"], ["good", "unknown"], ["unknown", "bad", "good"]):
+        verdict = gate(asked(np.zeros(60), new), QUICK.model_copy(update={"thresholds": [bounds[w] for w in wanted]}))
+        told_of.append((verdict.outcome, len(verdict.reasons), len(verdict.findings)))
+    assert told_of == [("pass", 1, 1), ("pass", 2, 2), ("inconclusive", 1, 3), ("fail", 1, 4)]
+
+
+def test_a_star_is_each_segment_and_no_segment_is_none():
+    segments = ["b", "a", ""] * 20 + ["c"] * 5
+    verdict = gate(
+        asked(np.zeros(65), np.ones(65), segments=segments),
+        QUICK.model_copy(update={"thresholds": [Threshold(metric=MAP, min_gain=0.5, segment="*")]}),
+    )
+    found = {finding.segment: (finding.outcome, finding.queries) for finding in verdict.findings}
+    assert found == {None: ("pass", 65), "a": ("pass", 20), "b": ("pass", 20), "c": ("inconclusive", 5)}
+    assert told(verdict) == "segment 'c': 5 queries have relevant items, the gate needs 10: add labelled queries"
+
+
+@pytest.mark.parametrize("segment", ["*", "a"])
+@pytest.mark.parametrize(
+    ("segments", "reason"),
+    [
+        (None, r"segment '.': queries have no segments: set verify\.segment"),
+        (["b\n" + "x" * 99] * 30, r"no query is in it; there are 'b\\nx+'…$"),
+        ([""] * 30, "no query is in it; there are none"),
+    ],
+)
+def test_a_segment_without_queries_is_inconclusive(segment, segments, reason):
+    if segment == "*" and segments is not None and segments[0]:
+        return  # that is a segment
+    wanted = QUICK.model_copy(update={"thresholds": [Threshold(metric=MAP, min_gain=0.5, segment=segment)]})
+    verdict = gate(asked(np.zeros(30), np.ones(30), segments=segments), wanted)
+    assert verdict.outcome == "inconclusive"
+    assert re.search(reason, told(verdict)), verdict.reasons
+
+
+def test_whole_classes_are_drawn_again_unless_the_classes_are_all_there_are():
+    # Of ten classes seven gain and three lose, each with all of its queries.
+    classes = np.repeat(np.arange(10), 40)
+    new = np.where(classes < 7, 0.1, -0.1) + row(0, 0.02, 400)
+    by_class = gate(asked(np.zeros(400), new, clusters=classes), QUICK)
+    assert by_class.outcome == "inconclusive"
+    assert re.search(r"over 400 queries of 10 classes:", told(by_class))
+    queries, needed = map(
+        int, re.findall(r"about (\d+) queries like these, of about (\d+) classes,", told(by_class))[0]
+    )
+    assert queries == pytest.approx(40 * needed, rel=0.1)
+    by_query = gate(asked(np.zeros(400), new, clusters=classes), QUICK.model_copy(update={"cluster": "query"}))
+    assert by_query.outcome == "pass"
+    assert "classes" not in told(by_query)
+
+
+def test_one_class_says_nothing_of_others():
+    measured = asked(np.zeros(50), np.ones(50), clusters=np.zeros(50, np.int64))
+    verdict = gate(measured, QUICK)
+    assert verdict.outcome == "inconclusive"
+    assert verdict.interval is None
+    assert "all 50 queries are of one class: add queries of other classes" in told(verdict)
+    assert gate(measured, QUICK.model_copy(update={"cluster": "query"})).outcome == "pass"
+
+
+def test_queries_that_count_in_no_search_are_left_out():
+    old, new = row(0.5, 0.1, 100), row(0.6, 0.1, 100)
+    verdict = gate(asked(np.append(old, [NAN] * 50), np.append(new, [NAN] * 50)), QUICK)
+    assert verdict == gate(asked(old, new), QUICK)
+    assert verdict.queries == 100
+
+
+def test_a_later_look_is_stricter():
+    new = row(0.024, 0.1, 100)  # 2.4 standard errors
+    first, second, tenth = (gate(asked(np.zeros(100), new), Gate(), look=look) for look in (1, 2, 10))
+    assert (first.outcome, second.outcome, tenth.outcome) == ("pass", "inconclusive", "inconclusive")
+    assert first.interval.low > second.interval.low > tenth.interval.low
+    assert [verdict.confidence for verdict in (first, second)] == [spent(0.95, 1), spent(0.95, 2)]
+    assert "at 0.975 confidence over" in told(first)
+    assert "at 0.991667 confidence (look 2) over" in told(second)
+    with pytest.raises(ValueError, match="look 0"):
+        gate(asked(new, new), Gate(), look=0)
+
+
+def test_a_finding_is_what_its_column_alone_would_give():
+    random = np.random.default_rng(4)
+    old, new = random.uniform(size=(2, 80))
+    wanted = QUICK.model_copy(update={"thresholds": [Threshold(metric=MAP, min=0.1), Threshold(metric=MAP, max=0.1)]})
+    verdict = gate(asked(old, new), wanted, seed=3)
+    alone = bootstrap(new[:, None], confidence=spent(0.95, 1), resamples=200, seed=3)
+    assert verdict.findings[1].interval == pytest.approx(alone.interval(0))
+    assert verdict.findings[1].interval == verdict.findings[2].interval
+    assert gate(asked(old, new), wanted, seed=3) == verdict
 
 
 def test_the_gate_looks_at_pairs():
     # The queries differ far more among themselves than the systems do on each of them.
     old = np.random.default_rng(9).uniform(size=60)
-    assert gate(old, old + row(0.02, 0.01, 60), Gate()).outcome == "pass"
-    assert gate(old, np.roll(old, 1) + row(0.02, 0.01, 60), Gate()).outcome == "inconclusive"
+    assert gate(asked(old, old + row(0.02, 0.01, 60)), Gate()).outcome == "pass"
+    assert gate(asked(old, np.roll(old, 1) + row(0.02, 0.01, 60)), Gate()).outcome == "inconclusive"
 
 
 def test_the_advised_number_of_queries_does_decide():
-    verdict = gate(np.zeros(50), row(0.02, 0.1, 50), Gate())
+    verdict = gate(asked(np.zeros(50), row(0.02, 0.1, 50)), Gate())
     assert verdict.outcome == "inconclusive"
-    advised = int(re.findall(r"about (\d+) queries", verdict.reasons[1])[0])
-    assert 50 < advised < 200  # by the normal interval: (1.96 * 0.1 / 0.02) ** 2 = 96
-    enough = 2 * round(advised * 0.6)  # a fifth more, and even: the estimate is rough
-    assert gate(np.zeros(enough), row(0.02, 0.1, enough), Gate()).outcome == "pass"
+    advised = int(re.findall(r"about (\d+) queries", told(verdict))[0])
+    assert advised == pytest.approx(((2.2414 + 0.8416) * 0.1 / 0.02) ** 2, rel=0.1)
+    enough = 2 * (advised // 2)
+    assert gate(asked(np.zeros(enough), row(0.02, 0.1, enough)), Gate()).outcome == "pass"
 
 
-def test_rows_of_different_queries_are_refused():
-    with pytest.raises(ValueError, match="same queries"):
-        gate(np.zeros(30), np.zeros(31), Gate())
+@pytest.mark.parametrize(
+    "measured",
+    [
+        asked(np.zeros(30), np.zeros(31)),
+        asked(np.zeros((30, 1)), np.zeros((30, 1))),
+        asked(np.zeros(30), np.zeros(30), clusters=np.zeros(29, np.int64)),
+        asked(np.zeros(30), np.zeros(30), segments=["a"] * 31),
+        Measured({}, {MAP: np.zeros(30)}),
+        Measured({MAP: np.zeros(30)}, {}),
+    ],
+)
+def test_rows_of_different_queries_are_refused(measured):
+    with pytest.raises(ValueError, match=r"same queries|both searches"):
+        gate(measured, Gate())
 
 
-@settings(deadline=None)
-@given(hnp.arrays(np.float64, st.integers(0, 9), elements=VALUES | st.just(float("nan"))))
-def test_too_little_data_never_passes_nor_fails(new):
-    assert gate(np.zeros(len(new)), new, QUICK).outcome == "inconclusive"
+BOUNDS = st.sampled_from([{"min": 0.0}, {"max": 1.0}, {"min_gain": -1.0}, {"min_ratio": 0.01}])
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=60)
+@given(hnp.arrays(np.float64, st.integers(0, 9), elements=VALUES), st.integers(0, 5), BOUNDS, st.booleans())
+def test_too_little_data_never_passes_nor_fails(new, without, bound, flips):
+    new = np.append(new, [NAN] * without)
+    name = "negative_flips" if flips and "max" in bound else MAP
+    wanted = QUICK.model_copy(update={"min_gain": -1, "thresholds": [Threshold(metric=name, **bound)]})
+    measured = Measured({MAP: new}, {MAP: new, name: new})
+    assert [finding.outcome for finding in gate(measured, wanted).findings] == ["inconclusive"] * 2
+
+
+@settings(deadline=None, max_examples=60)
 @given(hnp.arrays(np.float64, st.integers(10, 40), elements=VALUES), st.data())
 def test_a_single_number_that_is_not_finite_never_passes(new, data):
     broken = new.copy()
     broken[data.draw(st.integers(0, len(new) - 1))] = data.draw(st.sampled_from([np.nan, np.inf, -np.inf]))
-    assert gate(np.zeros(len(new)), broken, QUICK).outcome == "inconclusive"
-    assert gate(broken, new, QUICK).outcome == "inconclusive"
+    wanted = QUICK.model_copy(update={"thresholds": [Threshold(metric=MAP, min=0.0)]})
+    for measured in (asked(np.zeros(len(new)), broken), asked(broken, new)):
+        assert [finding.outcome for finding in gate(measured, wanted).findings] == ["inconclusive"] * 2
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(
     hnp.arrays(np.float64, (2, 20), elements=VALUES),
     st.floats(0, 1, width=32),
@@ -150,7 +289,7 @@ def test_the_better_the_new_values_the_better_the_verdict(rows, shift, min_gain)
     order = ["fail", "inconclusive", "pass"]
     old, new = rows
     wanted = QUICK.model_copy(update={"min_gain": min_gain})
-    before, after = gate(old, new, wanted), gate(old, new + shift, wanted)
+    before, after = gate(asked(old, new), wanted), gate(asked(old, new + shift), wanted)
     if shift > 1e-9:  # below that the sums' rounding decides
         assert order.index(after.outcome) >= order.index(before.outcome)
     # The verdict is the interval's: never two at once.
