@@ -22,6 +22,7 @@ VERBS = {
     "rollout": "Open the next stage: prepare, canary, backfill, cutover, finalize.",
     "backfill": "Re-embed stored images in one bounded run, as cron starts it.",
     "status": "Show where a migration stands and the next command.",
+    "report": "Write one HTML page that says how the migration stands.",
     "pause": "Ask the backfill to stop at its next chunk.",
     "resume": "Lift a pause.",
     "failures": "List items that could not be re-embedded; --retry tries again.",

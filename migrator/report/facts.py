@@ -1,0 +1,150 @@
+"""What a report tells, as plain JSON values: from the ledger and the training folder, nothing else is read."""
+
+from __future__ import annotations
+
+import csv
+import datetime as dt
+import json
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from migrator.ledger import Migration, Plan, Verification, now
+from migrator.project import Project
+from migrator.report.verdict import verdict
+from migrator.rollout.route import describe
+from migrator.status import status_of
+from migrator.verify.standing import why_not
+
+MOST_FAILURES = 100
+"""Item failures that are listed; the others are counted."""
+MOST_EPOCHS = 10_000
+_METRICS_BYTES = 8 << 20
+_COLUMN = re.compile(r"[A-Za-z][A-Za-z0-9_@.]{0,39}")
+
+
+def facts_of(project: Project) -> dict[str, Any]:
+    """Everything that is known of the migration, as `migrator report --json` prints it.
+
+    What is not known yet is None or empty. Refused before the first plan.
+    """
+    ledger, migration = project.ledger, project.migration()
+    plan, verification = ledger.latest_plan(migration.id), ledger.latest_verification(migration.id)
+    route = ledger.route(migration.collection)
+    events = ledger.events(migration.id)
+    failures = ledger.failures(migration.id)
+    facts: dict[str, Any] = {
+        "made_at": now().isoformat(timespec="seconds"),
+        "status": {name: value for name, value in status_of(project).as_json().items() if name != "format"},
+        "verification": _verification(project, migration, plan, verification),
+        "measured": [
+            {"at": _when(event.at), "stage": event.stage, **event.detail}
+            for event in events
+            if event.event == "measured"
+        ],
+        "runs": [
+            {
+                "number": run.id,
+                "started_at": _when(run.started_at),
+                "seen_at": _when(run.seen_at),
+                "items": run.items,
+                "chunks": run.chunks,
+                "ended": run.ended,
+            }
+            for run in ledger.runs(migration.id)
+        ],
+        "failures": {
+            "open": len(failures),
+            "items": [
+                {"id": json.loads(row.item_id), "kind": row.kind, "reason": row.reason, "attempts": row.attempts}
+                for row in failures[:MOST_FAILURES]
+            ],
+        },
+        "training": _training(project, migration),
+        "plan": None if plan is None else {"fingerprint": plan.fingerprint, "at": _when(plan.created_at), **plan.content},
+        "route": None if route is None else {name: value for name, value in describe(route).items() if name != "salt"},
+        "events": [
+            {
+                "at": _when(event.at),
+                "event": event.event,
+                "stage": event.stage,
+                "actor": event.actor,
+                "detail": event.detail,
+            }
+            for event in events
+        ],
+    }
+    facts = finite(facts)
+    return {"verdict": verdict(facts), **facts}
+
+
+def finite(value: Any) -> Any:
+    """The same JSON value with None for numbers that are none, which JSON cannot hold."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, Mapping):
+        return {str(key): finite(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(each) for each in value]
+    return value
+
+
+def _verification(
+    project: Project, migration: Migration, plan: Plan | None, verification: Verification | None
+) -> dict[str, Any] | None:
+    if verification is None:
+        return None
+    return {
+        "at": _when(verification.created_at),
+        "outcome": verification.outcome,
+        "why_not": why_not(verification, migration, plan, project.settings.verify.max_age),
+        "old_encoder": verification.old_encoder_id,
+        "new_encoder": verification.new_encoder_id,
+        "questions_sha256": verification.queries_sha256,
+        "results": verification.results,
+    }
+
+
+def _training(project: Project, migration: Migration) -> dict[str, Any] | None:
+    run = project.ledger.latest_training(migration.id)
+    if run is None:
+        return None
+    return {
+        "method": run.method,
+        "state": run.state,
+        "encoder": run.encoder_id,
+        "error": run.error,
+        "started_at": _when(run.started_at),
+        "finished_at": _when(run.finished_at),
+        "validation": run.validation,
+        "epochs": read_epochs(Path(run.folder) / "metrics.csv"),
+    }
+
+
+def read_epochs(file: Path) -> list[dict[str, float]]:
+    """The rows of a training's metrics.csv; none where there is no such file, as with a map, or it is no such table."""
+    try:
+        if not file.is_file() or file.stat().st_size > _METRICS_BYTES:
+            return []
+        lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return []
+    rows: list[dict[str, float]] = []
+    for line in csv.DictReader(lines[: MOST_EPOCHS + 1]):
+        row: dict[str, float] = {}
+        for name, text in line.items():
+            if not isinstance(text, str) or not _COLUMN.fullmatch(name or ""):
+                continue
+            try:
+                row[name] = float(text)
+            except ValueError:
+                continue
+        if "epoch" in row:
+            rows.append(row)
+    return rows
+
+
+def _when(at: dt.datetime | None) -> str | None:
+    return None if at is None else at.isoformat(timespec="seconds")

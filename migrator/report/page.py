@@ -1,0 +1,331 @@
+"""The report as one HTML file that needs no network, no script and nothing beside it.
+
+Everything that the page prints came through others' hands: labels, payloads, paths, reasons, names. It is made visible,
+cut to length (`words.shown`) and escaped by the template engine; none of it becomes a link, a style or a drawing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from migrator.errors import ConfigProblem, Unavailable, UsageProblem
+from migrator.project import Project
+from migrator.report import charts, words
+from migrator.report.facts import facts_of
+from migrator.report.thumbnails import Thumbnail, thumbnails
+from migrator.report.verdict import meaning
+from trainer.files import write_whole
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
+
+MOST_EXAMPLES = 12
+MOST_ANSWERS = 5
+MOST_ROWS = 30
+"""Classes, segments and unreadable images that are shown."""
+MOST_EVENTS = 100
+"""Of the audit log and of the measurements the newest are shown."""
+_FOLDER = Path(__file__).parent
+TESTS = {
+    "old": ("Today", "old query, old gallery"),
+    "cross": ("Cross-test", "new query, old gallery"),
+    "self": ("Self-test", "new query, new gallery"),
+    "reverse": ("Reverse test", "old query, new gallery: no stage of a migration asks so"),
+}
+STAGES = {
+    "in_place": ("planned", "prepare", "canary", "backfill", "cutover", "finalize"),
+    "shadow": ("planned", "prepare", "backfill", "canary", "cutover", "finalize"),
+}
+"""The stages in the order in which a strategy passes them."""
+
+
+def write_report(
+    project: Project, out: Path | None, report: Callable[[int, int], None] = lambda _done, _of: None
+) -> Path:
+    """Writes the page and returns its path: `out`, or report.html beside the migration's artifacts.
+
+    An image that cannot be read or reached leaves its place to a note. Raises `UsageProblem` for a place where no file
+    can be, and where jinja2 or matplotlib is missing; `Unavailable` where the file cannot be written. Then whatever
+    lay there before is as it was.
+    """
+    check_installed()
+    path = _default_path(project) if out is None else out
+    if path.exists() and not path.is_file():
+        raise UsageProblem(f"{path} is no file: give the name of one with --out")
+    if not path.absolute().parent.is_dir():
+        raise UsageProblem(f"{path}: the folder {path.parent} does not exist: make it, or give another --out")
+    facts = facts_of(project)
+    pictures = thumbnails(project.images, _paths(_examples(facts)), report)
+    page = render(facts, pictures).encode()
+    try:
+        write_whole(path, page)
+    except OSError as error:
+        raise Unavailable(
+            f"{path}: {error.strerror or error}: no report was written; make room or correct the permissions, then again"
+        ) from error
+    return path
+
+
+def check_installed() -> None:
+    """Raises `UsageProblem` where what draws the page is missing."""
+    try:
+        import jinja2  # noqa: F401
+        import matplotlib  # noqa: F401
+    except ImportError as error:
+        raise UsageProblem(f"a report needs {error.name}: pip install 'advbct-migrator[report]'") from None
+
+
+def _default_path(project: Project) -> Path:
+    try:
+        folder = project.training_folder().parent
+    except ConfigProblem:  # the artifacts lie on a server
+        return Path(f"{project.name}-report.html")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise Unavailable(f"{folder}: {error.strerror}: correct that, or give another place with --out") from error
+    return folder / "report.html"
+
+
+def render(facts: Mapping[str, Any], pictures: Mapping[str, Thumbnail]) -> str:
+    """The whole page, from `facts_of` and the thumbnails of the examples. The same facts give the same page."""
+    from markupsafe import Markup
+
+    environment = _environment()
+    verification = facts["verification"] or {}
+    results = verification.get("results") or {}
+    tests = results.get("tests") or {}
+    metric = results.get("metric") or next(iter(tests.get("old") or {}), "map@100")
+    measured = [_measurement(entry, metric) for entry in facts["measured"]]
+    plan = facts["plan"] or {}
+    page = environment.get_template("report.html.j2").render(
+        facts=facts,
+        status=facts["status"],
+        verification=verification,
+        results=results,
+        plan=plan,
+        metric=metric,
+        meaning=meaning(metric),
+        metrics=_metrics(tests, metric),
+        tests={test: told for test, told in TESTS.items() if test in tests},
+        stages=STAGES.get(facts["status"]["strategy"] or "in_place", STAGES["in_place"]),
+        findings=_findings(results),
+        groups=[
+            (name, results[key]) for key, name in (("classes", "class"), ("segments", "segment")) if results.get(key)
+        ],
+        measured=measured,
+        orders=_orders(results.get("curve") or {}),
+        examples=_with_pictures(_examples(facts), pictures),
+        curve=_drawn(
+            charts.backfill_curve(
+                results.get("curve"),
+                _of_metric(plan.get("forecast"), metric),
+                measured,
+                metric=metric,
+                today=(tests.get("old") or {}).get(metric),
+            )
+        ),
+        forecast=_drawn(_forecast(plan.get("forecast"))),
+        histograms=_histograms(results.get("histograms") or {}),
+        training=[(text, Markup(svg)) for text, svg in charts.training_curves((facts["training"] or {}).get("epochs") or [])],
+        css=Markup((_FOLDER / "report.css").read_text(encoding="utf-8")),  # noqa: S704 - our own
+        most_rows=MOST_ROWS,
+        most_events=MOST_EVENTS,
+    )
+    return page
+
+
+def _environment() -> Environment:
+    from jinja2 import ChainableUndefined, Environment, FileSystemLoader
+    from markupsafe import Markup
+
+    def printed(value: Any) -> Any:
+        if value is None:
+            return words.NONE
+        return words.shown(value) if isinstance(value, str) and not isinstance(value, Markup) else value
+
+    environment = Environment(
+        loader=FileSystemLoader(_FOLDER),
+        autoescape=True,
+        undefined=ChainableUndefined,  # results of an older migrator lack what it did not measure
+        finalize=printed,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {
+        "short": lambda value, most=80: words.shown(str(value), most),
+        "number": words.number,
+        "signed": words.signed,
+        "percent": words.percent,
+        "count": words.count,
+        "when": words.when,
+        "duration": words.duration,
+        "size": words.size,
+        "metric": lambda value: words.metric_name(str(value)),
+        "told": _told,
+        "commands": _commands,
+    }
+    environment.globals |= {"interval_bar": lambda *at, reach: Markup(charts.interval_bar(*at, reach=reach)), "reach": _reach}
+    return environment
+
+
+def _commands(text: str) -> Any:
+    """A sentence with what stands between backticks as code."""
+    from markupsafe import Markup, escape
+
+    parts = words.shown(str(text)).split("`")
+    return Markup("").join(
+        Markup("<code>{}</code>").format(part) if number % 2 else escape(part) for number, part in enumerate(parts)
+    )
+
+
+def _told(detail: Any) -> str:
+    """The detail of an event in a line."""
+    if isinstance(detail, Mapping):
+        return ", ".join(f"{key}: {_told(value)}" for key, value in detail.items() if value is not None)
+    if isinstance(detail, Sequence) and not isinstance(detail, str):
+        return ", ".join(map(_told, detail))
+    return f"{detail:.4g}" if isinstance(detail, float) else str(detail)
+
+
+def _drawn(svg: str | None) -> Any:
+    from markupsafe import Markup
+
+    return None if svg is None else Markup(svg)  # noqa: S704 - drawn by `charts`, which takes no text from outside
+
+
+# -- what a part of the page shows ------------------------------------------------------------------------------------
+
+
+def _metrics(tests: Mapping[str, Any], metric: str) -> list[str]:
+    """The metrics of all tests, the gate's first."""
+    known = dict.fromkeys(name for values in tests.values() for name in values or {})
+    return sorted(known, key=lambda name: name != metric)
+
+
+def _reach(intervals: Sequence[Mapping[str, Any] | None]) -> float:
+    """The greatest distance from 0, so that the bars of a table share one scale."""
+    ends = [abs(each[end]) for each in intervals if each for end in ("low", "high") if words.is_number(each.get(end))]
+    return max(ends, default=0.0)
+
+
+def _findings(results: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The gate's findings; of an older verification its verdict and reasons."""
+    if results.get("findings"):
+        found: list[Mapping[str, Any]] = results["findings"]
+        return found
+    if "outcome" not in results:
+        return []
+    return [
+        {
+            "metric": results.get("metric"),
+            "outcome": results["outcome"],
+            "interval": results.get("interval"),
+            "queries": results.get("queries"),
+            "reason": "; ".join(map(str, results.get("reasons") or [])),
+        }
+    ]
+
+
+def _measurement(entry: Mapping[str, Any], metric: str) -> Mapping[str, Any]:
+    """A measurement in today's form; older ones hold the metrics and no more."""
+    mixed = entry.get("mixed")
+    if isinstance(mixed, Mapping) and "value" not in entry:
+        return {**entry, "metric": metric, "value": mixed.get(metric)}
+    return entry
+
+
+def _of_metric(forecast: Mapping[str, Any] | None, metric: str) -> Mapping[str, Any] | None:
+    """The plan's forecast, where it is of the metric that the curve shows."""
+    return forecast if forecast and forecast.get("metric", metric) == metric else None
+
+
+def _forecast(forecast: Mapping[str, Any] | None) -> str | None:
+    if not forecast:
+        return None
+    return charts.dated_forecast(forecast.get("points") or [], metric=str(forecast.get("metric") or "map@100"))
+
+
+def _orders(curve: Mapping[str, Any]) -> dict[str, Any]:
+    """Area under the curve of each order, and what the better one is worth."""
+    orders = curve.get("orders") or {}
+    areas = {order: found.get("auc") for order, found in orders.items() if words.is_number((found or {}).get("auc"))}
+    worth = None
+    if {"id", "worst_first"} <= areas.keys():
+        worth = areas["worst_first"] - areas["id"]
+    return {
+        "areas": areas,
+        "worth": worth,
+        "chosen": curve.get("order"),
+        "independent": bool(curve.get("independent_of_order")),
+    }
+
+
+def _histograms(histograms: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    edges, tests = histograms.get("edges") or [], histograms.get("tests") or {}
+    limits = [edge for edge in edges if words.is_number(edge)]
+    found = []
+    for test, (name, _) in TESTS.items():
+        drawn = limits and tests.get(test) and charts.histogram(
+            test, edges, tests[test], widest=_occupied(edges, list(tests.values()))
+        )  # fmt: skip
+        if drawn:
+            found.append((name, _drawn(drawn)))
+    return found
+
+
+def _occupied(edges: Sequence[Any], tests: Sequence[Mapping[str, Any]]) -> tuple[float, float]:
+    """The part of the axis on which any test has counts."""
+    used = [
+        place
+        for test in tests
+        for counts in (test or {}).values()
+        for place, value in enumerate(counts or [])
+        if words.is_number(value) and value > 0 and place < len(edges) - 1
+    ]
+    if not used:
+        return float(edges[0]), float(edges[-1])
+    return float(edges[min(used)]), float(edges[max(used) + 1])
+
+
+def _examples(facts: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    results = (facts["verification"] or {}).get("results") or {}
+    found: list[Mapping[str, Any]] = (results.get("examples") or [])[:MOST_EXAMPLES]
+    return found
+
+
+def _paths(examples: Sequence[Mapping[str, Any]]) -> list[object]:
+    return [
+        picture.get("path")
+        for example in examples
+        for picture in (example.get("query") or {}, *_answers(example, "old"), *_answers(example, "new"))
+    ]
+
+
+def _answers(example: Mapping[str, Any], test: str) -> list[Mapping[str, Any]]:
+    found: list[Mapping[str, Any]] = (example.get(test) or [])[:MOST_ANSWERS]
+    return found
+
+
+def _with_pictures(
+    examples: Sequence[Mapping[str, Any]], pictures: Mapping[str, Thumbnail]
+) -> list[Mapping[str, Any]]:
+    missing = Thumbnail(None, problem="its path is not known")
+
+    def shown(picture: Mapping[str, Any]) -> dict[str, Any]:
+        path = picture.get("path")
+        return {**picture, "thumbnail": pictures.get(path, missing) if isinstance(path, str) else missing}
+
+    return [
+        {
+            **example,
+            "query": shown(example.get("query") or {}),
+            "answers": [
+                ("today", example.get("old_value"), [shown(each) for each in _answers(example, "old")]),
+                ("new", example.get("new_value"), [shown(each) for each in _answers(example, "new")]),
+            ],
+        }
+        for example in examples
+    ]

@@ -1,0 +1,95 @@
+"""Numbers, times and texts of strangers as the page shows them."""
+
+from __future__ import annotations
+
+import datetime as dt
+import unicodedata
+from typing import Any, TypeGuard
+
+MOST_CHARACTERS = 1000
+"""No text that is printed is longer, whoever wrote it."""
+NONE = "–"
+_JOINERS = "\u200c\u200d"  # without these some scripts and emoji fall apart
+
+
+def shown(text: str, most: int = MOST_CHARACTERS) -> str:
+    """A text from outside as one line of bounded length: what cannot be seen or turns the line round is spelt out."""
+    cut = text[:most].rstrip() + "…" if len(text) > most else text
+    return "".join(map(_visible, cut))
+
+
+def _visible(character: str) -> str:
+    kind = unicodedata.category(character)
+    if kind in ("Zl", "Zp") or character in "\t\n\r":
+        return " "
+    if kind in ("Cc", "Cs", "Co", "Cn") or (kind == "Cf" and character not in _JOINERS):
+        return f"[U+{ord(character):04X}]"
+    return character
+
+
+def number(value: object, digits: int = 3) -> str:
+    """0.923"""
+    return f"{value:.{digits}f}" if is_number(value) else NONE
+
+
+def signed(value: object, digits: int = 3) -> str:
+    """+0.276, −0.012; a difference that rounds to nothing has no sign."""
+    if not is_number(value):
+        return NONE
+    text = f"{abs(value):.{digits}f}"
+    if float(text) == 0:
+        return text
+    return ("+" if value > 0 else "−") + text
+
+
+def percent(value: object, digits: int = 1) -> str:
+    """0.0125 as 1.2 %."""
+    return f"{100 * value:.{digits}f} %" if is_number(value) else NONE
+
+
+def metric_name(metric: str) -> str:
+    """map@100 as people write it: mAP@100."""
+    name, at, k = metric.partition("@")
+    return {"map": "mAP", "ndcg": "nDCG", "mrr": "MRR"}.get(name, name.replace("_", " ")) + at + k
+
+
+def count(value: object) -> str:
+    """1,497"""
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else NONE
+
+
+def when(value: object) -> str:
+    """A time in ISO 8601 as 2026-11-25 21:39 UTC."""
+    if not isinstance(value, str):
+        return NONE
+    try:
+        at = dt.datetime.fromisoformat(value)
+    except ValueError:
+        return shown(value, 40)
+    return f"{at.astimezone(dt.UTC) if at.tzinfo else at:%Y-%m-%d %H:%M} UTC"
+
+
+def duration(seconds: object) -> str:
+    """Seconds as people say them: 45 s, 12 min, 3.5 h, 2.1 days."""
+    if not is_number(seconds):
+        return NONE
+    for size, unit in ((86_400, "days"), (3_600, "h"), (60, "min")):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.3g} {unit}"
+    return f"{seconds:.0f} s"
+
+
+def size(octets: object) -> str:
+    """Bytes as people say them: 384 kB."""
+    if not is_number(octets):
+        return NONE
+    for unit in ("B", "kB", "MB", "GB"):
+        if octets < 1000:
+            return f"{octets:.3g} {unit}"
+        octets /= 1000
+    return f"{octets:.3g} TB"
+
+
+def is_number(value: Any) -> TypeGuard[float]:
+    """Whether it is a number that can be formatted; true and false are none."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
