@@ -255,7 +255,8 @@ def per_query(
     images: Images, whole: Split, asking: NDArray[np.float32], stored: NDArray[np.float32], metric: str
 ) -> NDArray[np.float64]:
     """A value for each query of each test, one test after the other; NaN where nothing is relevant."""
-    from migrator.verify.metrics import parse_metric, rank, relevance
+    from migrator.verify.metrics import parse_metric, relevance
+    from migrator.verify.ranking import rank
 
     wanted = parse_metric(metric)
     values = []

@@ -17,72 +17,6 @@ from numpy.typing import ArrayLike, NDArray
 Floats: TypeAlias = NDArray[np.float64]
 Bools: TypeAlias = NDArray[np.bool_]
 
-_SCORES_PER_BLOCK = 1 << 22  # 16 MiB of float32
-
-
-def rank(
-    queries: NDArray[np.float32],
-    gallery: NDArray[np.float32],
-    k: int,
-    *,
-    exclude: NDArray[np.integer] | None = None,
-    block: int | None = None,
-) -> NDArray[np.int32]:
-    """The exact k nearest gallery vectors of each query by inner product: (q, k) gallery indices, nearest first.
-
-    queries is (q, d), gallery (g, d), both of unit length where cosine is meant. `exclude` (q,) holds the gallery
-    index of the query itself, or -1: it is never among the answers. Equal scores are ordered by gallery index.
-    Where there are fewer than k answers the row ends in -1. `block` queries are compared at a time; memory is
-    block x g and does not grow with q.
-
-    Raises ValueError for shapes that do not fit, numbers that are not finite, and k below 1.
-    """
-    if queries.ndim != 2 or gallery.ndim != 2 or queries.shape[1] != gallery.shape[1]:
-        raise ValueError(f"queries {queries.shape} and gallery {gallery.shape} must be (q, d) and (g, d)")
-    if k < 1:
-        raise ValueError(f"k is {k}, must be at least 1")
-    n_queries, n_gallery = len(queries), len(gallery)
-    if exclude is not None and (exclude.shape != (n_queries,) or (exclude >= n_gallery).any() or (exclude < -1).any()):
-        raise ValueError("exclude must hold, for each query, a gallery index or -1")
-    block = block or max(1, _SCORES_PER_BLOCK // max(1, n_gallery))
-    nearest = np.full((n_queries, k), -1, dtype=np.int32)
-    for start in range(0, n_queries, block):
-        with np.errstate(invalid="ignore", over="ignore"):
-            scores = queries[start : start + block] @ gallery.T
-        if not np.isfinite(scores).all():
-            raise ValueError("queries or gallery hold numbers that are not finite, or too large")
-        if exclude is not None:
-            own = exclude[start : start + block]
-            rows = np.flatnonzero(own >= 0)
-            scores[rows, own[rows]] = -np.inf
-        nearest[start : start + block] = _largest(scores, k)
-    return nearest
-
-
-def _largest(scores: NDArray[np.float32], k: int) -> NDArray[np.int32]:
-    """Columns of the k largest finite scores of each row, largest first, ties by column; (n, k), padded with -1."""
-    n, width = scores.shape
-    kept = min(k, width)
-    columns = np.full((n, k), -1, dtype=np.int32)
-    if kept == 0:
-        return columns
-    if kept < width:
-        # argpartition picks freely among scores equal to the k-th; all of them are candidates, the lowest columns win.
-        kth = np.partition(scores, width - kept, axis=1)[:, width - kept, None]
-        candidate = scores >= kth
-        ties = scores == kth
-        surplus = candidate.sum(axis=1) - kept
-        for row in np.flatnonzero(surplus):
-            candidate[row, np.flatnonzero(ties[row])[-surplus[row] :]] = False
-        chosen = np.nonzero(candidate)[1].reshape(n, kept)
-    else:
-        chosen = np.broadcast_to(np.arange(width), (n, width))
-    chosen_scores = np.take_along_axis(scores, chosen, axis=1)
-    order = np.argsort(-chosen_scores, axis=1, kind="stable")
-    best = np.take_along_axis(chosen, order, axis=1)
-    columns[:, :kept] = np.where(np.isneginf(np.take_along_axis(chosen_scores, order, axis=1)), -1, best)
-    return columns
-
 
 class Relevance(NamedTuple):
     """Which answers are right, and how many right ones there are."""
@@ -103,7 +37,7 @@ def relevance(
 ) -> Relevance:
     """Marks the answers of `ranking` (q, k) that have their query's label, and counts the relevant gallery items.
 
-    With `exclude` (as in `rank`) a query's own item does not count as relevant.
+    With `exclude` (as in `ranking.rank`) a query's own item does not count as relevant.
     """
     query_codes, gallery_codes = _codes(query_labels, gallery_labels)
     padded = np.append(gallery_codes, -1)  # index -1, the padding, meets a label that no query has

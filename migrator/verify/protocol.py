@@ -24,7 +24,8 @@ from migrator.planning import check_fresh
 from migrator.project import Project
 from migrator.stored_encoder import unit
 from migrator.verify.gate import Verdict, gate
-from migrator.verify.metrics import Relevance, flips, parse_metric, rank, relevance, summarise
+from migrator.verify.metrics import Relevance, flips, parse_metric, relevance, summarise
+from migrator.verify.ranking import rank
 from trainer.errors import ImageProblem
 from trainer.images import template_fields
 
