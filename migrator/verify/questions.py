@@ -15,7 +15,7 @@ import math
 import posixpath
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Literal, TypeAlias, TypeVar
 
@@ -163,7 +163,7 @@ def question_files(project: Project, migration: Migration) -> LogFiles:
 
 def _body(questions: Questions) -> dict[str, Any]:
     """As JSON: relevant items as pairs, since the keys of a JSON object would all be text."""
-    body = asdict(questions)
+    body = {field.name: getattr(questions, field.name) for field in fields(questions)}
     if questions.relevant is not None:
         body["relevant"] = [[[item, grade] for item, grade in right.items()] for right in questions.relevant]
     return body
@@ -384,7 +384,7 @@ def _read_gallery(project: Project, store: Store, images: ImageSource, ids: Iter
     # The segments of queries from a file stand in the file.
     segment = settings.segment if settings.queries is None else None
     gallery = _Gallery([], [], None if settings.label is None else [], None if segment is None else [])
-    fields: dict[str, None] = {}
+    names: dict[str, None] = {}
     ordered = sorted(ids, key=order_key)
     for page in _pages(store, ordered, payload=True):
         for item, payload in page:
@@ -392,14 +392,14 @@ def _read_gallery(project: Project, store: Store, images: ImageSource, ids: Iter
             for template, column in ((settings.label, gallery.labels), (segment, gallery.segments)):
                 if template is not None and column is not None:
                     column.append(label_of(template, item, payload))
-            if len(fields) < MOST_NAMES:
-                fields |= dict.fromkeys(payload)
+            if len(names) < MOST_NAMES:
+                names |= dict.fromkeys(payload)
         gallery.paths.extend(path if isinstance(path, str) else None for path in locate(images, page))
     for name, column in (("label", gallery.labels), ("segment", gallery.segments)):
         if column is not None and not any(column):
             raise ConfigProblem(
                 f"{_key(project, name)}: {getattr(settings, name)!r} names a payload field that the items do not have; "
-                f"they have {_names(fields)}"
+                f"they have {_names(names)}"
             )
     return gallery
 
@@ -468,10 +468,10 @@ def _with_answer(queries: _Queries, gallery: _Gallery, counts: Counter[str], fil
             f"items {_names(sizes)}; make verify.label give the classes of the file, or raise verify.gallery"
         )
     if len(classes) == 1:
-        where = drawn if file is None else str(file)
+        advice = "correct verify.label, or raise verify.gallery" if file is None else "add queries of other classes"
         raise ConfigProblem(
-            f"{where}: every query has the class {_names(classes)}, so that no answer would be wrong: correct "
-            f"{'verify.label' if file is None else 'the column label'}, or give queries of at least two classes"
+            f"{drawn if file is None else file}: every query has the class {_names(classes)}, and with one class alone "
+            f"nothing can be wrong: {advice}"
         )
     return left
 
@@ -548,8 +548,8 @@ def _read_queries(file: Path, segment: str | None) -> tuple[_Queries, str]:
             f"{file}: no such file: set verify.queries to a list of query images with the columns path and label, or "
             "path and relevant"
         )
-    fields = () if segment is None else template_fields(segment)
-    wanted = ("path", "label", "relevant", "grades", *fields)
+    named = () if segment is None else template_fields(segment)
+    wanted = ("path", "label", "relevant", "grades", *named)
 
     def places(header: Sequence[str]) -> dict[str, int]:
         """Where the columns stand that are read."""
@@ -566,7 +566,7 @@ def _read_queries(file: Path, segment: str | None) -> tuple[_Queries, str]:
             )
         if "grades" in header and "relevant" not in header:
             raise ConfigProblem(f"{file} has a column grades and no column relevant {has}: name the graded items there")
-        missing = [name for name in fields if name not in header]
+        missing = [name for name in named if name not in header]
         if missing:
             raise ConfigProblem(f"{file} has no column {missing[0]}, which verify.segment names {has}")
         return {name: header.index(name) for name in dict.fromkeys(wanted) if name in header}
@@ -583,18 +583,19 @@ def _read_queries(file: Path, segment: str | None) -> tuple[_Queries, str]:
 
 
 def _read_csv(file: Path, stream: IO[bytes], places: Callable[[Sequence[str]], dict[str, int]]) -> dict[str, list[Any]]:
-    reader = csv.reader(io.TextIOWrapper(stream, "utf-8-sig", newline=""), strict=True)
-    header = [name.strip() for name in next(reader, [])]
-    where = places(header)
-    columns: dict[str, list[Any]] = {name: [] for name in where}
-    for number, cells in enumerate((cells for cells in reader if cells), start=1):
-        if len(cells) > len(header):
-            raise ConfigProblem(
-                f"{file}: row {number} has {len(cells)} cells, the first line names {len(header)}: put text with "
-                'commas in quotes, such as "[17, ""a-9""]"'
-            )
-        for name, place in where.items():
-            columns[name].append(cells[place] if place < len(cells) else None)
+    with io.TextIOWrapper(stream, "utf-8-sig", newline="") as text:
+        reader = csv.reader(text, strict=True)
+        header = [name.strip() for name in next(reader, [])]
+        where = places(header)
+        columns: dict[str, list[Any]] = {name: [] for name in where}
+        for number, cells in enumerate((cells for cells in reader if cells), start=1):
+            if len(cells) > len(header):
+                raise ConfigProblem(
+                    f"{file}: row {number} has {len(cells)} cells, the first line names {len(header)}: put text with "
+                    'commas in quotes, such as "[17, ""a-9""]"'
+                )
+            for name, place in where.items():
+                columns[name].append(cells[place] if place < len(cells) else None)
     return columns
 
 
