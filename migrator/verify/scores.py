@@ -140,7 +140,8 @@ def draw_pairs(
 
     def relevant(pairs: NDArray[np.int64]) -> NDArray[np.bool_]:
         codes = query_codes[pairs[:, 0]]
-        return np.logical_and(codes >= 0, codes == gallery_codes[pairs[:, 1]])
+        same: NDArray[np.bool_] = codes == gallery_codes[pairs[:, 1]]
+        return same & (codes >= 0)
 
     sizes = len(query_codes), len(gallery_codes)
     return Pairs(_without_own(positives, own), _negatives(sizes, relevant, own, limit, random))
