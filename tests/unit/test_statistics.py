@@ -121,6 +121,16 @@ def test_a_column_counts_the_queries_that_it_has():
     assert np.isnan([found.means[2], found.error[2], *found.interval(2)]).all()
 
 
+def test_queries_that_count_nowhere_change_nothing():
+    values, clusters = np.random.default_rng(5).normal(size=(60, 2)), np.arange(60) % 7
+    values[::4], values[1, 0] = NAN, NAN
+    counted = ~np.isnan(values[:, 1])
+    found, alone = (
+        bootstrap(values[rows], clusters[rows], confidence=0.9, resamples=50, seed=0) for rows in (..., counted)
+    )
+    assert [found.interval(column) for column in (0, 1)] == [alone.interval(column) for column in (0, 1)]
+
+
 def test_a_column_of_few_clusters_is_about_as_sure_as_these_clusters_alone():
     random = np.random.default_rng(6)
     clusters = np.repeat(np.arange(100), 5)
