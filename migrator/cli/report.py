@@ -13,7 +13,9 @@ from migrator.errors import UsageProblem
 @click.command("report")
 @migration_options
 @click.option(
-    "--out", type=click.Path(path_type=Path), help="The file; report.html beside the migration's artifacts unless given."
+    "--out",
+    type=click.Path(path_type=Path),
+    help="The file; report.html beside the migration's artifacts unless given.",
 )
 @json_option
 def command(name: str | None, config_path: Path, out: Path | None, as_json: bool) -> None:

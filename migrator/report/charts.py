@@ -32,10 +32,10 @@ _SETTINGS = {
     "svg.hashsalt": "migrator",  # the same facts give the same bytes
     "text.parse_math": False,
     "font.family": ["DejaVu Sans"],  # comes with matplotlib; the page's own font takes its place
-    "font.size": 10,
+    "font.size": 9,
     "axes.unicode_minus": True,
 }
-_WIDTH = 4.8  # inches of 72 points: what a phone shows with little shrinking
+_WIDTH = 4.6  # inches of 72 points: what a phone shows with little shrinking
 MOST_POINTS = 400
 """A line of more points is thinned."""
 TESTS = {"old": "today", "cross": "cross-test", "self": "self-test", "reverse": "reverse test"}
@@ -227,7 +227,7 @@ def _axes(*, height: float) -> tuple[Figure, Axes]:
             axes.spines[side].set_visible(False)
         for side in ("bottom", "left"):
             axes.spines[side].set_color(_GRID)
-        axes.tick_params(colors=_FAINT, length=3, labelsize=9)
+        axes.tick_params(colors=_FAINT, length=3)
         axes.grid(color=_GRID, linewidth=0.7)
         axes.set_axisbelow(True)
         for label in (axes.xaxis.label, axes.yaxis.label):
@@ -240,7 +240,7 @@ def _legend(axes: Axes) -> None:
 
     with rc_context(_SETTINGS):
         axes.legend(
-            loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3, frameon=False, fontsize=9, labelcolor=_INK,
+            loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3, frameon=False, labelcolor=_INK,
             handlelength=2.6, columnspacing=1.4,
         )  # fmt: skip
 
@@ -297,12 +297,15 @@ def _own_ids(root: ET.Element, name: str) -> None:
                 element.set(key, re.sub(r"url\(#([^)]+)\)", rf"url(#{name}-\1)", value))
 
 
-def interval_bar(mean: object, low: object, high: object, *, reach: float) -> str:
-    """A gain and its interval as a small drawing in a table: -reach to the left, 0 in the middle, reach to the right."""
-    if not (is_number(mean) and is_number(low) and is_number(high)) or reach <= 0:
+def interval_bar(mean: object, low: object, high: object, *, extent: tuple[float, float]) -> str:
+    """A gain and its interval as a small drawing in a table; `extent` is what its width spans, 0 included."""
+    left, right = extent
+    if not (is_number(mean) and is_number(low) and is_number(high)) or left >= right:
         return ""
-    at = [60 + 56 * max(-1.0, min(1.0, value / reach)) for value in (low, mean, high)]
+    x0, x1, x2, x3 = (
+        5 + 150 * (min(max(float(at), left), right) - left) / (right - left) for at in (0, low, mean, high)
+    )
     return (
-        '<svg class="interval" viewBox="0 0 120 14" aria-hidden="true"><path class="zero" d="M60 0V14"/>'
-        f'<path class="range" d="M{at[0]:.1f} 7H{at[2]:.1f}"/><circle cx="{at[1]:.1f}" cy="7" r="3.5"/></svg>'
+        f'<svg class="interval" viewBox="0 0 160 14" aria-hidden="true"><path class="zero" d="M{x0:.1f} 0V14"/>'
+        f'<path class="range" d="M{x1:.1f} 7H{x3:.1f}"/><circle cx="{x2:.1f}" cy="7" r="3.5"/></svg>'
     )

@@ -63,7 +63,9 @@ def facts_of(project: Project) -> dict[str, Any]:
             ],
         },
         "training": _training(project, migration),
-        "plan": None if plan is None else {"fingerprint": plan.fingerprint, "at": _when(plan.created_at), **plan.content},
+        "plan": None
+        if plan is None
+        else {"fingerprint": plan.fingerprint, "at": _when(plan.created_at), **plan.content},
         "route": None if route is None else {name: value for name, value in describe(route).items() if name != "salt"},
         "events": [
             {

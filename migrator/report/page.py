@@ -106,6 +106,7 @@ def render(facts: Mapping[str, Any], pictures: Mapping[str, Thumbnail]) -> str:
         verification=verification,
         results=results,
         plan=plan,
+        answered_by=_answered_by(facts),
         metric=metric,
         meaning=meaning(metric),
         metrics=_metrics(tests, metric),
@@ -129,7 +130,9 @@ def render(facts: Mapping[str, Any], pictures: Mapping[str, Thumbnail]) -> str:
         ),
         forecast=_drawn(_forecast(plan.get("forecast"))),
         histograms=_histograms(results.get("histograms") or {}),
-        training=[(text, Markup(svg)) for text, svg in charts.training_curves((facts["training"] or {}).get("epochs") or [])],
+        training=[
+            (text, Markup(svg)) for text, svg in charts.training_curves((facts["training"] or {}).get("epochs") or [])
+        ],
         css=Markup((_FOLDER / "report.css").read_text(encoding="utf-8")),  # noqa: S704 - our own
         most_rows=MOST_ROWS,
         most_events=MOST_EVENTS,
@@ -166,8 +169,11 @@ def _environment() -> Environment:
         "metric": lambda value: words.metric_name(str(value)),
         "told": _told,
         "commands": _commands,
+        "sentence": lambda value: words.sentence(str(value)),
     }
-    environment.globals |= {"interval_bar": lambda *at, reach: Markup(charts.interval_bar(*at, reach=reach)), "reach": _reach}
+    environment.globals |= {
+        "interval_bar": lambda *at, extent: _drawn(charts.interval_bar(*at, extent=extent)), "extent": _extent,
+    }  # fmt: skip
     return environment
 
 
@@ -205,10 +211,22 @@ def _metrics(tests: Mapping[str, Any], metric: str) -> list[str]:
     return sorted(known, key=lambda name: name != metric)
 
 
-def _reach(intervals: Sequence[Mapping[str, Any] | None]) -> float:
-    """The greatest distance from 0, so that the bars of a table share one scale."""
-    ends = [abs(each[end]) for each in intervals if each for end in ("low", "high") if words.is_number(each.get(end))]
-    return max(ends, default=0.0)
+def _extent(intervals: Sequence[Mapping[str, Any] | None]) -> tuple[float, float]:
+    """The least and the greatest end, with 0 among them, so that the drawings of a table share one scale."""
+    ends = [each[end] for each in intervals if each for end in ("low", "high") if words.is_number(each.get(end))]
+    return min([0.0, *ends]), max([0.0, *ends])
+
+
+def _answered_by(facts: Mapping[str, Any]) -> str:
+    """Who answers the queries, in words."""
+    route, new = facts["route"], facts["status"]["new_encoder"]
+    if route is None:
+        return "the old encoder answers; there is no route yet"
+    if route["query_encoder"] == new:
+        return "the new encoder answers all of them"
+    if not route["canary_percent"]:
+        return "the old encoder answers all of them"
+    return f"the new encoder answers {route['canary_percent']:g} % of them"
 
 
 def _findings(results: Mapping[str, Any]) -> list[Mapping[str, Any]]:
@@ -309,9 +327,7 @@ def _answers(example: Mapping[str, Any], test: str) -> list[Mapping[str, Any]]:
     return found
 
 
-def _with_pictures(
-    examples: Sequence[Mapping[str, Any]], pictures: Mapping[str, Thumbnail]
-) -> list[Mapping[str, Any]]:
+def _with_pictures(examples: Sequence[Mapping[str, Any]], pictures: Mapping[str, Thumbnail]) -> list[Mapping[str, Any]]:
     missing = Thumbnail(None, problem="its path is not known")
 
     def shown(picture: Mapping[str, Any]) -> dict[str, Any]:

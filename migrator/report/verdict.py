@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from migrator.report.words import is_number, metric_name, number, percent, shown, signed
+from migrator.report.words import is_number, metric_name, number, percent, sentence, shown, signed
 
 _MEANING = {
     "map": "1 means that every right answer comes before every wrong one",
@@ -63,7 +63,11 @@ def _headline(facts: Mapping[str, Any]) -> tuple[str, str]:
     if outcome == "pass" and lapsed and not under_way:
         return "open", f"It passed, but that no longer counts: the migration {lapsed}. Again: `migrator verify {name}`."
     if outcome == "pass":
-        doing = "the new encoder answers queries, as the verification allows" if under_way else "the new encoder may answer queries"
+        doing = (
+            "the new encoder answers queries, as the verification allows"
+            if under_way
+            else "the new encoder may answer queries"
+        )
         return "yes", f"Yes: {doing}."
     if outcome == "fail":
         return "no", "No: the new encoder must not answer queries. Search would get worse than the gate allows."
@@ -74,9 +78,9 @@ def _evidence(verification: Mapping[str, Any]) -> list[str]:
     results = verification["results"]
     sentences = [*_gain(results), *_losers(results)]
     if verification["outcome"] != "pass":
-        sentences += [_sentence(reason) for reason in (results.get("reasons") or [])[:3]]
+        sentences += [sentence(shown(str(reason))) for reason in (results.get("reasons") or [])[:3]]
     if isinstance(evidence := results.get("evidence"), str):
-        sentences.append(_sentence(evidence))
+        sentences.append(sentence(shown(evidence)))
     return sentences
 
 
@@ -88,7 +92,9 @@ def _gain(results: Mapping[str, Any]) -> list[str]:
     sentences = []
     if is_number(today.get(metric)) and is_number(new.get(metric)):
         gain = new[metric] - today[metric]
-        verb = f"{number(abs(gain))} {'better' if gain > 0 else 'worse'}" if number(abs(gain)) != "0.000" else "the same"
+        verb = (
+            f"{number(abs(gain))} {'better' if gain > 0 else 'worse'}" if number(abs(gain)) != "0.000" else "the same"
+        )
         sentences.append(
             f"Over {results.get('queries', 'the')} test queries, search scores {number(new[metric])} with the new "
             f"encoder and {number(today[metric])} today: {verb} ({metric_name(metric)}; {meaning(metric)})."
@@ -125,9 +131,3 @@ def _losers(results: Mapping[str, Any]) -> list[str]:
         elif (results.get(what) or {}).get("worst"):
             sentences.append(f"No {name} loses on average.")
     return sentences
-
-
-def _sentence(text: object) -> str:
-    """A reason that another part wrote, as a sentence of its own."""
-    words = shown(str(text)).strip()
-    return words[:1].upper() + words[1:] + ("" if words.endswith((".", "!", "?")) else ".")

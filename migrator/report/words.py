@@ -27,6 +27,12 @@ def _visible(character: str) -> str:
     return character
 
 
+def sentence(text: str) -> str:
+    """A text that another part wrote, as a sentence of its own."""
+    words = text.strip()
+    return words[:1].upper() + words[1:] + ("" if words.endswith((".", "!", "?")) else ".")
+
+
 def number(value: object, digits: int = 3) -> str:
     """0.923"""
     return f"{value:.{digits}f}" if is_number(value) else NONE
@@ -59,14 +65,14 @@ def count(value: object) -> str:
 
 
 def when(value: object) -> str:
-    """A time in ISO 8601 as 2026-11-25 21:39 UTC."""
+    """A time in ISO 8601 as 2026-11-25 21:39, in UTC."""
     if not isinstance(value, str):
         return NONE
     try:
         at = dt.datetime.fromisoformat(value)
     except ValueError:
         return shown(value, 40)
-    return f"{at.astimezone(dt.UTC) if at.tzinfo else at:%Y-%m-%d %H:%M} UTC"
+    return f"{at.astimezone(dt.UTC) if at.tzinfo else at:%Y-%m-%d %H:%M}"
 
 
 def duration(seconds: object) -> str:
