@@ -47,10 +47,9 @@ def save_verification(ledger: Ledger, migration: Migration, document: dict[str, 
 def _train(folder: Path, ledger: Ledger, migration: Migration) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     rows = ["epoch,classification,anchor,lr,images_per_second,self,cross,old,p1"]
-    rows += [
-        f"{n},{7 * math.exp(-n / 4):.4f},{8 * math.exp(-n / 5):.4f},0.001,250,{0.9 - 0.4 / n:.4f},{0.8 - 0.6 / n:.4f},0.51,{0.5 - 0.1 / n:.4f}"
-        for n in range(1, 13)
-    ]
+    for n in range(1, 13):
+        losses, validation = (7 * math.exp(-n / 4), 8 * math.exp(-n / 5)), (0.9 - 0.4 / n, 0.8 - 0.6 / n, 0.51)
+        rows.append(",".join(f"{value:.4f}" for value in (n, *losses, 0.001, 250, *validation, 0.5 - 0.1 / n)))
     (folder / "metrics.csv").write_text("\n".join(rows) + "\n")
     number = ledger.start_training(migration.id, method="advbct", settings={}, folder=str(folder))
     validation = {"self": 0.87, "cross": 0.75, "old": 0.51, "reverse": 0.6, "procrustes": 0.42}

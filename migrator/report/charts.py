@@ -27,7 +27,7 @@ _VARIABLES = {
 }  # fmt: skip
 _STYLES = ("solid", (0, (5, 2)), (0, (1, 1.5)), "dashdot", (0, (3, 1, 1, 1, 1, 1)), (0, (8, 2)))
 _MARKERS = "os^Dvp"
-_SETTINGS = {
+_SETTINGS: Any = {  # Any: matplotlib types the keys by a list of literals
     "svg.fonttype": "none",  # text stays text: it can be read aloud, searched and enlarged
     "svg.hashsalt": "migrator",  # the same facts give the same bytes
     "text.parse_math": False,
@@ -60,8 +60,8 @@ def backfill_curve(
             points = _points(curve.get("shares"), (found or {}).get("values"))
             lines.append((f"verified, {_order(order)}", *points))
     if forecast is not None:
-        points = forecast.get("points") or []
-        lines.append(("planned", *_points([p.get("share") for p in points], [p.get("value") for p in points])))
+        planned = forecast.get("points") or []
+        lines.append(("planned", *_points([p.get("share") for p in planned], [p.get("value") for p in planned])))
     lines = [line for line in lines if line[1]]
     shares, values = _points([m.get("share") for m in measured], [m.get("value") for m in measured])
     if not lines and not shares:
@@ -98,12 +98,13 @@ def _order(order: str) -> str:
 
 def _bars(measured: Sequence[Mapping[str, Any]]) -> list[tuple[float, float, float]]:
     """(share, low, high) of measurements that have an interval."""
-    bars = []
+    bars: list[tuple[float, float, float]] = []
     for point in measured:
         interval = point.get("interval") or {}
-        numbers = [point.get("share"), point.get("value"), *(interval.get(key) for key in ("mean", "low", "high"))]
+        share, value, mean, low, high = numbers = [
+            point.get("share"), point.get("value"), *(interval.get(key) for key in ("mean", "low", "high"))
+        ]  # fmt: skip
         if all(map(is_number, numbers)):
-            share, value, mean, low, high = map(float, numbers)
             bars.append((share, value + low - mean, value + high - mean))
     return bars
 
@@ -144,10 +145,12 @@ def training_curves(epochs: Sequence[Mapping[str, float]]) -> list[tuple[str, st
     """(caption, SVG) of the losses, of the validation, and of P_1, by epoch; what is not in the rows is left out."""
     if not epochs:
         return []
+    from matplotlib.ticker import MaxNLocator
+
     not_losses = {"epoch", "lr", "images_per_second", "self", "cross", "old", "reverse", "p1"}
     names = list(dict.fromkeys(name for row in epochs for name in row))
     losses = [name for name in names if name not in not_losses][: len(_SERIES)]
-    groups = [
+    groups: list[tuple[str, str, list[str]]] = [
         ("losses", "Losses", losses),
         ("validation", "mAP@100 on held-out images", [name for name in ("self", "cross", "old") if name in names]),
         ("p1", "P_1, by which the best epoch is chosen", [name for name in ("p1",) if name in names]),
@@ -167,7 +170,7 @@ def training_curves(epochs: Sequence[Mapping[str, float]]) -> list[tuple[str, st
         if not drawn:
             continue
         axes.set_xlabel("epoch")
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         if drawn > 1:
             _legend(axes)
         told = ", ".join(map(_legible, columns))
@@ -184,15 +187,17 @@ def dated_forecast(points: Sequence[Mapping[str, Any]], *, metric: str) -> str |
     ]
     if len(dated) < 2:
         return None
-    from matplotlib.dates import AutoDateLocator, ConciseDateFormatter, date2num
+    from matplotlib import dates
 
+    calendar: Any = dates  # its functions are not typed
     figure, axes = _axes(height=2.4)
     axes.plot(
-        [date2num(at) for at, _ in dated], [value for _, value in dated], color=_SERIES[3], marker="o", markersize=4
-    )
-    locator = AutoDateLocator(minticks=3, maxticks=5)
+        [calendar.date2num(at) for at, _ in dated], [value for _, value in dated],
+        color=_SERIES[3], marker="o", markersize=4,
+    )  # fmt: skip
+    locator = calendar.AutoDateLocator(minticks=3, maxticks=5)
     axes.xaxis.set_major_locator(locator)
-    axes.xaxis.set_major_formatter(ConciseDateFormatter(locator))
+    axes.xaxis.set_major_formatter(calendar.ConciseDateFormatter(locator))
     axes.set_ylabel(metric_name(metric))
     return _svg(figure, "forecast", "The plan’s forecast by date", "Its numbers are in the table beside it.")
 

@@ -63,7 +63,7 @@ def write_report(
         write_whole(path, page)
     except OSError as error:
         raise Unavailable(
-            f"{path}: {error.strerror or error}: no report was written; make room or correct the permissions, then again"
+            f"{path}: {error.strerror or error}: nothing was written; make room or correct the permissions, then again"
         ) from error
     return path
 
@@ -100,7 +100,7 @@ def render(facts: Mapping[str, Any], pictures: Mapping[str, Thumbnail]) -> str:
     metric = results.get("metric") or next(iter(tests.get("old") or {}), "map@100")
     measured = [_measurement(entry, metric) for entry in facts["measured"]]
     plan = facts["plan"] or {}
-    page = environment.get_template("report.html.j2").render(
+    return environment.get_template("report.html.j2").render(
         facts=facts,
         status=facts["status"],
         verification=verification,
@@ -131,13 +131,13 @@ def render(facts: Mapping[str, Any], pictures: Mapping[str, Thumbnail]) -> str:
         forecast=_drawn(_forecast(plan.get("forecast"))),
         histograms=_histograms(results.get("histograms") or {}),
         training=[
-            (text, Markup(svg)) for text, svg in charts.training_curves((facts["training"] or {}).get("epochs") or [])
+            (caption, _drawn(svg))
+            for caption, svg in charts.training_curves((facts["training"] or {}).get("epochs") or [])
         ],
         css=Markup((_FOLDER / "report.css").read_text(encoding="utf-8")),  # noqa: S704 - our own
         most_rows=MOST_ROWS,
         most_events=MOST_EVENTS,
     )
-    return page
 
 
 def _environment() -> Environment:
@@ -147,7 +147,7 @@ def _environment() -> Environment:
     def printed(value: Any) -> Any:
         if value is None:
             return words.NONE
-        return words.shown(value) if isinstance(value, str) and not isinstance(value, Markup) else value
+        return value if isinstance(value, Markup | int | float) else words.shown(str(value))
 
     environment = Environment(
         loader=FileSystemLoader(_FOLDER),
@@ -158,7 +158,7 @@ def _environment() -> Environment:
         lstrip_blocks=True,
     )
     environment.filters |= {
-        "short": lambda value, most=80: words.shown(str(value), most),
+        "short": _short,
         "number": words.number,
         "signed": words.signed,
         "percent": words.percent,
@@ -172,9 +172,19 @@ def _environment() -> Environment:
         "sentence": lambda value: words.sentence(str(value)),
     }
     environment.globals |= {
-        "interval_bar": lambda *at, extent: _drawn(charts.interval_bar(*at, extent=extent)), "extent": _extent,
-    }  # fmt: skip
+        "interval_bar": _interval_bar,
+        "extent": _extent,
+    }
     return environment
+
+
+def _short(value: object, most: int = 80) -> str:
+    """A text from outside in a place where there is little room."""
+    return words.NONE if value is None else words.shown(str(value), most)
+
+
+def _interval_bar(mean: object, low: object, high: object, *, extent: tuple[float, float]) -> Any:
+    return _drawn(charts.interval_bar(mean, low, high, extent=extent))
 
 
 def _commands(text: str) -> Any:
