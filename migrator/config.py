@@ -538,7 +538,7 @@ class Verify(Section):
     """The class of an item, from its payload: items of the same class are relevant. Without labels altered views of the
     collection's images are searched for: weaker evidence."""
     segment: Template | None = None
-    """A group that a query belongs to, from the columns of the file or its item's payload; results are told for each."""
+    """A group that a query belongs to, from the file's columns or its item's payload; results are told for each."""
     sample: Annotated[int, Field(ge=1, le=1_000_000)] = 500
     """Queries at most, drawn evenly over the classes."""
     gallery: Annotated[int, Field(ge=1, le=10_000_000)] = 10_000

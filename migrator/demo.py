@@ -173,13 +173,13 @@ def walk(folder: Path, *, keep_at: str | None, run: Run, say: Say) -> None:
         return
     while _next_command(folder) == f"migrator backfill {NAME}":
         command("backfill", "--max-items", str(RUN_ITEMS))
-        command("verify", "--mixed")
     command("status")
     command("rollout", "--stage", "cutover")
     if opened("cutover"):
         return
     command("rollout", "--stage", "finalize")
     command("status")
+    command("report")
 
 
 def _next_command(folder: Path) -> str | None:

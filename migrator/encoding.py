@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
@@ -15,9 +15,18 @@ from trainer.errors import EncoderProblem, ImageProblem
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
+    from PIL import Image
 
     from trainer.encoder import Encoder
     from trainer.images import ImageSource
+
+
+class Images(Protocol):
+    """Where `embed` gets images from: an `ImageSource`, or one that alters what it loads."""
+
+    def load(self, path: str) -> Image.Image:
+        """The decoded image. Raises `ImageProblem`, `ImagesUnavailable`."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +40,7 @@ class Embedded:
 
 
 def embed(
-    images: ImageSource,
+    images: Images,
     paths: Iterable[str | ImageProblem],
     encoders: Sequence[Encoder],
     *,

@@ -15,9 +15,10 @@ from adapters.base import Capabilities, CollectionInfo, Store
 from migrator.config import POST_HOC, OldEncoder
 from migrator.encoding import embed, locate
 from migrator.errors import ConfigProblem, Refused
-from migrator.ledger import Plan
+from migrator.ledger import Plan, now
 from migrator.project import Project
 from migrator.stored_encoder import SAME, StoredEncoder
+from migrator.verify.forecast import expected_quality, forecast
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -105,6 +106,7 @@ def make_plan(project: Project, report: Callable[[int, int], None] = lambda _don
         new = _new_or_untrained(project)
         check_unmixed(project, store, old_id, None if new.untrained else new.encoder.id)
         sample = _measure_sample(project, store, old, new, report)
+        quality = expected_quality(project, store, project.images(), None if new.untrained else new.encoder, report)
     strategy = settings.rollout.strategy
     risks = [*(STORED_RISKS[strategy] if old is None else ()), *sample.risks]
     if old is None and not capabilities.exact_vectors:
@@ -140,6 +142,9 @@ def make_plan(project: Project, report: Callable[[int, int], None] = lambda _don
         "old_encoder_check": {"sampled": sample.compared, "median_cosine": median},
         "images_per_second": round(rate, 1),
         "backfill_seconds": round(info.count / rate) if rate else None,
+        "forecast": forecast(
+            quality, metric=settings.verify.gate.metric, items=info.count, items_per_second=rate, begin=now()
+        ),
         "chunks": -(-info.count // settings.backfill.chunk_size),
         "undo_bytes": vector_bytes if strategy == "in_place" else 0,
         "index_bytes": _index_bytes(info, strategy, new.encoder.dim),
@@ -289,7 +294,7 @@ def bound_facts(project: Project, info: CollectionInfo, old_encoder_id: str) -> 
         "old_encoder": {**_of_model(settings["old_encoder"]), "id": old_encoder_id},
         "new_encoder": settings["new_encoder"],
         "rollout": {"strategy": settings["rollout"]["strategy"]},
-        "backfill": {"chunk_size": settings["backfill"]["chunk_size"]},
+        "backfill": {key: settings["backfill"][key] for key in ("chunk_size", "order")},
         "collection": {"name": info.name, "dim": info.dim, "metric": info.metric},
     }
 

@@ -14,7 +14,7 @@ from migrator.errors import ConfigProblem, Refused
 from migrator.old_vectors import old_vectors
 from migrator.planning import check_fresh
 from migrator.project import Project
-from migrator.verify.protocol import label_of
+from migrator.verify.questions import label_of
 from trainer.errors import ImageProblem
 
 if TYPE_CHECKING:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import random
 import threading
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Literal, TypeAlias
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from adapters.base import ItemId, StoreBusy
 from migrator.backfill.chunks import cut_catch_up, cut_first_pass
@@ -19,7 +20,11 @@ from migrator.errors import Refused
 from migrator.ledger import BACKFILL_STAGES, Chunk, Ledger, Migration, this_process
 from migrator.planning import check_fresh
 from migrator.project import Project
-from migrator.verify.protocol import label_of
+from migrator.verify.questions import label_of
+from migrator.verify.watch import look
+
+if TYPE_CHECKING:
+    from trainer.encoder import Encoder
 
 Ended: TypeAlias = Literal["complete", "limit", "paused", "interrupted", "busy", "stuck"]
 
@@ -39,6 +44,8 @@ class Summary:
     encoding_seconds: float
     """Time inside the encoder; the rest is what the pipeline could not hide behind it."""
     message: str = ""
+    looked: str = ""
+    """What was seen in the collection afterwards."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,9 +75,38 @@ def backfill(
         return Summary("paused", 0, 0, 0, 0, 0.0, 0.0, f"paused: {migration.paused}")
     try:
         with open_transfer(project, migration) as transfer:
-            return _Run(project, migration, transfer, max_seconds, max_items, stop or threading.Event(), report).go()
+            run = _Run(project, migration, transfer, max_seconds, max_items, stop or threading.Event(), report)
+            summary = run.go()
     except StoreBusy as busy:
         return Summary("busy", 0, 0, 0, 0, 0.0, 0.0, f"another run is going on: {busy}")
+    return _look(project, migration, run, summary)
+
+
+def _look(project: Project, migration: Migration, run: _Run, summary: Summary) -> Summary:
+    """Looks at the collection after a run that wrote something; what it finds may pause the migration."""
+    settings = project.settings.backfill
+    if not summary.items or not (settings.read_back or settings.measure) or run.encoder is None:
+        return summary
+    looked = look(project, migration, run.encoder, run.written.items, run=run.run_id)
+    if looked.pause is None:
+        return replace(summary, looked=looked.says)
+    return replace(summary, ended="paused", looked=looked.says, message=f"paused: {looked.pause}")
+
+
+class _Sample:
+    """As many of the items that pass by as fit, each as likely as the others (reservoir sampling, Vitter 1985)."""
+
+    def __init__(self, size: int) -> None:
+        self.items: list[ItemId] = []
+        self._size, self._seen, self._random = size, 0, random.Random(0)
+
+    def add(self, items: Iterable[ItemId]) -> None:
+        for item in items:
+            self._seen += 1
+            if len(self.items) < self._size:
+                self.items.append(item)
+            elif (at := self._random.randrange(self._seen)) < self._size:
+                self.items[at] = item
 
 
 def check_stage(project: Project) -> Migration:
@@ -121,13 +157,16 @@ class _Run:
         self.failing: set[ItemId] = set()
         self.extended = time.monotonic()
         self.throttle = Throttle(self.settings.nice, stop)
+        self.written = _Sample(self.settings.read_back)
+        self.encoder: Encoder | None = None
+        self.run_id = 0
 
     def go(self) -> Summary:
         """The whole run, from loading the encoder to publishing what was written."""
         check_fresh(self.project, self.transfer.source)
-        encoder = self.project.new_encoder()
+        self.encoder = encoder = self.project.new_encoder()
         images = self.project.images()
-        run_id = self.ledger.start_run(self.migration.id, self.owner)
+        self.run_id = run_id = self.ledger.start_run(self.migration.id, self.owner)
         ended = "failed"
         try:
             if self.ledger.counts(self.migration.id).passes == 0:
@@ -241,6 +280,7 @@ class _Run:
         )
         self.chunks += 1
         self.items += len(finished.written)
+        self.written.add(finished.written)
         self.failed += len(finished.failures)
         self.gone += finished.gone
 

@@ -55,15 +55,19 @@ def command(
     if as_json:
         print_json({"migration": project.name, **asdict(summary), "next": following})
     else:
-        if summary.message:
-            click.echo(summary.message)
-        else:
+        if summary.items or not summary.message:
             click.echo(
                 f"{summary.ended}: {summary.items} items in {summary.chunks} chunks, {summary.failed} failed, "
                 f"{summary.gone} gone, {duration(summary.seconds)}"
             )
+        if summary.looked:
+            click.echo(f"looked at the collection: {summary.looked}")
+        if summary.message:
+            click.echo(summary.message)
         if following:
             click.echo(f"next: {following}")
+    if summary.ended == "paused" and summary.items:  # by what this run saw, not by somebody before it
+        return 3
     return {"interrupted": 130, "stuck": 3}.get(summary.ended, 0)
 
 

@@ -61,6 +61,7 @@ def _show(fingerprint: str, plan: dict[str, Any]) -> None:
             ("", new["vectors"]),
             ("backfill", f"{plan['chunks']} chunks, about {duration(plan['backfill_seconds'])} of work "
                          f"at {plan['images_per_second']:g} images/s"),
+            ("expected", _expected(plan["forecast"])),
             ("disk", disk),
             ("recommended", f"{plan['recommended']['strategy']}: {plan['recommended']['why']}"),
         ]
@@ -75,3 +76,20 @@ def _show(fingerprint: str, plan: dict[str, Any]) -> None:
     for stage, does in plan["stages"]:
         click.echo(f"  {stage:<25} {does}")
     click.echo(f"\nnext: migrator {'train' if new['id'] is None else 'verify'} {plan['migration']}")
+
+
+def _expected(forecast: dict[str, Any]) -> str | None:
+    """Quality and day at each share of the backfill, in a line."""
+    points = [
+        f"{point['share']:.0%}" + ("" if point["value"] is None else f" {point['value']:.4f}") + _day(point["at"])
+        for point in forecast["points"]
+    ]
+    if forecast["today"] is None:
+        return None
+    what = f"{forecast['metric']} {forecast['today']:.4f} today (a sample of {forecast['sampled']} items)"
+    known = forecast["points"][0]["value"] is not None
+    return f"{what}, then {', '.join(points)}" if known else f"{what}; plan again once the new encoder is trained"
+
+
+def _day(at: str | None) -> str:
+    return "" if at is None else f" by {at[:10]}"

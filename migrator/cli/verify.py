@@ -3,76 +3,126 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import click
 
 from migrator.cli.common import json_option, migration_options, open_project, print_json, print_table, progress
-
-if TYPE_CHECKING:
-    from migrator.verify.protocol import Verified
 
 MEANING = {
     "old": "old query, old gallery: today's search",
     "cross": "new query, old gallery: the canary",
     "self": "new query, new gallery: after the backfill",
     "reverse": "old query, new gallery: must not happen",
+    "mixed": "new query, gallery as it is",
 }
+SHOWN = ("map@100", "recall@1", "recall@10", "ndcg@10", "mrr@100")
+"""What the table has room for; --json and the report have the rest."""
+GROUPS = 3
 
 
 @click.command("verify")
 @migration_options
 @click.option("--mixed", is_flag=True, help="Ask the collection as it is now, with the new encoder; no verdict.")
+@click.option("--live", is_flag=True, help="Also ask through the store's own index, and measure that index's recall.")
+@click.option("--new-questions", is_flag=True, help="Draw questions anew, which counts as a further look at the data.")
 @json_option
-def command(name: str | None, config_path: Path, mixed: bool, as_json: bool) -> int:
+def command(name: str | None, config_path: Path, mixed: bool, live: bool, new_questions: bool, as_json: bool) -> int:
     """Prove on sampled queries that search gets no worse.
 
-    Exit code 0 if the gate passes, 3 if it fails or the queries cannot decide.
+    Exit code 0 if the gate passes, 3 if it fails or the queries cannot decide. The questions are drawn once and then
+    kept, so that a later verification asks the same ones.
     """
     from migrator.verify.protocol import measure_mixed, verify
 
-    with open_project(config_path, name) as project, progress("embedding") as advance:
+    if mixed and new_questions:
+        raise click.UsageError("--new-questions is for a verification, and --mixed is none")
+    with open_project(config_path, name) as project, progress("verify") as advance:
 
         def report(what: str, done: int, total: int) -> None:
             advance(done, total, what)
 
         if mixed:
-            means = measure_mixed(project, report)
+            found = measure_mixed(project, report, live=live)
         else:
-            verified = verify(project, report)
+            verified = verify(project, report, new_questions=new_questions, live=live)
     if mixed:
         if as_json:
-            print_json({"migration": project.name, "mixed": means})
+            print_json({"migration": project.name, **found})
         else:
-            print_table(("test", *means), [("mixed: new query, gallery as it is", *_numbers(means))])
+            _print_tests({"mixed": found["mixed"]}, "map@100")
+            _print_live(found.get("live"))
         return 0
     if as_json:
-        print_json({"migration": project.name, **verified.as_json()})
+        print_json({"migration": project.name, **verified.results})
     else:
-        _show(project.name, verified)
+        _show(project.name, verified.results)
     return 0 if verified.verdict.outcome == "pass" else 3
 
 
-def _numbers(means: dict[str, float]) -> list[str]:
-    return [f"{value:.4f}" for value in means.values()]
-
-
-def _show(name: str, verified: Verified) -> None:
-    metrics = next(iter(verified.tests.values()))
+def _print_tests(tests: dict[str, dict[str, float]], metric: str) -> None:
+    metrics = list(dict.fromkeys([metric, *SHOWN]))[: len(SHOWN)]
     print_table(
-        ("test", *metrics), [(f"{test}: {MEANING[test]}", *_numbers(means)) for test, means in verified.tests.items()]
+        ("test", *metrics),
+        [(f"{test}: {MEANING[test]}", *(f"{of[name]:.4f}" for name in metrics)) for test, of in tests.items()],
     )
+
+
+def _print_live(live: dict[str, Any] | None) -> None:
+    if live is None:
+        return
+    metrics = next(iter(live["tests"].values()))
+    k = live["index_recall"]["k"]
+    print_table(
+        (f"through the index, {live['items']} items", *metrics, f"index recall@{k}"),
+        [
+            (test, *(f"{value:.4f}" for value in of.values()), f"{live['index_recall'][test]:.4f}")
+            for test, of in live["tests"].items()
+        ],
+    )
+
+
+def _show(name: str, results: dict[str, Any]) -> None:
+    _print_tests(results["tests"], results["metric"])
+    _print_live(results["live"])
+    questions = results["questions"]
     click.echo(
-        f"{verified.queries} queries against {verified.gallery} items; first answers that turned wrong: "
-        f"{verified.flips['negative']:.1%}, right: {verified.flips['positive']:.1%}"
+        f"{results['queries']} queries against {results['gallery']} items; first answers that turned wrong: "
+        f"{results['flips']['negative']:.1%}, right: {results['flips']['positive']:.1%}"
     )
-    if verified.without_relevant:
-        click.echo(f"{verified.without_relevant} queries without a relevant item were left out")
-    if verified.without_old_vector:
-        click.echo(f"{verified.without_old_vector} queries were left out: no item of the collection has their image")
-    if verified.unreadable:
-        path, why = next(iter(verified.unreadable.items()))
-        click.echo(f"{len(verified.unreadable)} images could not be read, for instance {path}: {why}")
-    click.echo(f"verdict: {verified.verdict.outcome}: {'; '.join(verified.verdict.reasons)}")
-    if verified.verdict.outcome == "pass":
+    click.echo(f"questions {questions['sha256'][:12]} of {questions['drawn_at'][:10]}: {results['evidence']}")
+    for left_out in _left_out(results):
+        click.echo(left_out)
+    for what in ("classes", "segments"):
+        groups = results[what]
+        losing = [] if groups is None else [group for group in groups["worst"] if group["gain"] < 0][:GROUPS]
+        if losing:
+            worst = ", ".join(f"{group['name']!r} {group['gain']:+.4f}" for group in losing)
+            click.echo(f"{what} that lose most, of {groups['count']}: {worst}")
+    curve = results["curve"]
+    if curve is not None:
+        areas = ", ".join(f"{order} {found['auc']:.4f}" for order, found in curve["orders"].items())
+        click.echo(f"{curve['metric']} over the backfill, on average, by its order: {areas}")
+    if results["shift"]:
+        click.echo(f"scores: {results['shift']}")
+    if results["scores"]:
+        click.echo(", ".join(f"{score} {value:.4f}" for score, value in results["scores"].items()))
+    for finding in results["findings"][1:]:
+        click.echo(f"{finding['outcome']}: {finding['reason']}")
+    click.echo(f"verdict: {results['outcome']}: {'; '.join(results['reasons'])}")
+    if results["outcome"] == "pass":
         click.echo(f"next: migrator rollout {name} --stage prepare")
+
+
+def _left_out(results: dict[str, Any]) -> list[str]:
+    found = []
+    if number := results["queries_without_relevant_items"]:
+        found.append(f"{number} queries without a relevant item were left out")
+    if number := results["queries_without_old_vector"]:
+        found.append(f"{number} queries were left out: no item of the collection has their image")
+    if number := results["gallery_gone"]:
+        found.append(f"{number} items of the gallery are gone from the collection")
+    if unreadable := results["unreadable"]:
+        path, why = next(iter(unreadable.items()))
+        found.append(f"{len(unreadable)} images could not be read, for instance {path}: {why}")
+    return found

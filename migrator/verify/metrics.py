@@ -7,6 +7,7 @@ paper (arXiv 2305.02610, section 4.1). A ranking is an array of gallery indices,
 from __future__ import annotations
 
 import difflib
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple, TypeAlias
@@ -203,6 +204,11 @@ class Summary(NamedTuple):
     queries: int
     left_out: int
     """Queries without a relevant item."""
+
+    @property
+    def or_zero(self) -> float:
+        """The mean, and 0 where no query counts, for JSON has no NaN."""
+        return 0.0 if math.isnan(self.mean) else self.mean
 
 
 def summarise(per_query: Floats) -> Summary:

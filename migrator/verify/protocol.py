@@ -1,33 +1,51 @@
-"""The tests that decide whether the new encoder may answer queries, on sampled queries and a sampled gallery.
+"""The tests that decide whether the new encoder may answer queries, on frozen questions and a sampled gallery.
 
 M(q, g): queries by encoder q, gallery by encoder g. `old` is M(old, old), today's search; `cross` M(new, old), what
 the canary will show; `self` M(new, new), what the finished migration will show; `reverse` M(old, new), what would
-happen if queries stayed behind. `mixed` asks the collection as it is at this moment, with new queries.
+happen if queries stayed behind. Every encoder embeds every image once. `measure_mixed` asks the collection as it is
+at this moment, with new queries.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from adapters.base import ItemId, Payload, Store
-from migrator.encoding import embed, locate
-from migrator.errors import ConfigProblem, Refused
+from adapters.base import Store
+from migrator.config import FLIPS, Gate
+from migrator.encoding import Images, embed
+from migrator.errors import Refused
+from migrator.ledger import Migration
 from migrator.old_vectors import old_vectors
 from migrator.planning import check_fresh
 from migrator.project import Project
 from migrator.stored_encoder import unit
-from migrator.verify.gate import Verdict, gate
-from migrator.verify.metrics import Relevance, flips, parse_metric, relevance, summarise
+from migrator.verify.answers import Answers, write_answers
+from migrator.verify.breakdown import examples, worst_groups
+from migrator.verify.curve import backfill_curve
+from migrator.verify.gate import Measured, Verdict, gate
+from migrator.verify.live import Live, ask_live
+from migrator.verify.metrics import (
+    Relevance,
+    graded_relevance,
+    negative_flips,
+    overlap_at_k,
+    p_1,
+    p_comp,
+    p_up,
+    parse_metric,
+    positive_flips,
+    relevance,
+    summarise,
+)
+from migrator.verify.questions import Questions, frozen_questions, label_of
 from migrator.verify.ranking import rank
-from trainer.errors import ImageProblem
-from trainer.images import template_fields
+from migrator.verify.standing import look_of
+from migrator.verify.statistics import bootstrap
+from migrator.verify.views import AlteredImages
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -35,30 +53,70 @@ if TYPE_CHECKING:
     from trainer.encoder import Encoder
     from trainer.images import ImageSource
 
-METRICS = ("map@100", "recall@1", "recall@5", "recall@10")
+METRICS = ("map@100", "recall@1", "recall@5", "recall@10", "precision@10", "ndcg@10", "mrr@100")
+"""Always measured, beside those that the gate names."""
 TESTS = ("old", "cross", "self", "reverse")
+OVERLAP_AT = 10
 
 Report = Callable[[str, int, int], None]
-"""Called with what is being embedded, how many images are done and how many there are."""
+"""Called with what is being done, how far it is and how far it goes."""
 
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """Queries and gallery before any encoder has seen them."""
+    """Questions whose images have vectors, against items that have them, in rows that fit each other."""
 
-    paths: Sequence[str | ImageProblem]
-    labels: Sequence[str]
-    own: NDArray[np.int64]  # (q,) gallery row of the query itself, or -1
-    gallery_ids: Sequence[ItemId]
-    gallery_paths: Sequence[str | ImageProblem]
-    gallery_labels: Sequence[str]
-    stored: NDArray[np.float32]  # (g, dim) the gallery's vectors as they lie in the store
-    old: NDArray[np.float32] | None = None  # (q, dim) the queries' own stored vectors, where there is no old model
+    questions: Questions
+    rows: NDArray[np.int64]  # (q,) positions in the questions
+    gallery: NDArray[np.int64]  # (g,) positions in questions.gallery
+    own: NDArray[np.int64]  # (q,) row of the query's own item among the g, or -1
+    relevant: list[dict[int, float]] | None
+    """Row among the g -> grade, for each query; None where answers are right by their class."""
 
-    def sha256(self) -> str:
-        """Names the question: queries with their labels, and the gallery's items."""
-        asked = [[str(path) for path in self.paths], list(self.labels), list(self.gallery_ids)]
-        return hashlib.sha256(json.dumps(asked).encode()).hexdigest()
+    @classmethod
+    def of(cls, questions: Questions, rows: NDArray[np.int64], gallery: NDArray[np.int64]) -> Asked:
+        """The questions at `rows` (q,), against the items at `gallery` (g,), both ascending."""
+        row_of = {questions.gallery[at]: row for row, at in enumerate(gallery.tolist())}
+        own = [-1 if item is None else row_of.get(item, -1) for item in _at(questions.own, rows)]
+        relevant = None
+        if questions.relevant is not None:
+            relevant = [
+                {row_of[item]: grade for item, grade in right.items() if item in row_of}
+                for right in _at(questions.relevant, rows)
+            ]
+        return cls(questions, rows, gallery, np.array(own, np.int64), relevant)
+
+    def judge(self, ranking: NDArray[np.int32]) -> Relevance:
+        """Which answers of `ranking` (q, k), rows among the g, are right."""
+        if self.relevant is not None:
+            return graded_relevance(self.relevant, ranking)
+        return relevance(self.labels or (), self.gallery_labels or (), ranking, exclude=self.own)
+
+    @property
+    def labels(self) -> list[str] | None:
+        """The class of each query, where there are classes."""
+        return None if self.questions.labels is None else _at(self.questions.labels, self.rows)
+
+    @property
+    def gallery_labels(self) -> list[str] | None:
+        """The class of each item, where there are classes."""
+        return None if self.questions.gallery_labels is None else _at(self.questions.gallery_labels, self.gallery)
+
+    @property
+    def segments(self) -> list[str] | None:
+        """The segment of each query, where there are segments."""
+        return None if self.questions.segments is None else _at(self.questions.segments, self.rows)
+
+    def clusters(self) -> NDArray[np.int64] | None:
+        """A number for each query's class, (q,), where queries share classes; they are not independent then."""
+        labels = self.labels
+        if labels is None or len(set(labels)) == len(labels):
+            return None
+        return np.unique(labels, return_inverse=True)[1].astype(np.int64)
+
+
+def _at(values: Sequence[Any], rows: NDArray[np.int64]) -> list[Any]:
+    return [values[row] for row in rows.tolist()]
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,40 +124,18 @@ class Verified:
     """The outcome of one `verify`."""
 
     verdict: Verdict
-    served: str
-    """The test that the verdict compares with `old`: `cross` in place, `self` with a shadow."""
-    tests: dict[str, dict[str, float]]
-    """Test -> metric -> mean over the queries."""
-    flips: dict[str, float]
-    """Shares of the queries whose first answer turned wrong or right, `served` against old."""
-    queries: int
-    without_relevant: int
-    without_old_vector: int
-    """Queries left out because `old_encoder` is stored and no item has their image."""
-    gallery: int
-    unreadable: dict[str, str]
-    """Path -> why the image took no part."""
-
-    def as_json(self) -> dict[str, Any]:
-        """As `migrator verify --json` prints it and the ledger keeps it."""
-        interval = self.verdict.interval
-        return {
-            "outcome": self.verdict.outcome,
-            "reasons": list(self.verdict.reasons),
-            "interval": None if interval is None else interval._asdict(),
-            "served": self.served,
-            "tests": self.tests,
-            "flips": self.flips,
-            "queries": self.queries,
-            "queries_without_relevant_items": self.without_relevant,
-            "queries_without_old_vector": self.without_old_vector,
-            "gallery": self.gallery,
-            "unreadable": self.unreadable,
-        }
+    results: dict[str, Any]
+    """As `migrator verify --json` prints it, `migrator report` draws it and the ledger keeps it."""
 
 
-def verify(project: Project, report: Report = lambda *_: None) -> Verified:
-    """Runs the four tests, decides, and keeps the result in the ledger. Needs a fresh plan and a new encoder."""
+def verify(
+    project: Project, report: Report = lambda *_: None, *, new_questions: bool = False, live: bool = False
+) -> Verified:
+    """Runs the four tests, decides, and keeps the result in the ledger. Needs a fresh plan and a new encoder.
+
+    The questions are those of the first verification, unless `new_questions` draws others. `live` also asks the
+    store's own index. Raises `Refused` once the collection is mixed, and where no image can be read.
+    """
     migration = project.migration()
     if migration.stage not in ("planned", "prepare", "canary"):
         raise Refused(
@@ -108,206 +144,423 @@ def verify(project: Project, report: Report = lambda *_: None) -> Verified:
         )
     with project.store() as store:
         plan = check_fresh(project, store)
-        old, new = None if project.old_is_stored else project.old_encoder(), project.new_encoder()
-        images = project.images()
-        asked, without = ask(project, store, images), 0
-        if old is None:
-            project.check_old_encoder(store)
-            asked, without = with_stored_vectors(asked, store, images)
-    embedded = _embed_all(project, images, asked, old, new, report)
-    queries_old, queries_new = embedded.queries
-    gallery_old, gallery_new = asked.stored[embedded.gallery_rows], embedded.gallery
-    pairs = {
-        "old": (queries_old, gallery_old),
-        "cross": (queries_new, gallery_old),
-        "self": (queries_new, gallery_new),
-        "reverse": (queries_old, gallery_new),
-    }
-    if gallery_old.shape[1] != new.dim:  # such vectors cannot be compared, and in a shadow they never meet
-        del pairs["cross"], pairs["reverse"]
-    # In place, new queries meet old vectors; beside a shadow they only ever meet new ones.
-    served = "cross" if migration.strategy == "in_place" else "self"
-    found = {test: _answers(embedded, asked, queries, gallery) for test, (queries, gallery) in pairs.items()}
-    settings = project.settings.verify.gate
-    per_query = {test: parse_metric(settings.metric).per_query(answers) for test, answers in found.items()}
-    counted = ~np.isnan(per_query["old"])
-    verdict = gate(per_query["old"][counted], per_query[served][counted], settings, seed=project.settings.verify.seed)
-    flipped = flips(found["old"], found[served])
-    verified = Verified(
-        verdict=verdict,
-        served=served,
-        tests={test: _means(answers) for test, answers in found.items()},
-        flips={name: _number(value) for name, value in flipped._asdict().items()},
-        queries=int(counted.sum()),
-        without_relevant=int((~counted).sum()),
-        without_old_vector=without,
-        gallery=len(embedded.gallery_rows),
-        unreadable=embedded.unreadable,
-    )
+        tests = _run_tests(project, migration, store, report, new_questions=new_questions)
+        seen = None
+        if live:
+            asks = {"old": tests.pairs["old"][0]}
+            if "cross" in tests.pairs:
+                asks["cross"] = tests.pairs["cross"][0]
+            seen = _live(project, store, tests.asked, asks, report)
+    questions, new_id = tests.asked.questions, tests.new_encoder_id
+    look = look_of(project.ledger.verifications(migration.id), new_encoder_id=new_id, questions_sha256=questions.sha256)
+    verdict = gate(tests.measured(), project.settings.verify.gate, look=look, seed=project.settings.verify.seed)
+    results = {**_told(verdict), **_results(project, tests, report), "live": None if seen is None else seen.as_json()}
     # The encoder may have been made elsewhere; from here on the migration is bound to it.
-    project.ledger.set_new_encoder(migration.id, new.id)
+    project.ledger.set_new_encoder(migration.id, new_id)
+    today = tests.judged["old"]
+    write_answers(
+        project,
+        migration,
+        Answers(
+            questions.sha256, new_id, tests.asked.rows, tests.pairs["self"][0], tests.values["old"], firsts_right(today)
+        ),
+    )
     project.ledger.save_verification(
         migration,
         plan_fingerprint=plan.fingerprint,
         old_encoder_id=project.encoder_ids()[0],
-        new_encoder_id=new.id,
-        queries_sha256=asked.sha256(),
+        new_encoder_id=new_id,
+        queries_sha256=questions.sha256,
         outcome=verdict.outcome,
-        results=verified.as_json(),
+        results=results,
     )
-    return verified
-
-
-def measure_mixed(project: Project, report: Report = lambda *_: None) -> dict[str, float]:
-    """The metrics of new queries against the collection as it is at this moment, whatever its vectors came from."""
-    new = project.new_encoder()
-    images = project.images()
-    with project.store() as store:
-        asked = ask(project, store, images)
-    count = len(asked.paths)
-    queries = embed(images, asked.paths, [new], report=lambda done: report("queries", done, count), **project.loading())
-    own = asked.own[queries.rows]
-    ranking = rank(queries.vectors[0], asked.stored, 100, exclude=own)
-    answers = relevance([asked.labels[row] for row in queries.rows], asked.gallery_labels, ranking, exclude=own)
-    means = _means(answers)
-    project.ledger.note(project.migration(), "measured", {"mixed": means, "queries": len(queries.rows)})
-    return means
-
-
-# -- what is asked ------------------------------------------------------------------------------------------------
-
-
-def ask(project: Project, store: Store, images: ImageSource) -> Asked:
-    """Draws queries and gallery: the same ones for the same seed, as long as the collection holds the same items."""
-    settings = project.settings.verify
-    ids = store.sample(settings.gallery, seed=settings.seed)
-    if not ids:
-        raise Refused(f"collection {project.settings.store.kind} holds no items: there is nothing to verify against")
-    page = store.read(ids, vectors=True, payload=True)
-    assert page.vectors is not None
-    assert page.payloads is not None
-    paths = locate(images, zip(page.ids, page.payloads, strict=True))
-    labels = [label_of(settings.label, item, load) for item, load in zip(page.ids, page.payloads, strict=True)]
-    if not any(labels):
-        raise ConfigProblem(
-            f"{project.config.path}: migrations.{project.name}.verify.label: {settings.label!r} names a payload field "
-            f"that the items do not have; they have {', '.join(sorted(page.payloads[0])) or 'none'}"
-        )
-    row_of = {str(path): row for row, path in enumerate(paths)}
-    if settings.queries is not None:
-        query_paths, query_labels = _read_queries(settings.queries)
-        chosen = _draw(len(query_paths), settings.sample, settings.seed)
-        query_paths = [query_paths[row] for row in chosen]
-        query_labels = [query_labels[row] for row in chosen]
-    else:
-        labelled = np.flatnonzero([label != "" for label in labels])
-        chosen = labelled[_draw(len(labelled), settings.sample, settings.seed)]
-        query_paths = [paths[row] for row in chosen]
-        query_labels = [labels[row] for row in chosen]
-    own = np.array([row_of.get(str(path), -1) for path in query_paths], np.int64)
-    return Asked(query_paths, query_labels, own, list(page.ids), paths, labels, page.vectors)
-
-
-def _read_queries(file: Path) -> tuple[list[str | ImageProblem], list[str]]:
-    from trainer.data import read_items
-
-    if not file.is_file():
-        raise ConfigProblem(f"{file}: no such file: set verify.queries to a list of query images with path and label")
-    items = read_items(file)
-    assert items.labels is not None
-    return list(items.paths), list(items.labels)
-
-
-def with_stored_vectors(asked: Asked, store: Store, images: ImageSource) -> tuple[Asked, int]:
-    """The queries that are items of the collection, with their stored vectors, and how many others were left out.
-
-    Today's search is then asked as an item asks for its like. Raises `Refused` where no query is an item.
-    """
-    vectors = unit(asked.stored[asked.own])
-    elsewhere = np.flatnonzero(asked.own < 0).tolist()  # not in the sampled gallery, but perhaps in the collection
-    if elsewhere:
-        vectors[elsewhere] = old_vectors(store, images, [str(asked.paths[row]) for row in elsewhere])
-    rows = np.flatnonzero(vectors.any(axis=1)).tolist()
-    if not rows:
-        raise Refused(
-            f"old_encoder is stored, and none of {len(vectors)} queries, for instance {str(asked.paths[0])!r}, is an "
-            f"item of {store.describe().name}: list paths as images.uri makes them, or leave verify.queries out"
-        )
-    asked = replace(
-        asked,
-        paths=[asked.paths[row] for row in rows],
-        labels=[asked.labels[row] for row in rows],
-        own=asked.own[rows],
-        old=vectors[rows],
-    )
-    return asked, len(vectors) - len(rows)
-
-
-def _draw(count: int, n: int, seed: int) -> NDArray[np.int64]:
-    if n >= count:
-        return np.arange(count)
-    return np.sort(np.random.default_rng(seed).choice(count, n, replace=False))
-
-
-def label_of(template: str, item: ItemId, payload: Payload) -> str:
-    """The class of an item: the template with payload fields put in; empty where a field is missing or null."""
-    values = {**payload, "id": item}
-    try:
-        return "" if any(values[name] is None for name in template_fields(template)) else template.format_map(values)
-    except KeyError:
-        return ""
-
-
-# -- answers ------------------------------------------------------------------------------------------------------
+    return Verified(verdict, results)
 
 
 @dataclass(frozen=True, slots=True)
-class _Vectors:
-    query_rows: NDArray[np.int64]
-    queries: tuple[NDArray[np.float32], NDArray[np.float32]]  # by the old and the new encoder
-    gallery_rows: NDArray[np.int64]
-    gallery: NDArray[np.float32]  # by the new encoder
+class _Tests:
+    """The tests, run: each a pair of vectors, its ranking, and what every query is worth in it."""
+
+    asked: Asked
+    new_encoder_id: str
+    served: str
+    """The test that stands for the new search: `cross` in place, `self` with a shadow."""
+    pairs: dict[str, tuple[NDArray[np.float32], NDArray[np.float32]]]
+    """Test -> vectors of the queries (q, dim) and of the items (g, dim)."""
+    rankings: dict[str, NDArray[np.int32]]
+    judged: dict[str, Relevance]
+    values: dict[str, dict[str, NDArray[np.float64]]]
+    """Test -> metric -> value of each query."""
+    without_old_vector: int
+    gone: int
     unreadable: dict[str, str]
 
+    @property
+    def lost(self) -> NDArray[np.float64]:
+        """1 for each query whose first answer turned wrong."""
+        return negative_flips(self.judged["old"], self.judged[self.served])
 
-def _embed_all(
-    project: Project, images: ImageSource, asked: Asked, old: Encoder | None, new: Encoder, report: Report
-) -> _Vectors:
-    done = {"queries": 0, "gallery": 0}
-
-    def count(what: str, of: int) -> Callable[[int], None]:
-        def step(more: int) -> None:
-            done[what] += more
-            report(what, done[what], of)
-
-        return step
-
-    loading = project.loading()
-    asking = [new] if old is None else [new, old]
-    queries = embed(images, asked.paths, asking, report=count("queries", len(asked.paths)), **loading)
-    gallery = embed(images, asked.gallery_paths, [new], report=count("gallery", len(asked.gallery_paths)), **loading)
-    unreadable = {str(asked.paths[row]): why for row, why in queries.problems.items()}
-    unreadable |= {str(asked.gallery_paths[row]): why for row, why in gallery.problems.items()}
-    by_old = queries.vectors[-1] if asked.old is None else asked.old[queries.rows]
-    return _Vectors(queries.rows, (by_old, queries.vectors[0]), gallery.rows, gallery.vectors[0], unreadable)
+    def measured(self) -> Measured:
+        """For the gate."""
+        return Measured(
+            old=self.values["old"],
+            new={**self.values[self.served], FLIPS: self.lost},
+            clusters=self.asked.clusters(),
+            segments=self.asked.segments,
+        )
 
 
-def _answers(vectors: _Vectors, asked: Asked, queries: NDArray[np.float32], gallery: NDArray[np.float32]) -> Relevance:
-    where = np.full(len(asked.gallery_ids) + 1, -1, np.int64)  # the last entry answers for own = -1
-    where[vectors.gallery_rows] = np.arange(len(vectors.gallery_rows))
-    own = where[asked.own[vectors.query_rows]]
-    ranking = rank(queries, gallery, 100, exclude=own)
-    return relevance(
-        [asked.labels[row] for row in vectors.query_rows],
-        [asked.gallery_labels[row] for row in vectors.gallery_rows],
-        ranking,
-        exclude=own,
+def _run_tests(project: Project, migration: Migration, store: Store, report: Report, *, new_questions: bool) -> _Tests:
+    images = project.images()
+    old, new = None if project.old_is_stored else project.old_encoder(), project.new_encoder()
+    questions = frozen_questions(project, migration, store, images, anew=new_questions)
+    gallery, stored = _stored_gallery(store, questions)
+    asking, by_own = np.arange(len(questions.paths)), None
+    if old is None:
+        project.check_old_encoder(store)
+        asking, by_own = _with_own_vectors(store, images, questions)
+    embedded = _embed(project, images, questions, asking, gallery, old, new, report)
+    asked = Asked.of(questions, embedded.query_rows, embedded.gallery_rows)
+    by_new = embedded.by_new
+    by_old = embedded.by_old if by_own is None else by_own[np.searchsorted(asking, asked.rows)]
+    gallery_old, gallery_new = stored[np.searchsorted(gallery, asked.gallery)], embedded.gallery_by_new
+    pairs = {
+        "old": (by_old, gallery_old),
+        "cross": (by_new, gallery_old),
+        "self": (by_new, gallery_new),
+        "reverse": (by_old, gallery_new),
+    }
+    if gallery_old.shape[1] != new.dim:  # such vectors cannot be compared, and in a shadow they never meet
+        del pairs["cross"], pairs["reverse"]
+    metrics = _metrics(project.settings.verify.gate)
+    rankings: dict[str, NDArray[np.int32]] = {}
+    for number, against in enumerate((("old", "cross"), ("self", "reverse"))):
+        report("ranking", number, 2)
+        asks = [test for test in against if test in pairs]
+        queries = np.concatenate([pairs[test][0] for test in asks])  # one pass over a gallery serves both encoders
+        found = rank(queries, pairs[asks[0]][1], _depth(metrics), exclude=np.tile(asked.own, len(asks)))
+        rankings |= dict(zip(asks, np.split(found, len(asks)), strict=True))
+    judged = {test: asked.judge(ranking) for test, ranking in rankings.items()}
+    return _Tests(
+        asked=asked,
+        new_encoder_id=new.id,
+        # In place, new queries meet old vectors; beside a shadow they only ever meet new ones.
+        served="cross" if migration.strategy == "in_place" else "self",
+        pairs=pairs,
+        rankings=rankings,
+        judged=judged,
+        values={test: _values(found, metrics) for test, found in judged.items()},
+        without_old_vector=len(questions.paths) - len(asking),
+        gone=len(questions.gallery) - len(gallery),
+        unreadable=embedded.unreadable,
     )
 
 
-def _means(answers: Relevance) -> dict[str, float]:
-    return {name: _number(summarise(parse_metric(name).per_query(answers)).mean) for name in METRICS}
+def _told(verdict: Verdict) -> dict[str, Any]:
+    """What the gate decided, JSON-able."""
+    return {
+        "outcome": verdict.outcome,
+        "reasons": list(verdict.reasons),
+        "interval": _interval(verdict.interval),
+        "confidence": verdict.confidence,
+        "look": verdict.look,
+        "minimum_detectable": verdict.findings[0].minimum_detectable,
+        "findings": [{**asdict(finding), "interval": _interval(finding.interval)} for finding in verdict.findings],
+    }
 
 
-def _number(value: float) -> float:
-    return 0.0 if np.isnan(value) else float(value)
+def _interval(interval: Interval | None) -> dict[str, float] | None:
+    return None if interval is None else interval.as_json()
+
+
+def _results(project: Project, tests: _Tests, report: Report) -> dict[str, Any]:
+    """All that was measured, JSON-able: what `migrator report` draws."""
+    settings = project.settings.verify
+    asked, questions, values = tests.asked, tests.asked.questions, tests.values
+    clusters = asked.clusters() if settings.gate.cluster == "class" else None
+    metric, served = settings.gate.metric, tests.served
+    means = {test: {name: _mean(found) for name, found in of.items()} for test, of in values.items()}
+    ways = {"old": values["old"][metric], "new": values[served][metric], FLIPS: tests.lost}
+    classes = segments = None
+    if asked.labels is not None:
+        classes = worst_groups(asked.labels, ways, gate=settings.gate, seed=settings.seed)
+    if asked.segments is not None:
+        segments = worst_groups(asked.segments, ways, gate=settings.gate, seed=settings.seed)
+    curve = None
+    if served == "cross":
+        report("backfill curve", 0, 1)
+        curve = backfill_curve(
+            asked, tests.pairs["cross"][0], tests.pairs["cross"][1], tests.pairs["self"][1], clusters=clusters,
+            order=project.settings.backfill.order, gate=settings.gate, seed=settings.seed,
+        )  # fmt: skip
+    overlap = overlap_at_k(tests.rankings["old"], tests.rankings[served], OVERLAP_AT)
+    counted = tests.judged["old"].total > 0
+    return {
+        "served": served,
+        "kind": questions.kind,
+        "evidence": questions.evidence,
+        "metric": metric,
+        "tests": means,
+        **_intervals(project, values, clusters),
+        "flips": {
+            "negative": _mean(tests.lost),
+            "positive": _mean(positive_flips(tests.judged["old"], tests.judged[served])),
+        },
+        "scores": _scores(means, metric, settings.upper_bound),
+        "overlap": {f"overlap@{OVERLAP_AT}": _mean(overlap)},
+        "classes": classes,
+        "segments": segments,
+        "examples": examples(asked, {"old": tests.rankings["old"], "new": tests.rankings[served]}, ways, classes),
+        "curve": curve,
+        "histograms": None,
+        "shift": None,
+        "questions": {
+            "sha256": questions.sha256,
+            "kind": questions.kind,
+            "drawn_at": questions.drawn_at,
+            "queries": len(questions.paths),
+            "gallery": len(questions.gallery),
+            "passed_over": questions.counts,
+        },
+        "queries": int(counted.sum()),
+        "queries_without_relevant_items": int((~counted).sum()),
+        "queries_without_old_vector": tests.without_old_vector,
+        "gallery": len(asked.gallery),
+        "gallery_gone": tests.gone,
+        "unreadable": tests.unreadable,
+    }
+
+
+@dataclass(frozen=True, slots=True)
+class Mixed:
+    """New queries asked of the collection as it is."""
+
+    asked: Asked
+    values: dict[str, NDArray[np.float64]]
+    """Metric -> value of each query, NaN where it has no relevant item."""
+    firsts_right: NDArray[np.float64]  # (q,)
+
+    @property
+    def means(self) -> dict[str, float]:
+        """Metric -> mean."""
+        return {metric: _mean(values) for metric, values in self.values.items()}
+
+
+def ask_as_is(
+    project: Project,
+    store: Store,
+    questions: Questions,
+    rows: NDArray[np.int64],
+    by_new: NDArray[np.float32],
+) -> Mixed:
+    """Asks the questions at `rows` (q,), embedded as `by_new` (q, dim), of the vectors that lie in `store` now."""
+    gallery, stored = _stored_gallery(store, questions)
+    asked = Asked.of(questions, rows, gallery)
+    metrics = _metrics(project.settings.verify.gate)
+    judged = asked.judge(rank(by_new, stored, _depth(metrics), exclude=asked.own))
+    return Mixed(asked, _values(judged, metrics), firsts_right(judged))
+
+
+def firsts_right(judged: Relevance) -> NDArray[np.float64]:
+    """1 where the first answer is right, else 0, (q,); NaN where a query has no relevant item."""
+    return np.where(judged.total > 0, judged.hits[:, 0].astype(np.float64), np.nan)
+
+
+def measure_mixed(project: Project, report: Report = lambda *_: None, *, live: bool = False) -> dict[str, Any]:
+    """The metrics of new queries against the collection as it is at this moment, whatever its vectors came from.
+
+    With `live` also through the store's own index. What was found goes to the audit log.
+    """
+    migration = project.migration()
+    new, images = project.new_encoder(), project.images()
+    with project.store() as store:
+        questions = frozen_questions(project, migration, store, images)
+        rows, by_new, _ = embed_queries(project, images, questions, np.arange(len(questions.paths)), [new], report)
+        mixed = ask_as_is(project, store, questions, rows, by_new[0])
+        found: dict[str, Any] = {"mixed": mixed.means, "queries": len(rows)}
+        if live:
+            found["live"] = _live(project, store, mixed.asked, {"mixed": by_new[0]}, report).as_json()
+    project.ledger.note(migration, "measured", found)
+    return found
+
+
+# -- vectors ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class _Embedded:
+    query_rows: NDArray[np.int64]  # positions in the questions
+    by_new: NDArray[np.float32]
+    by_old: NDArray[np.float32]  # empty where there is no old model
+    gallery_rows: NDArray[np.int64]  # positions in questions.gallery
+    gallery_by_new: NDArray[np.float32]
+    unreadable: dict[str, str]
+
+
+def _stored_gallery(store: Store, questions: Questions) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    """Which of the gallery's items are still there, as ascending positions (n,), and their vectors (n, dim)."""
+    where = {item: at for at, item in enumerate(questions.gallery)}
+    page = store.read(questions.gallery, vectors=True, payload=False)
+    assert page.vectors is not None
+    found = np.array([where[item] for item in page.ids], np.int64)
+    order = np.argsort(found)
+    if len(found) == 0:
+        raise Refused("none of the gallery's items is left in the collection: draw new questions with --new-questions")
+    return found[order], page.vectors[order]
+
+
+def _with_own_vectors(
+    store: Store, images: ImageSource, questions: Questions
+) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    """The questions that are items of the collection, as positions (n,), with their stored vectors, (n, dim).
+
+    Today's search is then asked as an item asks for its like. Raises `Refused` where no query is an item.
+    """
+    own = [item for item in questions.own if item is not None]
+    page = store.read(list(dict.fromkeys(own)), vectors=True, payload=False)
+    assert page.vectors is not None
+    row_of = {item: row for row, item in enumerate(page.ids)}
+    vectors = np.zeros((len(questions.paths), page.vectors.shape[1] or store.describe().dim), np.float32)
+    for row, item in enumerate(questions.own):
+        if item in row_of:
+            vectors[row] = page.vectors[row_of[item]]
+    elsewhere = [row for row, item in enumerate(questions.own) if item is None]  # not sampled, but perhaps an item
+    if elsewhere:
+        vectors[elsewhere] = old_vectors(store, images, _at(questions.paths, np.array(elsewhere)))
+    vectors = unit(vectors)
+    rows = np.flatnonzero(vectors.any(axis=1))
+    if len(rows) == 0:
+        raise Refused(
+            f"old_encoder is stored, and none of {len(vectors)} queries, for instance {questions.paths[0]!r}, is an "
+            f"item of {store.describe().name}: list paths as images.uri makes them, or leave verify.queries out"
+        )
+    return rows, vectors[rows]
+
+
+def embed_queries(
+    project: Project,
+    images: ImageSource,
+    questions: Questions,
+    asking: NDArray[np.int64],
+    encoders: Sequence[Encoder],
+    report: Report = lambda *_: None,
+) -> tuple[NDArray[np.int64], Sequence[NDArray[np.float32]], dict[str, str]]:
+    """The questions at `asking` (n,) whose images can be read, as positions (q,); their vectors by each encoder,
+    (q, dim); and path -> reason for the others."""
+    source: Images = images
+    if questions.kind == "instance":
+        source = AlteredImages(images, questions.made_from["seed"])
+    paths = _at(questions.paths, asking)
+    step = _counting(report, "queries", len(paths))
+    found = embed(source, paths, encoders, report=step, **project.loading())
+    return asking[found.rows], found.vectors, {paths[row]: why for row, why in found.problems.items()}
+
+
+def _embed(
+    project: Project,
+    images: ImageSource,
+    questions: Questions,
+    asking: NDArray[np.int64],
+    gallery: NDArray[np.int64],
+    old: Encoder | None,
+    new: Encoder,
+    report: Report,
+) -> _Embedded:
+    encoders = [new] if old is None else [new, old]
+    rows, queries, unreadable = embed_queries(project, images, questions, asking, encoders, report)
+    if len(rows) == 0 and unreadable:
+        path, why = next(iter(unreadable.items()))
+        raise Refused(
+            f"none of {len(asking)} query images could be read, for instance {path}: {why}: check images.root and "
+            "the paths of the queries"
+        )
+    paths = _at(questions.gallery_paths, gallery)
+    items = embed(images, paths, [new], report=_counting(report, "gallery", len(paths)), **project.loading())
+    if len(items.rows) == 0:
+        raise Refused(
+            f"none of {len(paths)} gallery images could be read, for instance "
+            f"{next(iter(items.problems.values()))}: check images.root and images.uri"
+        )
+    unreadable |= {str(paths[row]): why for row, why in items.problems.items()}
+    by_old = queries[1] if old is not None else np.empty((0, 0), np.float32)
+    return _Embedded(rows, queries[0], by_old, gallery[items.rows], items.vectors[0], unreadable)
+
+
+def _counting(report: Report, what: str, of: int) -> Callable[[int], None]:
+    done = 0
+
+    def step(more: int) -> None:
+        nonlocal done
+        done += more
+        report(what, done, of)
+
+    return step
+
+
+def _live(
+    project: Project,
+    store: Store,
+    asked: Asked,
+    vectors: Mapping[str, NDArray[np.float32]],
+    report: Report,
+) -> Live:
+    template = project.settings.verify.label
+    return ask_live(
+        store, asked.questions, asked.rows, vectors, metrics=_metrics(project.settings.verify.gate),
+        label=lambda item, payload: "" if template is None else label_of(template, item, payload),
+        report=lambda done, of: report("live", done, of),
+    )  # fmt: skip
+
+
+# -- numbers ------------------------------------------------------------------------------------------------------
+
+
+def _metrics(settings: Gate) -> tuple[str, ...]:
+    named = [settings.metric, *(threshold.metric for threshold in settings.thresholds if threshold.metric != FLIPS)]
+    return tuple(dict.fromkeys([*METRICS, *named]))
+
+
+def _depth(metrics: Sequence[str]) -> int:
+    return max(parse_metric(metric).k for metric in metrics)
+
+
+def _values(judged: Relevance, metrics: Sequence[str]) -> dict[str, NDArray[np.float64]]:
+    return {metric: parse_metric(metric).per_query(judged) for metric in metrics}
+
+
+def _mean(values: NDArray[np.float64]) -> float:
+    return summarise(values).or_zero
+
+
+def _intervals(
+    project: Project, values: Mapping[str, Mapping[str, NDArray[np.float64]]], clusters: NDArray[np.int64] | None
+) -> dict[str, Any]:
+    """Of every mean, and of every difference from today's search: test -> metric -> interval. All of one bootstrap."""
+    settings = project.settings.verify
+    columns = {("intervals", test, metric): found for test, of in values.items() for metric, found in of.items()}
+    columns |= {
+        ("differences", test, metric): found - values["old"][metric]
+        for test, of in values.items()
+        if test != "old"
+        for metric, found in of.items()
+    }
+    drawn = bootstrap(
+        np.stack(list(columns.values()), axis=1), clusters,
+        confidence=settings.gate.confidence, resamples=settings.gate.resamples, seed=settings.seed,
+    )  # fmt: skip
+    found: dict[str, dict[str, dict[str, Any]]] = {"intervals": {}, "differences": {}}
+    for column, (kind, test, metric) in enumerate(columns):
+        found[kind].setdefault(test, {})[metric] = drawn.interval(column).as_json()
+    return found
+
+
+def _scores(means: Mapping[str, Mapping[str, float]], metric: str, bound: float | None) -> dict[str, float] | None:
+    """P_up, P_comp and P_1 (AdvBCT, section 4.1), where the self-test `bound` of an independent encoder is known."""
+    if bound is None:
+        return None
+    new = means["self"][metric]
+    scores = {"p_up": p_up([new], [bound])}
+    if "cross" in means and bound > means["old"][metric]:  # else there is nothing between old and bound to gain
+        cross, old = means["cross"][metric], means["old"][metric]
+        scores |= {"p_comp": p_comp([cross], [old], [bound]), "p_1": p_1([new], [cross], [old], [bound])}
+    return scores

@@ -26,6 +26,10 @@ class Interval(NamedTuple):
     low: float
     high: float
 
+    def as_json(self) -> dict[str, float] | None:
+        """For results; None where there is no interval, for JSON has no NaN."""
+        return None if math.isnan(self.low) else self._asdict()
+
 
 @dataclass(frozen=True, slots=True)
 class Bootstrap:

@@ -1,0 +1,111 @@
+"""Who gains and who loses: the worst classes and segments, and queries of theirs to look at."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from migrator.verify.statistics import bootstrap
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from migrator.config import Gate
+    from migrator.verify.protocol import Asked
+
+MOST = 10
+"""Classes, and segments, that are listed."""
+EXAMPLES = 4
+SHOWN = 5
+"""Answers of an example."""
+
+Values = Mapping[str, "NDArray[np.float64]"]
+
+
+def worst_groups(names: Sequence[str], values: Values, *, gate: Gate, seed: int, most: int = MOST) -> dict[str, Any]:
+    """The groups of queries with the least gain, by `names` (q,); JSON-able.
+
+    `values` holds `old`, `new` and `negative_flips`, (q,) each. A group's interval is over its own queries.
+    """
+    old, new = values["old"], values["new"]
+    counted = ~np.isnan(old)
+    known, codes = np.unique(np.asarray(names, dtype=object)[counted].astype(str), return_inverse=True)
+    sizes = np.bincount(codes, minlength=len(known))
+
+    def means(column: NDArray[np.float64]) -> NDArray[np.float64]:
+        return np.bincount(codes, column[counted], minlength=len(known)) / sizes
+
+    before, after, lost = means(old), means(new), means(values["negative_flips"])
+    worst = np.lexsort((after, (after - before).round(9)))[:most]
+    told = []
+    if len(worst):
+        gains = (new - old)[counted]
+        columns = np.stack([np.where(codes == at, gains, np.nan) for at in worst], axis=1)
+        drawn = bootstrap(columns, None, confidence=gate.confidence, resamples=min(gate.resamples, 2_000), seed=seed)
+        for column, at in enumerate(worst.tolist()):
+            interval = drawn.interval(column)
+            told.append(
+                {
+                    "name": str(known[at]),
+                    "queries": int(sizes[at]),
+                    "old": float(before[at]),
+                    "new": float(after[at]),
+                    "gain": float(after[at] - before[at]),
+                    "low": None if np.isnan(interval.low) else interval.low,
+                    "high": None if np.isnan(interval.high) else interval.high,
+                    "negative_flips": float(lost[at]),
+                }
+            )
+    return {"count": len(known), "worst": told}
+
+
+def examples(
+    asked: Asked,
+    rankings: Mapping[str, NDArray[np.int32]],
+    values: Values,
+    classes: Mapping[str, Any] | None,
+) -> list[dict[str, Any]]:
+    """For each of the worst classes (None: of all queries) the one that lost most, with the first answers of today's
+    search and of the new one; JSON-able. `rankings` holds `old` and `new`, (q, k) each."""
+    old, new = values["old"], values["new"]
+    losses = np.where(np.isnan(old), np.inf, new - old)
+    labels = asked.labels
+    if labels is None or classes is None:
+        chosen = np.lexsort((new, losses))[:EXAMPLES].tolist()
+    else:
+        chosen = []
+        for group in classes["worst"][:EXAMPLES]:
+            members = [row for row, label in enumerate(labels) if label == group["name"] and np.isfinite(losses[row])]
+            chosen += sorted(members, key=lambda row: (losses[row], new[row]))[:1]
+    judged = {which: asked.judge(ranking[:, :SHOWN]).hits for which, ranking in rankings.items()}
+    return [
+        {
+            "class": None if labels is None else labels[row],
+            "query": {"path": asked.questions.paths[asked.rows[row]], "label": None if labels is None else labels[row]},
+            **{
+                which: [
+                    _answer(asked, int(item), bool(right))
+                    for item, right in zip(rankings[which][row, :SHOWN], judged[which][row], strict=True)
+                    if item >= 0
+                ]
+                for which in ("old", "new")
+            },
+            "old_value": float(old[row]),
+            "new_value": float(new[row]),
+        }
+        for row in chosen
+        if np.isfinite(losses[row])
+    ]
+
+
+def _answer(asked: Asked, item: int, right: bool) -> dict[str, Any]:
+    at = int(asked.gallery[item])
+    questions = asked.questions
+    return {
+        "id": questions.gallery[at],
+        "path": questions.gallery_paths[at],
+        "label": None if questions.gallery_labels is None else questions.gallery_labels[at],
+        "right": right,
+    }

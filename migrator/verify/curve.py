@@ -1,0 +1,69 @@
+"""The backfill curve: what new queries find while the gallery is re-embedded, share by share, in an order."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from migrator.backfill.order import worst_first
+from migrator.verify.metrics import backfill_auc, parse_metric, summarise
+from migrator.verify.ranking import mixtures
+from migrator.verify.statistics import bootstrap
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from numpy.typing import NDArray
+
+    from migrator.config import Gate
+    from migrator.verify.protocol import Asked
+
+SHARES = tuple(share / 10 for share in range(11))
+
+
+def backfill_curve(
+    asked: Asked,
+    queries: NDArray[np.float32],
+    gallery_old: NDArray[np.float32],
+    gallery_new: NDArray[np.float32],
+    *,
+    order: str,
+    clusters: NDArray[np.int64] | None,
+    gate: Gate,
+    seed: int,
+) -> dict[str, Any]:
+    """Means of the gate's metric at each of `SHARES`, in both orders, with the area under each; JSON-able.
+
+    `worth` is the area that worst_first gains over id, per query, with its interval.
+    """
+    metric = parse_metric(gate.metric)
+    orders = {
+        "id": np.arange(len(gallery_old)),  # the gallery lies in the store's order
+        "worst_first": worst_first(gallery_old, asked.gallery_labels, seed=seed),
+    }
+    curves: dict[str, Any] = {}
+    areas = {}
+    for name, rows in orders.items():
+        mixed = mixtures(queries, gallery_old, gallery_new, rows, SHARES, metric.k, exclude=asked.own)
+        values = np.stack([metric.per_query(asked.judge(ranking)) for ranking in mixed])  # (shares, q)
+        means = [summarise(at).or_zero for at in values]
+        curves[name] = {"values": means, "auc": backfill_auc(SHARES, means)}
+        areas[name] = np.asarray(np.trapezoid(values, SHARES, axis=0))
+    gain = bootstrap(
+        (areas["worst_first"] - areas["id"])[:, None], clusters,
+        confidence=gate.confidence, resamples=gate.resamples, seed=seed,
+    ).interval(0)  # fmt: skip
+    return {
+        "metric": gate.metric,
+        "shares": list(SHARES),
+        "order": order,
+        "orders": curves,
+        "worth": gain.as_json(),
+    }
+
+
+def expected(curve: dict[str, Any], share: float) -> float:
+    """The curve's value at a share of the backfill, in the order that the backfill uses."""
+    values: Sequence[float] = curve["orders"][curve["order"]]["values"]
+    return float(np.interp(share, curve["shares"], values))

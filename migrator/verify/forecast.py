@@ -1,0 +1,149 @@
+"""What a migration will be worth, before it begins: quality by share of the backfill, on a cheap sample, with dates.
+
+The sample is small and its gallery is too, so its figures are easier to reach than the collection's. What it shows is
+the way from today's search to the finished one. `verify` measures both on more.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from adapters.base import ItemId, Store
+from migrator.backfill.order import worst_first
+from migrator.encoding import embed, locate
+from migrator.project import Project
+from migrator.stored_encoder import unit
+from migrator.verify.metrics import parse_metric, relevance, summarise
+from migrator.verify.questions import label_of
+from migrator.verify.ranking import mixtures, rank
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from trainer.encoder import Encoder
+    from trainer.images import ImageSource
+
+SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
+ITEMS = 256
+"""Items of the sample, every one of which is also a query for the others of its class."""
+LOOKED_AT = 5_000
+"""Items whose payloads are read to find classes with several items."""
+SEED = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Quality:
+    """The gate's metric on the sample."""
+
+    metric: str
+    today: float
+    """Old queries, old gallery."""
+    values: tuple[float, ...] | None
+    """New queries against the gallery at each of `SHARES`; None where there is no new encoder to compare with."""
+    sampled: int
+
+
+def expected_quality(
+    project: Project,
+    store: Store,
+    images: ImageSource,
+    new: Encoder | None,
+    report: Callable[[int, int], None] = lambda _done, _of: None,
+) -> Quality | None:
+    """Measures on a sample of the collection; None where it has no classes with several items. Today's search is
+    asked with the items' stored vectors, so that no old model is needed."""
+    ids, labels = _sample(project, store)
+    if not ids:
+        return None
+    page = store.read(ids, vectors=True, payload=True)
+    assert page.vectors is not None
+    assert page.payloads is not None
+    label = dict(zip(ids, labels, strict=True))
+    paths = locate(images, zip(page.ids, page.payloads, strict=True))
+    rows = np.arange(len(page.ids))
+    by_new = None
+    if new is not None:
+        done = 0
+
+        def step(more: int) -> None:
+            nonlocal done
+            done += more
+            report(done, len(paths))
+
+        found = embed(images, paths, [new], report=step, **project.loading())
+        rows, by_new = found.rows, found.vectors[0]
+    by_old = unit(page.vectors[rows])
+    classes = [label[page.ids[row]] for row in rows.tolist()]
+    metric = project.settings.verify.gate.metric
+    depth = parse_metric(metric).k
+    own = np.arange(len(rows))
+
+    def value(ranking: NDArray[np.int32]) -> float:
+        judged = relevance(classes, classes, ranking, exclude=own)
+        return summarise(parse_metric(metric).per_query(judged)).mean
+
+    today = value(rank(by_old, by_old, depth, exclude=own))
+    if np.isnan(today):
+        return None
+    values = None
+    if by_new is not None and by_new.shape[1] == by_old.shape[1] and project.settings.rollout.strategy == "in_place":
+        order = own
+        if project.settings.backfill.order == "worst_first":
+            order = worst_first(by_old, classes, seed=SEED)
+        mixed = mixtures(by_new, by_old, by_new, order, SHARES, depth, exclude=own)
+        values = tuple(value(ranking) for ranking in mixed)
+    elif by_new is not None:  # a shadow: today's search until it is whole, then the new one
+        values = (*[today] * (len(SHARES) - 1), value(rank(by_new, by_new, depth, exclude=own)))
+    return Quality(metric, today, values, len(rows))
+
+
+def _sample(project: Project, store: Store) -> tuple[list[ItemId], list[str]]:
+    """Items of classes that have several, class by class until there are enough; empty without labels."""
+    template = project.settings.verify.label
+    if template is None:
+        return [], []
+    page = store.read(store.sample(LOOKED_AT, seed=SEED), vectors=False, payload=True)
+    assert page.payloads is not None
+    members: dict[str, list[ItemId]] = {}
+    for item, payload in zip(page.ids, page.payloads, strict=True):
+        if name := label_of(template, item, payload):
+            members.setdefault(name, []).append(item)
+    several = [name for name, items in members.items() if len(items) > 1]
+    if not several:
+        return [], []
+    order = np.random.default_rng(SEED).permutation(len(several)).tolist()
+    # Two or more of each of many classes tell more than many of a few.
+    each = max(2, ITEMS // len(several))
+    chosen: list[tuple[ItemId, str]] = []
+    for at in order:
+        if len(chosen) >= ITEMS:
+            break
+        chosen += [(item, several[at]) for item in members[several[at]][:each]]
+    return [item for item, _ in chosen], [name for _, name in chosen]
+
+
+def forecast(
+    quality: Quality | None, *, metric: str, items: int, items_per_second: float, begin: dt.datetime
+) -> dict[str, Any]:
+    """Quality and date at each share of the backfill, if it began at `begin` and ran without rest. JSON-able."""
+    known: Sequence[float | None] = [None] * len(SHARES)
+    if quality is not None and quality.values is not None:
+        known = quality.values
+    points = []
+    for share, value in zip(SHARES, known, strict=True):
+        at = None
+        if items_per_second > 0:
+            at = (begin + dt.timedelta(seconds=share * items / items_per_second)).isoformat(timespec="seconds")
+        points.append({"share": share, "value": None if value is None else round(value, 4), "at": at})
+    return {
+        "metric": metric,
+        "today": None if quality is None else round(quality.today, 4),
+        "points": points,
+        "sampled": 0 if quality is None else quality.sampled,
+        "items_per_second": round(items_per_second, 1),
+    }
