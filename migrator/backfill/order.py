@@ -42,7 +42,6 @@ def worst_first_ids(store: Store, label: Label | None, *, seed: int) -> list[Ite
     if classes.labelled:
         centres = classes.centres()
     else:
-        label = None
         sample = store.read(store.sample(SAMPLE, seed=seed), vectors=True, payload=False).vectors
         assert sample is not None
         centres = _cluster_centres(sample, seed=seed)
@@ -61,16 +60,15 @@ def worst_first(vectors: Vectors, labels: Sequence[str] | None, *, seed: int) ->
 
     What `worst_first_ids` does to a collection. Raises `UsageProblem` where there are no labels and no faiss.
     """
+    labels = [""] * len(vectors) if labels is None else labels
     classes = _Classes()
-    if labels is not None:
-        classes.add(vectors, labels)
-    if classes.labelled and labels is not None:
-        return _descending(badness(vectors, classes.codes(labels), classes.centres()))
-    rows = np.arange(len(vectors))
-    if len(rows) > SAMPLE:
-        rows = np.sort(np.random.default_rng(seed).choice(rows, SAMPLE, replace=False))
-    centres = _cluster_centres(vectors[rows], seed=seed)
-    return _descending(badness(vectors, np.full(len(vectors), -1), centres))
+    classes.add(vectors, labels)
+    if classes.labelled:
+        centres = classes.centres()
+    else:
+        drawn = np.random.default_rng(seed).permutation(len(vectors))[:SAMPLE]
+        centres = _cluster_centres(vectors[np.sort(drawn)], seed=seed)
+    return _descending(badness(vectors, classes.codes(labels), centres))
 
 
 def badness(vectors: Vectors, codes: NDArray[np.int64], centres: Vectors) -> NDArray[np.float32]:

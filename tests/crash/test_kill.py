@@ -11,9 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from migrator.backfill.order import worst_first
 from migrator.project import Project
 from tests.crash.commands import Commands
-from tests.world import World, make_world
+from tests.world import World, embed_images, make_world
 
 pytestmark = pytest.mark.crash
 
@@ -133,3 +134,43 @@ def test_killed_again_and_again(commands: Commands, tmp_path: Path) -> None:
     np.testing.assert_array_equal(world.vectors(), old)
     assert (world.gallery / "index.faiss").read_bytes() == original
     assert stamps(world) == (ITEMS, 0)
+
+
+def killed_once(commands: Commands, world: World, state: str, verb: str) -> None:
+    """Starts a command and kills it when some chunks are in that state, and others are not."""
+    with Project.open(world.config) as project:
+        migration = project.migration()
+        commands.start(*arguments(world, verb))
+        while project.ledger.counts(migration.id).by_state.get(state, 0) < 3:
+            assert commands.wait(0.01) is None, f"{verb} ended before it was killed"
+    assert commands.kill() == -9
+
+
+def test_killed_with_the_worst_items_first(commands: Commands, tmp_path: Path) -> None:
+    world = make_world(tmp_path / "world", items=120)
+    world.configure(backfill__chunk_size=4, backfill__order="worst_first", backfill__nice=1.0)
+    old, kinds = world.vectors(), [f"kind {row % 3}" for row in range(120)]
+    order = worst_first(old, kinds, seed=0)
+    to_backfill(commands, world)
+
+    killed_once(commands, world, "done", "backfill")
+    with Project.open(world.config) as project, project.store() as store:
+        waiting = store.unstamped(project.encoder_ids()[1], after=None, limit=120)
+    assert len(waiting) in range(4, 120, 4)
+    assert waiting == sorted(order[-len(waiting) :])
+    succeed(commands, world, "backfill")
+    assert stamps(world) == (120, 120)
+    with Project.open(world.config) as project:
+        migration = project.migration()
+        counts = project.ledger.counts(migration.id)
+        cut = [project.ledger.ids_of(chunk) for chunk in project.ledger.chunks(migration.id)]
+    assert cut == [order[start : start + 4].tolist() for start in range(0, 120, 4)]
+    assert (counts.by_state, counts.written) == ({"done": 30}, 120)
+    new = embed_images(world, "new", [f"{row:05d}.png" for row in range(120)])
+    np.testing.assert_allclose(world.vectors(), new, rtol=0, atol=1e-5)
+
+    succeed(commands, world, "rollout", "--stage", "cutover")
+    killed_once(commands, world, "restored", "rollback")
+    succeed(commands, world, "rollback")
+    np.testing.assert_array_equal(world.vectors(), old)
+    assert stamps(world) == (120, 0)
