@@ -9,7 +9,7 @@ from typing import Any
 from migrator.cli import run
 from migrator.ledger import Ledger, Migration
 from migrator.project import Project
-from tests.world import NAME, World
+from tests.world import World
 
 SHARES = [number / 10 for number in range(11)]
 BINS = 40
@@ -127,6 +127,39 @@ def results(world: World) -> dict[str, Any]:
     }  # fmt: skip
 
 
+STRANGE = (
+    "<script>window.stolen = 1</script>",
+    '"><img src=x onerror=window.stolen=1>',
+    "javascript:window.stolen=1",
+    "' onmouseover='window.stolen=1",
+    "</style></svg><b>{{ 7 * 7 }}",
+    "$\\frac{1}{0}$ %s {0}",
+    "back\u202ewards \u2066isolated\u2069 \u200b\ufeff",
+    "nul\x00 bell\x07 esc\x1b[31m line\nfeed\u2028 half\ud800",
+    "شجرة 木 🧑‍🌾 e\u0301",
+    "w" * 20_000,
+)
+"""What somebody may have written into a label, a payload, a path or a reason."""
+
+
+def hostile(document: Any, _at: list[int] | None = None) -> Any:
+    """The document with a strange text for every text that a stranger could have written, each in its turn."""
+    at = [0] if _at is None else _at
+    if isinstance(document, dict):
+        found = {key: value if key in _OURS else hostile(value, at) for key, value in document.items()}
+        if "unreadable" in document:
+            found["unreadable"] = {text: text for text in STRANGE}
+            found["examples"] = [*document["examples"][:-1], *hostile(document["examples"][-1:], at)]
+        return found
+    if isinstance(document, list):
+        return [hostile(value, at) for value in document]
+    if isinstance(document, str):
+        at[0] += 1
+        return STRANGE[at[0] % len(STRANGE)]
+    return document
+
+
+_OURS = ("outcome", "served", "metric", "order", "tests", "intervals", "differences", "curve", "histograms")
 _QUALITY = {"old": 0.647, "cross": 0.923, "self": 0.977, "reverse": 0.71}
 
 
@@ -154,6 +187,3 @@ def _example(paths: list[str], number: int) -> dict[str, Any]:
         "class": f"kind {number}", "query": {"path": paths[number], "label": f"kind {number}"},
         "old": answers(2), "new": answers(4), "old_value": 0.41, "new_value": 0.86,
     }  # fmt: skip
-
-
-__all__ = ["NAME", "fill_ledger", "measurement", "plan_world", "results", "save_verification"]

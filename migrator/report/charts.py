@@ -101,10 +101,10 @@ def _bars(measured: Sequence[Mapping[str, Any]]) -> list[tuple[float, float, flo
     bars: list[tuple[float, float, float]] = []
     for point in measured:
         interval = point.get("interval") or {}
-        share, value, mean, low, high = numbers = [
-            point.get("share"), point.get("value"), *(interval.get(key) for key in ("mean", "low", "high"))
-        ]  # fmt: skip
+        numbers: list[Any] = [point.get("share"), point.get("value")]
+        numbers += [interval.get(key) for key in ("mean", "low", "high")]
         if all(map(is_number, numbers)):
+            share, value, mean, low, high = numbers
             bars.append((share, value + low - mean, value + high - mean))
     return bars
 

@@ -6,6 +6,7 @@ cut to length (`words.shown`) and escaped by the template engine; none of it bec
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -140,6 +141,7 @@ def render(facts: Mapping[str, Any], pictures: Mapping[str, Thumbnail]) -> str:
     )
 
 
+@functools.cache
 def _environment() -> Environment:
     from jinja2 import ChainableUndefined, Environment, FileSystemLoader
     from markupsafe import Markup

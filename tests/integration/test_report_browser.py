@@ -1,0 +1,142 @@
+"""The report in a real browser: it needs nothing but itself, fits every screen, and can be printed."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from migrator.cli import run
+from tests.browser import chromium
+from tests.reported import fill_ledger, hostile, plan_world, results
+from tests.world import World
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser, BrowserContext, Page
+
+WIDTHS = (390, 1280)
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    with chromium() as started:
+        yield started
+
+
+@pytest.fixture(scope="module")
+def pages(_first_world: World, tmp_path_factory: pytest.TempPathFactory, browser: Browser) -> dict[str, Path]:
+    """`walked`: a world that went through plan, verify, rollout and a backfill run; `full`: a ledger with all that a
+    report can show, written by strangers. Asks for the browser first: without one nothing is made."""
+    found = {}
+    for name in ("walked", "full"):
+        folder = tmp_path_factory.mktemp(name) / "world"
+        shutil.copytree(_first_world.folder, folder)
+        world = World(folder)
+        plan_world(world)
+        if name == "walked":
+            walk(world)
+        else:
+            fill_ledger(world, **hostile(results(world)))
+        assert run(["report", "--config", str(world.config), "--out", str(folder / "report.html")]) == 0
+        found[name] = folder / "report.html"
+    return found
+
+
+def walk(world: World) -> None:
+    world.configure(rollout__canary=[100])
+    steps = ["verify", "rollout --stage prepare", "rollout --stage canary", "rollout --stage backfill"]
+    for step in [*steps, "backfill --max-items 50"]:
+        verb, *words = step.split()
+        assert run([verb, "--config", str(world.config), *words, *([] if verb == "verify" else ["--yes"])]) == 0
+
+
+def opened(context: BrowserContext, file: Path) -> tuple[Page, list[str], list[str]]:
+    """The page, what its console said, and what it asked the network for."""
+    page = context.new_page()
+    said: list[str] = []
+    asked: list[str] = []
+    page.on("console", lambda message: said.append(f"{message.type}: {message.text}"))
+    page.on("pageerror", lambda error: said.append(str(error)))
+    page.on("request", lambda request: asked.append(request.url))
+    page.goto(file.as_uri())
+    return page, said, [url for url in asked if url != file.as_uri() and not url.startswith("data:")]
+
+
+@pytest.mark.parametrize("which", ["walked", "full"])
+@pytest.mark.parametrize("scripts", [True, False], ids=["script", "no-script"])
+def test_it_opens_without_a_word_and_without_the_network(
+    browser: Browser, pages: dict[str, Path], which: str, scripts: bool
+) -> None:
+    context = browser.new_context(java_script_enabled=scripts)
+    page, said, asked = opened(context, pages[which])
+    assert (said, asked) == ([], [])
+    assert page.title() == "toys: report"
+    assert page.locator("h2").count() == 12
+    assert page.locator("#verdict").is_visible()
+    if scripts:
+        assert page.evaluate("document.scripts.length") == 0
+        assert page.evaluate("typeof window.stolen") == "undefined"
+    context.close()
+
+
+@pytest.mark.parametrize("which", ["walked", "full"])
+@pytest.mark.parametrize("width", WIDTHS)
+def test_nothing_is_wider_than_the_screen(browser: Browser, pages: dict[str, Path], which: str, width: int) -> None:
+    context = browser.new_context(viewport={"width": width, "height": 800})
+    page, _, _ = opened(context, pages[which])
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    wide = """[...document.querySelectorAll("section *")].filter(element => {
+        const box = element.getBoundingClientRect();
+        return box.right > innerWidth + 1 && box.width && !element.closest(".scroll") && !element.closest(".unseen");
+    }).map(element => element.outerHTML.slice(0, 200))"""
+    assert page.evaluate(wide) == []
+    context.close()
+
+
+def test_every_picture_is_there(browser: Browser, pages: dict[str, Path]) -> None:
+    context = browser.new_context()
+    page, _, _ = opened(context, pages["full"])
+    widths = page.evaluate("[...document.images].map(image => image.naturalWidth)")
+    assert len(widths) == 33 - 11
+    assert all(0 < width <= 96 for width in widths)
+    assert page.locator(".noimage").count() == 11
+    drawings = page.evaluate("[...document.querySelectorAll('figure svg')].map(e => e.getBoundingClientRect().height)")
+    assert len(drawings) >= 8
+    assert all(height > 50 for height in drawings)
+    context.close()
+
+
+def test_it_is_dark_where_the_reader_likes_it_dark(browser: Browser, pages: dict[str, Path]) -> None:
+    found = {}
+    for scheme in ("light", "dark"):
+        context = browser.new_context(color_scheme=scheme)  # type: ignore[arg-type]
+        page, _, _ = opened(context, pages["full"])
+        colours = """['body', 'figure svg text', 'h2'].map(where => {
+            const style = getComputedStyle(document.querySelector(where));
+            return where === 'body' ? style.backgroundColor : where === 'h2' ? style.color : style.fill;
+        })"""
+        found[scheme] = [luminance(colour) for colour in page.evaluate(colours)]
+        context.close()
+    assert found["light"][0] > 0.8 > 0.4 > max(found["light"][1:])
+    assert found["dark"][0] < 0.1 < 0.3 < min(found["dark"][1:])
+
+
+def luminance(colour: str) -> float:
+    return sum(map(int, re.findall(r"\d+", colour)[:3])) / (3 * 255)
+
+
+@pytest.mark.parametrize("which", ["walked", "full"])
+def test_it_can_be_printed(browser: Browser, pages: dict[str, Path], which: str) -> None:
+    context = browser.new_context(color_scheme="dark")
+    page, _, _ = opened(context, pages[which])
+    printed = page.pdf(format="A4", print_background=True)
+    assert printed.startswith(b"%PDF-")
+    assert 1 <= len(re.findall(rb"/Type\s*/Page\b", printed)) < 40
+    page.emulate_media(media="print", color_scheme="dark")
+    assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
+    assert page.locator("nav").is_hidden()
+    context.close()
