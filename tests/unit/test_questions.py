@@ -175,6 +175,13 @@ def test_the_draw_is_uniform_within_a_class() -> None:
     assert max(drawn.values()) < 2 * min(drawn.values())
 
 
+def test_fewer_questions_than_classes_are_of_any_of_them() -> None:
+    codes = np.arange(10).repeat(3)
+    drawn = Counter(codes[row] for seed in range(300) for row in even_draw(codes, 2, seed=seed))
+    assert set(drawn) == set(range(10))
+    assert max(drawn.values()) < 2 * min(drawn.values())
+
+
 @pytest.mark.parametrize(
     ("template", "payload", "label"),
     [
@@ -273,6 +280,14 @@ def test_a_query_whose_class_has_no_item_but_itself_is_passed_over(desk: Desk) -
     assert drawn.paths[2] == "other.png", "another picture of class c has one item to find"
     assert drawn.counts["queries_without_answer"] == 1
     assert drawn.counts["classes_without_answer"] == 0
+
+
+def test_of_two_items_with_one_image_the_first_is_the_query_itself(desk: Desk) -> None:
+    items: Items = {1: {"path": "x.png"}, 2: {"path": "./x.png"}, 3: {"path": "y.png"}}
+    desk.shelf = Shelf(items)
+    drawn = desk.draw(queries=desk.csv([("path", "relevant"), ("x.png", "[1, 2, 3]")]))
+    assert drawn.own == [1]
+    assert drawn.relevant == [{2: 1.0, 3: 1.0}]
 
 
 RELEVANT = [
@@ -695,8 +710,18 @@ def test_rows_of_those_items_that_are_still_there(data: st.DataObject) -> None:
         assert rows.query_codes is not None
         assert rows.gallery_codes is not None
         assert (rows.query_codes >= 0).all()
+        names = dict(zip(questions.gallery, questions.gallery_labels or (), strict=True))
+        assert [code < 0 for code in rows.gallery_codes] == [names[item] == "" for item in left]
         codes = [
             {left[at] for at in np.flatnonzero(rows.gallery_codes == code) if at != own}
             for code, own in zip(rows.query_codes, rows.own_rows, strict=True)
         ]
         assert codes == right
+
+
+def test_a_query_that_is_alone_in_its_class_has_no_answer(desk: Desk) -> None:
+    desk.shelf = Shelf(shelf({"a": 2, "b": 3}))
+    drawn = desk.draw(label="{kind}")
+    assert resolve(drawn, drawn.gallery).without_answer == 0
+    assert resolve(drawn, [1, 2, 3, 4]).without_answer == 1, "item 2; but item 0, which is gone, finds item 2"
+    assert resolve(drawn, []).without_answer == 5
