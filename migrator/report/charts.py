@@ -112,15 +112,15 @@ def _bars(measured: Sequence[Mapping[str, Any]]) -> list[tuple[float, float, flo
 def histogram(test: str, edges: Sequence[Any], counts: Mapping[str, Any], *, widest: tuple[float, float]) -> str | None:
     """Similarities of right and of wrong pairs under one test, each as a share of its kind; None where there are none.
 
-    `edges` (n + 1), `counts` {positive (n), negative (n)}; `widest` are the limits that all tests share.
+    `edges` (n + 1), `counts` {positives (n), negatives (n)}; `widest` are the limits that all tests share.
     """
     if len(edges) < 2 or not all(map(is_number, edges)):
         return None
     figure, axes = _axes(height=2.1)
     drawn = 0
     for kind, label, color, hatch in (
-        ("negative", "wrong pairs", _SERIES[1], "////"),
-        ("positive", "right pairs", _SERIES[0], None),
+        ("negatives", "wrong pairs", _SERIES[1], "////"),
+        ("positives", "right pairs", _SERIES[0], None),
     ):
         values = counts.get(kind) or []
         total = sum(value for value in values if is_number(value))

@@ -16,7 +16,7 @@ from migrator.project import Project
 from migrator.report import charts, words
 from migrator.report.facts import facts_of
 from migrator.report.thumbnails import Thumbnail, thumbnails
-from migrator.report.verdict import meaning
+from migrator.report.verdict import is_moved, meaning
 from trainer.files import write_whole
 
 if TYPE_CHECKING:
@@ -119,6 +119,7 @@ def render(facts: Mapping[str, Any], pictures: Mapping[str, Thumbnail]) -> str:
         ],
         measured=measured,
         orders=_orders(results.get("curve") or {}),
+        is_moved=is_moved(facts["status"]),
         examples=_with_pictures(_examples(facts), pictures),
         curve=_drawn(
             charts.backfill_curve(
@@ -279,18 +280,13 @@ def _forecast(forecast: Mapping[str, Any] | None) -> str | None:
 
 
 def _orders(curve: Mapping[str, Any]) -> dict[str, Any]:
-    """Area under the curve of each order, and what the better one is worth."""
+    """Area under the curve of each order, and what it is worth to begin with the worst items."""
     orders = curve.get("orders") or {}
     areas = {order: found.get("auc") for order, found in orders.items() if words.is_number((found or {}).get("auc"))}
-    worth = None
-    if {"id", "worst_first"} <= areas.keys():
-        worth = areas["worst_first"] - areas["id"]
-    return {
-        "areas": areas,
-        "worth": worth,
-        "chosen": curve.get("order"),
-        "independent": bool(curve.get("independent_of_order")),
-    }
+    worth = curve.get("worth")
+    if worth is None and {"id", "worst_first"} <= areas.keys():
+        worth = {"mean": areas["worst_first"] - areas["id"]}
+    return {"areas": areas, "worth": worth, "chosen": curve.get("order")}
 
 
 def _histograms(histograms: Mapping[str, Any]) -> list[tuple[str, Any]]:

@@ -14,8 +14,12 @@ _MEANING = {
     "ndcg": "1 means that the best answers come first",
     "mrr": "1 means that the first answer is always right",
 }
-UNDER_WAY = ("backfill", "cutover", "finalize")
-"""Stages that a migration in place enters only with every query at the new encoder: a verification is behind it."""
+_NEW_ANSWERS = {"in_place": ("backfill", "cutover", "finalize"), "shadow": ("cutover", "finalize")}
+
+
+def is_moved(status: Mapping[str, Any]) -> bool:
+    """Whether every query is with the new encoder, so that a verification is behind the migration, however old."""
+    return status["stage"] in _NEW_ANSWERS.get(status["strategy"] or "", ())
 
 
 def meaning(metric: str) -> str:
@@ -28,23 +32,32 @@ def verdict(facts: Mapping[str, Any]) -> dict[str, Any]:
     answer, headline = _headline(facts)
     verification = facts["verification"]
     sentences = [] if verification is None else _evidence(verification)
-    last = last_measured(facts)
-    if last is not None and is_number(last.get("value")):
+    return {"answer": answer, "headline": headline, "sentences": [*sentences, *_during_backfill(facts)]}
+
+
+def _during_backfill(facts: Mapping[str, Any]) -> list[str]:
+    sentences = []
+    value, read_back = last_with(facts, "value"), last_with(facts, "read_back")
+    if value is not None and is_number(value["value"]):
         sentences.append(
-            f"Measured after the last backfill run, with {percent(last.get('share'))} of the collection embedded anew: "
-            f"{number(last['value'])}."
+            f"When it was last measured, with {percent(value.get('share'))} of the collection embedded anew, search "
+            f"scored {number(value['value'])}."
         )
-    return {"answer": answer, "headline": headline, "sentences": sentences}
+    if read_back is not None and read_back["read_back"].get("wrong"):
+        sentences.append(
+            f"Of {read_back['read_back'].get('checked', '?')} items that were read back after the last run, "
+            f"{read_back['read_back']['wrong']} did not hold the vector that the new encoder gives for their image."
+        )
+    return sentences
 
 
-def last_measured(facts: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """The newest measurement of the collection as it was."""
-    measured = facts["measured"]
-    return measured[-1] if measured else None
+def last_with(facts: Mapping[str, Any], key: str) -> Mapping[str, Any] | None:
+    """The newest measurement of the collection that has a `key`."""
+    return next((entry for entry in reversed(facts["measured"]) if entry.get(key) is not None), None)
 
 
 def _headline(facts: Mapping[str, Any]) -> tuple[str, str]:
-    status, verification, last = facts["status"], facts["verification"], last_measured(facts)
+    status, verification, last = facts["status"], facts["verification"], last_with(facts, "outcome")
     name, state = status["migration"], status["state"]
     if state == "rolled_back":
         return "back", "Taken back: the old encoder answers every query again."
@@ -52,15 +65,15 @@ def _headline(facts: Mapping[str, Any]) -> tuple[str, str]:
         return "back", "Being taken back: the old vectors are being restored."
     if state == "finished":
         return "yes", "Done: the new encoder answers every query."
-    if last is not None and last.get("outcome") == "below the gate":
+    if last is not None and last["outcome"] == "below the gate":
         return "no", "Stop: when it was last measured, search was below the gate."
     if verification is None:
         if status["new_encoder"] is None:
             return "open", f"Not known yet: there is no new encoder. Train one: `migrator train {name}`."
         return "open", f"Not verified yet: old and new search have not been compared. `migrator verify {name}` does it."
     outcome, lapsed = verification["outcome"], verification["why_not"]
-    under_way = status["stage"] in UNDER_WAY
-    if outcome == "pass" and lapsed and not under_way:
+    moved = is_moved(status)
+    if outcome == "pass" and lapsed and not moved:
         return "open", f"It passed, but that no longer counts: the migration {lapsed}. Again: `migrator verify {name}`."
     if outcome == "pass":
         doing = (

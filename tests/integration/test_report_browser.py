@@ -31,23 +31,21 @@ def browser() -> Iterator[Browser]:
 def pages(_first_world: World, tmp_path_factory: pytest.TempPathFactory, browser: Browser) -> dict[str, Path]:
     """`walked`: a world that went through plan, verify, rollout and a backfill run; `full`: a ledger with all that a
     report can show, written by strangers. Asks for the browser first: without one nothing is made."""
-    found = {}
-    for name in ("walked", "full"):
-        folder = tmp_path_factory.mktemp(name) / "world"
-        shutil.copytree(_first_world.folder, folder)
-        world = World(folder)
-        plan_world(world)
-        if name == "walked":
-            walk(world)
-        else:
-            fill_ledger(world, **hostile(results(world)))
-        assert run(["report", "--config", str(world.config), "--out", str(folder / "report.html")]) == 0
-        found[name] = folder / "report.html"
+    walked = World(tmp_path_factory.mktemp("walked") / "world")
+    shutil.copytree(_first_world.folder, walked.folder)
+    walked.configure(rollout__canary=[100])
+    plan_world(walked)
+    full = World(tmp_path_factory.mktemp("full") / "world")
+    shutil.copytree(walked.folder, full.folder)
+    walk(walked)
+    fill_ledger(full, **hostile(results(full)))
+    found = {"walked": walked.folder / "report.html", "full": full.folder / "report.html"}
+    for page in found.values():
+        assert run(["report", "--config", str(page.with_name("migrations.yaml")), "--out", str(page)]) == 0
     return found
 
 
 def walk(world: World) -> None:
-    world.configure(rollout__canary=[100])
     steps = ["verify", "rollout --stage prepare", "rollout --stage canary", "rollout --stage backfill"]
     for step in [*steps, "backfill --max-items 50"]:
         verb, *words = step.split()
