@@ -76,12 +76,8 @@ def _headline(facts: Mapping[str, Any]) -> tuple[str, str]:
     if outcome == "pass" and lapsed and not moved:
         return "open", f"It passed, but that no longer counts: the migration {lapsed}. Again: `migrator verify {name}`."
     if outcome == "pass":
-        doing = (
-            "the new encoder answers queries, as the verification allows"
-            if under_way
-            else "the new encoder may answer queries"
-        )
-        return "yes", f"Yes: {doing}."
+        doing = "answers queries, as the verification allows" if moved else "may answer queries"
+        return "yes", f"Yes: the new encoder {doing}."
     if outcome == "fail":
         return "no", "No: the new encoder must not answer queries. Search would get worse than the gate allows."
     return "open", "Not yet: what was measured cannot tell whether search gets worse, and so nothing is opened."
