@@ -52,7 +52,7 @@ def backfill_curve(
 ) -> str | None:
     """Quality by share of the backfill: as verified for each order, as planned, and as measured; None without any.
 
-    `measured` are the points {share, value, interval}; their bars are the interval of the gain, put at the value.
+    `measured` are the points {share, value}.
     """
     lines: list[tuple[str, list[float], list[float]]] = []
     if curve is not None:
@@ -71,9 +71,6 @@ def backfill_curve(
         color = _SERIES[0] if label.startswith("verified") else _SERIES[3]
         axes.plot(x, y, color=color, linestyle=_STYLES[number], label=label, linewidth=1.8)
     if shares:
-        bars = _bars(measured)
-        if bars:
-            axes.vlines(*zip(*bars, strict=True), color=_SERIES[1], linewidth=1.2)
         axes.plot(
             shares, values, color=_SERIES[1], marker="o", markersize=6, linestyle="none", label="measured", zorder=3
         )
@@ -94,19 +91,6 @@ def backfill_curve(
 
 def _order(order: str) -> str:
     return {"id": "by id", "worst_first": "worst first"}.get(order, "another order")
-
-
-def _bars(measured: Sequence[Mapping[str, Any]]) -> list[tuple[float, float, float]]:
-    """(share, low, high) of measurements that have an interval."""
-    bars: list[tuple[float, float, float]] = []
-    for point in measured:
-        interval = point.get("interval") or {}
-        numbers: list[Any] = [point.get("share"), point.get("value")]
-        numbers += [interval.get(key) for key in ("mean", "low", "high")]
-        if all(map(is_number, numbers)):
-            share, value, mean, low, high = numbers
-            bars.append((share, value + low - mean, value + high - mean))
-    return bars
 
 
 def histogram(test: str, edges: Sequence[Any], counts: Mapping[str, Any], *, widest: tuple[float, float]) -> str | None:

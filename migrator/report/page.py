@@ -200,12 +200,19 @@ def _commands(text: str) -> Any:
     )
 
 
-def _told(detail: Any) -> str:
-    """The detail of an event in a line."""
+def _told(event: Mapping[str, Any]) -> str:
+    """What the audit log says of an event, in a line; of a measurement only what is not in its own table."""
+    detail = event["detail"]
+    if event["event"] == "measured":
+        detail = {key: value for key, value in detail.items() if key in ("run", "share", "value", "outcome")}
+    return _line(detail)
+
+
+def _line(detail: Any) -> str:
     if isinstance(detail, Mapping):
-        return ", ".join(f"{key}: {_told(value)}" for key, value in detail.items() if value is not None)
+        return ", ".join(f"{key}: {_line(value)}" for key, value in detail.items() if value not in (None, [], {}))
     if isinstance(detail, Sequence) and not isinstance(detail, str):
-        return ", ".join(map(_told, detail))
+        return ", ".join(map(_line, detail))
     return f"{detail:.4g}" if isinstance(detail, float) else str(detail)
 
 

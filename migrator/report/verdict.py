@@ -89,7 +89,7 @@ def _evidence(verification: Mapping[str, Any]) -> list[str]:
     if verification["outcome"] != "pass":
         sentences += [sentence(shown(str(reason))) for reason in (results.get("reasons") or [])[:3]]
     if isinstance(evidence := results.get("evidence"), str):
-        sentences.append(sentence(shown(evidence)))
+        sentences.append(f"How it was judged: {sentence(shown(evidence), capital=False)}")
     return sentences
 
 

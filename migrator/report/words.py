@@ -27,10 +27,11 @@ def _visible(character: str) -> str:
     return character
 
 
-def sentence(text: str) -> str:
-    """A text that another part wrote, as a sentence of its own."""
+def sentence(text: str, *, capital: bool = True) -> str:
+    """A text that another part wrote, as a sentence or the end of one."""
     words = text.strip()
-    return words[:1].upper() + words[1:] + ("" if words.endswith((".", "!", "?")) else ".")
+    begin = words[:1].upper() if capital else words[:1]
+    return begin + words[1:] + ("" if words.endswith((".", "!", "?")) else ".")
 
 
 def number(value: object, digits: int = 3) -> str:
@@ -49,8 +50,11 @@ def signed(value: object, digits: int = 3) -> str:
 
 
 def percent(value: object, digits: int = 1) -> str:
-    """0.0125 as 1.2 %."""
-    return f"{100 * value:.{digits}f} %" if is_number(value) else NONE
+    """0.0125 as 1.2 %, and 1 as 100 %."""
+    if not is_number(value):
+        return NONE
+    text = f"{100 * value:.{digits}f}"
+    return (text.rstrip("0").rstrip(".") if "." in text else text) + " %"
 
 
 def metric_name(metric: str) -> str:
