@@ -53,6 +53,7 @@ FLIPS = "negative_flips"
 """The share of queries whose first answer was right and is wrong now."""
 MOST_ANSWERS = 1000
 """The longest ranking that a metric may look at."""
+_METRIC = rf"(?:{'|'.join(METRICS)})@(?:[1-9][0-9]{{0,2}}|{MOST_ANSWERS})"
 
 Place: TypeAlias = tuple[str | int, ...]
 """Keys and list positions from the top of the file to a value."""
@@ -125,8 +126,7 @@ def _stored(value: Any) -> Any:
 
 
 def _metric(value: str) -> str:
-    match = re.fullmatch(r"([a-z]+)@([1-9][0-9]{0,3})", value)
-    if value != FLIPS and (match is None or match[1] not in METRICS or int(match[2]) > MOST_ANSWERS):
+    if not re.fullmatch(_METRIC, value) and value != FLIPS:
         near = difflib.get_close_matches(value.partition("@")[0], METRICS, n=1)
         advice = f'did you mean "{near[0]}@10"?' if near else f"known are {', '.join(f'{name}@k' for name in METRICS)}"
         raise ValueError(f"is no metric with k up to {MOST_ANSWERS}; {advice}")
@@ -165,6 +165,11 @@ Method: TypeAlias = Literal["advbct", "bct", "lce", "hot_refresh", "independent"
 """The methods of `trainer.losses` and `trainer.maps`, named here so that reading a file does not load torch."""
 POST_HOC: tuple[Method, ...] = ("procrustes", "ridge", "residual_mlp")
 """Those that map the vectors of a new encoder that is finished."""
+
+
+def _shaped(pattern: str) -> Any:
+    """For the JSON Schema; the words of a problem are a validator's."""
+    return Field(json_schema_extra={"pattern": f"^(?:{pattern})$"})
 
 
 class Section(BaseModel):
@@ -480,7 +485,7 @@ class Train(Section):
 class Threshold(Section):
     """One more thing that must hold before queries are moved: a metric, its bound, and for whom."""
 
-    metric: Annotated[Text, AfterValidator(_metric)]
+    metric: Annotated[Text, AfterValidator(_metric), _shaped(rf"{_METRIC}|{FLIPS}")]
     """As `gate.metric`, or `negative_flips`."""
     min: Annotated[float | None, Field(ge=0, le=1)] = None
     """The least value of the new search."""
@@ -511,7 +516,7 @@ class Threshold(Section):
 class Gate(Section):
     """What the new encoder must show before queries are moved to it."""
 
-    metric: Annotated[Text, AfterValidator(_gate_metric)] = "map@100"
+    metric: Annotated[Text, AfterValidator(_gate_metric), _shaped(_METRIC)] = "map@100"
     """map@k, recall@k, precision@k, ndcg@k or mrr@k, with k up to 1000."""
     confidence: Annotated[float, Field(ge=0.5, lt=1)] = 0.95
     """Of the two-sided bootstrap interval, over all looks: each further question set or encoder that is verified gets

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from migrator.config import Gate
-    from migrator.verify.protocol import Asked
+    from migrator.verify.asked import Asked
 
 MOST = 10
 """Classes, and segments, that are listed."""

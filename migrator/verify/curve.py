@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from migrator.config import Gate
-    from migrator.verify.protocol import Asked
+    from migrator.verify.asked import Asked
 
 SHARES = tuple(share / 10 for share in range(11))
 

@@ -33,7 +33,7 @@ class Relevance(NamedTuple):
 def relevance(
     query_labels: Sequence[object] | NDArray[np.generic],
     gallery_labels: Sequence[object] | NDArray[np.generic],
-    ranking: NDArray[np.int32],
+    ranking: NDArray[np.integer],
     exclude: NDArray[np.integer] | None = None,
 ) -> Relevance:
     """Marks the answers of `ranking` (q, k) that have their query's label, and counts the relevant gallery items.

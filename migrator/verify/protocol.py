@@ -24,13 +24,13 @@ from migrator.planning import check_fresh
 from migrator.project import Project
 from migrator.stored_encoder import unit
 from migrator.verify.answers import Answers, write_answers
+from migrator.verify.asked import Asked
 from migrator.verify.breakdown import examples, worst_groups
 from migrator.verify.curve import backfill_curve
 from migrator.verify.gate import Measured, Verdict, gate
 from migrator.verify.live import Live, ask_live
 from migrator.verify.metrics import (
     Relevance,
-    graded_relevance,
     negative_flips,
     overlap_at_k,
     p_1,
@@ -38,13 +38,12 @@ from migrator.verify.metrics import (
     p_up,
     parse_metric,
     positive_flips,
-    relevance,
     summarise,
 )
 from migrator.verify.questions import Questions, frozen_questions, label_of
 from migrator.verify.ranking import rank
 from migrator.verify.standing import look_of
-from migrator.verify.statistics import bootstrap
+from migrator.verify.statistics import Interval, bootstrap
 from migrator.verify.views import AlteredImages
 
 if TYPE_CHECKING:
@@ -60,63 +59,6 @@ OVERLAP_AT = 10
 
 Report = Callable[[str, int, int], None]
 """Called with what is being done, how far it is and how far it goes."""
-
-
-@dataclass(frozen=True, slots=True)
-class Asked:
-    """Questions whose images have vectors, against items that have them, in rows that fit each other."""
-
-    questions: Questions
-    rows: NDArray[np.int64]  # (q,) positions in the questions
-    gallery: NDArray[np.int64]  # (g,) positions in questions.gallery
-    own: NDArray[np.int64]  # (q,) row of the query's own item among the g, or -1
-    relevant: list[dict[int, float]] | None
-    """Row among the g -> grade, for each query; None where answers are right by their class."""
-
-    @classmethod
-    def of(cls, questions: Questions, rows: NDArray[np.int64], gallery: NDArray[np.int64]) -> Asked:
-        """The questions at `rows` (q,), against the items at `gallery` (g,), both ascending."""
-        row_of = {questions.gallery[at]: row for row, at in enumerate(gallery.tolist())}
-        own = [-1 if item is None else row_of.get(item, -1) for item in _at(questions.own, rows)]
-        relevant = None
-        if questions.relevant is not None:
-            relevant = [
-                {row_of[item]: grade for item, grade in right.items() if item in row_of}
-                for right in _at(questions.relevant, rows)
-            ]
-        return cls(questions, rows, gallery, np.array(own, np.int64), relevant)
-
-    def judge(self, ranking: NDArray[np.int32]) -> Relevance:
-        """Which answers of `ranking` (q, k), rows among the g, are right."""
-        if self.relevant is not None:
-            return graded_relevance(self.relevant, ranking)
-        return relevance(self.labels or (), self.gallery_labels or (), ranking, exclude=self.own)
-
-    @property
-    def labels(self) -> list[str] | None:
-        """The class of each query, where there are classes."""
-        return None if self.questions.labels is None else _at(self.questions.labels, self.rows)
-
-    @property
-    def gallery_labels(self) -> list[str] | None:
-        """The class of each item, where there are classes."""
-        return None if self.questions.gallery_labels is None else _at(self.questions.gallery_labels, self.gallery)
-
-    @property
-    def segments(self) -> list[str] | None:
-        """The segment of each query, where there are segments."""
-        return None if self.questions.segments is None else _at(self.questions.segments, self.rows)
-
-    def clusters(self) -> NDArray[np.int64] | None:
-        """A number for each query's class, (q,), where queries share classes; they are not independent then."""
-        labels = self.labels
-        if labels is None or len(set(labels)) == len(labels):
-            return None
-        return np.unique(labels, return_inverse=True)[1].astype(np.int64)
-
-
-def _at(values: Sequence[Any], rows: NDArray[np.int64]) -> list[Any]:
-    return [values[row] for row in rows.tolist()]
 
 
 @dataclass(frozen=True, slots=True)
@@ -495,6 +437,10 @@ def _counting(report: Report, what: str, of: int) -> Callable[[int], None]:
         report(what, done, of)
 
     return step
+
+
+def _at(values: Sequence[Any], rows: NDArray[np.integer]) -> list[Any]:
+    return [values[row] for row in rows.tolist()]
 
 
 def _live(

@@ -101,15 +101,6 @@ class Questions:
         """What a good result shows, in words."""
         return EVIDENCE[self.kind]
 
-    def clusters(self) -> NDArray[np.int64] | None:
-        """A code for each query's class, (q,), from 0 on, where classes group the queries.
-
-        None where there are no labels, all queries have the same, or no two have.
-        """
-        if self.labels is None or len(set(self.labels)) in (1, len(self.labels)):
-            return None
-        return _codes(self.labels)
-
 
 # -- frozen -------------------------------------------------------------------------------------------------------
 
@@ -705,51 +696,6 @@ def _list(cell: Any, name: str, example: str) -> list[Any]:
 def _fits(item: int | str) -> bool:
     """Whether any store could have such an id: a number has 64 bits."""
     return isinstance(item, str) or -(2**63) <= item < 2**64
-
-
-# -- as arrays ----------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class GalleryRows:
-    """Questions in terms of the gallery's rows: of g items that are there, of the questions' gallery."""
-
-    kept: NDArray[np.int64]  # (g,) positions in `Questions.gallery`, ascending
-    own_rows: NDArray[np.int64]  # (q,) the row of the query's own item, or -1
-    relevant_rows: list[dict[int, float]] | None  # row -> grade, for each query; None of kind `labels`
-    query_codes: NDArray[np.int64] | None  # (q,) class, from 0 on; None unless of kind `labels`
-    gallery_codes: NDArray[np.int64] | None  # (g,) class, or -1 for an item without one
-    gone: int
-    """Items of the gallery that are not there."""
-    without_answer: int
-    """Queries that have no right answer among those that are."""
-
-
-def resolve(questions: Questions, ids_present: Iterable[ItemId]) -> GalleryRows:
-    """The questions over those items of the gallery that are among `ids_present`, in the gallery's order."""
-    present = set(ids_present)
-    kept = [row for row, item in enumerate(questions.gallery) if item in present]
-    row_of = {questions.gallery[row]: at for at, row in enumerate(kept)}
-    own = np.array([-1 if item is None else row_of.get(item, -1) for item in questions.own], np.int64)
-    relevant, query_codes, gallery_codes = None, None, None
-    if questions.relevant is not None:
-        relevant = [
-            {row_of[item]: grade for item, grade in right.items() if item in row_of} for right in questions.relevant
-        ]
-        without = sum(not right for right in relevant)
-    else:
-        assert questions.labels is not None
-        assert questions.gallery_labels is not None
-        # One more label, at the end: the class of the items that have none, and of the row -1.
-        codes = _codes([*questions.labels, *(questions.gallery_labels[row] for row in kept), ""])
-        codes[codes == codes[-1]] = -1
-        query_codes, gallery_codes = codes[: len(own)], codes[len(own) : -1]
-        sizes = np.bincount(gallery_codes[gallery_codes >= 0], minlength=query_codes.max(initial=-1) + 1)
-        itself = codes[len(own) :][own] == query_codes
-        without = int((sizes[query_codes] <= itself).sum())
-    return GalleryRows(
-        np.array(kept, np.int64), own, relevant, query_codes, gallery_codes, len(questions.gallery) - len(kept), without
-    )
 
 
 # -- words --------------------------------------------------------------------------------------------------------

@@ -22,10 +22,10 @@ def why_not(
         return f"was verified with another encoder ({verification.new_encoder_id})"
     if plan is None or verification.plan_fingerprint != plan.fingerprint:
         return f"was verified under another plan ({verification.plan_fingerprint})"
-    if verification.created_at < plan.created_at:
-        return f"was verified on {verification.created_at:%Y-%m-%d %H:%M}, and planned again since"
     if now() - verification.created_at > max_age:
         return f"was verified on {verification.created_at:%Y-%m-%d}, longer ago than verify.max_age"
+    if verification.created_at < plan.created_at:
+        return f"was verified on {verification.created_at:%Y-%m-%d %H:%M}, and planned again since"
     return None
 
 

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import yaml
@@ -18,7 +19,8 @@ from migrator.encoding import embed
 from migrator.errors import Refused
 from migrator.ledger import Migration
 from migrator.project import Project
-from migrator.verify.questions import Questions, frozen_questions, read_frozen, resolve
+from migrator.verify.asked import Asked
+from migrator.verify.questions import Questions, frozen_questions, read_frozen
 from migrator.verify.views import AlteredImages
 from tests.world import NAME, World, write_gallery
 
@@ -51,11 +53,13 @@ def test_questions_are_those_of_the_first_day(world: World) -> None:
     later = frozen(world)
     assert later == first
     with opened(world) as project, project.store() as store:
-        rows = resolve(later, store.read(later.gallery, vectors=False, payload=False).ids)
-    assert rows.gone == sum(item >= 60 for item in first.gallery if isinstance(item, int)) > 0
-    assert len(rows.kept) + rows.gone == 50
-    assert {first.gallery[row] for row in rows.kept} <= set(range(60))
+        left = store.read(later.gallery, vectors=False, payload=False).ids
+    assert 50 - len(left) == sum(item >= 60 for item in first.gallery if isinstance(item, int)) > 0
     assert frozen(world, anew=True).sha256 != first.sha256
+
+
+def everything(questions: Questions) -> Asked:
+    return Asked.of(questions, np.arange(len(questions.paths)), np.arange(len(questions.gallery)))
 
 
 def test_relevant_items_are_told_apart_by_type(world: World) -> None:
@@ -65,9 +69,9 @@ def test_relevant_items_are_told_apart_by_type(world: World) -> None:
     drawn = frozen(world, queries="queries.csv", gallery=1)
     assert drawn.relevant == [{"0": 1.0, "x": 1.0}, {"2": 1.0}]
     assert drawn.own == [None, "1"]
-    rows = resolve(drawn, drawn.gallery)
-    assert rows.relevant_rows is not None
-    assert [{drawn.gallery[row] for row in right} for right in rows.relevant_rows] == [{"0", "x"}, {"2"}]
+    rows = everything(drawn)
+    assert rows.relevant is not None
+    assert [{drawn.gallery[row] for row in right} for right in rows.relevant] == [{"0", "x"}, {"2"}]
     (world.folder / "queries.csv").write_text("path,relevant\nq.png,[0]\n")
     with pytest.raises(Refused, match="no longer the file"):
         frozen(world)
@@ -76,9 +80,9 @@ def test_relevant_items_are_told_apart_by_type(world: World) -> None:
 def test_items_ask_for_themselves_in_views_that_can_be_embedded(world: World) -> None:
     drawn = frozen(world, sample=5)
     assert drawn.kind == "instance"
-    rows = resolve(drawn, drawn.gallery)
-    assert rows.relevant_rows is not None
-    assert [drawn.gallery_paths[row] for right in rows.relevant_rows for row in right] == drawn.paths
+    rows = everything(drawn)
+    assert rows.relevant is not None
+    assert [drawn.gallery_paths[row] for right in rows.relevant for row in right] == drawn.paths
     with opened(world) as project:
         encoder = project.load(project.old_spec())
         source = project.images()

@@ -15,7 +15,7 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from migrator.config import Config, Gate, find_migration, load_config, schema
+from migrator.config import METRICS, MOST_ANSWERS, Config, Gate, find_migration, load_config, schema
 from migrator.config_template import TEMPLATE
 from migrator.errors import ConfigProblem, UsageProblem
 from migrator.verify.metrics import parse_metric
@@ -174,8 +174,31 @@ def test_a_config_cannot_be_changed(tmp_path):
 
 
 def test_every_gate_metric_can_be_computed():
-    metrics = schema()["$defs"]["Gate"]["properties"]["metric"]["enum"]
-    assert [str(parse_metric(name)) for name in metrics] == metrics
+    names = [f"{name}@{k}" for name in METRICS for k in (1, 10, MOST_ANSWERS)]
+    assert [str(parse_metric(Gate(metric=name).metric)) for name in names] == names
+
+
+@pytest.mark.parametrize(
+    ("threshold", "problem"),
+    [
+        ({"metric": "recal@1", "min": 0.9}, 'did you mean "recall@10"'),
+        ({"metric": "recall@1001", "min": 0.9}, "no metric with k up to 1000"),
+        ({"metric": "recall@1"}, "give one of min, max, min_gain, min_ratio"),
+        ({"metric": "recall@1", "min": 0.9, "min_gain": 0}, "one bound"),
+        ({"metric": "recall@1", "min": 0.9, "min_ratio": 0.9}, "one bound"),
+        ({"metric": "negative_flips", "min_gain": 0}, "give max"),
+    ],
+)
+def test_a_threshold_has_one_bound_that_makes_sense(tmp_path, threshold, problem):
+    gate = f"gate: {{thresholds: [{json.dumps(threshold)}], "
+    (found,) = problems(tmp_path, edited("gate: {", gate))
+    assert problem in found
+
+
+def test_the_order_of_a_shadow_is_nothing_to_choose(tmp_path):
+    shadow = edited("backfill: {", "backfill: {order: worst_first, ").replace("in_place", "shadow")
+    (found,) = problems(tmp_path, shadow)
+    assert "a shadow answers no query before all of it is there" in found
 
 
 # --- the environment and secrets -------------------------------------------------------------------------------------
@@ -584,7 +607,7 @@ def test_the_schema_accepts_what_loads(tmp_path):
         ("weights: old.safetensors, ", ""),
         ("digits-v2", "Digits"),
         ("epochs: 10", "epochs: 0"),
-        ("map@100", "map@7"),
+        ("map@100", "mop@100"),
         ("in_place", "sideways"),
         ("[1, 10, 50, 100]", "[0, 100]"),
         ("sample: 500", "max_age: soon"),

@@ -25,6 +25,7 @@ from migrator.errors import ConfigProblem, MigratorError, Refused
 from migrator.ledger import Migration
 from migrator.project import Project
 from migrator.verify import questions as module
+from migrator.verify.asked import Asked
 from migrator.verify.questions import (
     COUNTS,
     Questions,
@@ -33,11 +34,14 @@ from migrator.verify.questions import (
     frozen_questions,
     label_of,
     read_frozen,
-    resolve,
 )
 from trainer.images import ImageSource
 
 Items = Mapping[ItemId, Mapping[str, Any]]
+
+
+def whole(questions: Questions) -> Asked:
+    return Asked.of(questions, np.arange(len(questions.paths)), np.arange(len(questions.gallery)))
 
 
 class Shelf:
@@ -231,7 +235,7 @@ def test_items_with_labels_ask_for_their_class_and_never_for_themselves(desk: De
         "items_without_path": 2,
     }
     assert "class" in drawn.evidence
-    assert set(drawn.clusters().tolist()) == {0, 1}  # type: ignore[union-attr]
+    assert set(whole(drawn).clusters().tolist()) == {0, 1}  # type: ignore[union-attr]
     assert drawn.segments is None
 
 
@@ -340,7 +344,7 @@ def test_a_file_with_relevant_items(desk: Desk, form: str) -> None:
     assert 5 <= len(drawn.gallery) <= 10, "the random sample, and what is relevant"
     assert set(desk.shelf.sample(5, seed=0)) <= set(drawn.gallery)
     assert drawn.labels is None
-    assert drawn.clusters() is None
+    assert whole(drawn).clusters() is None
     assert "lists" in drawn.evidence
 
 
@@ -351,7 +355,7 @@ def test_relevance_decides_and_labels_only_group(desk: Desk) -> None:
     assert drawn.kind == "relevant"
     assert drawn.labels is not None
     assert Counter(drawn.labels) == {"x": 3, "y": 3}
-    assert drawn.clusters().tolist() == [0, 0, 0, 1, 1, 1]  # type: ignore[union-attr]
+    assert whole(drawn).clusters().tolist() == [0, 0, 0, 1, 1, 1]  # type: ignore[union-attr]
     assert drawn.gallery_labels is None
     assert desk.draw(queries="queries.csv", label="{kind}").gallery_labels is not None
 
@@ -645,10 +649,12 @@ def test_questions_come_back_as_they_were(data: st.DataObject) -> None:
 
 @pytest.mark.parametrize(
     ("labels", "codes"),
-    [(None, None), (["a", "a"], None), (["a", "b", "c"], None), (["b", "a", "b"], [0, 1, 0]), (["a"], None)],
+    [(None, None), (["a", "a"], [0, 0]), (["a", "b", "c"], None), (["b", "a", "b"], [0, 1, 0]), (["a"], None)],
 )
 def test_clusters_are_classes_that_queries_share(desk: Desk, labels: list[str] | None, codes: list[int] | None) -> None:
-    found = module.replace(desk.draw(label="{kind}"), labels=labels).clusters()
+    questions = module.replace(desk.draw(label="{kind}"), labels=labels)
+    rows = np.arange(len(labels or ()))
+    found = Asked(questions, rows, np.arange(0), rows, None, None, None).clusters()
     assert (None if found is None else found.tolist()) == codes
 
 
@@ -691,22 +697,29 @@ def test_rows_of_those_items_that_are_still_there(data: st.DataObject) -> None:
         counts={},
         drawn_at="",
     )
-    rows = resolve(questions, sorted(present, key=order_key, reverse=True))
+    asked = np.array(sorted(data.draw(st.sets(st.integers(0, n - 1), min_size=1))))
+    kept = np.array([row for row, item in enumerate(gallery) if item in present], np.int64)
+    rows = Asked.of(questions, asked, kept)
     left, right = plain_rows(questions, present)
-    assert [gallery[row] for row in rows.kept] == left
-    assert rows.gone == len(gallery) - len(left)
-    assert rows.without_answer == sum(not answers for answers in right)
-    assert [None if row < 0 else left[row] for row in rows.own_rows] == [
-        own if own in present else None for own in questions.own
+    right = [right[row] for row in asked]
+    assert [gallery[row] for row in rows.gallery] == left
+    everything = (
+        np.tile(np.arange(max(1, len(left)), dtype=np.int32), (len(asked), 1)) if left else np.full((len(asked), 1), -1)
+    )
+    judged = rows.judge(everything)
+    assert judged.total.tolist() == [len(answers) for answers in right]
+    assert [None if row < 0 else left[row] for row in rows.own] == [
+        questions.own[row] if questions.own[row] in present else None for row in asked
     ]
     if questions.relevant is not None:
-        assert rows.relevant_rows is not None
+        assert rows.relevant is not None
         assert rows.query_codes is None
         assert rows.gallery_codes is None
-        found = [{left[row]: grade for row, grade in one.items()} for one in rows.relevant_rows]
-        assert found == [{item: grade for item, grade in one.items() if item in present} for one in questions.relevant]
+        found = [{left[row]: grade for row, grade in one.items()} for one in rows.relevant]
+        listed = [questions.relevant[row] for row in asked]
+        assert found == [{item: grade for item, grade in one.items() if item in present} for one in listed]
     else:
-        assert rows.relevant_rows is None
+        assert rows.relevant is None
         assert rows.query_codes is not None
         assert rows.gallery_codes is not None
         assert (rows.query_codes >= 0).all()
@@ -714,7 +727,7 @@ def test_rows_of_those_items_that_are_still_there(data: st.DataObject) -> None:
         assert [code < 0 for code in rows.gallery_codes] == [names[item] == "" for item in left]
         codes = [
             {left[at] for at in np.flatnonzero(rows.gallery_codes == code) if at != own}
-            for code, own in zip(rows.query_codes, rows.own_rows, strict=True)
+            for code, own in zip(rows.query_codes, rows.own, strict=True)
         ]
         assert codes == right
 
@@ -722,6 +735,11 @@ def test_rows_of_those_items_that_are_still_there(data: st.DataObject) -> None:
 def test_a_query_that_is_alone_in_its_class_has_no_answer(desk: Desk) -> None:
     desk.shelf = Shelf(shelf({"a": 2, "b": 3}))
     drawn = desk.draw(label="{kind}")
-    assert resolve(drawn, drawn.gallery).without_answer == 0
-    assert resolve(drawn, [1, 2, 3, 4]).without_answer == 1, "item 2; but item 0, which is gone, finds item 2"
-    assert resolve(drawn, []).without_answer == 5
+
+    def answers(*gallery: int) -> list[int]:
+        none = np.full((5, 1), -1)
+        return Asked.of(drawn, np.arange(5), np.array(gallery, np.int64)).judge(none).total.tolist()
+
+    assert min(answers(0, 1, 2, 3, 4)) > 0
+    assert answers(1, 2, 3, 4).count(0) == 1, "item 2; but item 0, which is gone, finds item 2"
+    assert answers() == [0] * 5

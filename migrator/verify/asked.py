@@ -1,0 +1,96 @@
+"""Questions over those images that have vectors, in rows that fit each other."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from migrator.verify.metrics import Relevance, graded_relevance, relevance
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from migrator.verify.questions import Questions
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """q queries against g items: a part of the questions, for images may be unreadable and items may have gone."""
+
+    questions: Questions
+    rows: NDArray[np.int64]  # (q,) positions in the questions
+    gallery: NDArray[np.int64]  # (g,) positions in questions.gallery
+    own: NDArray[np.int64]  # (q,) row of the query's own item among the g, or -1
+    relevant: list[dict[int, float]] | None
+    """Row among the g -> grade, for each query; None of kind `labels`."""
+    query_codes: NDArray[np.int64] | None
+    """(q,) class, from 0 on; None unless of kind `labels`."""
+    gallery_codes: NDArray[np.int64] | None
+    """(g,) class, or -1 for an item without one."""
+
+    @classmethod
+    def of(cls, questions: Questions, rows: NDArray[np.integer], gallery: NDArray[np.integer]) -> Asked:
+        """The questions at `rows` (q,), against the items at `gallery` (g,), positions in ascending order."""
+        row_of = {item: row for row, item in enumerate(_at(questions.gallery, gallery))}
+        own = [-1 if item is None else row_of.get(item, -1) for item in _at(questions.own, rows)]
+        relevant = query_codes = gallery_codes = None
+        if questions.relevant is not None:
+            relevant = [
+                {row_of[item]: grade for item, grade in right.items() if item in row_of}
+                for right in _at(questions.relevant, rows)
+            ]
+        else:
+            assert questions.labels is not None
+            assert questions.gallery_labels is not None
+            codes = {label: code for code, label in enumerate(dict.fromkeys(questions.labels))}
+            query_codes = np.array([codes[label] for label in _at(questions.labels, rows)], np.int64)
+            for label in questions.gallery_labels:
+                codes.setdefault(label, len(codes))
+            codes[""] = -1  # of items that have no class
+            gallery_codes = np.array([codes[label] for label in _at(questions.gallery_labels, gallery)], np.int64)
+        return cls(
+            questions,
+            rows.astype(np.int64),
+            gallery.astype(np.int64),
+            np.array(own, np.int64),
+            relevant,
+            query_codes,
+            gallery_codes,
+        )
+
+    def judge(self, ranking: NDArray[np.integer]) -> Relevance:
+        """Which answers of `ranking` (q, k), rows among the g, are right."""
+        if self.relevant is not None:
+            return graded_relevance(self.relevant, ranking)
+        assert self.query_codes is not None
+        assert self.gallery_codes is not None
+        return relevance(self.query_codes, self.gallery_codes, ranking, exclude=self.own)
+
+    @property
+    def labels(self) -> list[str] | None:
+        """The class of each query, where there are classes."""
+        return None if self.questions.labels is None else _at(self.questions.labels, self.rows)
+
+    @property
+    def gallery_labels(self) -> list[str] | None:
+        """The class of each item, where there are classes."""
+        return None if self.questions.gallery_labels is None else _at(self.questions.gallery_labels, self.gallery)
+
+    @property
+    def segments(self) -> list[str] | None:
+        """The segment of each query, where there are segments."""
+        return None if self.questions.segments is None else _at(self.questions.segments, self.rows)
+
+    def clusters(self) -> NDArray[np.int64] | None:
+        """A number for each query's class, (q,), where queries share classes; they are not independent then."""
+        labels = self.labels
+        if labels is None or len(set(labels)) == len(labels):
+            return None
+        return np.unique(labels, return_inverse=True)[1].astype(np.int64)
+
+
+def _at(values: Sequence[Any], rows: NDArray[np.integer]) -> list[Any]:
+    return [values[row] for row in rows.tolist()]
