@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
@@ -16,6 +16,10 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from migrator.verify.questions import Questions
+
+Described: TypeAlias = tuple[str, str | None]
+"""The class of an item, empty for none, and the path of its image, None for none."""
+Describe: TypeAlias = Callable[[ItemId, Payload], Described]
 
 PAGE = 10_000
 """Items whose payloads are read at once."""
@@ -46,13 +50,13 @@ def ask_live(
     vectors: Mapping[str, NDArray[np.float32]],
     *,
     metrics: tuple[str, ...],
-    label: Callable[[ItemId, Payload], str],
+    describe: Describe,
     report: Callable[[int, int], None] = lambda _done, _of: None,
 ) -> Live:
     """Asks the questions at `rows` (q,) of the index, for each test with its query vectors (q, dim).
 
-    `label` gives an item's class. Where answers are right by their class, every payload of the collection is read
-    once, to know how many right ones there are. Raises what the store raises.
+    Where answers are right by their class, every payload of the collection is read once, to know how many right ones
+    there are. A query's own item is known by its path, wherever it lies. Raises what the store raises.
     """
     depth = max(parse_metric(metric).k for metric in metrics)
     total = len(vectors) * 2 * len(rows)
@@ -68,7 +72,12 @@ def ask_live(
             report(done, total)
         return found
 
-    sizes = _class_sizes(store, label) if questions.relevant is None else Counter()
+    known: dict[ItemId, Described] = {}
+    sizes: Counter[str] = Counter()
+    if questions.relevant is None:
+        for item, (of, path) in _described(store, describe):
+            sizes[of] += 1
+            known[item] = of, path
     tests: dict[str, dict[str, float]] = {}
     recall: dict[str, float] = {}
     for test, queries in vectors.items():
@@ -82,7 +91,9 @@ def ask_live(
                 ]
             )
         )
-        judged = _judge(store, questions, rows, answers, depth, sizes, label)
+        if questions.relevant is not None:
+            known |= _describe_answers(store, answers, describe)
+        judged = _judge(questions, rows, answers, depth, sizes, known)
         tests[test] = {}
         for metric in metrics:
             mean = summarise(parse_metric(metric).per_query(judged)).mean
@@ -90,41 +101,44 @@ def ask_live(
     return Live(tests, recall, store.count())
 
 
-def _class_sizes(store: Store, label: Callable[[ItemId, Payload], str]) -> Counter[str]:
-    sizes: Counter[str] = Counter()
+def _described(store: Store, describe: Describe) -> Iterator[tuple[ItemId, Described]]:
+    """Every item of the collection."""
     after: ItemId | None = None
     while ids := store.scan_ids(after=after, limit=PAGE):
         page = store.read(ids, vectors=False, payload=True)
         assert page.payloads is not None
-        sizes.update(label(item, payload) for item, payload in zip(page.ids, page.payloads, strict=True))
+        yield from ((item, describe(item, payload)) for item, payload in zip(page.ids, page.payloads, strict=True))
         after = ids[-1]
-    return sizes
+
+
+def _describe_answers(store: Store, answers: Sequence[Sequence[ItemId]], describe: Describe) -> dict[ItemId, Described]:
+    found: dict[ItemId, Described] = {}
+    ids = list(dict.fromkeys(item for some in answers for item in some))
+    for start in range(0, len(ids), PAGE):
+        page = store.read(ids[start : start + PAGE], vectors=False, payload=True)
+        assert page.payloads is not None
+        found |= {item: describe(item, payload) for item, payload in zip(page.ids, page.payloads, strict=True)}
+    return found
 
 
 def _judge(
-    store: Store,
     questions: Questions,
     rows: NDArray[np.int64],
-    answers: list[list[ItemId]],
+    answers: Sequence[Sequence[ItemId]],
     depth: int,
-    sizes: Counter[str],
-    label: Callable[[ItemId, Payload], str],
+    sizes: Mapping[str, int],
+    known: Mapping[ItemId, Described],
 ) -> Relevance:
-    """Which answers are right, as `metrics.Relevance`."""
+    """Which answers are right, as `metrics.Relevance`. `known` holds what was found, and `sizes` counts the classes."""
     hits = np.zeros((len(rows), depth), np.bool_)
     total = np.zeros(len(rows), np.int64)
     grades = np.zeros((len(rows), depth))
     ideal = np.zeros((len(rows), depth))
-    labels: dict[ItemId, str] = {}
-    if questions.relevant is None:
-        asked = list(dict.fromkeys(item for found in answers for item in found))
-        for start in range(0, len(asked), PAGE):
-            page = store.read(asked[start : start + PAGE], vectors=False, payload=True)
-            assert page.payloads is not None
-            labels.update({item: label(item, load) for item, load in zip(page.ids, page.payloads, strict=True)})
+    class_at = {path: label for label, path in known.values()}
     for at, row in enumerate(rows.tolist()):
-        own = questions.own[row]
-        found = [item for item in answers[at] if own is None or item != own][:depth]
+        # An altered view is to find its own item.
+        own = None if questions.kind == "instance" else questions.paths[row]
+        found = [item for item in answers[at] if own is None or known.get(item, ("", ""))[1] != own][:depth]
         if questions.relevant is not None:
             right = questions.relevant[row]
             best = sorted(right.values(), reverse=True)[:depth]
@@ -132,10 +146,10 @@ def _judge(
             gained = [right.get(item, 0.0) for item in found]
         else:
             assert questions.labels is not None
-            name = questions.labels[row]
-            total[at] = sizes[name] - (own is not None)
+            label = questions.labels[row]
+            total[at] = sizes.get(label, 0) - (class_at.get(own) == label)
             best = [1.0] * min(int(total[at]), depth)
-            gained = [float(labels.get(item) == name) for item in found]
+            gained = [float(known.get(item, ("", ""))[0] == label) for item in found]
         grades[at, : len(gained)] = gained
         ideal[at, : len(best)] = best
         hits[at] = grades[at] > 0

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from adapters.base import Store
+from adapters.base import ItemId, Payload, Store
 from migrator.config import FLIPS, Gate
-from migrator.encoding import Images, embed
+from migrator.encoding import Images, embed, locate
 from migrator.errors import Refused
 from migrator.ledger import Migration
 from migrator.old_vectors import old_vectors
@@ -450,10 +450,15 @@ def _live(
     vectors: Mapping[str, NDArray[np.float32]],
     report: Report,
 ) -> Live:
-    template = project.settings.verify.label
+    template, images = project.settings.verify.label, project.images()
+
+    def describe(item: ItemId, payload: Payload) -> tuple[str, str | None]:
+        (path,) = locate(images, [(item, payload)])
+        label = "" if template is None else label_of(template, item, payload)
+        return label, path if isinstance(path, str) else None
+
     return ask_live(
-        store, asked.questions, asked.rows, vectors, metrics=_metrics(project.settings.verify.gate),
-        label=lambda item, payload: "" if template is None else label_of(template, item, payload),
+        store, asked.questions, asked.rows, vectors, metrics=_metrics(project.settings.verify.gate), describe=describe,
         report=lambda done, of: report("live", done, of),
     )  # fmt: skip
 

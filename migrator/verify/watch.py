@@ -141,15 +141,16 @@ def _measure(
     ):
         return {}, "the questions of the verification are not in the artifacts folder and were not asked", []
     mixed = ask_as_is(project, store, questions, answers.rows, answers.by_new)
-    common = [metric for metric in mixed.values if metric in answers.old]
+    if unknown := mixed.values.keys() - answers.old.keys():
+        return {}, f"verify.gate names {', '.join(sorted(unknown))}, which was not verified; nothing was asked", []
     lost = np.where(np.isnan(mixed.firsts_right), np.nan, (answers.firsts_right == 1) & (mixed.firsts_right == 0))
     looks = 1 + sum(
         event.event == "measured" and "outcome" in event.detail for event in project.ledger.events(migration.id)
     )
     verdict = gate(
         Measured(
-            old={metric: answers.old[metric] for metric in common},
-            new={**{metric: mixed.values[metric] for metric in common}, FLIPS: lost},
+            old=answers.old,
+            new={**mixed.values, FLIPS: lost},
             clusters=mixed.asked.clusters(),
             segments=mixed.asked.segments,
         ),

@@ -649,7 +649,7 @@ def test_questions_come_back_as_they_were(data: st.DataObject) -> None:
 
 @pytest.mark.parametrize(
     ("labels", "codes"),
-    [(None, None), (["a", "a"], [0, 0]), (["a", "b", "c"], None), (["b", "a", "b"], [0, 1, 0]), (["a"], None)],
+    [(None, None), (["a", "a"], [0, 0]), (["a", "b", "c"], None), (["b", "a", "b"], [1, 0, 1]), (["a"], None)],
 )
 def test_clusters_are_classes_that_queries_share(desk: Desk, labels: list[str] | None, codes: list[int] | None) -> None:
     questions = module.replace(desk.draw(label="{kind}"), labels=labels)
