@@ -16,10 +16,10 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-import migrator.cli  # noqa: F401 - first, as for users: it decides how OpenMP's threads wait
 import numpy as np
 from numpy.typing import NDArray
 
+import migrator.cli  # noqa: F401 - first, as for users: it decides how OpenMP's threads wait
 from bench.machine import machine
 from bench.memory import memory_of_this_process
 from migrator.verify.ranking import mixtures, rank
@@ -39,11 +39,11 @@ def verify_speed(items: int = 1_000_000, rounds: int = 5) -> dict[str, Any]:
     for gallery in (old, new):
         indexes.append(faiss.IndexFlatIP(DIM))
         indexes[-1].add(gallery)
-    both = np.vstack([queries_old, queries_new])
+    both, order = np.vstack([queries_old, queries_new]), np.random.default_rng(2).permutation(items)
     runs: dict[str, Callable[[], Any]] = {
         "faiss": lambda: [index.search(queries, K)[1] for index in indexes for queries in (queries_old, queries_new)],
         "rank": lambda: [rank(both, gallery, K) for gallery in (old, new)],
-        "mixtures": lambda: mixtures(queries_new, old, new, np.arange(items), SHARES, K),
+        "mixtures": lambda: mixtures(queries_new, old, new, order, SHARES, K),
     }
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     answers = {}
@@ -105,7 +105,8 @@ def memory_in_this_process(what: str, items: int) -> dict[str, float]:
         for gallery in (old, new):
             rank(both, gallery, K)
     elif what == "mixtures":
-        mixtures(queries_new, old, new, np.arange(items), SHARES, K)
+        order = np.random.default_rng(2).permutation(items)
+        mixtures(queries_new, old, new, order, SHARES, K)
     held = sum(array.nbytes for array in (queries_old, old, queries_new, new)) / (1 << 20)
     return {"vectors": round(held, 1), "beyond": round(memory_of_this_process("VmHWM") - held, 1)}
 

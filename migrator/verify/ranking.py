@@ -74,8 +74,8 @@ def mixtures(
 
     At a share, the first `round(share * g)` rows of `order` (g,) have their vector from `gallery_new` (g, d) and the
     others from `gallery_old` (g, d). The shares rise within 0 to 1. Each gallery is passed once, whatever the number
-    of shares: rows between two shares change sides together, so that their k nearest by old and by new vectors are
-    all that any mixture needs of them.
+    of shares: rows between two shares change sides together, and no mixture needs more of them than their k nearest by
+    old and by new vectors.
 
     Raises ValueError as `rank`, and for an order that does not name each gallery row once.
     """
@@ -88,14 +88,15 @@ def mixtures(
         raise ValueError(f"shares must rise within 0 to 1, these are {list(shares)}")
     cuts = [0, *(round(share * count) for share in shares), count]
     parts = [np.sort(order[start:stop]).astype(np.int32) for start, stop in pairwise(cuts)]
-    # Mixture i has the new vectors of parts 0 to i and the old ones of the parts after it.
+    # Mixture i has the new vectors of parts 0 to i and the old ones of the parts after it. So no mixture needs a vector
+    # with k better ones among the new of its part and the parts before, or the old of its part and the parts after.
     still_old = [_Nearest.none(len(queries), k)]
     for part in reversed(parts[1:]):
-        still_old.append(_merged(still_old[-1], _nearest(queries, gallery_old, part, k, exclude)))
+        still_old.append(_merged(still_old[-1], _nearest(queries, gallery_old, part, k, exclude, still_old[-1])))
     done = _Nearest.none(len(queries), k)
     rankings = []
     for part, rest in zip(parts[:-1], still_old[:0:-1], strict=True):
-        done = _merged(done, _nearest(queries, gallery_new, part, k, exclude))
+        done = _merged(done, _nearest(queries, gallery_new, part, k, exclude, done))
         rankings.append(_merged(done, rest).rows)
     return rankings
 
@@ -136,14 +137,16 @@ def _nearest(
     rows: NDArray[np.int32],
     k: int,
     exclude: NDArray[np.integer] | None,
+    besides: _Nearest | None = None,
 ) -> _Nearest:
-    """The k nearest of the gallery's `rows`, which ascend."""
+    """The k nearest of the gallery's `rows`, which ascend; without those that have k better ones in `besides`."""
     found = _Nearest.none(len(queries), k)
     step = max(1, min(_QUERIES, _ANSWERS // k))
     for start in range(0, len(queries), step):
         group = slice(start, start + step)
         own = None if exclude is None else exclude[group]
-        candidates = _search(queries[group], gallery, rows, k, own)
+        kth = np.full(len(queries[group]), -np.inf) if besides is None else besides.scores[group, -1]
+        candidates = _search(queries[group], gallery, rows, k, own, kth)
         place, candidates, exact = _exactly(queries[group], gallery, candidates, k)
         found.rows[start + candidates.query.astype(np.int64), place] = candidates.row
         found.scores[start + candidates.query.astype(np.int64), place] = exact
@@ -156,12 +159,14 @@ def _search(
     rows: NDArray[np.int32],
     k: int,
     own: NDArray[np.integer] | None,
+    kth: NDArray[np.float64],
 ) -> _Candidates:
     """All of `rows` that can be among the k nearest of a query, and a few more.
 
-    The k-th best score so far is a threshold, below which a block's scores are passed over. A float32 score is off by
-    at most d u |q|.|g|, u = 2^-24, whatever the order of the sum (Higham, Accuracy and Stability of Numerical
-    Algorithms, 2002, section 3.1): what is below the threshold by twice as much is no answer in exact terms either.
+    The k-th best score so far, `kth` (q,) to begin with, is a threshold, below which a block's scores are passed over.
+    A float32 score is off by at most d u |q|.|g|, u = 2^-24, whatever the order of the sum (Higham, Accuracy and
+    Stability of Numerical Algorithms, 2002, section 3.1): what is below the threshold by twice as much is no answer in
+    exact terms either.
     """
     count, dim = queries.shape
     # |q|.|g| <= sum |q| * max |g|. A tenth more, for the second-order terms and the threshold's own rounding; and what
@@ -173,7 +178,6 @@ def _search(
     products = np.empty((count, min(width, len(rows))), np.float32)
     passing = np.empty(products.shape, np.bool_)
     kept = _Candidates(np.empty(0, np.int16), np.empty(0, np.int32), np.empty(0, np.float32))
-    kth = np.full(count, -np.inf)
     waiting: list[_Candidates] = []
     for start in range(0, len(rows), width):
         block_rows = rows[start : start + width]

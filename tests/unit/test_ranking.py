@@ -239,9 +239,9 @@ def test_mixtures_pass_each_gallery_once():
     searched = {id(gallery): 0 for gallery in galleries}
     search = ranking._search
 
-    def counted(queries, gallery, rows, k, own):
+    def counted(queries, gallery, rows, *rest):
         searched[id(gallery)] += len(rows)
-        return search(queries, gallery, rows, k, own)
+        return search(queries, gallery, rows, *rest)
 
     with patch.object(ranking, "_search", counted):
         mixtures(galleries[0][:4], *galleries, np.arange(100), [0, 0.25, 0.5, 0.75, 1], 3)
