@@ -7,6 +7,7 @@ import json
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -92,6 +93,11 @@ def make_plan(project: Project, report: Callable[[int, int], None] = lambda _don
     """
     settings = project.settings
     project.ledger.check_plannable(project.name)
+    if settings.backfill.order == "worst_first" and settings.verify.label is None and find_spec("faiss") is None:
+        raise ConfigProblem(
+            f"{project.config.path}: migrations.{project.name}.backfill.order: worst_first finds clusters with faiss "
+            "where there are no labels: `pip install 'advbct-migrator[faiss]'`, or set verify.label"
+        )
     with project.store() as store:
         info = store.describe()
         capabilities = store.capabilities

@@ -51,7 +51,7 @@ def command(name: str | None, config_path: Path, mixed: bool, live: bool, new_qu
             print_json({"migration": project.name, **found})
         else:
             _print_tests({"mixed": found["mixed"]}, "map@100")
-            _print_live(found.get("live"))
+            _print_live(found.get("live"), "map@100")
         return 0
     if as_json:
         print_json({"migration": project.name, **verified.results})
@@ -60,23 +60,27 @@ def command(name: str | None, config_path: Path, mixed: bool, live: bool, new_qu
     return 0 if verified.verdict.outcome == "pass" else 3
 
 
+def _shown(metric: str) -> list[str]:
+    return list(dict.fromkeys([metric, *SHOWN]))[: len(SHOWN)]
+
+
 def _print_tests(tests: dict[str, dict[str, float]], metric: str) -> None:
-    metrics = list(dict.fromkeys([metric, *SHOWN]))[: len(SHOWN)]
+    metrics = _shown(metric)
     print_table(
         ("test", *metrics),
         [(f"{test}: {MEANING[test]}", *(f"{of[name]:.4f}" for name in metrics)) for test, of in tests.items()],
     )
 
 
-def _print_live(live: dict[str, Any] | None) -> None:
+def _print_live(live: dict[str, Any] | None, metric: str) -> None:
     if live is None:
         return
-    metrics = next(iter(live["tests"].values()))
+    metrics = _shown(metric)
     k = live["index_recall"]["k"]
     print_table(
         (f"through the index, {live['items']} items", *metrics, f"index recall@{k}"),
         [
-            (test, *(f"{value:.4f}" for value in of.values()), f"{live['index_recall'][test]:.4f}")
+            (test, *(f"{of[name]:.4f}" for name in metrics), f"{live['index_recall'][test]:.4f}")
             for test, of in live["tests"].items()
         ],
     )
@@ -84,7 +88,7 @@ def _print_live(live: dict[str, Any] | None) -> None:
 
 def _show(name: str, results: dict[str, Any]) -> None:
     _print_tests(results["tests"], results["metric"])
-    _print_live(results["live"])
+    _print_live(results["live"], results["metric"])
     questions = results["questions"]
     click.echo(
         f"{results['queries']} queries against {results['gallery']} items; first answers that turned wrong: "

@@ -163,13 +163,13 @@ def training_curves(epochs: Sequence[Mapping[str, float]]) -> list[tuple[str, st
 
 
 def dated_forecast(points: Sequence[Mapping[str, Any]], *, metric: str) -> str | None:
-    """A plan's forecast over the calendar; None unless two of its points have both a date and a value."""
+    """A plan's forecast over the calendar; None unless it has two dates with values."""
     dated = [
         (datetime.fromisoformat(point["at"]), float(point["value"]))
         for point in points
         if isinstance(point.get("at"), str) and is_number(point.get("value"))
     ]
-    if len(dated) < 2:
+    if len({at for at, _ in dated}) < 2:
         return None
     from matplotlib import dates
 

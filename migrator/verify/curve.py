@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from migrator.backfill.order import worst_first
+from migrator.errors import UsageProblem
 from migrator.verify.metrics import backfill_auc, parse_metric, summarise
 from migrator.verify.ranking import mixtures
 from migrator.verify.statistics import bootstrap
@@ -35,13 +36,16 @@ def backfill_curve(
 ) -> dict[str, Any]:
     """Means of the gate's metric at each of `SHARES`, in both orders, with the area under each; JSON-able.
 
-    `worth` is the area that worst_first gains over id, per query, with its interval.
+    `worth` is the area that worst_first gains over id, per query, with its interval. Without labels and
+    faiss that order is left out.
     """
     metric = parse_metric(gate.metric)
-    orders = {
-        "id": np.arange(len(gallery_old)),  # the gallery lies in the store's order
-        "worst_first": worst_first(gallery_old, asked.gallery_labels, seed=seed),
-    }
+    orders = {"id": np.arange(len(gallery_old))}  # the gallery lies in the store's order
+    try:
+        orders["worst_first"] = worst_first(gallery_old, asked.gallery_labels, seed=seed)
+    except UsageProblem:  # neither labels nor faiss are here: it is no choice
+        if order == "worst_first":
+            raise
     curves: dict[str, Any] = {}
     areas = {}
     for name, rows in orders.items():
@@ -50,16 +54,18 @@ def backfill_curve(
         means = [summarise(at).or_zero for at in values]
         curves[name] = {"values": means, "auc": backfill_auc(SHARES, means)}
         areas[name] = np.asarray(np.trapezoid(values, SHARES, axis=0))
-    gain = bootstrap(
-        (areas["worst_first"] - areas["id"])[:, None], clusters,
-        confidence=gate.confidence, resamples=gate.resamples, seed=seed,
-    ).interval(0)  # fmt: skip
+    worth = None
+    if "worst_first" in areas:
+        worth = bootstrap(
+            (areas["worst_first"] - areas["id"])[:, None], clusters,
+            confidence=gate.confidence, resamples=gate.resamples, seed=seed,
+        ).interval(0).as_json()  # fmt: skip
     return {
         "metric": gate.metric,
         "shares": list(SHARES),
         "order": order,
         "orders": curves,
-        "worth": gain.as_json(),
+        "worth": worth,
     }
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from adapters.base import ItemId, Store
+from adapters.base import ItemId, Store, order_key
 from migrator.backfill.order import worst_first
 from migrator.encoding import embed, locate
 from migrator.project import Project
@@ -124,6 +124,7 @@ def _sample(project: Project, store: Store) -> tuple[list[ItemId], list[str]]:
         if len(chosen) >= ITEMS:
             break
         chosen += [(item, several[at]) for item in members[several[at]][:each]]
+    chosen.sort(key=lambda pair: order_key(pair[0]))  # as the backfill goes
     return [item for item, _ in chosen], [name for _, name in chosen]
 
 
