@@ -95,12 +95,13 @@ def render(facts: Mapping[str, Any], pictures: Mapping[str, Thumbnail]) -> str:
     from markupsafe import Markup
 
     environment = _environment()
-    verification = facts["verification"] or {}
-    results = verification.get("results") or {}
-    tests = results.get("tests") or {}
-    metric = results.get("metric") or next(iter(tests.get("old") or {}), "map@100")
+    facts = _known(facts)
+    verification = facts.get("verification", {})
+    results = verification.get("results", {})
+    tests = results.get("tests", {})
+    metric = results.get("metric") or next(iter(tests.get("old", {})), "map@100")
     measured = [_measurement(entry, metric) for entry in facts["measured"]]
-    plan = facts["plan"] or {}
+    plan = facts.get("plan", {})
     return environment.get_template("report.html.j2").render(
         facts=facts,
         status=facts["status"],
@@ -112,7 +113,7 @@ def render(facts: Mapping[str, Any], pictures: Mapping[str, Thumbnail]) -> str:
         meaning=meaning(metric),
         metrics=_metrics(tests, metric),
         tests={test: told for test, told in TESTS.items() if test in tests},
-        stages=STAGES.get(facts["status"]["strategy"] or "in_place", STAGES["in_place"]),
+        stages=STAGES[facts["status"]["strategy"]],
         findings=_findings(results),
         groups=[
             (name, results[key]) for key, name in (("classes", "class"), ("segments", "segment")) if results.get(key)
@@ -127,14 +128,14 @@ def render(facts: Mapping[str, Any], pictures: Mapping[str, Thumbnail]) -> str:
                 _of_metric(plan.get("forecast"), metric),
                 measured,
                 metric=metric,
-                today=(tests.get("old") or {}).get(metric),
+                today=tests.get("old", {}).get(metric),
             )
         ),
         forecast=_drawn(_forecast(plan.get("forecast"))),
         histograms=_histograms(results.get("histograms") or {}),
         training=[
             (caption, _drawn(svg))
-            for caption, svg in charts.training_curves((facts["training"] or {}).get("epochs") or [])
+            for caption, svg in charts.training_curves(facts.get("training", {}).get("epochs", []))
         ],
         css=Markup((_FOLDER / "report.css").read_text(encoding="utf-8")),  # noqa: S704 - our own
         most_rows=MOST_ROWS,
@@ -148,8 +149,6 @@ def _environment() -> Environment:
     from markupsafe import Markup
 
     def printed(value: Any) -> Any:
-        if value is None:
-            return words.NONE
         return value if isinstance(value, Markup | int | float) else words.shown(str(value))
 
     environment = Environment(
@@ -183,7 +182,7 @@ def _environment() -> Environment:
 
 def _short(value: object, most: int = 80) -> str:
     """A text from outside in a place where there is little room."""
-    return words.NONE if value is None else words.shown(str(value), most)
+    return words.shown(str(value), most)
 
 
 def _interval_bar(mean: object, low: object, high: object, *, extent: tuple[float, float]) -> Any:
@@ -222,6 +221,13 @@ def _drawn(svg: str | None) -> Any:
     return None if svg is None else Markup(svg)  # noqa: S704 - drawn by `charts`, which takes no text from outside
 
 
+def _known(value: Any) -> Any:
+    """The same without what is None: to the page, null and missing are one."""
+    if isinstance(value, Mapping):
+        return {key: _known(each) for key, each in value.items() if each is not None}
+    return [_known(each) for each in value] if isinstance(value, list) else value
+
+
 # -- what a part of the page shows ------------------------------------------------------------------------------------
 
 
@@ -239,7 +245,7 @@ def _extent(intervals: Sequence[Mapping[str, Any] | None]) -> tuple[float, float
 
 def _answered_by(facts: Mapping[str, Any]) -> str:
     """Who answers the queries, in words."""
-    route, new = facts["route"], facts["status"]["new_encoder"]
+    route, new = facts.get("route"), facts["status"].get("new_encoder")
     if route is None:
         return "the old encoder answers; there is no route yet"
     if route["query_encoder"] == new:
@@ -324,7 +330,7 @@ def _occupied(edges: Sequence[Any], tests: Sequence[Mapping[str, Any]]) -> tuple
 
 
 def _examples(facts: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    results = (facts["verification"] or {}).get("results") or {}
+    results = (facts.get("verification") or {}).get("results") or {}
     found: list[Mapping[str, Any]] = (results.get("examples") or [])[:MOST_EXAMPLES]
     return found
 

@@ -1,4 +1,4 @@
-"""The report: what it says at each stage, that it takes nothing on trust, and that it is written whole or not at all."""
+"""The report: what it says at each stage, that it takes nothing on trust, and that it is written whole or not."""
 
 from __future__ import annotations
 
@@ -75,6 +75,7 @@ def plain(facts: dict[str, Any], **changes: Any) -> dict[str, Any]:
     light = copy.deepcopy(facts)
     light["training"]["epochs"] = []
     light["measured"] = []
+    light["plan"]["forecast"] = None
     light["verification"]["results"] |= {"curve": None, "histograms": None, **changes}
     return light
 
@@ -191,7 +192,9 @@ def test_before_the_first_plan_there_is_nothing_to_report(world):
 
 def test_what_is_missing_is_said_in_a_sentence(planned):
     with Project.open(planned.config) as project:
-        told = Page(page.render(facts_of(project), {})).text
+        facts = facts_of(project)
+    facts["plan"]["forecast"] = None
+    told = Page(page.render(facts, {})).text
     assert "Not verified yet: old and new search have not been compared. migrator verify toys does it." in told
     for sentence in (
         "Not verified yet: migrator verify toys forecasts the curve", "Nothing was measured during the backfill yet.",
@@ -258,7 +261,8 @@ def test_a_loss_is_called_a_loss(facts):
     assert "scores 0.600 with the new encoder and 0.700 today: 0.100 worse" in told
     assert "between −0.120 and −0.080" in told
     assert "Too low." in told
-    assert "0.700 today: the same" in " ".join(verdict(plain(facts, tests={"old": tests["old"], "cross": tests["old"]}))["sentences"])  # fmt: skip
+    same = plain(facts, tests={"old": tests["old"], "cross": tests["old"]})
+    assert "0.700 today: the same" in " ".join(verdict(same)["sentences"])
 
 
 def test_items_that_do_not_hold_their_vector_are_told(facts):
@@ -303,6 +307,7 @@ def test_a_plans_forecast_has_its_dates_and_a_drawing(facts):
 def test_the_same_facts_give_the_same_page_and_no_id_is_given_twice(full, facts):
     with Project.open(full.config) as project:
         pictures = thumbnails(project.images, page._paths(page._examples(facts)))
+    facts = {**facts, "plan": {**facts["plan"], "forecast": None}}
     html = page.render(facts, pictures)
     assert page.render(copy.deepcopy(facts), pictures) == html
     told = Page(html)
@@ -339,14 +344,18 @@ def cut(document: Any, path: tuple[Any, ...]) -> Iterator[tuple[Any, ...]]:
     """The paths of all values of a document, of a list's first only."""
     if path:
         yield path
-    items = document.items() if isinstance(document, dict) else enumerate(document[:1]) if isinstance(document, list) else ()  # fmt: skip
+    items: Any = ()
+    if isinstance(document, dict):
+        items = document.items()
+    elif isinstance(document, list):
+        items = enumerate(document[:1])
     for key, value in items:
         yield from cut(value, (*path, key))
 
 
 def test_any_part_of_the_results_may_be_null_or_missing(facts, full):
     light = plain(facts)
-    paths = [path for path in cut(light["verification"]["results"], ()) if "intervals" not in path[:1] or len(path) < 3]
+    paths = [path for path in cut(light["verification"]["results"], ()) if isinstance(path[-1], str)]
     assert len(paths) > 100
     for path in paths:
         for gone in (False, True):
@@ -370,9 +379,10 @@ def test_nothing_of_a_stranger_becomes_markup(fresh):
     with Project.open(fresh.config) as project:
         migration = project.migration()
         for text in STRANGE:
-            project.ledger.note(migration, text[:100], {text: {"deep": [text]}})
-            project.ledger.pause(migration, text)
+            project.ledger.note(migration, "event", {text: {"deep": [text]}})
         facts = facts_of(project)
+        facts["status"]["paused"] = STRANGE[7]
+        facts["events"] += [{**facts["events"][-1], "event": text, "stage": text} for text in STRANGE]
         facts["events"] = [{**event, "actor": STRANGE[n % len(STRANGE)]} for n, event in enumerate(facts["events"])]
         facts["failures"] = {
             "open": len(STRANGE),
@@ -434,11 +444,12 @@ def test_any_text_is_one_visible_line_of_bounded_length(text):
 @settings(max_examples=25, deadline=None)
 @given(text=st.text(st.characters(), min_size=1, max_size=40))
 def test_a_label_stays_a_label(facts, text):
-    worst = [{"name": text, "queries": 3, "old": 0.5, "new": 0.4, "gain": -0.1, "low": -0.2, "high": 0.0}]
-    told = Page(
-        page.render(plain(facts, classes={"count": 1, "worst": worst}, examples=[], unreadable={text: text}), {})
-    )
-    calm = Page(page.render(plain(facts, classes={"count": 1, "worst": [{**worst[0], "name": "x"}]}, examples=[], unreadable={"x": "x"}), {}))  # fmt: skip
+    def rendered(name: str) -> Page:
+        worst = [{"name": name, "queries": 3, "old": 0.5, "new": 0.4, "gain": -0.1, "low": -0.2, "high": 0.0}]
+        given = plain(facts, classes={"count": 1, "worst": worst}, examples=[], unreadable={name: name})
+        return Page(page.render(given, {}))
+
+    told, calm = rendered(text), rendered("x")
     assert [tag for tag, _ in told.tags] == [tag for tag, _ in calm.tags]
     assert words.shown(text) in told.text
 
@@ -560,7 +571,8 @@ def test_a_source_that_is_away_is_asked_once_and_does_not_stop_the_report(fresh,
         (words.percent(0.0125), "1.2 %"), (words.percent(1), "100 %"), (words.percent(0.7, 0), "70 %"),
         (words.percent(1.0, 0), "100 %"), (words.percent("x"), "–"), (words.count(1497), "1,497"),
         (words.when("2026-11-25T21:39:06+01:00"), "2026-11-25 20:39"), (words.when("soon\x00"), "soon[U+0000]"),
-        (words.when(None), "–"), (words.duration(45), "45 s"), (words.duration(7200), "2 h"), (words.size(383_232), "383 kB"),
+        (words.when(None), "–"), (words.duration(45), "45 s"), (words.duration(7200), "2 h"),
+        (words.size(383_232), "383 kB"), (words.size(None), "–"),
         (words.metric_name("map@100"), "mAP@100"), (words.metric_name("negative_flips"), "negative flips"),
         (words.sentence(" it rained "), "It rained."),
     ],
