@@ -60,11 +60,13 @@ migrations:
     verify:
       queries: ./queries.csv              # path, label; without it items of the collection are the queries
       label: "{category}"                 # the payload field that says which items belong together
+      # segment: "{shop}"                 # results and thresholds for each group of queries
       sample: 500                         # queries
       gate:
-        metric: map@100                   # or recall@1, recall@5, recall@10
+        metric: map@100                   # or recall@k, precision@k, ndcg@k, mrr@k
         confidence: 0.95
         min_gain: 0.0                     # least gain over today's search
+        # thresholds: [{metric: recall@1, min: 0.9}, {metric: map@100, min_gain: -0.02, segment: "*"}]
 
     # Percent of the queries on the new encoder, step by step.
     rollout:
@@ -76,4 +78,5 @@ migrations:
       chunk_size: 1000
       batch_size: 64
       # nice: 1.0                         # rest as long as each batch took
+      # order: worst_first                # begin with the items that search finds worst
 """

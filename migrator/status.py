@@ -39,6 +39,8 @@ class Status:
     chunks: dict[str, int]
     items_per_second: float | None
     eta_seconds: int | None
+    search: dict[str, Any] | None
+    """What the last look after a backfill run gave: metric, value, forecast, share, outcome."""
     mixed_space: bool
     """Vectors of both encoders may lie in the collection: only new-encoder queries are right."""
     old_kept: bool
@@ -60,7 +62,7 @@ def status_of(project: Project) -> Status:
             old_encoder=None, new_encoder=None,
             verification=None, paused=None, epoch=None, canary_percent=None, items_total=0, items_done=0,
             items_failed=0, items_gone=0, catch_up_passes=0, chunks={}, items_per_second=None, eta_seconds=None,
-            mixed_space=False, old_kept=False, next_command=f"migrator plan {name}",
+            search=None, mixed_space=False, old_kept=False, next_command=f"migrator plan {name}",
         )  # fmt: skip
     counts = ledger.counts(migration.id)
     plan = ledger.latest_plan(migration.id)
@@ -92,6 +94,7 @@ def status_of(project: Project) -> Status:
         chunks=dict(counts.by_state),
         items_per_second=rate,
         eta_seconds=round(left / rate) if rate and left and migration.stage == "backfill" else None,
+        search=_last_look(project, migration),
         mixed_space=is_mixed(migration, counts),
         old_kept=migration.old_kept,
         next_command=next_command(name, migration, route, counts, outcome),
@@ -112,6 +115,14 @@ def _rate(project: Project, migration: Migration) -> float | None:
     runs = [run for run in project.ledger.runs(migration.id) if run.items][-RATE_RUNS:]
     seconds = sum((run.seen_at - run.started_at).total_seconds() for run in runs)
     return round(sum(run.items for run in runs) / seconds, 1) if seconds > 0 else None
+
+
+def _last_look(project: Project, migration: Migration) -> dict[str, Any] | None:
+    for event in reversed(project.ledger.events(migration.id)):
+        if event.event == "measured" and "outcome" in event.detail:
+            keys = ("metric", "value", "forecast", "share", "outcome")
+            return {"at": event.at.isoformat(timespec="seconds"), **{key: event.detail[key] for key in keys}}
+    return None
 
 
 def next_command(

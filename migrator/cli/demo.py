@@ -9,6 +9,8 @@ import click
 
 from migrator.cli.common import duration, print_table, yes_option
 
+SHOWN = ("map@100", "recall@1", "ndcg@10")
+
 
 @click.command("demo")
 @click.option("--dir", "folder", type=click.Path(path_type=Path), default=Path("demo"), show_default=True)
@@ -40,9 +42,7 @@ def command(folder: Path, store: str, keep_at: str | None, yes: bool) -> None:
         return
     click.echo()
     rows = demo.results(folder)
-    print_table(
-        ("quality", *rows[0][1]), [(what, *(f"{value:.4f}" for value in found.values())) for what, found in rows]
-    )
+    print_table(("quality", *SHOWN), [(what, *(f"{found[metric]:.4f}" for metric in SHOWN)) for what, found in rows])
     click.echo("Checked:")
     for line in demo.check(folder):
         click.echo(f"  - {line}")

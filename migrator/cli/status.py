@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -47,8 +48,17 @@ def command(name: str | None, config_path: Path, as_json: bool) -> None:
             ("catch-up", f"{status.catch_up_passes} passes" if status.catch_up_passes else None),
             ("rate", rate),
             ("eta", duration(status.eta_seconds)),
+            ("search", _search(status.search)),
             ("mixed space", "yes: only new-encoder queries are right" if status.mixed_space else "no"),
             ("old vectors", "kept: `migrator rollback` is possible" if status.old_kept else None),
             ("next", status.next_command or "nothing is left to do"),
         ]
     )
+
+
+def _search(look: dict[str, Any] | None) -> str | None:
+    """What the last look at the collection gave, in a line."""
+    if look is None:
+        return None
+    forecast = "" if look["forecast"] is None else f", forecast {look['forecast']:.4f}"
+    return f"{look['metric']} {look['value']:.4f}{forecast} at {look['share']:.0%} ({look['outcome']}, {look['at']})"

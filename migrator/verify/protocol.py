@@ -8,6 +8,7 @@ at this moment, with new queries.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
@@ -136,6 +137,7 @@ class _Tests:
     without_old_vector: int
     gone: int
     unreadable: dict[str, str]
+    encoding_seconds: float
 
     @property
     def lost(self) -> NDArray[np.float64]:
@@ -161,7 +163,9 @@ def _run_tests(project: Project, migration: Migration, store: Store, report: Rep
     if old is None:
         project.check_old_encoder(store)
         asking, by_own = _with_own_vectors(store, images, questions)
+    began = time.monotonic()
     embedded = _embed(project, images, questions, asking, gallery, old, new, report)
+    encoding = time.monotonic() - began
     asked = Asked.of(questions, embedded.query_rows, embedded.gallery_rows)
     by_new = embedded.by_new
     by_old = embedded.by_old if by_own is None else by_own[np.searchsorted(asking, asked.rows)]
@@ -195,6 +199,7 @@ def _run_tests(project: Project, migration: Migration, store: Store, report: Rep
         without_old_vector=len(questions.paths) - len(asking),
         gone=len(questions.gallery) - len(gallery),
         unreadable=embedded.unreadable,
+        encoding_seconds=encoding,
     )
 
 
@@ -270,6 +275,7 @@ def _results(project: Project, tests: _Tests, report: Report) -> dict[str, Any]:
         "gallery": len(asked.gallery),
         "gallery_gone": tests.gone,
         "unreadable": tests.unreadable,
+        "encoding_seconds": round(tests.encoding_seconds, 3),
     }
 
 

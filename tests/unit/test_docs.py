@@ -34,6 +34,7 @@ SECTIONS = {  # heading in docs/configuration.md -> definitions of the JSON Sche
     "train": ["Train"],
     "verify": ["Verify"],
     "verify.gate": ["Gate"],
+    "verify.gate.thresholds": ["Threshold"],
     "rollout": ["Rollout"],
     "backfill": ["Backfill"],
 }
