@@ -9,7 +9,8 @@ from __future__ import annotations
 import io
 import re
 import xml.etree.ElementTree as ET
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
@@ -60,16 +61,19 @@ def backfill_curve(
             points = _points(curve.get("shares"), (found or {}).get("values"))
             lines.append((f"verified, {_order(order)}", *points))
     if forecast is not None:
-        planned = forecast.get("points") or []
-        lines.append(("planned", *_points([p.get("share") for p in planned], [p.get("value") for p in planned])))
+        dots = forecast.get("points") or []
+        lines.append(("planned", *_points([dot.get("share") for dot in dots], [dot.get("value") for dot in dots])))
     lines = [line for line in lines if line[1]]
     shares, values = _points([m.get("share") for m in measured], [m.get("value") for m in measured])
     if not lines and not shares:
         return None
     figure, axes = _axes(height=3.2)
     for number, (label, x, y) in enumerate(lines):
-        color = _SERIES[0] if label.startswith("verified") else _SERIES[3]
-        axes.plot(x, y, color=color, linestyle=_STYLES[number], label=label, linewidth=1.8)
+        planned = label == "planned"
+        axes.plot(
+            x, y, color=_SERIES[3 if planned else 0], linestyle=_STYLES[3 if planned else number],
+            marker="D" if planned else "", markersize=3.5, label=label, linewidth=1.8,
+        )  # fmt: skip
     if shares:
         axes.plot(
             shares, values, color=_SERIES[1], marker="o", markersize=6, linestyle="none", label="measured", zorder=3
@@ -203,11 +207,21 @@ def _points(x: Sequence[Any] | None, y: Sequence[Any] | None) -> tuple[list[floa
 # -- drawing ----------------------------------------------------------------------------------------------------------
 
 
+@contextmanager
+def _style() -> Iterator[None]:
+    """Our settings on matplotlib's own defaults, whatever a matplotlibrc of this machine says."""
+    from matplotlib import rc_context, rcdefaults, rcParams
+
+    with rc_context():
+        rcdefaults()
+        rcParams.update(_SETTINGS)
+        yield
+
+
 def _axes(*, height: float) -> tuple[Figure, Axes]:
-    from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    with rc_context(_SETTINGS):
+    with _style():
         figure = Figure(figsize=(_WIDTH, height), layout="constrained")
         axes = figure.add_subplot()
         figure.patch.set_alpha(0)
@@ -225,9 +239,7 @@ def _axes(*, height: float) -> tuple[Figure, Axes]:
 
 
 def _legend(axes: Axes) -> None:
-    from matplotlib import rc_context
-
-    with rc_context(_SETTINGS):
+    with _style():
         axes.legend(
             loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3, frameon=False, labelcolor=_INK,
             handlelength=2.6, columnspacing=1.4,
@@ -236,10 +248,8 @@ def _legend(axes: Axes) -> None:
 
 def _svg(figure: Figure, name: str, title: str, description: str) -> str:
     """The figure as an `svg` element for a page with others: ids of its own, no style sheet, colours by variables."""
-    from matplotlib import rc_context
-
     drawn = io.StringIO()
-    with rc_context(_SETTINGS):
+    with _style():
         figure.savefig(drawn, format="svg", metadata={"Date": None})
     root = ET.fromstring(drawn.getvalue())  # noqa: S314 - our own drawing
     for child in list(root):

@@ -43,6 +43,7 @@ from migrator.verify.metrics import (
 )
 from migrator.verify.questions import Questions, frozen_questions, label_of
 from migrator.verify.ranking import rank
+from migrator.verify.scores import draw_listed_pairs, draw_pairs, score_histograms, score_pairs, shift
 from migrator.verify.standing import look_of
 from migrator.verify.statistics import Interval, bootstrap
 from migrator.verify.views import AlteredImages
@@ -259,8 +260,7 @@ def _results(project: Project, tests: _Tests, report: Report) -> dict[str, Any]:
         "segments": segments,
         "examples": examples(asked, {"old": tests.rankings["old"], "new": tests.rankings[served]}, ways, classes),
         "curve": curve,
-        "histograms": None,
-        "shift": None,
+        **_score_facts(tests, seed=settings.seed),
         "questions": {
             "sha256": questions.sha256,
             "kind": questions.kind,
@@ -509,6 +509,24 @@ def _intervals(
     for column, (kind, test, metric) in enumerate(columns):
         found[kind].setdefault(test, {})[metric] = drawn.interval(column).as_json()
     return found
+
+
+def _score_facts(tests: _Tests, *, seed: int) -> dict[str, Any]:
+    """How high right and wrong pairs score in each test, and what that does to an application's threshold."""
+    asked = tests.asked
+    if asked.relevant is not None:
+        pairs = draw_listed_pairs(asked.relevant, len(asked.gallery), own=asked.own, seed=seed)
+    else:
+        assert asked.query_codes is not None
+        assert asked.gallery_codes is not None
+        pairs = draw_pairs(asked.query_codes, asked.gallery_codes, own=asked.own, seed=seed)
+    scores = score_pairs(tests.pairs, pairs)
+    moved = shift(scores)
+    return {
+        "histograms": score_histograms(scores).as_json(),
+        "shift": None if moved is None else moved.sentence,
+        "threshold": None if moved is None else moved.as_json(),
+    }
 
 
 def _scores(means: Mapping[str, Mapping[str, float]], metric: str, bound: float | None) -> dict[str, float] | None:

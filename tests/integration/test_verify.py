@@ -75,6 +75,10 @@ def test_the_four_tests_are_what_plain_loops_give_and_the_questions_stay(
         assert found["values"][0] == pytest.approx(first["tests"]["cross"]["map@100"])
         assert found["values"][-1] == pytest.approx(first["tests"]["self"]["map@100"])
     assert (first["look"], first["confidence"], first["kind"]) == (1, 0.975, "labels")
+    # 60 queries have 39 right answers each, without themselves.
+    for counts in first["histograms"]["tests"].values():
+        assert sum(counts["positives"]) == 60 * 39
+        assert sum(counts["negatives"]) <= 60 * 80
 
     code, again, _ = told("verify")
     assert (again["look"], again["questions"], again["tests"]) == (1, first["questions"], first["tests"])
