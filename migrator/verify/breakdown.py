@@ -7,12 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from migrator.verify.statistics import bootstrap
+from migrator.verify.statistics import Sure, bootstrap
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from migrator.config import Gate
     from migrator.verify.asked import Asked
 
 MOST = 10
@@ -21,10 +20,13 @@ EXAMPLES = 4
 SHOWN = 5
 """Answers of an example."""
 
+RESAMPLES = 2_000
+"""At most: these intervals are to be looked at, and decide nothing."""
+
 Values = Mapping[str, "NDArray[np.float64]"]
 
 
-def worst_groups(names: Sequence[str], values: Values, *, gate: Gate, seed: int, most: int = MOST) -> dict[str, Any]:
+def worst_groups(names: Sequence[str], values: Values, *, sure: Sure, most: int = MOST) -> dict[str, Any]:
     """The groups of queries with the least gain, by `names` (q,); JSON-able.
 
     `values` holds `old`, `new` and `negative_flips`, (q,) each. A group's interval is over its own queries.
@@ -43,7 +45,7 @@ def worst_groups(names: Sequence[str], values: Values, *, gate: Gate, seed: int,
     if len(worst):
         gains = (new - old)[counted]
         columns = np.stack([np.where(codes == at, gains, np.nan) for at in worst], axis=1)
-        drawn = bootstrap(columns, None, confidence=gate.confidence, resamples=min(gate.resamples, 2_000), seed=seed)
+        drawn = bootstrap(columns, None, **sure._replace(resamples=min(sure.resamples, RESAMPLES))._asdict())
         for column, at in enumerate(worst.tolist()):
             interval = drawn.interval(column)
             told.append(

@@ -10,14 +10,13 @@ from migrator.backfill.order import worst_first
 from migrator.errors import UsageProblem
 from migrator.verify.metrics import backfill_auc, parse_metric, summarise
 from migrator.verify.ranking import mixtures
-from migrator.verify.statistics import bootstrap
+from migrator.verify.statistics import Sure, bootstrap
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from numpy.typing import NDArray
 
-    from migrator.config import Gate
     from migrator.verify.asked import Asked
 
 SHARES = tuple(share / 10 for share in range(11))
@@ -31,37 +30,35 @@ def backfill_curve(
     *,
     order: str,
     clusters: NDArray[np.int64] | None,
-    gate: Gate,
-    seed: int,
+    metric: str,
+    sure: Sure,
 ) -> dict[str, Any]:
-    """Means of the gate's metric at each of `SHARES`, in both orders, with the area under each; JSON-able.
+    """Means of `metric` at each of `SHARES`, in both orders, with the area under each; JSON-able.
 
     `worth` is the area that worst_first gains over id, per query, with its interval. Without labels and
     faiss that order is left out.
     """
-    metric = parse_metric(gate.metric)
+    measure = parse_metric(metric)
     orders = {"id": np.arange(len(gallery_old))}  # the gallery lies in the store's order
     try:
-        orders["worst_first"] = worst_first(gallery_old, asked.gallery_labels, seed=seed)
+        orders["worst_first"] = worst_first(gallery_old, asked.gallery_labels, seed=sure.seed)
     except UsageProblem:  # neither labels nor faiss are here: it is no choice
         if order == "worst_first":
             raise
     curves: dict[str, Any] = {}
     areas = {}
     for name, rows in orders.items():
-        mixed = mixtures(queries, gallery_old, gallery_new, rows, SHARES, metric.k, exclude=asked.own)
-        values = np.stack([metric.per_query(asked.judge(ranking)) for ranking in mixed])  # (shares, q)
+        mixed = mixtures(queries, gallery_old, gallery_new, rows, SHARES, measure.k, exclude=asked.own)
+        values = np.stack([measure.per_query(asked.judge(ranking)) for ranking in mixed])  # (shares, q)
         means = [summarise(at).or_zero for at in values]
         curves[name] = {"values": means, "auc": backfill_auc(SHARES, means)}
         areas[name] = np.asarray(np.trapezoid(values, SHARES, axis=0))
     worth = None
     if "worst_first" in areas:
-        worth = bootstrap(
-            (areas["worst_first"] - areas["id"])[:, None], clusters,
-            confidence=gate.confidence, resamples=gate.resamples, seed=seed,
-        ).interval(0).as_json()  # fmt: skip
+        drawn = bootstrap((areas["worst_first"] - areas["id"])[:, None], clusters, **sure._asdict())
+        worth = drawn.interval(0).as_json()
     return {
-        "metric": gate.metric,
+        "metric": metric,
         "shares": list(SHARES),
         "order": order,
         "orders": curves,

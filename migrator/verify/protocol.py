@@ -45,7 +45,7 @@ from migrator.verify.questions import Questions, frozen_questions, label_of
 from migrator.verify.ranking import rank
 from migrator.verify.scores import draw_listed_pairs, draw_pairs, score_histograms, score_pairs, shift
 from migrator.verify.standing import look_of
-from migrator.verify.statistics import Interval, bootstrap
+from migrator.verify.statistics import Interval, Sure, bootstrap
 from migrator.verify.views import AlteredImages
 
 if TYPE_CHECKING:
@@ -98,7 +98,11 @@ def verify(
     questions, new_id = tests.asked.questions, tests.new_encoder_id
     look = look_of(project.ledger.verifications(migration.id), new_encoder_id=new_id, questions_sha256=questions.sha256)
     verdict = gate(tests.measured(), project.settings.verify.gate, look=look, seed=project.settings.verify.seed)
-    results = {**_told(verdict), **_results(project, tests, report), "live": None if seen is None else seen.as_json()}
+    results = {
+        **_told(verdict),
+        **_results(project, tests, verdict.confidence, report),
+        "live": None if seen is None else seen.as_json(),
+    }
     # The encoder may have been made elsewhere; from here on the migration is bound to it.
     project.ledger.set_new_encoder(migration.id, new_id)
     today = tests.judged["old"]
@@ -221,25 +225,26 @@ def _interval(interval: Interval | None) -> dict[str, float] | None:
     return None if interval is None else interval.as_json()
 
 
-def _results(project: Project, tests: _Tests, report: Report) -> dict[str, Any]:
-    """All that was measured, JSON-able: what `migrator report` draws."""
+def _results(project: Project, tests: _Tests, confidence: float, report: Report) -> dict[str, Any]:
+    """All that was measured, JSON-able: what `migrator report` draws. Every interval is at `confidence`."""
     settings = project.settings.verify
     asked, questions, values = tests.asked, tests.asked.questions, tests.values
     clusters = asked.clusters() if settings.gate.cluster == "class" else None
     metric, served = settings.gate.metric, tests.served
+    sure = Sure(confidence, settings.gate.resamples, settings.seed)
     means = {test: {name: _mean(found) for name, found in of.items()} for test, of in values.items()}
     ways = {"old": values["old"][metric], "new": values[served][metric], FLIPS: tests.lost}
     classes = segments = None
     if asked.labels is not None:
-        classes = worst_groups(asked.labels, ways, gate=settings.gate, seed=settings.seed)
+        classes = worst_groups(asked.labels, ways, sure=sure)
     if asked.segments is not None:
-        segments = worst_groups(asked.segments, ways, gate=settings.gate, seed=settings.seed)
+        segments = worst_groups(asked.segments, ways, sure=sure)
     curve = None
     if served == "cross":
         report("backfill curve", 0, 1)
         curve = backfill_curve(
             asked, tests.pairs["cross"][0], tests.pairs["cross"][1], tests.pairs["self"][1], clusters=clusters,
-            order=project.settings.backfill.order, gate=settings.gate, seed=settings.seed,
+            order=project.settings.backfill.order, metric=metric, sure=sure,
         )  # fmt: skip
     overlap = overlap_at_k(tests.rankings["old"], tests.rankings[served], OVERLAP_AT)
     counted = tests.judged["old"].total > 0
@@ -249,7 +254,7 @@ def _results(project: Project, tests: _Tests, report: Report) -> dict[str, Any]:
         "evidence": questions.evidence,
         "metric": metric,
         "tests": means,
-        **_intervals(project, values, clusters),
+        **_intervals(values, clusters, sure),
         "flips": {
             "negative": _mean(tests.lost),
             "positive": _mean(positive_flips(tests.judged["old"], tests.judged[served])),
@@ -490,10 +495,9 @@ def _mean(values: NDArray[np.float64]) -> float:
 
 
 def _intervals(
-    project: Project, values: Mapping[str, Mapping[str, NDArray[np.float64]]], clusters: NDArray[np.int64] | None
+    values: Mapping[str, Mapping[str, NDArray[np.float64]]], clusters: NDArray[np.int64] | None, sure: Sure
 ) -> dict[str, Any]:
     """Of every mean, and of every difference from today's search: test -> metric -> interval. All of one bootstrap."""
-    settings = project.settings.verify
     columns = {("intervals", test, metric): found for test, of in values.items() for metric, found in of.items()}
     columns |= {
         ("differences", test, metric): found - values["old"][metric]
@@ -501,10 +505,7 @@ def _intervals(
         if test != "old"
         for metric, found in of.items()
     }
-    drawn = bootstrap(
-        np.stack(list(columns.values()), axis=1), clusters,
-        confidence=settings.gate.confidence, resamples=settings.gate.resamples, seed=settings.seed,
-    )  # fmt: skip
+    drawn = bootstrap(np.stack(list(columns.values()), axis=1), clusters, **sure._asdict())
     found: dict[str, dict[str, dict[str, Any]]] = {"intervals": {}, "differences": {}}
     for column, (kind, test, metric) in enumerate(columns):
         found[kind].setdefault(test, {})[metric] = drawn.interval(column).as_json()

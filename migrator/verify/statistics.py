@@ -31,6 +31,14 @@ class Interval(NamedTuple):
         return None if math.isnan(self.low) else self._asdict()
 
 
+class Sure(NamedTuple):
+    """How a bootstrap is to be drawn."""
+
+    confidence: float
+    resamples: int
+    seed: int
+
+
 @dataclass(frozen=True, slots=True)
 class Bootstrap:
     """Means of the columns and how they vary when the clusters are drawn again; NaN where nothing can be said."""
