@@ -75,6 +75,9 @@ def test_it_opens_without_a_word_and_without_the_network(
     assert page.title() == "toys: report"
     assert page.locator("h2").count() == 12
     assert page.locator("#verdict").is_visible()
+    for part, drawings in (("#backfill", 1), ("#scores", 4)):  # `walked`: what verify and backfill really keep
+        assert page.locator(f"{part} svg[role=img]").count() == drawings
+    assert page.locator("#examples img").count() > 0
     if scripts:
         assert page.evaluate("document.scripts.length") == 0
         assert page.evaluate("typeof window.stolen") == "undefined"
