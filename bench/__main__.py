@@ -16,6 +16,7 @@ from bench.memory import memory
 from bench.parts import PARTS
 from bench.results_files import heading, save
 from bench.stores import stores
+from bench.verify import verify, verify_table
 
 
 def table(results: dict[str, Any]) -> str:
@@ -135,7 +136,7 @@ def main() -> None:
         from bench import train_speed
 
         return train_speed.main(sys.argv[2:])
-    wanted = sys.argv[1:] or ["demo", "backfill", "stores", "memory"]
+    wanted = sys.argv[1:] or ["demo", "backfill", "stores", "memory", "verify"]
     if "demo" in wanted:
         results = {"machine": machine(), "demo": demo()}
         save("demo", results, demo_table(results))
@@ -148,6 +149,9 @@ def main() -> None:
     if "memory" in wanted:
         results = {"machine": machine(), "memory": memory()}
         save("memory", results, memory_table(results))
+    if "verify" in wanted:
+        results = {"machine": machine(), "verify": verify()}
+        save("verify", results, verify_table(results))
     return None
 
 
