@@ -77,7 +77,7 @@ def verify_table(results: dict[str, Any]) -> str:
         "",
         f"Seconds of the four searches: faiss {search['median_seconds']['faiss']:.1f}, migrator "
         f"{search['median_seconds']['rank']:.1f}; the backfill curve of {search['shares']} shares takes "
-        f"{search['median_seconds']['mixtures']:.1f} s, with {memory['mixtures']['beyond']:.0f} MiB beyond the vectors.",
+        f"{search['median_seconds']['mixtures']:.1f} s and {memory['mixtures']['beyond']:.0f} MiB beyond the vectors.",
         f"Of all answers {search['same_answers_as_faiss']:.4%} are in the place that faiss gives them; faiss compares "
         "float32 sums, migrator decides among near-equal scores in float64.",
     ]
