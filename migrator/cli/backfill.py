@@ -15,7 +15,6 @@ import click
 
 from migrator.cli.common import (
     confirm,
-    duration,
     json_option,
     migration_options,
     open_project,
@@ -23,6 +22,7 @@ from migrator.cli.common import (
     progress,
     yes_option,
 )
+from migrator.words import duration
 
 
 @click.command("backfill")

@@ -85,25 +85,6 @@ def print_facts(facts: Sequence[tuple[str, object]]) -> None:
         click.echo(f"{name:<{width}}  {value}")
 
 
-def duration(seconds: float | None) -> str | None:
-    """Seconds as people say them: 45 s, 12 min, 3.5 h, 2.1 days."""
-    if seconds is None:
-        return None
-    for size, unit in ((86_400, "days"), (3_600, "h"), (60, "min")):
-        if seconds >= 2 * size:
-            return f"{seconds / size:.3g} {unit}"
-    return f"{seconds:.0f} s"
-
-
-def size(count: float) -> str:
-    """Bytes as people say them."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:.3g} TB"
-
-
 Advance = Callable[..., None]
 
 

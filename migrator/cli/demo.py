@@ -7,7 +7,8 @@ from pathlib import Path
 
 import click
 
-from migrator.cli.common import duration, print_table, yes_option
+from migrator.cli.common import print_table, yes_option
+from migrator.words import duration
 
 SHOWN = ("map@100", "recall@1", "ndcg@10")
 

@@ -8,15 +8,14 @@ from typing import Any
 import click
 
 from migrator.cli.common import (
-    duration,
     json_option,
     migration_options,
     open_project,
     print_facts,
     print_json,
     progress,
-    size,
 )
+from migrator.words import duration, size
 
 
 @click.command("plan")

@@ -7,7 +7,8 @@ from typing import Any
 
 import click
 
-from migrator.cli.common import duration, json_option, migration_options, open_project, print_facts
+from migrator.cli.common import json_option, migration_options, open_project, print_facts
+from migrator.words import duration
 
 
 @click.command("status")
@@ -47,7 +48,7 @@ def command(name: str | None, config_path: Path, as_json: bool) -> None:
             ("chunks", chunks or None),
             ("catch-up", f"{status.catch_up_passes} passes" if status.catch_up_passes else None),
             ("rate", rate),
-            ("eta", duration(status.eta_seconds)),
+            ("eta", None if status.eta_seconds is None else duration(status.eta_seconds)),
             ("search", _search(status.search)),
             ("mixed space", "yes: only new-encoder queries are right" if status.mixed_space else "no"),
             ("old vectors", "kept: `migrator rollback` is possible" if status.old_kept else None),

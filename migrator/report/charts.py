@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
-from migrator.report.words import is_number, metric_name
+from migrator.words import is_number, metric_name
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -11,9 +11,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from migrator import words
 from migrator.errors import ConfigProblem, Unavailable, UsageProblem
 from migrator.project import Project
-from migrator.report import charts, words
+from migrator.report import charts
 from migrator.report.facts import facts_of
 from migrator.report.thumbnails import Thumbnail, thumbnails
 from migrator.report.verdict import is_moved, meaning

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from migrator.report.words import shown
+from migrator.words import shown
 from trainer.errors import ImageProblem, TrainerError
 
 if TYPE_CHECKING:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from migrator.report.words import is_number, metric_name, number, percent, sentence, shown, signed
+from migrator.words import is_number, metric_name, number, percent, sentence, shown, signed
 
 _MEANING = {
     "map": "1 means that every right answer comes before every wrong one",

@@ -16,7 +16,7 @@ import pytest
 import migrator
 from adapters.base import ItemProblem, StoreBusy, StoreError, StoreRejected, StoreUnavailable
 from adapters.files import Vanished
-from migrator import errors
+from migrator import errors, words
 from migrator.cli import VERBS, common, run
 from migrator.cli import status as status_verb
 from migrator.config import load_config
@@ -395,8 +395,8 @@ def test_the_status_halfway(halfway, call):
     assert found["next_command"] == "migrator backfill digits-v2"
     code, out, _ = call("status")
     assert code == 0
-    for words in ("digits [old]", "10 of 30 (33.3%)", "1 done, 1 failed, 1 pending", "yes: only new-encoder queries"):
-        assert words in out
+    for text in ("digits [old]", "10 of 30 (33.3%)", "1 done, 1 failed, 1 pending", "yes: only new-encoder queries"):
+        assert text in out
 
 
 def test_the_next_command_is_one_that_helps(ledger, halfway, call):
@@ -574,18 +574,18 @@ def test_systemd_units_in_an_awkward_folder(awkward, call):
 
 @pytest.mark.parametrize(
     ("seconds", "said"),
-    [(None, None), (0, "0 s"), (59.4, "59 s"), (119, "119 s"), (120, "2 min"), (7199, "120 min"), (7200, "2 h"),
+    [(None, "–"), (0, "0 s"), (59.4, "59 s"), (119, "119 s"), (120, "2 min"), (7199, "120 min"), (7200, "2 h"),
      (12_600, "3.5 h"), (172_800, "2 days")],
 )  # fmt: skip
 def test_durations(seconds, said):
-    assert common.duration(seconds) == said
+    assert words.duration(seconds) == said
 
 
 @pytest.mark.parametrize(
     ("count", "said"), [(0, "0 B"), (999, "999 B"), (1000, "1 kB"), (1_500_000, "1.5 MB"), (2e12, "2 TB")]
 )
 def test_sizes(count, said):
-    assert common.size(count) == said
+    assert words.size(count) == said
 
 
 def test_plain_progress_lines(capsys, monkeypatch):

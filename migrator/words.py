@@ -1,4 +1,4 @@
-"""Numbers, times and texts of strangers as the page shows them."""
+"""Numbers, times and texts of strangers as people read them, in a terminal or on a page."""
 
 from __future__ import annotations
 
