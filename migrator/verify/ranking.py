@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 _SCORES = 1 << 24  # of one matrix product, 64 MiB: NumPy compares rows under 8192 numbers three times slower
+_PASSING = 1 << 22  # pairs that are looked at more closely at a time
 _QUERIES = 2048
 _ANSWERS = 1 << 20  # k x queries that are looked for at a time
 _PAIRS = 1 << 16  # numbers of one side of the pairs that are scored at a time, as many as a core's cache holds
@@ -51,7 +52,8 @@ def rank(
 
     queries is (q, d), gallery (g, d), both of unit length where cosine is meant. `exclude` (q,) holds the gallery
     index of the query itself, or -1: it is never among the answers. Equal scores are ordered by gallery index.
-    Where there are fewer than k answers the row ends in -1. Memory beyond the answers does not grow with q or g.
+    Where there are fewer than k answers the row ends in -1. Memory beyond the answers does not grow with q or g. A
+    gallery in which nearly everything ties, as of an encoder that gives one vector for all images, takes far longer.
     Queries of several encoders against one gallery are fastest in one call.
 
     Raises ValueError for shapes that do not fit, numbers that are not finite, and k below 1.
@@ -174,7 +176,7 @@ def _search(
     sizes = np.abs(queries).sum(axis=1, dtype=np.float64)
     relative, absolute = 1.1 * (dim + 4) * 2.0**-24, (dim + 4) * float(np.finfo(np.float32).tiny)
     largest = np.float32(0)
-    width = max(1, _SCORES // max(1, count))
+    width = max(1, _SCORES // max(1, count, dim))
     products = np.empty((count, min(width, len(rows))), np.float32)
     passing = np.empty(products.shape, np.bool_)
     kept = _Candidates(np.empty(0, np.int16), np.empty(0, np.int32), np.empty(0, np.float32))
@@ -195,17 +197,21 @@ def _search(
             at = some.shape[1] - k - 1
             kth = np.maximum(kth, np.partition(some, at, axis=1)[:, at])
         np.greater_equal(scores, (kth - slack).astype(np.float32)[:, None], out=over)
-        asking, column = np.divmod(np.flatnonzero(over), len(block))  # much faster than nonzero of a matrix
-        row = block_rows[column]
-        if own is not None:
-            other = row != own[asking]
-            asking, column, row = asking[other], column[other], row[other]
-        waiting.append(_Candidates(asking.astype(np.int16), row, scores[asking, column]))
-        if start == 0 or sum(len(part.row) for part in waiting) > k * count:
-            kept, kth = _cut([kept, *waiting], k, kth, slack)
-            waiting = []
-            if len(kept.row) > 2 * k * count:  # so many ties that memory would grow with them
-                kept = _exactly(queries, gallery, kept, k)[1]
+        # Where nearly all scores tie, nearly all pass: then a piece of the block at a time, for memory.
+        step = -(-len(block) // (1 + np.count_nonzero(over) // _PASSING))
+        for begin in range(0, len(block), step):
+            piece = over[:, begin : begin + step]
+            asking, column = np.divmod(np.flatnonzero(piece), piece.shape[1])  # much faster than nonzero of a matrix
+            row = block_rows[begin + column]
+            if own is not None:
+                other = row != own[asking]
+                asking, column, row = asking[other], column[other], row[other]
+            waiting.append(_Candidates(asking.astype(np.int16), row, scores[asking, begin + column]))
+            if start == 0 or sum(len(part.row) for part in waiting) > k * count:
+                kept, kth = _cut([kept, *waiting], k, kth, slack)
+                waiting = []
+                if len(kept.row) > 2 * k * count:  # so many ties that memory would grow with them
+                    kept = _exactly(queries, gallery, kept, k)[1]
     return _joined([kept, *waiting])
 
 

@@ -27,9 +27,9 @@ def searches(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray, int, np.ndarray]:
 
 
 @contextmanager
-def blocks(scores: int, queries: int = 2048) -> Iterator[None]:
+def blocks(scores: int, queries: int = 2048, passing: int = 1 << 22) -> Iterator[None]:
     """Small blocks, as a large gallery has many of."""
-    with patch.multiple(ranking, _SCORES=scores, _QUERIES=queries):
+    with patch.multiple(ranking, _SCORES=scores, _QUERIES=queries, _PASSING=passing):
         yield
 
 
@@ -48,10 +48,10 @@ def unit(random: np.random.Generator, *shape: int) -> np.ndarray:
 
 
 @settings(deadline=None)
-@given(searches(), st.integers(1, 40), st.integers(1, 6))
-def test_rank_equals_a_plain_loop_whatever_the_blocks(search, scores, group):
+@given(searches(), st.integers(1, 40), st.integers(1, 6), st.sampled_from([1, 7, 100]))
+def test_rank_equals_a_plain_loop_whatever_the_blocks(search, scores, group, passing):
     queries, gallery, k, exclude = search
-    with blocks(scores, group):
+    with blocks(scores, group, passing):
         found = rank(queries, gallery, k, exclude=exclude)
     assert found.dtype == np.int32
     assert found.shape == (len(queries), k)
@@ -93,7 +93,7 @@ def test_differences_below_float32_are_told_apart(scale):
     query = np.full((1, gallery.shape[1]), 1 if scale == 1 else 0.3, np.float32)
     best = np.argsort(-(gallery.astype(np.float64) @ query[0].astype(np.float64)), kind="stable")
     for k in range(1, 40):
-        with blocks(40 * k):
+        with blocks(64 * 40 * k):
             assert rank(query, gallery, k)[0].tolist() == best[:k].tolist()
 
 
@@ -117,7 +117,7 @@ def test_a_gallery_of_nothing_but_ties_is_ranked_by_index_and_kept_small():
         most = max(most, len(pairs))
         return pair_scores(queries, gallery, pairs)
 
-    with blocks(300), patch.object(ranking, "pair_scores", watched):
+    with blocks(12_000, passing=300), patch.object(ranking, "pair_scores", watched):
         assert rank(queries, gallery, 10, exclude=np.array([-1, 0, 4])).tolist() == [
             list(range(10)),
             list(range(1, 11)),
