@@ -197,16 +197,15 @@ def _search(
             at = some.shape[1] - k - 1
             kth = np.maximum(kth, np.partition(some, at, axis=1)[:, at])
         np.greater_equal(scores, (kth - slack).astype(np.float32)[:, None], out=over)
-        # Where nearly all scores tie, nearly all pass: then a piece of the block at a time, for memory.
-        step = -(-len(block) // (1 + np.count_nonzero(over) // _PASSING))
-        for begin in range(0, len(block), step):
-            piece = over[:, begin : begin + step]
-            asking, column = np.divmod(np.flatnonzero(piece), piece.shape[1])  # much faster than nonzero of a matrix
-            row = block_rows[begin + column]
+        passed = np.flatnonzero(over)  # much faster than nonzero of a matrix
+        # Where nearly all scores tie, nearly all pass: then not all are looked at together, for memory.
+        for begin in range(0, len(passed), _PASSING):
+            asking, column = np.divmod(passed[begin : begin + _PASSING], len(block))
+            row = block_rows[column]
             if own is not None:
                 other = row != own[asking]
                 asking, column, row = asking[other], column[other], row[other]
-            waiting.append(_Candidates(asking.astype(np.int16), row, scores[asking, begin + column]))
+            waiting.append(_Candidates(asking.astype(np.int16), row, scores[asking, column]))
             if start == 0 or sum(len(part.row) for part in waiting) > k * count:
                 kept, kth = _cut([kept, *waiting], k, kth, slack)
                 waiting = []
