@@ -47,7 +47,7 @@ def make_collection(folder: Path, *, items: int, payload: dict[str, Any], encode
         "old_encoder": {**encoder, "weights": "old.safetensors"},
         "new_encoder": {**encoder, "weights": "new.safetensors"},
         "verify": {"label": "{path}"},
-        "backfill": {"chunk_size": 1000, "batch_size": 64, "image_threads": 2},
+        "backfill": {"chunk_size": 1000, "batch_size": 64, "image_threads": 2, "read_back": 0, "measure": False},
     }
     config.write_text(yaml.safe_dump({"version": 1, "migrations": {"bench": migration}}))
     return config
