@@ -10,18 +10,19 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
-from adapters.base import ItemId, StoreBusy
+from adapters.base import ItemId, StoreBusy, StoreUnavailable
 from migrator.backfill.chunks import cut_catch_up, cut_first_pass
 from migrator.backfill.order import worst_first_ids
 from migrator.backfill.pipeline import ChunkFailed, Finished, Pipeline
 from migrator.backfill.throttle import Throttle
 from migrator.backfill.transfer import Transfer, open_transfer
-from migrator.errors import Refused
+from migrator.errors import Refused, Unavailable
 from migrator.ledger import BACKFILL_STAGES, Chunk, Ledger, Migration, this_process
 from migrator.planning import check_fresh
 from migrator.project import Project
 from migrator.verify.questions import label_of
 from migrator.verify.watch import look
+from trainer.errors import ImagesUnavailable
 
 if TYPE_CHECKING:
     from trainer.encoder import Encoder
@@ -87,7 +88,11 @@ def _look(project: Project, migration: Migration, run: _Run, summary: Summary) -
     settings = project.settings.backfill
     if not summary.items or not (settings.read_back or settings.measure) or run.encoder is None:
         return summary
-    looked = look(project, migration, run.encoder, run.written.items, run=run.run_id)
+    try:
+        looked = look(project, migration, run.encoder, run.written.items, run=run.run_id)
+    except (StoreBusy, StoreUnavailable, ImagesUnavailable, Unavailable) as error:
+        # The run is done and in the ledger; another process may just have opened a store that is for one at a time.
+        return replace(summary, looked=f"not this time: {error}")
     if looked.pause is None:
         return replace(summary, looked=looked.says)
     return replace(summary, ended="paused", looked=looked.says, message=f"paused: {looked.pause}")
