@@ -9,7 +9,6 @@ order. A ranking is an array of gallery indices, nearest first, padded with -1.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -18,7 +17,7 @@ from numpy.typing import NDArray
 
 _SCORES = 1 << 24  # of one matrix product, 64 MiB: NumPy compares rows under 8192 numbers three times slower
 _PASSING = 1 << 22  # pairs that are looked at more closely at a time
-_QUERIES = 1024
+_QUERIES = 2048
 _ANSWERS = 1 << 20  # k x queries that are looked for at a time
 _PAIRS = 1 << 16  # numbers of one side of the pairs that are scored at a time, as many as a core's cache holds
 
@@ -145,8 +144,7 @@ def _nearest(
     """The k nearest of the gallery's `rows`, which ascend; without those that have k better ones in `besides`."""
     found = _Nearest.none(len(queries), k)
     step = max(1, min(_QUERIES, _ANSWERS // k))
-
-    def fill(start: int) -> None:
+    for start in range(0, len(queries), step):
         group = slice(start, start + step)
         own = None if exclude is None else exclude[group]
         kth = np.full(len(queries[group]), -np.inf) if besides is None else besides.scores[group, -1]
@@ -154,10 +152,6 @@ def _nearest(
         place, candidates, exact = _exactly(queries[group], gallery, candidates, k)
         found.rows[start + candidates.query.astype(np.int64), place] = candidates.row
         found.scores[start + candidates.query.astype(np.int64), place] = exact
-
-    # One looks through its products, by one thread, while the other's are computed, by all.
-    with ThreadPoolExecutor(2) as pool:
-        list(pool.map(fill, range(0, len(queries), step)))
     return found
 
 
