@@ -68,8 +68,9 @@ def demo_table(results: dict[str, Any]) -> str:
     interval = results["demo"]["gain"]
     lines += [
         "",
-        f"Cross-test over old self-test, mAP@100: {interval['mean']:+.4f}, 95 % interval {interval['low']:+.4f} to "
-        f"{interval['high']:+.4f} (paired bootstrap over the queries).",
+        f"Cross-test over old self-test, mAP@100: {interval['mean']:+.4f}, "
+        f"{results['demo']['confidence']:.1%} interval {interval['low']:+.4f} to {interval['high']:+.4f} "
+        "(paired bootstrap over the ten classes).",
     ]
     return "\n".join(lines) + "\n"
 

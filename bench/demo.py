@@ -11,6 +11,8 @@ from migrator import demo as story
 from migrator.cli import run
 from migrator.project import Project
 
+SHOWN = ("map@100", "recall@1", "recall@10", "ndcg@10", "mrr@100")
+
 
 def demo() -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as name:
@@ -26,6 +28,10 @@ def demo() -> dict[str, Any]:
         assert verification is not None
         return {
             "seconds": round(seconds),
-            "quality": [{"what": what, "metrics": metrics} for what, metrics in story.results(folder)],
+            "quality": [
+                {"what": what, "metrics": {name: metrics[name] for name in SHOWN}}
+                for what, metrics in story.results(folder)
+            ],
             "gain": verification.results["interval"],
+            "confidence": verification.results["confidence"],
         }

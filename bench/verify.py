@@ -67,8 +67,8 @@ def verify_table(results: dict[str, Any]) -> str:
         clusters = "queries" if row["clusters"] == row["queries"] else f"{row['clusters']} classes"
         lines.append(
             f"| bootstrap by {clusters}, {row['queries']:,} queries x {row['resamples']:,} resamples x "
-            f"{row['columns']} metrics | under 10 s | {row['median_seconds']:.1f} s | "
-            f"{', '.join(f'{one:.1f}' for one in row['seconds'])} |"
+            f"{row['columns']} metrics | under 10 s | {row['median_seconds']:.2f} s | "
+            f"{', '.join(f'{one:.2f}' for one in row['seconds'])} |"
         )
     lines += [
         f"| whole `verify` of the demo beyond its encoders, {demo['queries']} queries on {demo['gallery']:,} items | "
