@@ -58,6 +58,8 @@ METRICS = ("map@100", "recall@1", "recall@5", "recall@10", "precision@10", "ndcg
 """Always measured, beside those that the gate names."""
 TESTS = ("old", "cross", "self", "reverse")
 OVERLAP_AT = 10
+UNMIXED = {"in_place": ("planned", "prepare", "canary"), "shadow": ("planned", "prepare", "backfill", "canary")}
+"""The stages in which every stored vector is the old encoder's: a shadow is filled beside the collection."""
 
 Report = Callable[[str, int, int], None]
 """Called with what is being done, how far it is and how far it goes."""
@@ -81,7 +83,7 @@ def verify(
     store's own index. Raises `Refused` once the collection is mixed, and where no image can be read.
     """
     migration = project.migration()
-    if migration.stage not in ("planned", "prepare", "canary"):
+    if migration.stage not in UNMIXED[migration.strategy]:
         raise Refused(
             f"{project.name} is at stage {migration.stage}, its collection already mixed: "
             f"`migrator verify {project.name} --mixed` asks it as it is"

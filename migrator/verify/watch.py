@@ -39,10 +39,8 @@ NAMED = 5
 class Looked:
     """What was seen after a run."""
 
-    detail: dict[str, Any]
-    """As the audit log keeps it."""
     says: str
-    """The same in one line."""
+    """All of it in one line; the audit log has it in numbers."""
     pause: str | None
     """Why the backfill must not go on; None while all is well."""
 
@@ -78,7 +76,7 @@ def look(project: Project, migration: Migration, encoder: Encoder, written: Sequ
     project.ledger.note(migration, "measured", detail)
     if pause is not None:
         project.ledger.pause(migration, pause)
-    return Looked(detail, "; ".join(says), pause)
+    return Looked("; ".join(says), pause)
 
 
 @contextmanager

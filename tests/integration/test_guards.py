@@ -205,6 +205,18 @@ def test_an_old_verification_does_not_count(world: World, migrator: Migrator, re
     assert "max_age" in refused(3, "rollout", "--stage", "prepare")
 
 
+def test_a_verification_older_than_the_plan_does_not_count(
+    world: World, migrator: Migrator, refused: Callable[..., str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    to_stage(migrator, "planned")
+    assert migrator("plan") == 0
+    assert "planned again since: `migrator verify" in refused(3, "rollout", "--stage", "prepare")
+    assert migrator("status") == 0
+    assert f"next          migrator verify {NAME}" in capsys.readouterr().out
+    assert migrator("verify") == 0
+    assert migrator("rollout", "--stage", "prepare") == 0
+
+
 def test_one_migration_is_active_per_collection(world: World, migrator: Migrator, refused: Callable[..., str]) -> None:
     import yaml
 
