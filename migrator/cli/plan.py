@@ -15,7 +15,7 @@ from migrator.cli.common import (
     print_json,
     progress,
 )
-from migrator.words import duration, size
+from migrator.words import duration, size, when
 
 
 @click.command("plan")
@@ -60,7 +60,7 @@ def _show(fingerprint: str, plan: dict[str, Any]) -> None:
             ("", new["vectors"]),
             ("backfill", f"{plan['chunks']} chunks, about {duration(plan['backfill_seconds'])} of work "
                          f"at {plan['images_per_second']:g} images/s"),
-            ("expected", _expected(plan["forecast"])),
+            *_expected(plan["forecast"]),
             ("disk", disk),
             ("recommended", f"{plan['recommended']['strategy']}: {plan['recommended']['why']}"),
         ]
@@ -77,18 +77,16 @@ def _show(fingerprint: str, plan: dict[str, Any]) -> None:
     click.echo(f"\nnext: migrator {'train' if new['id'] is None else 'verify'} {plan['migration']}")
 
 
-def _expected(forecast: dict[str, Any]) -> str | None:
-    """Quality and day at each share of the backfill, in a line."""
-    points = [
-        f"{point['share']:.0%}" + ("" if point["value"] is None else f" {point['value']:.4f}") + _day(point["at"])
+def _expected(forecast: dict[str, Any]) -> list[tuple[str, str]]:
+    """Quality today, and what is expected when, as lines."""
+    if forecast["today"] is None:
+        return []
+    today = f"{forecast['metric']} {forecast['today']:.4f} today, on a sample of {forecast['sampled']} items"
+    if forecast["points"][0]["value"] is None:
+        return [("expected", f"{today}; plan again once the new encoder is trained")]
+    lines = [
+        f"{point['value']:.4f} with {point['share']:.0%} embedded anew"
+        + ("" if point["at"] is None else f", {when(point['at'])} UTC if it began now")
         for point in forecast["points"]
     ]
-    if forecast["today"] is None:
-        return None
-    what = f"{forecast['metric']} {forecast['today']:.4f} today (a sample of {forecast['sampled']} items)"
-    known = forecast["points"][0]["value"] is not None
-    return f"{what}, then {', '.join(points)}" if known else f"{what}; plan again once the new encoder is trained"
-
-
-def _day(at: str | None) -> str:
-    return "" if at is None else f" by {at[:10]}"
+    return [("expected", today), *(("", line) for line in lines)]
