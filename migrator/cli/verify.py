@@ -107,6 +107,9 @@ def _show(name: str, results: dict[str, Any]) -> None:
     if curve is not None:
         areas = ", ".join(f"{order} {found['auc']:.4f}" for order, found in curve["orders"].items())
         click.echo(f"{curve['metric']} over the backfill, on average, by its order: {areas}")
+        low = curve["lowest"]
+        gain = "" if low["gain"] is None else f", {low['gain']['mean']:+.4f} over today"
+        click.echo(f"lowest on the way: {low['value']:.4f} at {low['share']:.0%} of the backfill{gain}")
     if results["shift"]:
         click.echo(f"scores: {results['shift']}")
     if results["scores"]:

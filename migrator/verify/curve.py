@@ -24,6 +24,7 @@ SHARES = tuple(share / 10 for share in range(11))
 
 def backfill_curve(
     asked: Asked,
+    today: NDArray[np.float64],
     queries: NDArray[np.float32],
     gallery_old: NDArray[np.float32],
     gallery_new: NDArray[np.float32],
@@ -35,8 +36,10 @@ def backfill_curve(
 ) -> dict[str, Any]:
     """Means of `metric` at each of `SHARES`, in both orders, with the area under each; JSON-able.
 
-    `worth` is the area that worst_first gains over id, per query, with its interval. Without labels and
-    faiss that order is left out.
+    `today` (q,) is what each query is worth in today's search. `lowest` is the point of the chosen order where search
+    is worst, with its gain over today: vectors of two encoders side by side can be worse than either alone. `worth` is
+    the area that worst_first gains over id, per query, with its interval; without labels and faiss that order is left
+    out.
     """
     measure = parse_metric(metric)
     orders = {"id": np.arange(len(gallery_old))}  # the gallery lies in the store's order
@@ -47,11 +50,16 @@ def backfill_curve(
             raise
     curves: dict[str, Any] = {}
     areas = {}
+    lowest: dict[str, Any] = {}
     for name, rows in orders.items():
         mixed = mixtures(queries, gallery_old, gallery_new, rows, SHARES, measure.k, exclude=asked.own)
         values = np.stack([measure.per_query(asked.judge(ranking)) for ranking in mixed])  # (shares, q)
         means = [summarise(at).or_zero for at in values]
         curves[name] = {"values": means, "auc": backfill_auc(SHARES, means)}
+        if name == order:
+            at = int(np.argmin(means))
+            gain = bootstrap((values[at] - today)[:, None], clusters, **sure._asdict()).interval(0)
+            lowest = {"share": SHARES[at], "value": means[at], "gain": gain.as_json()}
         areas[name] = np.asarray(np.trapezoid(values, SHARES, axis=0))
     worth = None
     if "worst_first" in areas:
@@ -63,6 +71,7 @@ def backfill_curve(
         "order": order,
         "orders": curves,
         "worth": worth,
+        "lowest": lowest,
     }
 
 

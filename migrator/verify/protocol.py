@@ -245,8 +245,8 @@ def _results(project: Project, tests: _Tests, confidence: float, report: Report)
     if served == "cross":
         report("backfill curve", 0, 1)
         curve = backfill_curve(
-            asked, tests.pairs["cross"][0], tests.pairs["cross"][1], tests.pairs["self"][1], clusters=clusters,
-            order=project.settings.backfill.order, metric=metric, sure=sure,
+            asked, values["old"][metric], tests.pairs["cross"][0], tests.pairs["cross"][1], tests.pairs["self"][1],
+            clusters=clusters, order=project.settings.backfill.order, metric=metric, sure=sure,
         )  # fmt: skip
     overlap = overlap_at_k(tests.rankings["old"], tests.rankings[served], OVERLAP_AT)
     counted = tests.judged["old"].total > 0

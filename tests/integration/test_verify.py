@@ -74,6 +74,10 @@ def test_the_four_tests_are_what_plain_loops_give_and_the_questions_stay(
     for found in first["curve"]["orders"].values():
         assert found["values"][0] == pytest.approx(first["tests"]["cross"]["map@100"])
         assert found["values"][-1] == pytest.approx(first["tests"]["self"]["map@100"])
+    curve = first["curve"]
+    assert curve["lowest"]["value"] == min(curve["orders"]["id"]["values"])
+    today = first["tests"]["old"]["map@100"]
+    assert curve["lowest"]["gain"]["mean"] == pytest.approx(curve["lowest"]["value"] - today)
     assert (first["look"], first["confidence"], first["kind"]) == (1, 0.975, "labels")
     # 60 queries have 39 right answers each, without themselves.
     for counts in first["histograms"]["tests"].values():

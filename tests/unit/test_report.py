@@ -214,7 +214,7 @@ def test_everything_that_is_known_is_told(facts):
         "The class that loses most is “kind 0”: −0.040 over 30 queries.", "migrator backfill toys",
         "P_up 0.490, P_comp 0.710, P_1 0.580", "12 queries are too few to say: about 210 would do", "gain >= 0.0",
         "worth +0.010 mAP@100", "24 checked", "70 %", "Right pairs are 0.12 more similar",
-            "98 %", "Index recall is the share of the first 10",
+            "Search is worst at 20 %: 0.602, −0.011 over today", "98 %", "Index recall is the share of the first 10",
         "mAP@100 on images held out", "ab" * 32, "2 queries without a right answer", "4 queries without answer",
         "broken.png", "look number 2", facts["plan"]["fingerprint"], "0.953",
     ):  # fmt: skip
