@@ -218,27 +218,10 @@ def summarise(per_query: Floats) -> Summary:
     return Summary(mean, len(counted), len(per_query) - len(counted))
 
 
-class Flips(NamedTuple):
-    """Shares of the queries whose first answer changed sides."""
-
-    negative: float
-    """Right before and wrong now."""
-    positive: float
-    """Wrong before and right now."""
-
-
-def flips(old: Relevance, new: Relevance) -> Flips:
-    """How first answers changed between two rankings of the same queries. NaN where no query has a relevant item.
-
-    Negative flips: Yan et al., Positive-Congruent Training (arXiv 2011.09161, section 3).
-    """
-    return Flips(summarise(negative_flips(old, new)).mean, summarise(positive_flips(old, new)).mean)
-
-
 def negative_flips(old: Relevance, new: Relevance) -> Floats:
     """1 for each query whose first answer was right in `old` and is wrong in `new`, else 0. (q,)
 
-    NaN where a query has no relevant item.
+    NaN where a query has no relevant item. Yan et al., Positive-Congruent Training (arXiv 2011.09161, section 3).
     """
     flipped = old.hits[:, 0] & ~new.hits[:, 0]
     return np.where((old.total > 0) & (new.total > 0), flipped.astype(np.float64), np.nan)

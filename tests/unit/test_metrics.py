@@ -299,11 +299,12 @@ def test_flips_by_hand():
     total = np.array([1, 1, 1, 1, 1, 0])
     old = Relevance(np.array([[True], [True], [False], [True], [False], [False]]), total)
     new = Relevance(np.array([[False], [False], [True], [True], [False], [False]]), total)
-    assert metrics.flips(old, new) == (0.4, 0.2)
-    assert metrics.flips(old, old) == (0.0, 0.0)
+    assert metrics.summarise(metrics.negative_flips(old, new)) == (0.4, 5, 1)
+    assert metrics.summarise(metrics.positive_flips(old, new)) == (0.2, 5, 1)
+    assert np.nansum(metrics.negative_flips(old, old)) == 0
     assert metrics.negative_flips(old, new) == pytest.approx([1, 1, 0, 0, 0, math.nan], nan_ok=True)
     assert metrics.positive_flips(old, new) == pytest.approx([0, 0, 1, 0, 0, math.nan], nan_ok=True)
-    assert all(math.isnan(share) for share in metrics.flips(*[Relevance(np.zeros((1, 1), bool), np.zeros(1, int))] * 2))
+    assert np.isnan(metrics.negative_flips(*[Relevance(np.zeros((1, 1), bool), np.zeros(1, int))] * 2)).all()
 
 
 def test_overlap_by_hand():
