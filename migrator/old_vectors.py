@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from adapters.base import Page, Store
+from adapters.base import ItemId, Page, Payload, Store
 from migrator.encoding import locate
 from migrator.stored_encoder import unit
 
@@ -51,3 +52,12 @@ def scan(store: Store) -> Iterator[Page]:
         if len(page) < PAGE:
             return
         after = page.ids[-1]
+
+
+def payloads(store: Store, ids: Iterable[ItemId]) -> Iterator[tuple[ItemId, Payload]]:
+    """Id and payload of these items, read page by page; ids that no longer exist are left out."""
+    remaining = iter(ids)
+    while batch := list(itertools.islice(remaining, PAGE)):
+        page = store.read(batch, vectors=False, payload=True)
+        assert page.payloads is not None
+        yield from zip(page.ids, page.payloads, strict=True)

@@ -7,7 +7,7 @@ from typing import Any
 
 from migrator.ledger import Counts, Migration, Route
 from migrator.project import Project
-from migrator.verify.standing import why_not
+from migrator.verify.standing import looks, why_not
 
 RATE_RUNS = 5
 """The last runs from which the rate is taken."""
@@ -118,11 +118,11 @@ def _rate(project: Project, migration: Migration) -> float | None:
 
 
 def _last_look(project: Project, migration: Migration) -> dict[str, Any] | None:
-    for event in reversed(project.ledger.events(migration.id)):
-        if event.event == "measured" and "outcome" in event.detail:
-            keys = ("metric", "value", "forecast", "share", "outcome")
-            return {"at": event.at.isoformat(timespec="seconds"), **{key: event.detail[key] for key in keys}}
-    return None
+    seen = looks(project.ledger.events(migration.id))
+    if not seen:
+        return None
+    keys = ("metric", "value", "forecast", "share", "outcome")
+    return {"at": seen[-1].at.isoformat(timespec="seconds"), **{key: seen[-1].detail[key] for key in keys}}
 
 
 def next_command(

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from migrator.backfill.transfer import walk
 from migrator.config import ItemsFrom, Train
 from migrator.errors import ConfigProblem, Refused
-from migrator.old_vectors import old_vectors
+from migrator.old_vectors import old_vectors, payloads
 from migrator.planning import check_fresh
 from migrator.project import Project
 from migrator.verify.questions import label_of
@@ -22,8 +23,6 @@ if TYPE_CHECKING:
 
     from trainer.data import LeftOut, TrainingItems
     from trainer.fit import FitResult, FitSettings, Progress
-
-PAGE = 5_000
 
 
 def train(
@@ -155,20 +154,15 @@ def _items_of_store(project: Project, label: str | None) -> TrainingItems:
     paths: list[str] = []
     labels: list[str] = []
     with project.store() as store:
-        after = None
-        while ids := store.scan_ids(after=after, limit=PAGE):
-            page = store.read(ids, vectors=False, payload=True)
-            assert page.payloads is not None
-            for item, payload in zip(page.ids, page.payloads, strict=True):
-                try:
-                    path = images.locate(item, payload)
-                except ImageProblem:
-                    continue  # an item without an image can be searched but not learnt from
-                text = None if label is None else label_of(label, item, payload)
-                if text != "":
-                    paths.append(path)
-                    labels.append(text or "")
-            after = ids[-1]
+        for item, payload in payloads(store, walk(store)):
+            try:
+                path = images.locate(item, payload)
+            except ImageProblem:
+                continue  # an item without an image can be searched but not learnt from
+            text = None if label is None else label_of(label, item, payload)
+            if text != "":
+                paths.append(path)
+                labels.append(text or "")
     if not paths and label is not None:
         raise ConfigProblem(
             f"{project.config.path}: migrations.{project.name}.train.items.label: no item with an image has a value "

@@ -1,7 +1,18 @@
 """Progress in SQL: what was planned, trained, verified, routed and written."""
 
 from migrator.ledger.ledger import BACKFILL_STAGES, Counts, Failure, LeaseLost, Ledger, RouteMoved, now, this_process
-from migrator.ledger.models import STAGES, BackfillRun, Chunk, ItemFailure, Migration, Plan, Route, Stage, Verification
+from migrator.ledger.models import (
+    STAGES,
+    BackfillRun,
+    Chunk,
+    ItemFailure,
+    Migration,
+    Plan,
+    Route,
+    Stage,
+    StageEvent,
+    Verification,
+)
 
 __all__ = [
     "BACKFILL_STAGES",
@@ -18,6 +29,7 @@ __all__ = [
     "Route",
     "RouteMoved",
     "Stage",
+    "StageEvent",
     "Verification",
     "now",
     "this_process",

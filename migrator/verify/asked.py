@@ -34,23 +34,23 @@ class Asked:
     @classmethod
     def of(cls, questions: Questions, rows: NDArray[np.integer], gallery: NDArray[np.integer]) -> Asked:
         """The questions at `rows` (q,), against the items at `gallery` (g,), positions in ascending order."""
-        row_of = {item: row for row, item in enumerate(_at(questions.gallery, gallery))}
-        own = [-1 if item is None else row_of.get(item, -1) for item in _at(questions.own, rows)]
+        row_of = {item: row for row, item in enumerate(at_rows(questions.gallery, gallery))}
+        own = [-1 if item is None else row_of.get(item, -1) for item in at_rows(questions.own, rows)]
         relevant = query_codes = gallery_codes = None
         if questions.relevant is not None:
             relevant = [
                 {row_of[item]: grade for item, grade in right.items() if item in row_of}
-                for right in _at(questions.relevant, rows)
+                for right in at_rows(questions.relevant, rows)
             ]
         else:
             assert questions.labels is not None
             assert questions.gallery_labels is not None
             codes = {label: code for code, label in enumerate(dict.fromkeys(questions.labels))}
-            query_codes = np.array([codes[label] for label in _at(questions.labels, rows)], np.int64)
+            query_codes = np.array([codes[label] for label in at_rows(questions.labels, rows)], np.int64)
             for label in questions.gallery_labels:
                 codes.setdefault(label, len(codes))
             codes[""] = -1  # of items that have no class
-            gallery_codes = np.array([codes[label] for label in _at(questions.gallery_labels, gallery)], np.int64)
+            gallery_codes = np.array([codes[label] for label in at_rows(questions.gallery_labels, gallery)], np.int64)
         return cls(
             questions,
             rows.astype(np.int64),
@@ -72,17 +72,17 @@ class Asked:
     @property
     def labels(self) -> list[str] | None:
         """The class of each query, where there are classes."""
-        return None if self.questions.labels is None else _at(self.questions.labels, self.rows)
+        return None if self.questions.labels is None else at_rows(self.questions.labels, self.rows)
 
     @property
     def gallery_labels(self) -> list[str] | None:
         """The class of each item, where there are classes."""
-        return None if self.questions.gallery_labels is None else _at(self.questions.gallery_labels, self.gallery)
+        return None if self.questions.gallery_labels is None else at_rows(self.questions.gallery_labels, self.gallery)
 
     @property
     def segments(self) -> list[str] | None:
         """The segment of each query, where there are segments."""
-        return None if self.questions.segments is None else _at(self.questions.segments, self.rows)
+        return None if self.questions.segments is None else at_rows(self.questions.segments, self.rows)
 
     def clusters(self) -> NDArray[np.int64] | None:
         """A number for each query's class, (q,), where queries share classes; they are not independent then."""
@@ -92,5 +92,6 @@ class Asked:
         return np.unique(labels, return_inverse=True)[1].astype(np.int64)
 
 
-def _at(values: Sequence[Any], rows: NDArray[np.integer]) -> list[Any]:
+def at_rows(values: Sequence[Any], rows: NDArray[np.integer]) -> list[Any]:
+    """Those of `values` at `rows` (n,)."""
     return [values[row] for row in rows.tolist()]

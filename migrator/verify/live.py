@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
 from adapters.base import Hits, ItemId, Payload, Store
+from migrator.backfill.transfer import walk
+from migrator.old_vectors import payloads
 from migrator.verify.metrics import Relevance, parse_metric, summarise
 
 if TYPE_CHECKING:
@@ -21,8 +23,6 @@ Described: TypeAlias = tuple[str, str | None]
 """The class of an item, empty for none, and the path of its image, None for none."""
 Describe: TypeAlias = Callable[[ItemId, Payload], Described]
 
-PAGE = 10_000
-"""Items whose payloads are read at once."""
 BATCH = 100
 """Queries in one request."""
 RECALL_AT = 10
@@ -75,9 +75,8 @@ def ask_live(
     known: dict[ItemId, Described] = {}
     sizes: Counter[str] = Counter()
     if questions.relevant is None:
-        for item, (of, path) in _described(store, describe):
-            sizes[of] += 1
-            known[item] = of, path
+        known = {item: describe(item, payload) for item, payload in payloads(store, walk(store))}
+        sizes.update(of for of, _ in known.values())
     tests: dict[str, dict[str, float]] = {}
     recall: dict[str, float] = {}
     for test, queries in vectors.items():
@@ -92,33 +91,11 @@ def ask_live(
             )
         )
         if questions.relevant is not None:
-            known |= _describe_answers(store, answers, describe)
+            found = dict.fromkeys(item for some in answers for item in some)
+            known |= {item: describe(item, payload) for item, payload in payloads(store, found)}
         judged = _judge(questions, rows, answers, depth, sizes, known)
-        tests[test] = {}
-        for metric in metrics:
-            mean = summarise(parse_metric(metric).per_query(judged)).mean
-            tests[test][metric] = 0.0 if np.isnan(mean) else mean
+        tests[test] = {metric: summarise(parse_metric(metric).per_query(judged)).or_zero for metric in metrics}
     return Live(tests, recall, store.count())
-
-
-def _described(store: Store, describe: Describe) -> Iterator[tuple[ItemId, Described]]:
-    """Every item of the collection."""
-    after: ItemId | None = None
-    while ids := store.scan_ids(after=after, limit=PAGE):
-        page = store.read(ids, vectors=False, payload=True)
-        assert page.payloads is not None
-        yield from ((item, describe(item, payload)) for item, payload in zip(page.ids, page.payloads, strict=True))
-        after = ids[-1]
-
-
-def _describe_answers(store: Store, answers: Sequence[Sequence[ItemId]], describe: Describe) -> dict[ItemId, Described]:
-    found: dict[ItemId, Described] = {}
-    ids = list(dict.fromkeys(item for some in answers for item in some))
-    for start in range(0, len(ids), PAGE):
-        page = store.read(ids[start : start + PAGE], vectors=False, payload=True)
-        assert page.payloads is not None
-        found |= {item: describe(item, payload) for item, payload in zip(page.ids, page.payloads, strict=True)}
-    return found
 
 
 def _judge(

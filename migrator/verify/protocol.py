@@ -25,7 +25,7 @@ from migrator.planning import check_fresh
 from migrator.project import Project
 from migrator.stored_encoder import unit
 from migrator.verify.answers import Answers, write_answers
-from migrator.verify.asked import Asked
+from migrator.verify.asked import Asked, at_rows
 from migrator.verify.breakdown import examples, worst_groups
 from migrator.verify.curve import backfill_curve
 from migrator.verify.gate import Measured, Verdict, gate
@@ -357,11 +357,9 @@ def _stored_gallery(store: Store, questions: Questions) -> tuple[NDArray[np.int6
     where = {item: at for at, item in enumerate(questions.gallery)}
     page = store.read(questions.gallery, vectors=True, payload=False)
     assert page.vectors is not None
-    found = np.array([where[item] for item in page.ids], np.int64)
-    order = np.argsort(found)
-    if len(found) == 0:
+    if not len(page):
         raise Refused("none of the gallery's items is left in the collection: draw new questions with --new-questions")
-    return found[order], page.vectors[order]
+    return np.array([where[item] for item in page.ids], np.int64), page.vectors  # a page keeps the order asked for
 
 
 def _with_own_vectors(
@@ -381,7 +379,7 @@ def _with_own_vectors(
             vectors[row] = page.vectors[row_of[item]]
     elsewhere = [row for row, item in enumerate(questions.own) if item is None]  # not sampled, but perhaps an item
     if elsewhere:
-        vectors[elsewhere] = old_vectors(store, images, _at(questions.paths, np.array(elsewhere)))
+        vectors[elsewhere] = old_vectors(store, images, at_rows(questions.paths, np.array(elsewhere)))
     vectors = unit(vectors)
     rows = np.flatnonzero(vectors.any(axis=1))
     if len(rows) == 0:
@@ -405,7 +403,7 @@ def embed_queries(
     source: Images = images
     if questions.kind == "instance":
         source = AlteredImages(images, questions.made_from["seed"])
-    paths = _at(questions.paths, asking)
+    paths = at_rows(questions.paths, asking)
     step = _counting(report, "queries", len(paths))
     found = embed(source, paths, encoders, report=step, **project.loading())
     return asking[found.rows], found.vectors, {paths[row]: why for row, why in found.problems.items()}
@@ -429,7 +427,7 @@ def _embed(
             f"none of {len(asking)} query images could be read, for instance {path}: {why}: check images.root and "
             "the paths of the queries"
         )
-    paths = _at(questions.gallery_paths, gallery)
+    paths = at_rows(questions.gallery_paths, gallery)
     items = embed(images, paths, [new], report=_counting(report, "gallery", len(paths)), **project.loading())
     if len(items.rows) == 0:
         raise Refused(
@@ -450,10 +448,6 @@ def _counting(report: Report, what: str, of: int) -> Callable[[int], None]:
         report(what, done, of)
 
     return step
-
-
-def _at(values: Sequence[Any], rows: NDArray[np.integer]) -> list[Any]:
-    return [values[row] for row in rows.tolist()]
 
 
 def _live(

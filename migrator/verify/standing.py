@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime as dt
 from collections.abc import Sequence
 
-from migrator.ledger import Migration, Plan, Verification, now
+from migrator.ledger import Migration, Plan, StageEvent, Verification, now
 
 
 def why_not(
@@ -37,3 +37,8 @@ def look_of(earlier: Sequence[Verification], *, new_encoder_id: str, questions_s
     looks = dict.fromkeys((found.new_encoder_id, found.queries_sha256) for found in earlier)
     looks[new_encoder_id, questions_sha256] = None
     return list(looks).index((new_encoder_id, questions_sha256)) + 1
+
+
+def looks(events: Sequence[StageEvent]) -> list[StageEvent]:
+    """Those of an audit log in which the questions were asked again after a backfill run, in the order given."""
+    return [event for event in events if event.event == "measured" and "outcome" in event.detail]

@@ -25,6 +25,7 @@ from migrator.verify.curve import expected
 from migrator.verify.gate import Measured, gate
 from migrator.verify.protocol import ask_as_is
 from migrator.verify.questions import read_frozen
+from migrator.verify.standing import looks
 
 if TYPE_CHECKING:
     from trainer.encoder import Encoder
@@ -142,9 +143,7 @@ def _measure(
     if unknown := mixed.values.keys() - answers.old.keys():
         return {}, f"verify.gate names {', '.join(sorted(unknown))}, which was not verified; nothing was asked", []
     lost = np.where(np.isnan(mixed.firsts_right), np.nan, (answers.firsts_right == 1) & (mixed.firsts_right == 0))
-    looks = 1 + sum(
-        event.event == "measured" and "outcome" in event.detail for event in project.ledger.events(migration.id)
-    )
+    number = len(looks(project.ledger.events(migration.id))) + 1
     verdict = gate(
         Measured(
             old=answers.old,
@@ -153,7 +152,7 @@ def _measure(
             segments=mixed.asked.segments,
         ),
         settings,
-        look=looks,
+        look=number,
         seed=project.settings.verify.seed,
     )
     value = mixed.means[settings.metric]
@@ -165,7 +164,7 @@ def _measure(
         "value": value,
         "mixed": mixed.means,
         "interval": None if verdict.interval is None else verdict.interval.as_json(),
-        "look": looks,
+        "look": number,
         "forecast": forecast,
         "outcome": "below the gate" if verdict.outcome == "fail" else "ok",
     }
