@@ -226,6 +226,12 @@ class Store(Protocol):
         """
         ...
 
+    def check_create_like(self, *, dim: int) -> None:
+        """Raises `StoreRejected`, saying what and the way out, where `create_like` could not carry over everything
+        that belongs to this collection. Changes nothing, leaves nothing behind, and needs no lock for writing.
+        """
+        ...
+
     def insert(self, page: Page) -> WriteReport:
         """Writes whole items, durably: vectors, payloads as `read` gives them, stamps. Replaces those there already.
 
@@ -255,6 +261,15 @@ class Store(Protocol):
     def close(self) -> None:
         """Lets go of the store, and of its lock where it holds one. Safe to repeat."""
         ...
+
+
+def same_value(one: Any, other: Any) -> bool:
+    """Whether two payload values, or two payloads, are equal; NaN equals NaN, at any depth."""
+    if isinstance(one, Mapping) and isinstance(other, Mapping):
+        return one.keys() == other.keys() and all(same_value(value, other[key]) for key, value in one.items())
+    if isinstance(one, list | tuple | np.ndarray) and isinstance(other, list | tuple | np.ndarray):
+        return len(one) == len(other) and all(map(same_value, one, other))
+    return bool(one == other) or bool(one != one and other != other)
 
 
 def order_key(item: ItemId) -> tuple[bool, int, str]:

@@ -717,6 +717,11 @@ class FaissStore:
         make_folder(path, state.index.like(dim), state.items.empty_table())
         return FaissStore(Folder(path), write=True)
 
+    def check_create_like(self, *, dim: int) -> None:
+        """Refuses an index of which no empty one can be made."""
+        with self._lock:
+            self._current().index.like(dim)
+
     def swap_alias(self, alias: str, *, to: str) -> None:
         """Replaces the symbolic link `alias` by one to the folder `to`."""
         self._must_write()

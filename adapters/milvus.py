@@ -838,6 +838,9 @@ class MilvusStore:
             )
         return store
 
+    def check_create_like(self, *, dim: int) -> None:
+        """Nothing is refused."""
+
     def insert(self, page: Page) -> WriteReport:
         """Upserts whole rows."""
         self._must_write()

@@ -890,11 +890,7 @@ class QdrantStore:
 
         self._must_write()
         info = self._config()
-        if self._has_more_vectors():
-            raise StoreRejected(
-                f"collection {self._local_name} holds more vectors than {self._name or 'the unnamed one'}, which a "
-                "copy would lose: use rollout.strategy in_place"
-            )
+        self.check_create_like(dim=dim)
         config = info.config
         params = self._params.model_copy(update={"size": dim})
         if not self.exists(local):
@@ -929,6 +925,14 @@ class QdrantStore:
                 f"{local} is there already, with {store._params.size}-d vectors instead of {dim}-d ones: remove it"
             )
         return store
+
+    def check_create_like(self, *, dim: int) -> None:
+        """Refuses a collection with further vectors."""
+        if self._has_more_vectors():
+            raise StoreRejected(
+                f"collection {self._local_name} holds more vectors than {self._name or 'the unnamed one'}, which a "
+                "copy would lose: use rollout.strategy in_place"
+            )
 
     def insert(self, page: Page) -> WriteReport:
         """Upserts whole points."""

@@ -689,11 +689,7 @@ class EdgeStore:
     def create_like(self, local: str, *, dim: int) -> EdgeStore:
         """An empty collection with the same settings and payload indexes, for vectors of `dim`."""
         self._must_write()
-        if self._has_more_vectors:
-            raise StoreRejected(
-                f"collection {self._local_name} holds more vectors than {self._name or 'the unnamed one'}, which a "
-                "copy would lose: use rollout.strategy in_place"
-            )
+        self.check_create_like(dim=dim)
         if not self.exists(local):
             config = {**self._shard.config, "vectors": {self._name: {**self._params, "size": dim}}}
             found = self._ask(lambda edge: edge.info()).payload_schema
@@ -706,6 +702,14 @@ class EdgeStore:
                 f"{local} is there already, with {store._dim}-d vectors instead of {dim}-d ones: remove it"
             )
         return store
+
+    def check_create_like(self, *, dim: int) -> None:
+        """Refuses a collection with further vectors."""
+        if self._has_more_vectors:
+            raise StoreRejected(
+                f"collection {self._local_name} holds more vectors than {self._name or 'the unnamed one'}, which a "
+                "copy would lose: use rollout.strategy in_place"
+            )
 
     def insert(self, page: Page) -> WriteReport:
         """Upserts whole points."""
