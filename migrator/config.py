@@ -887,6 +887,32 @@ def load_config(path: Path) -> Config:
     return config
 
 
+def read_store(text: str, file: Path) -> Store:
+    """The section `store` written as `text`, as `load_config` would read it from `file`, which need not exist yet.
+
+    Raises `ConfigProblem`, also for a secret that is written out: the file would keep it.
+    """
+    document = _Document(file, os.environ)
+    node = yaml.compose(text, Loader=_Loader)
+    assert node is not None
+    raw = document.value(node, ())
+    kind = _store_kind(raw)
+    problems = [problem.split(": ", 1)[1] for _, problem in document.problems.values()]
+    for key, value in raw.items():
+        written = str(document.texts.get((key,), value))
+        if (_SECRET_KEY.search(key) or _URL_CREDENTIALS.search(written)) and "${" not in written:
+            problems.append(f"{key}: a secret belongs in the environment: write '${{NAME}}', in single quotes")
+    if not problems:
+        try:
+            return _STORES.get(kind, OtherStore).model_validate(raw, context={"folder": file.absolute().parent})
+        except ValidationError as error:
+            for detail in error.errors(include_url=False, include_input=False):
+                # As if it stood in a file: the words for an unknown key depend on the section.
+                at = ("migrations", "", "store", *detail["loc"])
+                problems.append(f"{_spell(detail['loc'])}: {_wording(detail['type'], detail['msg'], at, kind)}")
+    raise ConfigProblem("\n".join(f"store.{problem}" for problem in problems))
+
+
 def schema() -> dict[str, Any]:
     """The JSON Schema (draft 2020-12) of `migrations.yaml`, made from the same types that check it."""
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **Config.model_json_schema()}
