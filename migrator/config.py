@@ -172,6 +172,11 @@ def _shaped(pattern: str) -> Any:
     return Field(json_schema_extra={"pattern": f"^(?:{pattern})$"})
 
 
+def _takes_truth(annotation: Any) -> bool:
+    """Whether true and false are values of this type, or of one of those that it is made of."""
+    return annotation is bool or any(map(_takes_truth, get_args(annotation)))
+
+
 class Section(BaseModel):
     """A mapping of the file: frozen, and without keys that nobody reads."""
 
@@ -180,7 +185,9 @@ class Section(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _no_truth_for_text_or_number(cls, value: Any, info: ValidationInfo) -> Any:
-        if isinstance(value, bool) and info.field_name and cls.model_fields[info.field_name].annotation is not bool:
+        values = value if isinstance(value, list | tuple) else [value]
+        given = any(isinstance(each, bool) for each in values)
+        if given and info.field_name and not _takes_truth(cls.model_fields[info.field_name].annotation):
             raise ValueError("must not be true or false (YAML also reads yes, no, on and off so): put text in quotes")
         return value
 

@@ -14,8 +14,9 @@ import pytest
 import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
-from migrator.config import METRICS, MOST_ANSWERS, Config, Gate, find_migration, load_config, schema
+from migrator.config import METRICS, MOST_ANSWERS, Config, Gate, Section, find_migration, load_config, schema
 from migrator.config_template import TEMPLATE
 from migrator.errors import ConfigProblem, UsageProblem
 from migrator.verify.metrics import parse_metric
@@ -331,6 +332,48 @@ def test_no_message_shows_a_value(tmp_path, text):
 
 
 # --- a file that is wrong --------------------------------------------------------------------------------------------
+
+
+def sections() -> list[type[Section]]:
+    found: list[type[Section]] = [Section]
+    for each in found:
+        found.extend(each.__subclasses__())
+    return found[1:]
+
+
+@pytest.mark.parametrize("kind", sections(), ids=lambda kind: kind.__name__)
+def test_true_and_false_are_taken_where_the_schema_has_a_boolean_and_nowhere_else(kind: type[Section]) -> None:
+    """An optional switch takes them too."""
+    properties = {**kind.model_json_schema()["properties"]}
+    for name, field in kind.model_fields.items():
+        key = field.alias or name
+        shape = properties[key]
+        is_switch = "boolean" in {part.get("type") for part in (shape, *shape.get("anyOf", ()))}
+        for value in (True, False, *([] if is_switch else [[True], [False, 1]])):
+            with pytest.raises(ValidationError) as caught:
+                kind.model_validate({"no such key": 0, "arch": "resnet18", key: value})
+            wrong = [problem for problem in caught.value.errors() if problem["loc"][:1] == (key,)]
+            assert bool(wrong) != is_switch, (name, value)
+
+
+@pytest.mark.parametrize("value", ["true", "false", "yes", "off"])
+def test_a_switch_that_is_optional(tmp_path, value):
+    store = f"{{kind: qdrant, url: 'http://localhost', collection: c, grpc: {value}}}"
+    config = load_config(write(tmp_path, edited("{kind: faiss, path: ./gallery}", store)))
+    assert config.migrations["digits-v2"].store.settings()["grpc"] is (value in ("true", "yes"))
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "key"),
+    [
+        ("canary: [1, 10, 50, 100]", "canary: [on, 100]", "rollout.canary"),
+        ("image_size: 32}\n    train", "image_size: 32, mean: [no, 0.5, 0.5]}\n    train", "new_encoder.mean"),
+        ("seed: 0}", "seed: 0, trackers: [yes]}", "train.trackers"),
+    ],
+)
+def test_true_and_false_in_a_list_of_numbers_or_texts(tmp_path, old, new, key):
+    (problem,) = problems(tmp_path, edited(old, new))
+    assert f"migrations.digits-v2.{key}: must not be true or false" in problem
 
 
 def test_all_problems_at_once_each_with_its_line_and_key(tmp_path):

@@ -13,9 +13,11 @@ from typing import Any
 
 import click
 import pytest
+import yaml
+from pydantic import ValidationError
 
 from migrator.cli import VERBS, cli
-from migrator.config import Verify, load_config, schema
+from migrator.config import Section, Verify, load_config, schema
 from migrator.rollout.stages import _STEPS
 from migrator.status import Status
 from trainer.fit import FitSettings
@@ -125,6 +127,83 @@ def test_the_examples_of_the_configuration_can_be_loaded(tmp_path: Path) -> None
         file = tmp_path / "migrations.yaml"
         file.write_text(text)
         load_config(file)
+
+
+def entries(text: str) -> list[dict[str, Any]]:
+    """The keys of an example, cut in two where a key comes a second time."""
+    found: list[dict[str, Any]] = [{}]
+    for part in re.split(r"^(?=\w+:)", text, flags=re.MULTILINE):
+        for key, value in (yaml.safe_load(part) or {}).items():
+            if key in found[-1]:
+                found.append({})
+            found[-1][key] = value
+    return found
+
+
+def test_the_examples_of_a_migrations_keys_can_be_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("QDRANT_API_KEY", "MILVUS_TOKEN"):
+        monkeypatch.setenv(name, "a")
+    blocks = [text for page in PAGES for text in code_blocks(page.read_text(), "yaml") if "version:" not in text]
+    examples = [example for text in blocks for example in entries(text) if example]
+    assert any("engine" in example.get("store", {}) for example in examples)
+    for example in examples:
+        whole = {
+            "store": {"kind": "faiss", "path": "./gallery"},
+            "images": {"root": "./images"},
+            "old_encoder": {"arch": "resnet18", "weights": "./old.safetensors", "dim": 128, "image_size": 224},
+            "new_encoder": {"arch": "resnet50", "dim": 128, "image_size": 224},
+            "train": {"items": "train.csv"},
+            "verify": {},
+            "rollout": {"strategy": "shadow"},
+            **example,
+        }
+        file = tmp_path / "migrations.yaml"
+        file.write_text(yaml.safe_dump({"version": 1, "migrations": {"example": whole}}))
+        load_config(file)
+
+
+def sections() -> list[type[Section]]:
+    found: list[type[Section]] = [Section]
+    for each in found:
+        found.extend(each.__subclasses__())
+    return found[1:]
+
+
+def refused(kind: type[Section], key: str, value: Any) -> bool:
+    """Whether a section refuses this value of its key, whatever else it lacks."""
+    arch = {"arch": "resnet18"} if key in ("pretrained", "preprocessing") else {}  # keys of timm's models
+    try:
+        kind.model_validate({**arch, key: value})
+    except ValidationError as error:
+        return any(problem["loc"][:1] == (key,) for problem in error.errors())
+    return False
+
+
+def settings_in_sentences() -> list[Any]:
+    """Each `key: value` of a sentence whose key is a section's."""
+    found: dict[str, str] = {}
+    for page in PAGES:
+        for line in re.findall(r"`((?:\w+\.)*\w+: [^`]+)`", without_code(page.read_text())):
+            found[line] = page.name
+    keys = {key for kind in sections() for key in kind.model_fields}
+    return [
+        pytest.param(line, id=f"{page}: {line}")
+        for line, page in found.items()
+        if line.partition(":")[0].split(".")[-1] in keys
+    ]
+
+
+@pytest.mark.parametrize("line", settings_in_sentences())
+def test_a_setting_in_a_sentence_is_one_that_its_key_takes(line: str) -> None:
+    ((path, value),) = yaml.safe_load(line).items()
+    key = path.split(".")[-1]
+    kinds = [kind for kind in sections() if key in kind.model_fields]
+    assert not all(refused(kind, key, value) for kind in kinds)
+
+
+def test_settings_in_sentences_are_found() -> None:
+    lines = [str(each.values[0]) for each in settings_in_sentences()]
+    assert {"grpc: true", "engine: edge", "rollout.strategy: shadow"} <= set(lines)
 
 
 # -- operation --------------------------------------------------------------------------------------------------------
