@@ -308,6 +308,9 @@ class Encoder(Section):
     """`package.module:factory`: a function without parameters that returns the torch.nn.Module. It is run."""
     weights: Annotated[LocalPath | None, Field(validate_default=True)] = None
     """.safetensors, or a .pt file that holds tensors only; alone, a .pt2 or .onnx file that is the whole model."""
+    head: Literal["classifier", "none"] | None = None
+    """Of a plain timm state dict: what its classifier gives, or its pooled features. By default the classifier's
+    outputs where there are `dim` of them."""
     dim: Dim
     """Length of its vectors."""
     preprocessing: Literal["timm"] | None = None
@@ -358,6 +361,15 @@ class Encoder(Section):
                 "or .onnx file"
             )
         return weights
+
+    @field_validator("head")
+    @classmethod
+    def _of_state_dict(cls, head: str | None, info: ValidationInfo) -> str | None:
+        if head is not None and info.data.get("arch", "") is None:
+            raise ValueError("is for a timm arch: a factory or a program decides itself what it gives")
+        if head is not None and info.data.get("weights", "") is None:
+            raise ValueError("says which layer of the weights gives the vector: add weights, or remove head")
+        return head
 
     @field_validator("preprocessing")
     @classmethod

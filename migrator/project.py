@@ -257,5 +257,11 @@ class Project:
         else:
             arch = f"file{encoder.program}".replace(".", ":")
         return EncoderSpec(
-            arch, encoder.dim, preprocessing, weights=weights, pretrained=pretrained, folder=self.config.folder
+            arch,
+            encoder.dim,
+            preprocessing,
+            weights=weights,
+            pretrained=pretrained,
+            folder=self.config.folder,
+            head=encoder.head,
         )

@@ -21,7 +21,8 @@ import logging
 import sys
 import warnings
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,51 @@ def timm_backbone(arch: str, *, image_size: int, classes: int, pretrained: bool)
     except Exception as error:  # timm's constructors and its hub client raise all kinds
         raise EncoderProblem(f"architecture {arch!r} cannot be built: {one_line(error)}") from error
     return backbone
+
+
+@dataclass(frozen=True)
+class TimmHead:
+    """The layers that timm leaves out of an architecture with `num_classes=0`."""
+
+    layers: tuple[str, ...]
+    """The highest modules, or tensors, that are gone."""
+    classifiers: Mapping[str, int]
+    """Tensors with one entry for each class -> the axis of the classes."""
+
+    def holds(self, name: str) -> bool:
+        """Whether a tensor belongs to the head, as this architecture has it or as someone replaced it."""
+        return any(name == layer or name.startswith(f"{layer}.") for layer in self.layers)
+
+    def outputs(self, state: Mapping[str, Tensor]) -> set[int]:
+        """The numbers of classes that the head of a state dict tells apart: one, unless its parts disagree."""
+        found = {name: axis for name, axis in self.classifiers.items() if name in state}
+        return {state[name].shape[axis] for name, axis in found.items() if state[name].ndim > axis}
+
+
+def timm_head(arch: str, *, image_size: int) -> TimmHead:
+    """Which layers of an architecture are its head, by building it with and without classes. Raises EncoderProblem.
+
+    Both are built without memory for their weights (torch's meta device), which takes a fraction of a second.
+    """
+    classes = 65_537  # more than an encoder may have, so that no other side of a tensor has this length
+    with torch.device("meta"):
+        full, bare = (
+            timm_backbone(arch, image_size=image_size, classes=count, pretrained=False).state_dict()
+            for count in (classes, 0)
+        )
+    gone = [name for name in full if name not in bare]
+    classifiers = {name: tuple(full[name].shape).index(classes) for name in gone if classes in full[name].shape}
+    return TimmHead(tuple(dict.fromkeys(_highest(name, bare) for name in gone)), classifiers)
+
+
+def _highest(name: str, others: Collection[str]) -> str:
+    """The shortest leading part of a dotted name that no other name shares."""
+    parts = name.split(".")
+    for end in range(1, len(parts)):
+        layer = ".".join(parts[:end])
+        if not any(other == layer or other.startswith(f"{layer}.") for other in others):
+            return layer
+    return name
 
 
 # --- factories ------------------------------------------------------------------------------------------------------

@@ -31,7 +31,7 @@ from trainer.backbones import (
     one_line,
     spoken,
     timm_backbone,
-    timm_settings,
+    timm_head,
 )
 from trainer.errors import EncoderMismatch, EncoderProblem
 from trainer.files import write_whole
@@ -68,6 +68,9 @@ class EncoderSpec:
     """Take the backbone's weights from timm's hub. Needs the network unless they are cached."""
     folder: Path | None = None
     """Where a factory's module is looked for, before the installed packages."""
+    head: Literal["classifier", "none"] | None = None
+    """Of a plain timm state dict: its classifier's output, or its pooled features. By default the classifier's where it
+    has `dim` outputs."""
 
 
 @dataclass(frozen=True)
@@ -281,6 +284,11 @@ def load_base(spec: EncoderSpec, *, device: str = "auto") -> Encoder:
 
 def _checked(model: EmbeddingNet | MappedNet, spec: EncoderSpec, card: Card | None, device: torch.device) -> Encoder:
     """The model on its device, once it has shown that it is what the card says. Without a card one is made."""
+    if card is not None and model.head != card.head:
+        raise EncoderMismatch(
+            f"encoder {card.id}: its embedding is declared as head {model.head}, but its card says {card.head}: "
+            f"set head to {card.head}, or declare this as a new encoder"
+        )
     digest = _weights_sha256(model)
     if card is not None and digest != card.weights_sha256:
         raise EncoderMismatch(
@@ -466,6 +474,7 @@ def _load_model(spec: EncoderSpec, device: torch.device, *, any_dim: bool = Fals
     if spec.weights is None and not spec.pretrained and not spec.arch.startswith(MODULE):
         raise EncoderProblem(f"encoder {spec.arch!r} has no weights: set weights to a file, or pretrained to true")
     if spec.weights is None or spec.weights.suffix == PROGRAMS.get(spec.arch):
+        _refuse_head(spec)
         model = _bare(_create_backbone(spec, device), spec, any_dim=any_dim)
         _require_finite(model, _named(spec))
         return model
@@ -506,9 +515,11 @@ def _stateful_model(
     backbone = _create_backbone(spec, device) if spec.arch.startswith(MODULE) else None
     if backbone is not None and {name for name in backbone.state_dict() if _counts(name)} <= state.keys():
         # A factory's module may have layers of any name: if all of its own are there, these are its weights.
+        _refuse_head(spec)
         model = _bare(backbone, spec, any_dim=any_dim)
         state = {f"backbone.{name}": tensor for name, tensor in state.items()}
     elif "projection.weight" in state:
+        _refuse_head(spec)
         outputs = state["projection.weight"].shape[:1]
         if outputs != (spec.dim,) and not (any_dim and outputs):
             raise EncoderProblem(
@@ -537,18 +548,44 @@ def _plain_model(
     any_dim: bool,
 ) -> tuple[EmbeddingNet, dict[str, torch.Tensor]]:
     """A model, and the state it needs under its own names, for a state dict with timm's or the factory's names."""
-    settings = timm_settings(spec.arch) if backbone is None else None
-    classifier = (settings.classifier if settings else None) or ()
-    layers = (classifier,) if isinstance(classifier, str) else tuple(classifier)
-    outputs = {state[f"{layer}.weight"].shape[:1] for layer in layers if f"{layer}.weight" in state}
-    head: Head = "classifier" if outputs == {(spec.dim,)} else "none"
+    if backbone is not None:
+        _refuse_head(spec)
+        layers, outputs = None, set()
+    else:
+        layers = timm_head(spec.arch, image_size=spec.preprocessing.image_size)
+        outputs = layers.outputs(state)
+    head: Head = spec.head or ("classifier" if outputs == {spec.dim} else "none")
+    dim = spec.dim
+    if head == "classifier":
+        dim = _classes(spec, outputs, any_dim=any_dim)
     if backbone is None:
-        backbone = _create_backbone(spec, device, classes=spec.dim if head == "classifier" else 0)
-    if head == "none":
-        unused = tuple(f"{layer}." for layer in layers)
-        state = {name: tensor for name, tensor in state.items() if not name.startswith(unused)}
+        backbone = _create_backbone(spec, device, classes=dim if head == "classifier" else 0)
+    if head == "none" and layers is not None:
+        state = {name: tensor for name, tensor in state.items() if not layers.holds(name)}
     model = _bare(backbone, spec, head=head, any_dim=any_dim)
     return model, {f"backbone.{name}": tensor for name, tensor in state.items()}
+
+
+def _classes(spec: EncoderSpec, outputs: set[int], *, any_dim: bool) -> int:
+    """How many outputs the classifier has that is to give the embedding."""
+    if len(outputs) != 1:
+        found = f"classifiers of {' and '.join(map(str, sorted(outputs)))} outputs" if outputs else "no classifier"
+        raise EncoderProblem(f"weights {_named(spec)} hold {found}: set head to none for the pooled features")
+    (classes,) = outputs
+    if classes != spec.dim and not any_dim:
+        raise EncoderProblem(
+            f"the classifier in weights {_named(spec)} has {classes} outputs: set dim to {classes}, or head to none "
+            "for the pooled features"
+        )
+    return classes
+
+
+def _refuse_head(spec: EncoderSpec) -> None:
+    """Only a plain timm state dict leaves a choice of what the embedding is."""
+    if spec.head is not None:
+        raise EncoderProblem(
+            f"head: {spec.head} is for the state dict of a timm model, which {_named(spec)} is not: remove head"
+        )
 
 
 def _bare(backbone: nn.Module, spec: EncoderSpec, *, head: Head = "none", any_dim: bool = False) -> EmbeddingNet:

@@ -683,6 +683,8 @@ def _fingerprint(
     new = asdict(spec)
     new.update(new.pop("preprocessing"))
     del new["folder"]
+    if new["head"] is None:  # runs from before this key existed can be resumed
+        del new["head"]
     values = {
         **{f"train.{name}": value for name, value in settings_of_outcome.items()},
         **{f"new_encoder.{name}": value for name, value in new.items()},

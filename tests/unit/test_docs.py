@@ -171,9 +171,10 @@ def sections() -> list[type[Section]]:
 
 def refused(kind: type[Section], key: str, value: Any) -> bool:
     """Whether a section refuses this value of its key, whatever else it lacks."""
-    arch = {"arch": "resnet18"} if key in ("pretrained", "preprocessing") else {}  # keys of timm's models
+    arch = {"arch": "resnet18"} if key in ("pretrained", "preprocessing", "head") else {}  # keys of timm's models
+    weights = {"weights": "old.pt"} if key == "head" else {}
     try:
-        kind.model_validate({**arch, key: value})
+        kind.model_validate({**arch, **weights, key: value})
     except ValidationError as error:
         return any(problem["loc"][:1] == (key,) for problem in error.errors())
     return False

@@ -26,6 +26,7 @@ from trainer.encoder import (
     EncoderSpec,
     Preprocessing,
     build_model,
+    load_base,
     load_encoder,
     read_card,
     save_encoder,
@@ -288,6 +289,59 @@ def test_a_plain_timm_classifier_of_the_right_width_is_the_embedding(tmp_path: P
     assert np.abs(encoder.encode(pictures()) - logits.numpy()).max() < 1e-4
     save_encoder(encoder.model, spec(12), tmp_path / "again.safetensors")
     assert load_encoder(spec(12, tmp_path / "again.safetensors")).id == encoder.id
+
+
+def features(model: torch.nn.Module, batch: np.ndarray, classes: int = 0) -> np.ndarray:
+    """What timm's own model gives for pictures once its classifier is taken away, or with it; of unit length."""
+    if not classes:
+        model.reset_classifier(0)
+    size = batch.shape[-1]
+    mean, std = (np.array(x).reshape(1, 3, 1, 1) for x in (PREPROCESSING.mean, PREPROCESSING.std))
+    x = torch.tensor((batch / 255 - mean) / std, dtype=torch.float32).reshape(-1, 3, size, size)
+    with torch.no_grad():
+        return torch.nn.functional.normalize(model.eval()(x)).numpy()
+
+
+@pytest.mark.parametrize("arch", ["test_resnet", "resnet18"])
+def test_where_classifier_and_features_are_of_one_length_head_chooses(tmp_path: Path, arch: str) -> None:
+    torch.manual_seed(0)
+    width = import_timm().create_model(arch, num_classes=0).num_features
+    model = import_timm().create_model(arch, num_classes=width).eval()
+    declared = EncoderSpec(arch, width, PREPROCESSING, tmp_path / "as_wide.pt")
+    torch.save(model.state_dict(), tmp_path / "as_wide.pt")
+    logits = features(model, pictures(), width)
+    pooled = features(model, pictures())
+    for head, wanted in ((None, logits), ("classifier", logits), ("none", pooled)):
+        encoder = load_encoder(dataclasses.replace(declared, head=head))  # type: ignore[arg-type]
+        assert encoder.card.head == (head or "classifier")
+        assert np.abs(encoder.encode(pictures()) - wanted).max() < 1e-4
+        save_encoder(encoder.model, declared, tmp_path / "again.safetensors")
+        again = dataclasses.replace(declared, weights=tmp_path / "again.safetensors", head=head)  # type: ignore[arg-type]
+        assert load_encoder(again).id == encoder.id
+        assert load_encoder(dataclasses.replace(again, head=None)).id == encoder.id  # the manifest says it
+    with pytest.raises(EncoderMismatch, match=r"declared as head classifier, but its card says none: set head to none"):
+        load_encoder(dataclasses.replace(declared, head="classifier"), expected=encoder.card)
+    torch.save(model.state_dict(), tmp_path / "bare.pt")  # its classifier was taken away above
+    with pytest.raises(EncoderProblem, match="hold no classifier: set head to none for the pooled features") as caught:
+        load_encoder(dataclasses.replace(declared, weights=tmp_path / "bare.pt", head="classifier"))
+    one_line(caught)
+
+
+def test_a_classifier_of_another_length_is_told_with_the_length(tmp_path: Path) -> None:
+    torch.save(plain(10).state_dict(), tmp_path / "ten.pt")
+    with pytest.raises(EncoderProblem, match="has 10 outputs: set dim to 10, or head to none") as caught:
+        load_encoder(spec(12, tmp_path / "ten.pt", head="classifier"))
+    one_line(caught)
+    assert load_encoder(spec(10, tmp_path / "ten.pt", head="classifier")).card.head == "classifier"
+    width = plain().num_features
+    assert load_encoder(spec(width, tmp_path / "ten.pt", head="none")).card.head == "none"
+    base = load_base(spec(99, tmp_path / "ten.pt", head="classifier"))
+    assert (base.dim, base.card.head) == (10, "classifier")
+
+
+def test_head_is_refused_where_there_is_nothing_to_choose(saved: Path) -> None:
+    with pytest.raises(EncoderProblem, match=r"is for the state dict of a timm model, which .* is not: remove head"):
+        load_encoder(spec(weights=saved, head="none"))
 
 
 def test_half_precision_and_old_files_without_batch_counters_are_read(tmp_path: Path) -> None:
