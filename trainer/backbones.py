@@ -18,6 +18,7 @@ import hashlib
 import importlib
 import io
 import logging
+import re
 import sys
 import warnings
 import zipfile
@@ -31,7 +32,7 @@ import torch
 from torch import Tensor, nn
 
 from trainer.errors import EncoderProblem
-from trainer.torchvision_cpu import import_timm
+from trainer.torchvision_cpu import import_timm, import_torchvision
 
 MODULE = "module:"
 PROGRAMS = {"file:pt2": ".pt2", "file:onnx": ".onnx"}
@@ -129,8 +130,19 @@ def _highest(name: str, others: Collection[str]) -> str:
 def call_factory(place: str, folder: Path | None) -> nn.Module:
     """The module that `package.module:factory` returns, as float32. It is called without arguments.
 
-    Its module is looked for in `folder` first, then among the installed packages. This runs the factory's code.
     Raises EncoderProblem where it is not there, fails, or returns something else.
+    """
+    model = run_factory(place, folder)
+    if not isinstance(model, nn.Module):
+        raise EncoderProblem(f"factory {place!r} returns a {type(model).__name__}: it must return a torch.nn.Module")
+    return model.float()
+
+
+def run_factory(place: str, folder: Path | None) -> Any:
+    """What the function `package.module:factory` returns, called without arguments.
+
+    Its module is looked for in `folder` first, then among the installed packages. This runs the factory's code.
+    Raises EncoderProblem where it is not there or fails.
     """
     named = f"factory {place!r}"
     module_name, _, name = place.partition(":")
@@ -138,6 +150,8 @@ def call_factory(place: str, folder: Path | None) -> nn.Module:
         sys.path.insert(0, str(folder))  # and stays: a factory's module may import its neighbours later
     # What a factory prints must not get among the results that a command prints.
     with contextlib.redirect_stdout(sys.stderr):
+        with contextlib.suppress(ImportError, RuntimeError):  # a factory that needs it tells why it cannot have it
+            import_torchvision()
         try:
             importlib.invalidate_caches()
             module = importlib.import_module(module_name)
@@ -153,12 +167,9 @@ def call_factory(place: str, folder: Path | None) -> nn.Module:
             found = f"is a {type(factory).__name__}" if factory is not None else "is not"
             raise EncoderProblem(f"{named} {found} in {getattr(module, '__file__', module_name)}: name a function")
         try:
-            model = factory()
+            return factory()
         except (Exception, SystemExit) as error:  # another's code
             raise EncoderProblem(f"{named} failed: {_raised(error)}") from error
-    if not isinstance(model, nn.Module):
-        raise EncoderProblem(f"{named} returns a {type(model).__name__}: it must return a torch.nn.Module")
-    return model.float()
 
 
 def _raised(error: BaseException) -> str:
@@ -246,6 +257,7 @@ def _open_exported(
 ) -> tuple[Run, Sequence[Any], torch.dtype | None, tuple[int, int | None]]:
     from torch.export.passes import move_to_device_pass
 
+    operators: list[tuple[str, str]] = []
     try:
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
             damaged = archive.testzip()  # torch does not look at the checksums
@@ -256,6 +268,12 @@ def _open_exported(
             exported = move_to_device_pass(exported, device)
             network = exported.module()
     except Exception as error:  # readers of damaged files raise all kinds
+        missing = [f"{space}.{name}" for space, name in operators if not hasattr(getattr(torch.ops, space), name)]
+        if missing:
+            raise EncoderProblem(
+                f"{named} uses the operators {', '.join(missing[:3])}, which are not installed here: install the "
+                "package that has them, built for this torch, or export the model without them"
+            ) from error
         raise EncoderProblem(
             f"{named} cannot be loaded, it may be damaged or from another version of torch: {one_line(error)}"
         ) from error
@@ -279,6 +297,13 @@ def _open_exported(
         return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
 
     return run, shape, dtype if dtype.is_floating_point else None, (least, most)
+
+
+def _operators(archive: zipfile.ZipFile) -> list[tuple[str, str]]:
+    """Namespace and name of the operators that an exported program names, but for torch's own."""
+    texts = [archive.read(entry).decode(errors="replace") for entry in archive.namelist() if entry.endswith(".json")]
+    found = {match for text in texts for match in re.findall(r"\btorch\.ops\.(\w+)\.(\w+)", text)}
+    return sorted((space, name) for space, name in found if space not in ("aten", "higher_order", "prim", "prims"))
 
 
 @contextlib.contextmanager

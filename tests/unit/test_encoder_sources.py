@@ -2,6 +2,7 @@
 
 import dataclasses
 import shutil
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -228,6 +229,23 @@ def test_an_interrupt_passes_through_a_factory(folder: Path) -> None:
         load_encoder(EncoderSpec("module:slow:build", WIDTH, PREPROCESSING, folder=folder))
 
 
+def test_a_factory_may_import_torchvision_beside_any_torch(tmp_path: Path) -> None:
+    """In a process of its own: here torchvision is imported already."""
+    (tmp_path / "mine.py").write_text(
+        "import torchvision.models, torchvision.ops, torchvision.transforms.v2\nimport timm\nfrom torch import nn\n"
+        "def build(): return nn.Sequential(nn.AvgPool2d(16), nn.Flatten())\n"
+    )
+    code = (
+        "from pathlib import Path; from trainer.encoder import *\n"
+        "spec = EncoderSpec('module:mine:build', 3, Preprocessing(16), folder=Path('.'))\n"
+        "print(load_encoder(spec).card.arch)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert (done.stdout, done.returncode) == ("module:mine:build\n", 0), done.stderr
+
+
 # --- exported programs and ONNX models
 
 
@@ -429,6 +447,19 @@ def test_programs_of_another_input_are_refused(exported: Path, tmp_path: Path) -
         with pytest.raises(EncoderProblem, match=said) as caught:
             load_encoder(spec)
         one_line(caught)
+
+
+def test_a_program_with_foreign_operators_names_them(tmp_path: Path) -> None:
+    library = torch.library.Library("nobodys", "FRAGMENT")
+    library.define("twice(Tensor x) -> Tensor")
+    library.impl("twice", lambda x: x * 2, "CompositeExplicitAutograd")
+    torch.library.register_fake("nobodys::twice", torch.empty_like, lib=library)
+    pt2_file(tmp_path / "foreign.pt2", Gives(torch.ops.nobodys.twice))
+    library._destroy()
+    del torch.ops.nobodys.twice  # as in a process that has never seen that package
+    with pytest.raises(EncoderProblem, match=r"uses the operators nobodys\.twice, which are not installed") as caught:
+        load_encoder(program(tmp_path / "foreign.pt2"))
+    one_line(caught)
 
 
 def test_onnx_models_that_do_not_fit_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
