@@ -5,14 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from adapters.base import Capabilities, CollectionInfo, Store
+from adapters.base import Capabilities, CollectionInfo, ItemId, Store, StoreRejected
+from migrator.agreement import SAME_ENCODER, check_agreement
 from migrator.config import POST_HOC, OldEncoder
 from migrator.encoding import embed, locate
 from migrator.errors import ConfigProblem, Refused
@@ -28,16 +29,12 @@ if TYPE_CHECKING:
 
 SAMPLE = 128
 """Stored items whose image is embedded again, to know the old encoder and the speed of the new one."""
-SAME_ENCODER = 0.99
-"""Median cosine between stored and recomputed vectors from which on the old encoder counts as the one that made them.
-Other machines, image libraries and lossy indexes cost a little; another model costs nearly everything."""
 SEED = 0
 
 _TRAIN = ("train", "learn the new encoder against the old one's vectors")
 _FINALIZE = ("rollout --stage finalize", "end the migration; with --drop-old what is old is deleted")
 STAGES = {
     "in_place": (
-        _TRAIN,
         ("verify", "new queries against the old gallery must be at least as good as today"),
         ("rollout --stage prepare", "claim the collection and write its route: every query to the old encoder"),
         ("rollout --stage canary", "move queries to the new encoder step by step; stored vectors stay"),
@@ -47,7 +44,6 @@ STAGES = {
         _FINALIZE,
     ),
     "shadow": (
-        _TRAIN,
         ("verify", "new queries against the new gallery must be at least as good as today"),
         ("rollout --stage prepare", "claim the collection and write its route: every query to the old encoder"),
         ("rollout --stage backfill", "make a collection like this one beside it and open its backfill"),
@@ -57,6 +53,7 @@ STAGES = {
         _FINALIZE,
     ),
 }
+"""What follows the plan, by strategy; before it comes the training, where there is something to train."""
 
 _UNCHECKED = (
     "old_encoder is stored: which model made the stored vectors, and whether one made them all, cannot be checked",
@@ -86,7 +83,7 @@ class Planned:
     content: dict[str, Any]
 
 
-def make_plan(project: Project, report: Callable[[int, int], None] = lambda _done, _of: None) -> Planned:
+def make_plan(project: Project, report: Callable[..., None] = lambda *_: None) -> Planned:
     """Looks at the collection, measures on a sample, and saves the plan. Changes nothing else.
 
     Raises `Refused` if the stored vectors were not made by the declared old encoder.
@@ -102,6 +99,11 @@ def make_plan(project: Project, report: Callable[[int, int], None] = lambda _don
         info = store.describe()
         capabilities = store.capabilities
         _check_collection(project, info)
+        lost = lost_in_shadow(store, settings.new_encoder.dim)
+        if settings.rollout.strategy == "shadow":
+            check_shadow(store, settings.new_encoder.dim)
+        if project.trains():
+            project.training_folder()  # refused where it is no local one
         if settings.rollout.strategy == "in_place" and not (capabilities.stamps or can_log_stamps(capabilities)):
             raise Refused(
                 f"collection {info.name} has no room for stamps and does not give vectors back as they were written, "
@@ -117,8 +119,8 @@ def make_plan(project: Project, report: Callable[[int, int], None] = lambda _don
     risks = [*(STORED_RISKS[strategy] if old is None else ()), *sample.risks]
     if old is None and not capabilities.exact_vectors:
         risks.append("the index keeps approximations, and these stand for the old encoder in training and verify")
-    can = describe_capabilities(capabilities)
-    recommended, why = recommend(capabilities, same_dim=info.dim == new.encoder.dim)
+    can = describe_capabilities(capabilities, lost=lost)
+    recommended, why = recommend(capabilities, same_dim=info.dim == new.encoder.dim, lost=lost)
     median = None if sample.median_cosine is None else round(sample.median_cosine, 4)
     vector_bytes = info.count * info.dim * 4
     rate = sample.images_per_second
@@ -156,7 +158,7 @@ def make_plan(project: Project, report: Callable[[int, int], None] = lambda _don
         "index_bytes": _index_bytes(info, strategy, new.encoder.dim),
         "visible": capabilities.visible,
         "risks": risks,
-        "stages": [list(stage) for stage in STAGES[strategy]],
+        "stages": [list(stage) for stage in ((_TRAIN,) if project.trains() else ()) + STAGES[strategy]],
     }
     bound = bound_facts(project, info, old_id)
     fingerprint = fingerprint_of(bound)
@@ -200,8 +202,32 @@ def _index_bytes(info: CollectionInfo, strategy: str, dim: int) -> int:
     return (info.bytes_on_disk or vector_bytes) * dim // info.dim
 
 
-def describe_capabilities(can: Capabilities) -> list[str]:
-    """What this store, with its version, schema and index, can and cannot do, and what follows, as sentences."""
+def lost_in_shadow(store: Store, dim: int) -> str | None:
+    """What a second collection with vectors of `dim` could not take over, and the way out; None where it takes all."""
+    try:
+        store.check_create_like(dim=dim)
+    except StoreRejected as problem:
+        return str(problem)
+    return None
+
+
+def check_shadow(store: Store, dim: int) -> None:
+    """Refuses a shadow with vectors of `dim` that would lose something of the collection."""
+    lost = lost_in_shadow(store, dim)
+    if lost is None:
+        return
+    info = store.describe()
+    in_place = (
+        "" if dim == info.dim else f" (in_place needs new_encoder.dim {info.dim}, with an encoder of that length)"
+    )
+    raise Refused(f"collection {info.name} cannot be copied whole into a shadow: {lost}{in_place}")
+
+
+def describe_capabilities(can: Capabilities, *, lost: str | None = None) -> list[str]:
+    """What this store, with its version, schema and index, can and cannot do, and what follows, as sentences.
+
+    `lost` is what a shadow could not take over.
+    """
     visible = {
         "at_once": "a written vector answers queries at once",
         "on_publish": "written vectors answer queries at the end of each backfill run",
@@ -227,6 +253,7 @@ def describe_capabilities(can: Capabilities) -> list[str]:
         "several backfill runs may write at once" if can.concurrent_writers else "one process at a time may write",
         "a shadow's cutover moves the alias in one step" if can.aliases else "there are no aliases: the route decides",
         *can.notes,
+        *([] if lost is None else [f"a shadow is refused here: {lost}"]),
     ]
 
 
@@ -248,8 +275,10 @@ def can_log_stamps(can: Capabilities) -> bool:
     return can.exact_vectors and not can.normalises
 
 
-def recommend(can: Capabilities, *, same_dim: bool) -> tuple[str, str]:
-    """The strategy that suits a store, and why."""
+def recommend(can: Capabilities, *, same_dim: bool, lost: str | None = None) -> tuple[str, str]:
+    """The strategy that suits a store, and why. `lost` is what a shadow could not take over."""
+    if lost is not None:
+        return "in_place", "a shadow would lose something of this collection"
     if not same_dim:
         return "shadow", "the new vectors have another length than the stored ones"
     if not can.update_in_place:
@@ -398,7 +427,7 @@ class _Sample:
 
 
 def _measure_sample(
-    project: Project, store: Store, old: Encoder | None, new: _New, report: Callable[[int, int], None]
+    project: Project, store: Store, old: Encoder | None, new: _New, report: Callable[..., None]
 ) -> _Sample:
     """Embeds sampled items with both encoders: is the old one the one that made them, how fast is the new one?
 
@@ -410,56 +439,93 @@ def _measure_sample(
     assert page.payloads is not None
     images = project.images()
     paths = locate(images, zip(page.ids, page.payloads, strict=True))
+    total = (1 if old is None else 2) * len(paths)
     done = 0
 
     def step(more: int) -> None:
         nonlocal done
         done += more
-        report(done, (1 if old is None else 2) * len(paths))
+        report(done, total)
 
-    def measured(encoder: Encoder) -> tuple[NDArray[np.int64], NDArray[np.float32], dict[int, str], float]:
+    def measured(encoder: Encoder) -> _Measured:
         began = time.monotonic()
         found = embed(images, paths, [encoder], report=step, **project.loading())
-        return found.rows, found.vectors[0], found.problems, time.monotonic() - began
+        if len(found.rows) == 0:
+            raise Refused(
+                f"none of {len(paths)} sampled images could be read ({next(iter(found.problems.values()))}): "
+                "check images.root and images.uri"
+            )
+        seconds = time.monotonic() - began
+        return _Measured(found.rows, found.vectors[0], found.problems, len(found.rows) / seconds if seconds else 0.0)
 
     by_old = None if old is None else measured(old)
-    by_new = measured(new.encoder)
-    rows, recomputed, problems, _ = by_new if by_old is None else by_old
-    if len(rows) == 0:
-        raise Refused(
-            f"none of {len(paths)} sampled images could be read ({next(iter(problems.values()))}): "
-            "check images.root and images.uri"
+    seen = by_old or measured(new.encoder)
+    stored = page.vectors[seen.rows]
+    check_directions([page.ids[row] for row in seen.rows.tolist()], stored)
+    info = store.describe()
+    if not store.capabilities.exact_vectors:
+        _check_lengths(info, stored, exact=False)
+    cosines, hint = None, None
+    if old is not None:
+        cosines, hint = check_agreement(
+            project.old_spec(),
+            old,
+            images,
+            [str(paths[row]) for row in seen.rows.tolist()],
+            stored,
+            seen.vectors,
+            exact=store.capabilities.exact_vectors,
+            images_per_second=seen.images_per_second,
+            threads=project.loading()["threads"],
+            retry_for=project.loading()["retry_for"],
+            report=report,
         )
-    stored = page.vectors[rows]
-    norms = np.linalg.norm(stored, axis=1)
-    if not np.isfinite(norms).all() or not norms.all():
-        row = int(np.flatnonzero(~np.isfinite(norms) | (norms == 0))[0])
+    _check_lengths(info, stored, exact=True)
+    by_new = seen if by_old is None else measured(new.encoder)
+    return _Sample(
+        0 if cosines is None else len(cosines),
+        None if cosines is None else float(np.median(cosines)),
+        by_new.images_per_second,
+        (*_risks(page.ids, seen.problems, cosines, new), *([] if hint is None else [hint])),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Measured:
+    """The sample, embedded by one encoder."""
+
+    rows: NDArray[np.int64]  # (n,) of the sample
+    vectors: NDArray[np.float32]  # (n, dim), unit length
+    problems: dict[int, str]
+    images_per_second: float
+
+
+def check_directions(ids: Sequence[ItemId], vectors: NDArray[np.float32]) -> None:
+    """Refuses stored vectors (n, dim) that point nowhere."""
+    norms = np.linalg.norm(vectors, axis=1)
+    bad = np.flatnonzero(~np.isfinite(norms) | (norms == 0))
+    if len(bad):
         raise Refused(
-            f"item {page.ids[rows[row]]!r} holds a vector that is zero or not finite: remove or re-embed such items"
+            f"item {ids[int(bad[0])]!r} holds a vector that is zero or not finite: remove or re-embed such items"
         )
-    cosines = None if by_old is None else np.einsum("nd,nd->n", stored, recomputed) / norms
-    median = None if cosines is None else float(np.median(cosines))
-    if median is not None and median < SAME_ENCODER:
-        raise Refused(
-            f"the stored vectors were not made by this encoder: median cosine {median:.2f} over {len(rows)} items; "
-            "check old_encoder (weights, image_size, mean, std, resize, interpolation)"
-        )
-    if np.abs(norms - 1).max() > 0.01 and not store.capabilities.exact_vectors:
+
+
+def _check_lengths(info: CollectionInfo, vectors: NDArray[np.float32], *, exact: bool) -> None:
+    """Refuses vectors (n, dim) that are not of unit length, where the metric looks at more than their direction."""
+    norms = np.linalg.norm(vectors.astype(np.float64), axis=1)
+    if info.metric == "cosine" or np.abs(norms - 1).max() <= 0.01:
+        return
+    found = f"{norms.min():.3g} to {norms.max():.3g}"
+    if not exact:
         raise Refused(
             "the index keeps approximations too coarse to know the old encoder's vectors by "
-            f"(lengths {norms.min():.3g} to {norms.max():.3g} instead of 1): rebuild it from the exact vectors first"
+            f"(lengths {found} instead of 1): rebuild it from the exact vectors first"
         )
-    if np.abs(norms - 1).max() > 0.01:
-        raise Refused(
-            f"the stored vectors are not of unit length (sampled: {norms.min():.3g} to {norms.max():.3g}), "
-            "which migrator's encoders give: normalise the collection first"
-        )
-    seconds = by_new[-1]
-    return _Sample(
-        0 if cosines is None else len(rows),
-        median,
-        len(by_new[0]) / seconds if seconds else 0.0,
-        _risks(page.ids, problems, cosines, new),
+    matter = {"ip": "a longer vector scores higher", "l2": "distances grow with the lengths"}[info.metric]
+    raise Refused(
+        f"the stored vectors are not of unit length (sampled: {found}) and the metric is {info.metric}, with which "
+        f"{matter}: new vectors, of length 1, cannot be ranked among them; normalise the vectors first, or move them "
+        "to a collection with the metric cosine, which compares directions"
     )
 
 
@@ -475,7 +541,7 @@ def _risks(ids: Any, problems: Mapping[int, str], cosines: NDArray[np.float64] |
     if odd and cosines is not None:
         risks.append(
             f"{odd} of {len(cosines)} sampled items hold a vector that the old encoder does not give for their image "
-            "today: the image may have changed since"
+            "today, and no other declaration of the encoder explains it: the image may have changed since"
         )
     if new.untrained:
         risks.append("the new encoder is not trained yet; its speed was measured with untrained weights")

@@ -176,6 +176,13 @@ class Project:
             return None
         return self._spec(new, new.weights)
 
+    def trains(self, method: str | None = None) -> bool:
+        """Whether there is an encoder to train, or a map behind one. `method` stands in for `train.method`."""
+        train = self.settings.train
+        if train is None:
+            return False
+        return self.settings.new_encoder.weights is None or (method or train.method) in POST_HOC
+
     def untrained_spec(self) -> EncoderSpec:
         """What the configuration says of the new encoder before training."""
         new = self.settings.new_encoder

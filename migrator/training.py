@@ -47,7 +47,7 @@ def train(
 
     config = project.settings.train
     chosen = method or (config.method if config else None)
-    if config is None or (project.settings.new_encoder.weights is not None and chosen not in POST_HOC):
+    if config is None or not project.trains(method):
         raise ConfigProblem(
             f"{project.config.path}: migrations.{project.name}.new_encoder.weights are given, so there is nothing to "
             f"train: next is `migrator verify {project.name}` (a train section with method procrustes, ridge or "

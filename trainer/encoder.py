@@ -206,6 +206,20 @@ class Encoder:
         """Length of a vector."""
         return self.card.dim
 
+    def with_preprocessing(self, preprocessing: Preprocessing) -> Encoder:
+        """The same model behind another preprocessing: another encoder, with a card of its own."""
+        probe = _probe_vector(self.model, preprocessing, self.device)
+        card = Card.make(
+            arch=self.card.arch,
+            dim=self.card.dim,
+            head=self.card.head,
+            preprocessing=preprocessing,
+            weights_sha256=self.card.weights_sha256,
+            probe=probe,
+            map=self.card.map,
+        )
+        return Encoder(self.model, card, self.device)
+
     def prepare(self, image: Image.Image) -> NDArray[np.uint8]:
         """`Preprocessing.prepare` of this encoder: an RGB picture -> (3, S, S) uint8. Safe in many threads."""
         return self.card.preprocessing.prepare(image)

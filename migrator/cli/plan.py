@@ -27,10 +27,16 @@ def command(name: str | None, config_path: Path, as_json: bool) -> None:
     Checks that the old encoder made the stored vectors, measures speed on a sample, names risks, and saves the plan.
     Nothing in the collection is changed.
     """
+    from migrator.agreement import Disagreement
     from migrator.planning import make_plan
 
     with open_project(config_path, name) as project, progress("sampling") as advance:
-        planned = make_plan(project, advance)
+        try:
+            planned = make_plan(project, advance)
+        except Disagreement as refused:
+            if as_json:
+                print_json({"plan": None, "old_encoder_check": refused.as_json()})
+            raise
     if as_json:
         print_json({"plan": planned.fingerprint, **planned.content})
         return

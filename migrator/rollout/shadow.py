@@ -10,11 +10,11 @@ from __future__ import annotations
 import hashlib
 import itertools
 from collections.abc import Callable, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from adapters.base import ItemId, Page, Payload, Store
+from adapters.base import ItemId, Page, Payload, Store, StoreError, StoreRejected
 from migrator.backfill.copies import Copies, digests
 from migrator.backfill.transfer import ITEMS, Shadow, open_transfer, pages, walk
 from migrator.encoding import embed, locate
@@ -37,10 +37,18 @@ def shadow_name(migration: Migration) -> str:
 
 
 def create(project: Project, migration: Migration) -> None:
-    """Makes the shadow. One that a killed call has made is taken over."""
+    """Makes the shadow. One that a killed call has made is taken over; one that is refused half made is removed."""
     assert migration.shadow is not None
     with project.store(write=True) as source:
-        source.create_like(migration.shadow, dim=project.settings.new_encoder.dim).close()
+        there = source.exists(migration.shadow)
+        try:
+            source.create_like(migration.shadow, dim=project.settings.new_encoder.dim).close()
+        except StoreRejected:
+            if not there and source.exists(migration.shadow):
+                with suppress(StoreError), closing(source.sibling(migration.shadow)) as half_made:
+                    if half_made.count() == 0:
+                        half_made.drop()
+            raise
 
 
 def check_whole(project: Project, migration: Migration) -> int:

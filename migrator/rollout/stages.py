@@ -16,7 +16,7 @@ from typing import Any
 from adapters.base import Store
 from migrator.errors import Refused, UsageProblem
 from migrator.ledger import Migration, Plan, Route
-from migrator.planning import check_fresh, check_unmixed
+from migrator.planning import check_fresh, check_shadow, check_unmixed
 from migrator.project import Project
 from migrator.rollout import shadow
 from migrator.rollout.route import initial_route
@@ -69,6 +69,8 @@ def _prepare(project: Project, migration: Migration, _: Options) -> Step:
         plan = check_fresh(project, store)
         check_unmixed(project, store, *project.encoder_ids())
         beside = shadow.shadow_name(migration) if migration.strategy == "shadow" else None
+        if beside is not None:
+            check_shadow(store, project.settings.new_encoder.dim)
         if beside is not None and store.exists(beside):
             raise Refused(f"{beside} is there already and not this migration's: remove it, or plan again")
         _check_encoders(project, store)
@@ -175,6 +177,8 @@ def _backfill(project: Project, migration: Migration, _: Options) -> Step:
         )
     with project.store() as store:
         plan = check_fresh(project, store)
+        if not in_place:
+            check_shadow(store, project.settings.new_encoder.dim)
         count = store.count()
         _check_encoders(project, store)
     check_verified(project, migration, plan)

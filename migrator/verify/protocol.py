@@ -353,13 +353,15 @@ class _Embedded:
 
 
 def _stored_gallery(store: Store, questions: Questions) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-    """Which of the gallery's items are still there, as ascending positions (n,), and their vectors (n, dim)."""
+    """Which of the gallery's items are still there, as ascending positions (n,), and their vectors (n, dim): of unit
+    length where the store compares directions, whatever length they have there."""
     where = {item: at for at, item in enumerate(questions.gallery)}
     page = store.read(questions.gallery, vectors=True, payload=False)
     assert page.vectors is not None
     if not len(page):
         raise Refused("none of the gallery's items is left in the collection: draw new questions with --new-questions")
-    return np.array([where[item] for item in page.ids], np.int64), page.vectors  # a page keeps the order asked for
+    vectors = unit(page.vectors) if store.describe().metric == "cosine" else page.vectors
+    return np.array([where[item] for item in page.ids], np.int64), vectors  # a page keeps the order asked for
 
 
 def _with_own_vectors(

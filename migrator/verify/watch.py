@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from adapters.base import ItemId, Store
+from migrator.agreement import SAME_ENCODER
 from migrator.config import FLIPS
 from migrator.encoding import embed, locate
 from migrator.ledger import Migration
-from migrator.planning import SAME_ENCODER
 from migrator.project import Project
 from migrator.stored_encoder import unit
 from migrator.verify.answers import read_answers

@@ -24,7 +24,7 @@ Migrator = Callable[..., int]
 
 @pytest.fixture
 def refused(world: World, migrator: Migrator, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
-    """Runs a command that must fail with `code`, in one line, and must leave the gallery as it is."""
+    """Runs a command that must fail with `code`, in one line, perhaps with a table, and must not change the gallery."""
 
     def call(code: int, verb: str, *words: str) -> str:
         before = {file: file.read_bytes() for file in world.gallery.glob("*") if file.is_file()}
@@ -32,7 +32,7 @@ def refused(world: World, migrator: Migrator, capsys: pytest.CaptureFixture[str]
         assert migrator(verb, *words) == code
         printed = capsys.readouterr()
         lines = [line for line in printed.err.splitlines() if not line.startswith("About to ")]
-        assert len(lines) == 1, printed.err
+        assert [line[:2] for line in lines[1:]] == ["  "] * (len(lines) - 1), printed.err
         assert printed.out == ""
         assert {file: file.read_bytes() for file in world.gallery.glob("*") if file.is_file()} == before
         return lines[0]
@@ -234,7 +234,9 @@ def test_the_old_encoder_must_have_made_the_stored_vectors(
     world: World, migrator: Migrator, refused: Callable[..., str]
 ) -> None:
     world.configure(old_encoder__weights="new.safetensors")
-    assert "not made by this encoder: median cosine" in refused(3, "plan")
+    said = refused(3, "plan")
+    assert "not made by this encoder: median cosine" in said
+    assert "the weights or the images are other ones" in said
 
 
 # -- bad input ----------------------------------------------------------------------------------------------------

@@ -1,0 +1,185 @@
+"""`plan` finds out how the stored vectors were really made, and its advice leads to a plan that passes.
+
+Every gallery here is made by the means of another library, with a model that sees each pixel.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image, ImageDraw
+
+from tests.world import DIM, SIZE, World
+
+Migrator = Callable[..., int]
+Loader = Callable[[Path], Any]
+"""From an image file to the tensor (3, S, S) that the model is fed."""
+
+ITEMS = 48
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+
+FACTORY = f"""
+import torch
+
+def every_pixel():
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear({3 * SIZE * SIZE}, {DIM}))
+"""
+
+
+def picture(number: int, mode: str = "RGB") -> Image.Image:
+    """A picture with edges, 61 x 43 pixels."""
+    rng = np.random.default_rng(number)
+    image = Image.new(mode, (61, 43), tuple(rng.integers(0, 256, len(mode)).tolist()))
+    draw = ImageDraw.Draw(image)
+    for _ in range(12):
+        x, y, across, down = (int(value) for value in rng.integers((0, 0, 2, 1), (61, 43, 20, 9)))
+        draw.rectangle(
+            (x - across, y - down, x + across, y + down), fill=tuple(rng.integers(0, 256, len(mode)).tolist())
+        )
+    return image
+
+
+class Gallery:
+    """The world with images and vectors of the application's own making."""
+
+    def __init__(self, world: World, migrator: Migrator, capsys: pytest.CaptureFixture[str]) -> None:
+        self.world, self._migrator, self._capsys = world, migrator, capsys
+        (world.folder / "every_pixel_model.py").write_text(FACTORY)
+        world.configure(old_encoder={"module": "every_pixel_model:every_pixel", "dim": DIM, "image_size": SIZE})
+
+    def fill(self, images: Sequence[Image.Image], suffix: str, loader: Loader, **saving: Any) -> None:
+        """Saves the images and makes index and table with the loader's vectors."""
+        self.write([self.save(image, f"{number}{suffix}", **saving) for number, image in enumerate(images)], loader)
+
+    def save(self, image: Image.Image, name: str, **saving: Any) -> Path:
+        file = self.world.images / name
+        image.save(file, **saving)
+        return file
+
+    def write(self, files: Sequence[Path], loader: Loader) -> None:
+        import faiss
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+        import torch
+
+        scope: dict[str, Any] = {}
+        exec(FACTORY, scope)
+        with torch.no_grad():
+            made = scope["every_pixel"]()(torch.stack([torch.as_tensor(loader(file)) for file in files]))
+        vectors = torch.nn.functional.normalize(made).numpy()
+        index = faiss.IndexFlatIP(DIM)
+        index.add(vectors)
+        faiss.write_index(index, str(self.world.gallery / "index.faiss"))
+        names = [file.name for file in files]
+        table = {"id": range(len(names)), "path": names, "kind": [f"kind {row % 3}" for row in range(len(names))]}
+        pq.write_table(pa.table({key: list(column) for key, column in table.items()}), self._items)
+
+    @property
+    def _items(self) -> Path:
+        return self.world.gallery / "items.parquet"
+
+    def plan(self) -> tuple[int, dict[str, Any], str]:
+        """Exit code, the JSON document and stderr of `migrator plan --json`."""
+        self._capsys.readouterr()
+        code = self._migrator("plan", "--json")
+        printed = self._capsys.readouterr()
+        return code, json.loads(printed.out), printed.err
+
+    def refused(self) -> tuple[Mapping[str, Any], str]:
+        """The keys that the refusal names, and its first line."""
+        code, found, err = self.plan()
+        assert code == 3, err
+        first, *table = err.splitlines()
+        assert first.startswith("migrator: ")
+        assert table
+        assert all(line.startswith("  ") for line in table)
+        assert "old_encoder: stored" in table[-1]
+        assert found["plan"] is None
+        best = found["old_encoder_check"]["best"]
+        keys = {} if best is None else best["keys"]
+        for key in keys:
+            assert f"old_encoder.{key} to " in first
+        return keys, first
+
+    def follow(self, keys: Mapping[str, Any]) -> None:
+        """Sets what the refusal says; then every vector is known."""
+        self.world.configure(**{f"old_encoder__{key}": value for key, value in keys.items()})
+        code, found, err = self.plan()
+        assert code == 0, err
+        assert found["old_encoder_check"]["median_cosine"] >= 0.9995
+        assert not [risk for risk in found["risks"] if "old encoder" in risk]
+
+
+@pytest.fixture
+def gallery(world: World, migrator: Migrator, capsys: pytest.CaptureFixture[str]) -> Gallery:
+    return Gallery(world, migrator, capsys)
+
+
+def normalised(image: Image.Image, mean: Sequence[float] = MEAN, std: Sequence[float] = STD) -> Any:
+    """As torchvision's ToTensor and Normalize do it."""
+    from torchvision.transforms import v2
+
+    from trainer.torchvision_cpu import import_timm
+
+    import_timm()  # torchvision needs help on some machines without CUDA
+    import torch
+
+    steps = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(list(mean), list(std))]
+    return v2.Compose(steps)(image)
+
+
+def plain(file: Path) -> Image.Image:
+    """What timm's, torchvision's and CLIP's loaders do."""
+    return Image.open(file).convert("RGB")
+
+
+def squashed(image: Image.Image, resampling: Image.Resampling = Image.Resampling.BILINEAR) -> Image.Image:
+    return image.resize((SIZE, SIZE), resampling)
+
+
+def pictures() -> list[Image.Image]:
+    return [picture(number) for number in range(ITEMS)]
+
+
+# -- resizing and normalising -----------------------------------------------------------------------------------------
+
+
+def test_timms_transform_is_found_by_three_changes(gallery: Gallery) -> None:
+    from trainer.torchvision_cpu import import_timm
+
+    transform = import_timm().data.create_transform(
+        (3, SIZE, SIZE), interpolation="bicubic", crop_pct=0.9, mean=MEAN, std=STD, crop_mode="center"
+    )
+    gallery.fill(pictures(), ".png", lambda file: transform(plain(file)))
+    keys, first = gallery.refused()
+    assert keys == {"resize": "crop", "crop_pct": 0.9, "interpolation": "bicubic"}
+    assert "were not made by this encoder: median cosine" in first
+    gallery.follow(keys)
+
+
+def test_clips_way_is_found(gallery: Gallery) -> None:
+    from torchvision.transforms import v2
+
+    resize = v2.Compose([v2.Resize(SIZE, v2.InterpolationMode.BICUBIC), v2.CenterCrop(SIZE)])
+    gallery.fill(pictures(), ".png", lambda file: normalised(resize(plain(file)), CLIP_MEAN, CLIP_STD))
+    keys, _ = gallery.refused()
+    assert keys == {"resize": "crop", "interpolation": "bicubic", "mean": list(CLIP_MEAN), "std": list(CLIP_STD)}
+    gallery.follow(keys)
+
+
+@pytest.mark.parametrize(
+    ("mean", "std"), [((0.5,) * 3, (0.5,) * 3), ((0.0,) * 3, (1.0,) * 3), ((0.0,) * 3, (1 / 255,) * 3)]
+)
+def test_another_normalisation_is_found(gallery: Gallery, mean: Sequence[float], std: Sequence[float]) -> None:
+    gallery.fill(pictures(), ".png", lambda file: normalised(squashed(plain(file)), mean, std))
+    keys, _ = gallery.refused()
+    assert keys == {"mean": pytest.approx(list(mean)), "std": pytest.approx(list(std))}
+    gallery.follow(keys)
