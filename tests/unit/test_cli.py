@@ -11,12 +11,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 import migrator
 from adapters.base import ItemProblem, StoreBusy, StoreError, StoreRejected, StoreUnavailable
 from adapters.files import Vanished
 from migrator import errors, words
+from migrator.agreement import Disagreement, Tried
 from migrator.cli import VERBS, common, run
 from migrator.cli import status as status_verb
 from migrator.config import load_config
@@ -202,6 +204,7 @@ def test_help_and_status_load_nothing_heavy(arguments, folder, halfway):
         (errors.Refused("c"), 3),
         (RouteMoved("c"), 3),
         (LeaseLost("c"), 3),
+        (Disagreement("c", Tried({}, np.ones(1)), None), 3),
         (errors.Unavailable("c"), 4),
         (StoreUnavailable("c"), 4),
         (Vanished("c"), 4),

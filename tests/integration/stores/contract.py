@@ -44,6 +44,10 @@ class Collection(ABC):
         """The `local` name of the collection that the alias leads to, read without the adapter."""
 
     @abstractmethod
+    def all_names(self) -> set[str]:
+        """Names of all collections of the server, or of all that lies in the folder, read without the adapter."""
+
+    @abstractmethod
     def replace(self, ids: Sequence[ItemId], vectors: Vectors) -> None:
         """The application writes other vectors."""
 
@@ -511,6 +515,23 @@ class StoreContract:
     def beside(self, store: Store) -> str:
         """The name of a collection that does not exist yet."""
         return f"{store.describe().local}__shadow"
+
+    def test_an_ordinary_collection_can_be_copied_whole_and_asking_so_leaves_nothing(
+        self, store: Store, collection: Collection, ids: list[ItemId]
+    ) -> None:
+        before, names, info = collection.visible(), collection.all_names(), store.describe()
+        for dim in (DIM, 2 * DIM):
+            store.check_create_like(dim=dim)
+        assert collection.all_names() == names
+        assert store.describe() == info
+        assert _equal(collection.visible(), before)
+        assert everything(store) == sorted(ids, key=order_key)
+
+    def test_asking_whether_it_can_be_copied_needs_no_right_to_write(self, collection: Collection) -> None:
+        names = collection.all_names()
+        with closing(collection.open(write=False)) as reader:
+            reader.check_create_like(dim=DIM)
+        assert collection.all_names() == names
 
     def test_a_collection_like_this_one_is_made_and_filled(
         self, store: Store, collection: Collection, ids: list[ItemId], old: Vectors, new: Vectors, beside: str

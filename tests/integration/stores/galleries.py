@@ -56,6 +56,9 @@ class Gallery(Collection):
         assert self.link is not None
         return str(self.link.resolve())
 
+    def all_names(self) -> set[str]:
+        return {file.name for folder in (self.path.parent, self.path) for file in folder.iterdir()}
+
     @property
     def index_file(self) -> Path:
         return self.path / "index.faiss"

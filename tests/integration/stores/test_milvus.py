@@ -44,6 +44,9 @@ class Rows(Collection):
     def alias_leads_to(self) -> str:
         return str(self.client.describe_collection(self.aliases[0])["collection_name"])
 
+    def all_names(self) -> set[str]:
+        return set(self.client.list_collections())
+
     def create(self, *, strings: bool, metric: str, index: str) -> None:
         schema = self.client.create_schema(auto_id=False, enable_dynamic_field=self.dynamic)
         if strings:

@@ -57,6 +57,9 @@ class Points(Collection):
         found = {alias.alias_name: alias.collection_name for alias in self.client.get_aliases().aliases}
         return found[self.aliases[0]]
 
+    def all_names(self) -> set[str]:
+        return {found.name for found in self.client.get_collections().collections}
+
     def create(self, distance: models.Distance) -> None:
         params = models.VectorParams(size=DIM, distance=distance)
         self.client.create_collection(self.name, {self.vector: params} if self.vector else params)

@@ -67,6 +67,9 @@ class Points(Collection):
     def alias_leads_to(self) -> str:
         return (self.folder.path / self.aliases[0]).resolve().name
 
+    def all_names(self) -> set[str]:
+        return {file.name for file in self.folder.path.iterdir()}
+
     def insert(self, ids: Sequence[ItemId], vectors: Vectors, payloads: Sequence[dict[str, Any]]) -> None:
         points = [
             edge.Point(item, {self.vector: vector} if self.vector else vector, payload)
