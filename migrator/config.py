@@ -12,7 +12,6 @@ from collections.abc import Mapping
 from datetime import timedelta
 from itertools import pairwise
 from pathlib import Path
-from string import Formatter
 from typing import Annotated, Any, Literal, TypeAlias, get_args
 
 import yaml
@@ -34,6 +33,7 @@ from pydantic import (
 )
 
 from migrator.errors import ConfigProblem, UsageProblem
+from trainer.templates import parse
 
 _MAX_BYTES = 1 << 20
 _MAX_DEPTH = 20
@@ -95,12 +95,11 @@ def _ledger(value: str, info: ValidationInfo) -> str:
 
 def _template(value: str) -> str:
     try:
-        parts = list(Formatter().parse(value))
+        parse(value)
     except ValueError:
-        parts = []
-    fields = [(name, spec, conversion) for _, name, spec, conversion in parts if name is not None]
-    if not fields or any(not re.fullmatch(r"\w+", name) or spec or conversion for name, spec, conversion in fields):
-        raise ValueError('must hold payload fields in braces, such as "{path}" or "{shop}/{id}.jpg"')
+        raise ValueError(
+            'must hold payload fields in braces, such as "{path}", "{shop}/{id}.jpg" or "{metadata.source}"'
+        ) from None
     return value
 
 

@@ -16,7 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trainer.errors import TrainingProblem
-from trainer.images import SUFFIXES, is_safe
+from trainer.image_roots import is_safe
+from trainer.images import SUFFIXES
 
 if TYPE_CHECKING:
     import torch

@@ -12,7 +12,14 @@ class ImageProblem(TrainerError):
 
 
 class ImagesUnavailable(TrainerError):
-    """The image source cannot be reached (network, credentials, the root itself); the same call may work later."""
+    """The image source cannot be reached (network, credentials, the root itself); the same call may work later.
+
+    `retry_after` is the delay in seconds that the server asks for, if it does.
+    """
+
+    def __init__(self, message: str, *, retry_after: float | None = None) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
 
 
 class EncoderProblem(TrainerError):

@@ -27,7 +27,8 @@ from migrator.encoding import locate
 from migrator.errors import ConfigProblem, Refused
 from migrator.ledger import Migration, now
 from migrator.project import Project
-from trainer.images import is_safe, template_fields
+from trainer.image_roots import is_safe
+from trainer.templates import NotText, parse
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -515,10 +516,8 @@ def label_of(template: str, item: ItemId, payload: Payload) -> str:
 
 def _filled(template: str, values: Mapping[str, Any]) -> str:
     try:
-        if any(values[name] is None or _is_nan(values[name]) for name in template_fields(template)):
-            return ""
-        return template.format_map(values).strip()
-    except (KeyError, ValueError):
+        return (parse(template).fill(values) or "").strip()
+    except NotText:
         return ""
 
 
@@ -539,7 +538,7 @@ def _read_queries(file: Path, segment: str | None) -> tuple[_Queries, str]:
             f"{file}: no such file: set verify.queries to a list of query images with the columns path and label, or "
             "path and relevant"
         )
-    named = () if segment is None else template_fields(segment)
+    named = () if segment is None else parse(segment).fields
     wanted = ("path", "label", "relevant", "grades", *named)
 
     def places(header: Sequence[str]) -> dict[str, int]:
@@ -615,7 +614,7 @@ def _checked(file: Path, columns: Mapping[str, list[Any]], segment: str | None) 
     relevant = _relevant(file, columns["relevant"], columns.get("grades")) if "relevant" in columns else None
     segments = None
     if segment is not None:
-        names = template_fields(segment)
+        names = parse(segment).fields
         segments = [
             _filled(segment, dict(zip(names, (_text(cell) or None for cell in cells), strict=True)))
             for cells in zip(*(columns[name] for name in names), strict=True)

@@ -391,7 +391,7 @@ migrations:
       epochs: yes
       batch_size: abc
     verify:
-      label: "{a.b}"
+      label: "{a.b[0]}"
       gate: {metirc: map@100, min_gain: .nan}
       max_age: 7
     rollout: {canary: [1, 10, 10, 100]}
@@ -406,7 +406,7 @@ ledgr: sqlite:///x.db
         f"migrations.yaml:4: {at}.store.path: missing",
         f'migrations.yaml:4: {at}.store.pth: unknown key; did you mean "path"?',
         f"migrations.yaml:5: {at}.images.uri: must hold payload fields in braces, such as "
-        '"{path}" or "{shop}/{id}.jpg"',
+        '"{path}", "{shop}/{id}.jpg" or "{metadata.source}"',
         f'migrations.yaml:9: {at}.train.items.lable: unknown key; did you mean "label"?',
         f"migrations.yaml:10: {at}.train.method: must be 'advbct', 'bct', 'lce', 'hot_refresh', 'independent', "
         "'procrustes', 'ridge' or 'residual_mlp'",
@@ -414,7 +414,7 @@ ledgr: sqlite:///x.db
         "put text in quotes",
         f"migrations.yaml:12: {at}.train.batch_size: must be a valid integer",
         f"migrations.yaml:14: {at}.verify.label: must hold payload fields in braces, such as "
-        '"{path}" or "{shop}/{id}.jpg"',
+        '"{path}", "{shop}/{id}.jpg" or "{metadata.source}"',
         f'migrations.yaml:15: {at}.verify.gate.metirc: unknown key; did you mean "metric"?',
         f"migrations.yaml:15: {at}.verify.gate.min_gain: must be a finite number",
         f"migrations.yaml:16: {at}.verify.max_age: must be a duration: a number and s, m, h or d, such as 7d",

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from trainer.errors import ImageProblem, ImagesUnavailable, TrainerError
-from trainer.images import ImageSource, template_fields
+from trainer.images import ImageSource
 
 RED, WHITE = (255, 0, 0), (255, 255, 255)
 
@@ -58,20 +58,19 @@ def test_locate_fills_the_template_from_payload_and_id(tmp_path: Path) -> None:
     source = ImageSource(str(tmp_path), "{category}/{id}_{size}.jpg")
     assert source.locate(7, {"category": "a b", "size": 2.5, "id": "not this one"}) == "a b/7_2.5.jpg"
     assert source.locate("k", {"category": "nan", "size": 3}) == "nan/k_3.jpg"
-    assert template_fields("{category}/{id}.jpg") == ("category", "id")
 
 
 @pytest.mark.parametrize(
-    "uri", ["plain.jpg", "{}", "{0}", "{a.b}", "{a[0]}", "{a!r}", "{a:>10}", "{a:{b}}", "{a", "a}", "{ a }", ""]
+    "uri", ["plain.jpg", "{}", "{0}", "{a.}", "{a[0]}", "{a!r}", "{a:>10}", "{a:{b}}", "{a", "a}", "{ a }", ""]
 )
-def test_a_template_holds_plain_fields_only(tmp_path: Path, uri: str) -> None:
+def test_a_template_holds_fields_only(tmp_path: Path, uri: str) -> None:
     with pytest.raises(TrainerError, match="image template"):
         ImageSource(str(tmp_path), uri)
 
 
 @pytest.mark.parametrize(
     "value",
-    [None, "", True, [1], {"a": 1}, b"x", float("nan"), np.float32("inf"), 10**5000, [10**5000], object()],
+    [None, "", [1], {"a": 1}, b"\xff", float("nan"), np.float32("inf"), 10**5000, [10**5000], object()],
     ids=lambda value: type(value).__name__,
 )
 def test_a_payload_without_a_usable_value_is_the_items_problem(tmp_path: Path, value: object) -> None:
@@ -277,14 +276,15 @@ def test_file_urls_are_local_folders(tmp_path: Path) -> None:
         ImageSource(f"simplecache::file://{tmp_path}")
 
 
-@pytest.mark.parametrize("root", ["nosuch://bucket", "zip://::/nowhere/a.zip"])
-def test_a_root_that_cannot_be_opened(root: str) -> None:
+def test_a_root_that_cannot_be_opened() -> None:
     with pytest.raises(ImagesUnavailable, match="cannot be reached"):
-        ImageSource(root)
+        ImageSource("zip://::/nowhere/a.zip")
+    with pytest.raises(TrainerError, match="of no known kind: Protocol not known: nosuch"):  # no use in trying again
+        ImageSource("nosuch://bucket")
 
 
 def test_credentials_in_a_root_are_not_shown() -> None:
-    with pytest.raises(ImagesUnavailable) as caught:
+    with pytest.raises(TrainerError) as caught:
         ImageSource("nosuch://user:hunter2@host/bucket")
     assert "hunter2" not in str(caught.value)
     assert "host/bucket" in str(caught.value)
