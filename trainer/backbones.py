@@ -261,8 +261,12 @@ def _open_exported(
     try:
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
             damaged = archive.testzip()  # torch does not look at the checksums
+            operators = _operators(archive)
         if damaged is not None:
             raise ValueError(f"the checksum of {damaged} is wrong")
+        if any(namespace == "torchvision" for namespace, _ in operators):
+            with contextlib.suppress(ImportError, RuntimeError):  # what is then missing is named below
+                import_torchvision()
         with _quiet("torch.export", "torch._export"):
             exported = torch.export.load(io.BytesIO(data))
             exported = move_to_device_pass(exported, device)

@@ -455,8 +455,7 @@ def test_a_program_with_foreign_operators_names_them(tmp_path: Path) -> None:
     library.impl("twice", lambda x: x * 2, "CompositeExplicitAutograd")
     torch.library.register_fake("nobodys::twice", torch.empty_like, lib=library)
     pt2_file(tmp_path / "foreign.pt2", Gives(torch.ops.nobodys.twice))
-    library._destroy()
-    del torch.ops.nobodys.twice  # as in a process that has never seen that package
+    library._destroy()  # as in a process that has never seen that package
     with pytest.raises(EncoderProblem, match=r"uses the operators nobodys\.twice, which are not installed") as caught:
         load_encoder(program(tmp_path / "foreign.pt2"))
     one_line(caught)
