@@ -502,7 +502,7 @@ class _Measured:
 
 def check_directions(ids: Sequence[ItemId], vectors: NDArray[np.float32]) -> None:
     """Refuses stored vectors (n, dim) that point nowhere."""
-    norms = np.linalg.norm(vectors, axis=1)
+    norms = np.linalg.norm(vectors.astype(np.float64), axis=1)
     bad = np.flatnonzero(~np.isfinite(norms) | (norms == 0))
     if len(bad):
         raise Refused(
