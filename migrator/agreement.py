@@ -286,12 +286,12 @@ def _changed(base: _Variant, change: Keys) -> _Variant | None:
         return None
     of_pixels = {key: value for key, value in change.items() if key in known}
     of_model = {key: value for key, value in change.items() if key in own}
+    new = {key: value for key, value in change.items() if _value(base, key) != value}
+    if not new:
+        return None
     try:
         spec = replace(base.spec, preprocessing=replace(base.spec.preprocessing, **of_pixels), **of_model)
-        new = {key: value for key, value in change.items() if _value(base.spec, key) != value}
         if of_model or spec.preprocessing.image_size != base.spec.preprocessing.image_size:
-            if spec == base.spec:
-                return None
             encoder = load_encoder(spec)
         else:
             encoder = base.encoder.with_preprocessing(spec.preprocessing)
@@ -300,8 +300,11 @@ def _changed(base: _Variant, change: Keys) -> _Variant | None:
     return _Variant(spec, encoder, {**base.keys, **new})
 
 
-def _value(spec: EncoderSpec, key: str) -> Any:
-    return getattr(spec, key, getattr(spec.preprocessing, key, None))
+def _value(base: _Variant, key: str) -> Any:
+    """What a key stands at, declared or not."""
+    if key == "head":
+        return base.encoder.card.head
+    return getattr(base.spec, key, getattr(base.spec.preprocessing, key, None))
 
 
 # -- measuring ----------------------------------------------------------------------------------------------------

@@ -55,27 +55,29 @@ class Gallery:
         (world.folder / "every_pixel_model.py").write_text(FACTORY)
         world.configure(old_encoder={"module": "every_pixel_model:every_pixel", "dim": DIM, "image_size": SIZE})
 
-    def fill(self, images: Sequence[Image.Image], suffix: str, loader: Loader, **saving: Any) -> None:
+    def fill(self, images: Sequence[Image.Image], suffix: str, loader: Loader, model: Any = None) -> None:
         """Saves the images and makes index and table with the loader's vectors."""
-        self.write([self.save(image, f"{number}{suffix}", **saving) for number, image in enumerate(images)], loader)
+        self.write([self.save(image, f"{number}{suffix}") for number, image in enumerate(images)], loader, model)
 
     def save(self, image: Image.Image, name: str, **saving: Any) -> Path:
         file = self.world.images / name
         image.save(file, **saving)
         return file
 
-    def write(self, files: Sequence[Path], loader: Loader) -> None:
+    def write(self, files: Sequence[Path], loader: Loader, model: Any = None) -> None:
         import faiss
         import pyarrow as pa
         import pyarrow.parquet as pq
         import torch
 
-        scope: dict[str, Any] = {}
-        exec(FACTORY, scope)
+        if model is None:
+            scope: dict[str, Any] = {}
+            exec(FACTORY, scope)
+            model = scope["every_pixel"]()
         with torch.no_grad():
-            made = scope["every_pixel"]()(torch.stack([torch.as_tensor(loader(file)) for file in files]))
+            made = model(torch.stack([torch.as_tensor(loader(file)) for file in files]))
         vectors = torch.nn.functional.normalize(made).numpy()
-        index = faiss.IndexFlatIP(DIM)
+        index = faiss.IndexFlatIP(vectors.shape[1])
         index.add(vectors)
         faiss.write_index(index, str(self.world.gallery / "index.faiss"))
         names = [file.name for file in files]
@@ -97,7 +99,7 @@ class Gallery:
         """The keys that the refusal names, and its first line."""
         code, found, err = self.plan()
         assert code == 3, err
-        first, *table = err.splitlines()
+        first, *table = [line for line in err.splitlines() if not line.startswith("sampling: ")]
         assert first.startswith("migrator: ")
         assert table
         assert all(line.startswith("  ") for line in table)
@@ -182,4 +184,31 @@ def test_another_normalisation_is_found(gallery: Gallery, mean: Sequence[float],
     gallery.fill(pictures(), ".png", lambda file: normalised(squashed(plain(file)), mean, std))
     keys, _ = gallery.refused()
     assert keys == {"mean": pytest.approx(list(mean)), "std": pytest.approx(list(std))}
+    gallery.follow(keys)
+
+
+# -- another part of the weights --------------------------------------------------------------------------------------
+
+
+def test_pooled_features_are_found_where_the_classifier_is_as_wide(gallery: Gallery) -> None:
+    import torch
+
+    from trainer.torchvision_cpu import import_timm
+
+    timm = import_timm()
+    width = timm.create_model("test_resnet", num_classes=0).num_features
+    torch.manual_seed(3)
+    model = timm.create_model("test_resnet", num_classes=width).eval()
+    torch.save(model.state_dict(), gallery.world.folder / "whole.pth")
+    gallery.world.configure(
+        old_encoder={"arch": "test_resnet", "weights": "whole.pth", "dim": width, "image_size": SIZE},
+        rollout__strategy="shadow",
+    )
+
+    def pooled(tensors: Any) -> Any:
+        return model.forward_head(model.forward_features(tensors), pre_logits=True)
+
+    gallery.fill(pictures(), ".png", lambda file: normalised(squashed(plain(file))), model=pooled)
+    keys, _ = gallery.refused()
+    assert keys == {"head": "none"}
     gallery.follow(keys)
