@@ -81,7 +81,7 @@ def step_of(kind: str, arch: str, image_size: int, device: str, *, fast: bool) -
             embed(encoder, fixed).sum().backward()
             return
         rows = random.integers(0, IMAGES, BATCH)
-        views = draw_views(BATCH, image_size, flip=False, generator=generator)
+        views = draw_views(BATCH, (image_size, image_size), flip=False, generator=generator)
         images = augmented(torch.from_numpy(pixels[rows]), views).to(device)
         old = torch.from_numpy(vectors[rows]).to(device)
         if old_model is not None:

@@ -45,6 +45,8 @@ _URL_PARAMETER = re.compile(rf"([?&;][^=&;]*(?:{_SENSITIVE})[^=&;]*=)[^&;]*", re
 _VARIABLE = re.compile(r"\$(?:(?P<dollar>\$)|\{(?:(?P<name>[A-Za-z_][A-Za-z0-9_]*)(?::-(?P<default>[^}]*))?\})?)")
 _SQLITE = re.compile(r"(?P<driver>sqlite(?:\+pysqlite)?):///(?P<file>[^?]+)(?P<query>\?.*)?")
 _DURATION = re.compile(r"([1-9][0-9]{0,5})([smhd])")
+_COLOUR = "white|black|#[0-9a-fA-F]{6}"
+_SIDE = {"type": "integer", "minimum": 8, "maximum": 4096}
 _UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days"}
 
 METRICS = ("map", "recall", "precision", "ndcg", "mrr")
@@ -118,6 +120,14 @@ def _factory(value: str) -> str:
     return value
 
 
+def _image_size(value: Any) -> int | tuple[int, int]:
+    found = value if isinstance(value, list | tuple) else [value, value]
+    sides = [int(side) if isinstance(side, str) and side.isdecimal() else side for side in found]  # of a ${VARIABLE}
+    if len(sides) != 2 or any(type(side) is not int or not 8 <= side <= 4096 for side in sides):
+        raise ValueError("must be a whole number from 8 to 4096, or two of them, [height, width]")
+    return sides[0] if sides[0] == sides[1] else (sides[0], sides[1])
+
+
 def _stored(value: Any) -> Any:
     if value != "stored":
         raise ValueError("must be a mapping of keys to values, or the word stored")
@@ -157,7 +167,11 @@ Duration: TypeAlias = Annotated[
 ]
 Seed: TypeAlias = Annotated[int, Field(ge=0, lt=2**32)]
 Dim: TypeAlias = Annotated[int, Field(ge=1, le=65_536)]
-ImageSize: TypeAlias = Annotated[int, Field(ge=8, le=4096)]
+ImageSize: TypeAlias = Annotated[
+    int | tuple[int, int],
+    BeforeValidator(_image_size),
+    WithJsonSchema({"anyOf": [_SIDE, {"type": "array", "items": _SIDE, "minItems": 2, "maxItems": 2}]}),
+]
 Positive: TypeAlias = Annotated[float, Field(gt=0)]
 NotNegative: TypeAlias = Annotated[float, Field(ge=0)]
 Method: TypeAlias = Literal["advbct", "bct", "lce", "hot_refresh", "independent", "procrustes", "ridge", "residual_mlp"]
@@ -298,6 +312,12 @@ class Images(Section):
     """Larger images are refused before they are decoded."""
 
 
+_PREPROCESSING = {
+    "image_size", "exif", "convert", "alpha", "mean", "std", "resize", "crop_pct", "fill", "interpolation", "antialias",
+    "channels",
+}  # fmt: skip
+
+
 class Encoder(Section):
     """A model and its preprocessing."""
 
@@ -314,18 +334,36 @@ class Encoder(Section):
     """Length of its vectors."""
     preprocessing: Literal["timm"] | None = None
     """`timm`: what timm's data config says of `arch`. Keys below that are given go before it."""
+    transform: Annotated[str, AfterValidator(_factory)] | None = None
+    """`package.module:factory`: a function without parameters that returns a callable from a picture to a normalised
+    float tensor (3, height, width), in place of the keys from `mean` to `channels`. It is run."""
     image_size: Annotated[ImageSize | None, Field(validate_default=True)] = None
-    """Side of the square input, in pixels."""
+    """Side of the square input, in pixels, or [height, width]. A `module` without it returns (module, transform)."""
+    exif: Literal["apply", "ignore"] | None = None
+    """Turn the picture as the EXIF orientation of its file says (the default), or take it as it lies there."""
+    convert: Literal["scaled", "pil", "none"] | None = None
+    """To RGB: 16-bit and floating-point greys are scaled (the default), or all is as `Image.convert("RGB")` has it.
+    `none` leaves it to a transform."""
+    alpha: Annotated[Text, _shaped(f"{_COLOUR}|drop")] | None = None
+    """Colour below transparent pixels, white by default: white, black or "#rrggbb". `drop` takes their own colours."""
     mean: tuple[float, float, float] | None = None
-    """Subtracted from the RGB channels, which run from 0 to 1; ImageNet's unless given."""
+    """Subtracted from the channels, which run from 0 to 1. By default ImageNet's."""
     std: tuple[Positive, Positive, Positive] | None = None
-    """Divides the channels; ImageNet's unless given."""
-    resize: Literal["squash", "crop"] | None = None
-    """Scale both sides to the input, as unless given, or scale the shorter side and cut out the centre."""
-    crop_pct: Annotated[float, Field(ge=0.1, le=1)] | None = None
-    """Scale to image_size divided by this, and cut out the centre; 1 unless given."""
-    interpolation: Literal["bilinear", "bicubic"] | None = None
-    """Bilinear unless given."""
+    """Divides the channels. By default ImageNet's."""
+    resize: Literal["squash", "crop", "letterbox", "border"] | None = None
+    """Scale both sides to the input (the default); or keep the shape, and cut out the centre (`crop`), or pad with
+    `fill` (`letterbox`) or with the mean colour (`border`)."""
+    crop_pct: Annotated[float, Field(ge=0.1, le=2)] | None = None
+    """Scale to image_size divided by this, and cut out the centre, or pad where it is above 1. By default 1."""
+    fill: Annotated[Text, _shaped(_COLOUR)] | None = None
+    """Colour of the padding, black by default: white, black or "#rrggbb"."""
+    interpolation: Literal["nearest", "bilinear", "bicubic", "lanczos", "box", "hamming"] | None = None
+    """By default bilinear."""
+    antialias: bool | None = None
+    """Average over all pixels when a picture becomes smaller, as Pillow does (the default), or interpolate between the
+    nearest ones, as OpenCV's resize does."""
+    channels: Literal["rgb", "bgr"] | None = None
+    """The order in which the model takes them, and in which `mean` and `std` are given. By default rgb."""
 
     @property
     def named(self) -> str:
@@ -377,12 +415,85 @@ class Encoder(Section):
             raise ValueError("timm knows only its own architectures: give image_size, mean, std and resize instead")
         return preprocessing
 
+    @field_validator("transform")
+    @classmethod
+    def _own_transform(cls, transform: str | None, info: ValidationInfo) -> str | None:
+        if transform is not None and info.data.get("preprocessing") is not None:
+            raise ValueError("excludes preprocessing: pictures are prepared by one of them")
+        return transform
+
     @field_validator("image_size")
     @classmethod
-    def _some_size(cls, image_size: int | None, info: ValidationInfo) -> int | None:
-        if image_size is None and info.data.get("preprocessing", "") is None:
+    def _some_size(cls, image_size: Any, info: ValidationInfo) -> Any:
+        known = {"preprocessing", "transform", "module"}
+        if image_size is None and known <= info.data.keys() and all(info.data[key] is None for key in known):
             raise ValueError("missing")
         return image_size
+
+    @field_validator("convert")
+    @classmethod
+    def _to_rgb(cls, convert: str | None, info: ValidationInfo) -> str | None:
+        if convert == "none" and not cls._is_transformed(info.data):
+            raise ValueError("none leaves the picture's mode to a transform: add transform, or give pil or scaled")
+        return convert
+
+    @field_validator("alpha", "fill", mode="before")
+    @classmethod
+    def _some_colour(cls, value: Any) -> Any:
+        if value is None:
+            raise ValueError('is empty: a # begins a comment, so put the colour in quotes, such as "#ffffff"')
+        return value
+
+    @field_validator("alpha")
+    @classmethod
+    def _used(cls, alpha: str, info: ValidationInfo) -> str:
+        if not re.fullmatch(f"{_COLOUR}|drop", alpha):
+            raise ValueError('must be white, black, drop or a colour such as "#f0f0f0"')
+        if alpha != "drop" and info.data.get("convert") in ("pil", "none"):
+            raise ValueError(f"is not used with convert: {info.data['convert']}: remove one of them")
+        return alpha
+
+    @field_validator("mean", "std", "resize", "crop_pct", "fill", "interpolation", "antialias", "channels")
+    @classmethod
+    def _not_transformed(cls, value: Any, info: ValidationInfo) -> Any:
+        if value is not None and info.data.get("transform") is not None:
+            raise ValueError("is a matter of the transform: remove it")
+        if value is not None and cls._is_transformed(info.data):
+            raise ValueError("needs image_size; without both, module returns (module, transform)")
+        return value
+
+    @field_validator("fill")
+    @classmethod
+    def _padded(cls, fill: str, info: ValidationInfo) -> str:
+        if not re.fullmatch(_COLOUR, fill):
+            raise ValueError('must be white, black or a colour such as "#727272"')
+        known = {"preprocessing", "resize", "crop_pct"} <= info.data.keys()
+        may_pad = known and (
+            info.data["preprocessing"] is not None
+            or info.data["resize"] == "letterbox"
+            or (info.data["crop_pct"] or 1) > 1
+        )
+        if known and not may_pad:
+            raise ValueError("is not used: it pads with resize: letterbox, or a crop_pct above 1")
+        return fill
+
+    @field_validator("antialias")
+    @classmethod
+    def _interpolated(cls, antialias: bool | None, info: ValidationInfo) -> bool | None:
+        if antialias is False and info.data.get("interpolation") in ("lanczos", "box", "hamming"):
+            raise ValueError(f"must be true with interpolation: {info.data['interpolation']}")
+        return antialias
+
+    @staticmethod
+    def _is_transformed(data: Mapping[str, Any]) -> bool:
+        """Whether a factory prepares the pictures, of the keys that are checked so far."""
+        if data.get("transform") is not None:
+            return True
+        return data.get("module") is not None and "image_size" in data and data["image_size"] is None
+
+    def given_preprocessing(self) -> dict[str, Any]:
+        """The fields of `trainer.preprocessing.Preprocessing` that are given."""
+        return self.model_dump(include=_PREPROCESSING, exclude_none=True)
 
 
 def _keys(*sets: str) -> ConfigDict:
@@ -393,7 +504,7 @@ def _keys(*sets: str) -> ConfigDict:
 class OldEncoder(Encoder):
     """The encoder that made the stored vectors."""
 
-    model_config = _keys("weights image_size", "module image_size", "arch weights preprocessing")
+    model_config = _keys("weights image_size", "module", "arch weights preprocessing", "weights transform")
 
     @field_validator("weights")
     @classmethod
@@ -406,7 +517,9 @@ class OldEncoder(Encoder):
 class NewEncoder(Encoder):
     """The encoder to move to. Without `weights` it is trained, unless it is a `module` and there is no `train`."""
 
-    model_config = _keys("arch image_size", "arch preprocessing", "module image_size", "weights image_size")
+    model_config = _keys(
+        "arch image_size", "arch preprocessing", "arch transform", "module", "weights image_size", "weights transform"
+    )
 
     pretrained: bool = False
     """Begin with timm's pretrained weights, which are downloaded."""

@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -21,14 +21,6 @@ if TYPE_CHECKING:
     from trainer.images import ImageSource
 
 
-class Images(Protocol):
-    """Where `embed` gets images from: an `ImageSource`, or one that alters what it loads."""
-
-    def load(self, path: str) -> Image.Image:
-        """The decoded image. Raises `ImageProblem`, `ImagesUnavailable`."""
-        ...
-
-
 @dataclass(frozen=True, slots=True)
 class Embedded:
     """Vectors of those images that could be embedded, by one or several encoders."""
@@ -40,7 +32,7 @@ class Embedded:
 
 
 def embed(
-    images: Images,
+    images: ImageSource,
     paths: Iterable[str | ImageProblem],
     encoders: Sequence[Encoder],
     *,
@@ -48,22 +40,26 @@ def embed(
     threads: int,
     retry_for: float,
     report: Callable[[int], None] = lambda _: None,
+    view: Callable[[Image.Image, str], Image.Image] | None = None,
 ) -> Embedded:
-    """Embeds the images at `paths`, each loaded once for all encoders. `report` hears of each batch's size.
+    """Embeds the images at `paths`, each loaded once for all encoders. `report` gets each batch's size.
 
+    With `view` each encoder gets what that makes of the picture, in RGB as the encoder declares it, and its path.
     An `ImageProblem` in place of a path is passed on as that image's problem. Raises `ImagesUnavailable`.
     """
     rows: list[int] = []
     vectors: list[list[NDArray[np.float32]]] = [[] for _ in encoders]
     problems: dict[int, str] = {}
 
-    def load(path: str | ImageProblem) -> list[NDArray[np.uint8]]:
+    def load(path: str | ImageProblem) -> list[NDArray[Any]]:
         if isinstance(path, ImageProblem):
             raise path
         image = patiently(lambda: images.load(path), seconds=retry_for)
-        return [encoder.prepare(image) for encoder in encoders]
+        if view is None:
+            return [encoder.prepare(image) for encoder in encoders]
+        return [encoder.prepare(view(encoder.card.preprocessing.to_rgb(image), path)) for encoder in encoders]
 
-    def flush(batch: Sequence[tuple[int, list[NDArray[np.uint8]]]]) -> None:
+    def flush(batch: Sequence[tuple[int, list[NDArray[Any]]]]) -> None:
         found: list[dict[int, NDArray[np.float32]]] = []
         for which, encoder in enumerate(encoders):
             found.append({})
@@ -81,7 +77,7 @@ def embed(
 
     pool = ThreadPoolExecutor(threads, "image")
     try:
-        batch: list[tuple[int, list[NDArray[np.uint8]]]] = []
+        batch: list[tuple[int, list[NDArray[Any]]]] = []
         for row, future in enumerate(_ahead(pool, load, paths, window=4 * batch_size)):
             try:
                 batch.append((row, future.result()))
@@ -103,12 +99,12 @@ def embed(
 
 def _ahead(
     pool: ThreadPoolExecutor,
-    load: Callable[[str | ImageProblem], list[NDArray[np.uint8]]],
+    load: Callable[[str | ImageProblem], list[NDArray[Any]]],
     paths: Iterable[str | ImageProblem],
     *,
     window: int,
-) -> Iterator[Future[list[NDArray[np.uint8]]]]:
-    waiting: deque[Future[list[NDArray[np.uint8]]]] = deque()
+) -> Iterator[Future[list[NDArray[Any]]]]:
+    waiting: deque[Future[list[NDArray[Any]]]] = deque()
     for path in paths:
         waiting.append(pool.submit(load, path))
         if len(waiting) >= window:
@@ -117,7 +113,7 @@ def _ahead(
 
 
 def encode_batch(
-    encoder: Encoder, batch: Sequence[tuple[int, NDArray[np.uint8]]]
+    encoder: Encoder, batch: Sequence[tuple[int, NDArray[Any]]]
 ) -> Iterator[tuple[int, NDArray[np.float32] | str]]:
     """The vector of each (row, image), or why that image has none. A fault of the encoder itself is raised."""
     try:

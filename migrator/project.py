@@ -250,11 +250,15 @@ class Project:
         from trainer.backbones import MODULE
         from trainer.encoder import EncoderSpec
         from trainer.preprocessing import Preprocessing, timm_preprocessing
+        from trainer.transforms import learn_transform
 
-        keys = {"image_size", "mean", "std", "resize", "crop_pct", "interpolation"}
-        given: dict[str, Any] = encoder.model_dump(include=keys, exclude_none=True)
+        given = encoder.given_preprocessing()
         if encoder.preprocessing == "timm" and encoder.arch is not None:
             preprocessing = timm_preprocessing(encoder.arch, **given)
+        elif encoder.transform is not None:
+            preprocessing = learn_transform(encoder.transform, self.config.folder, **given)
+        elif encoder.module is not None and encoder.image_size is None:
+            preprocessing = learn_transform(MODULE + encoder.module, self.config.folder, **given)
         else:
             preprocessing = Preprocessing(**given)
         if encoder.arch is not None:

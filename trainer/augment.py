@@ -20,19 +20,20 @@ class Views:
         return Views(self.shift[:, of], self.mirrored[of])
 
 
-def draw_views(count: int, side: int, *, flip: bool, generator: torch.Generator) -> Views:
-    """For each image a shift by up to an eighth of its side, and for half of them a mirror if `flip`."""
-    reach = side // 8
-    shift = torch.randint(-reach, reach + 1, (2, count), generator=generator)
+def draw_views(count: int, size: tuple[int, int], *, flip: bool, generator: torch.Generator) -> Views:
+    """For each image a shift by up to an eighth of its sides, and for half of them a mirror if `flip`."""
+    reaches = [side // 8 for side in size]
+    shift = torch.stack([torch.randint(-reach, reach + 1, (count,), generator=generator) for reach in reaches])
     mirrored = torch.rand(count, generator=generator) < (0.5 if flip else 0.0)
     return Views(shift, mirrored)
 
 
 def augmented(batch: Tensor, views: Views) -> Tensor:
-    """The images (B, 3, S, S), of any type, shifted with their edges repeated, then mirrored."""
-    side = batch.shape[-1]
-    axis = torch.arange(side)
-    rows, columns = (axis + views.shift[..., None]).clamp(0, side - 1)  # (B, S) each; clamping repeats the edge
+    """The images (B, 3, H, W), of any type, shifted with their edges repeated, then mirrored."""
+    rows, columns = (  # (B, H) and (B, W); clamping repeats the edge
+        (torch.arange(side) + shift[:, None]).clamp(0, side - 1)
+        for side, shift in zip(batch.shape[-2:], views.shift, strict=True)
+    )
     columns = torch.where(views.mirrored[:, None], columns.flip(1), columns)
     sample = torch.arange(len(batch))[:, None, None, None]
     channel = torch.arange(3)[None, :, None, None]

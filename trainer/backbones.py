@@ -20,12 +20,13 @@ import io
 import logging
 import re
 import sys
+import threading
 import warnings
 import zipfile
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -66,7 +67,7 @@ def timm_settings(arch: str) -> Any:
     return timm.get_pretrained_cfg(arch)
 
 
-def timm_backbone(arch: str, *, image_size: int, classes: int, pretrained: bool) -> nn.Module:
+def timm_backbone(arch: str, *, image_size: int | tuple[int, int], classes: int, pretrained: bool) -> nn.Module:
     """A timm model with random weights, or those of timm's hub. Raises EncoderProblem."""
     settings = timm_settings(arch)
     options: dict[str, Any] = {"num_classes": classes}
@@ -98,7 +99,7 @@ class TimmHead:
         return {state[name].shape[axis] for name, axis in found.items() if state[name].ndim > axis}
 
 
-def timm_head(arch: str, *, image_size: int) -> TimmHead:
+def timm_head(arch: str, *, image_size: int | tuple[int, int]) -> TimmHead:
     """Which layers of an architecture are its head, by building it with and without classes. Raises EncoderProblem.
 
     Both are built without memory for their weights (torch's meta device), which takes a fraction of a second.
@@ -127,28 +128,82 @@ def _highest(name: str, others: Collection[str]) -> str:
 # --- factories ------------------------------------------------------------------------------------------------------
 
 
+Factory = Callable[[], Any]
+Transform = Callable[[Any], Any]
+"""A picture -> a tensor; see `trainer.transforms`."""
+
+_transforms: dict[Factory, Transform] = {}
+"""What factories brought. Each image that is prepared asks for it."""
+_unused: dict[Factory, nn.Module] = {}
+"""Modules that came with a transform before one was asked for: each is given out once."""
+_lock = threading.Lock()
+
+
 def call_factory(place: str, folder: Path | None) -> nn.Module:
-    """The module that `package.module:factory` returns, as float32. It is called without arguments.
+    """The module that `package.module:factory` returns, as float32; a transform beside it is not looked at.
 
     Raises EncoderProblem where it is not there, fails, or returns something else.
     """
-    model = run_factory(place, folder)
-    if not isinstance(model, nn.Module):
-        raise EncoderProblem(f"factory {place!r} returns a {type(model).__name__}: it must return a torch.nn.Module")
-    return model.float()
+    factory = _find_factory(place, folder)
+    with _lock:
+        module = _unused.pop(factory, None)
+    if module is None:
+        returned = _called(factory, place)
+        module = returned[0] if _is_pair(returned) else returned
+    if not isinstance(module, nn.Module):
+        raise EncoderProblem(f"factory {place!r} returns a {type(module).__name__}: it must return a torch.nn.Module")
+    return module.float()
 
 
-def run_factory(place: str, folder: Path | None) -> Any:
-    """What the function `package.module:factory` returns, called without arguments.
+def call_transform_factory(name: str, folder: Path | None) -> Transform:
+    """The transform that a factory brings, called once in a process: alone, or in a pair (module, transform).
 
-    Its module is looked for in `folder` first, then among the installed packages. This runs the factory's code.
-    Raises EncoderProblem where it is not there or fails.
+    `module:package.module:factory` must return the pair. Raises EncoderProblem as `call_factory` does.
     """
+    place = name.removeprefix(MODULE)
+    factory = _loaded_factory(place) or _find_factory(place, folder)
+    with _lock:
+        if factory not in _transforms:
+            returned = _called(factory, place)
+            if _is_pair(returned):
+                _unused[factory], _transforms[factory] = returned
+            elif name.startswith(MODULE):
+                raise EncoderProblem(
+                    f"factory {place!r} returns a {type(returned).__name__} without a transform: give image_size (and "
+                    "mean, std, resize), or let it return (module, transform)"
+                )
+            elif callable(returned):
+                _transforms[factory] = returned
+            else:
+                raise EncoderProblem(
+                    f"factory {place!r} returns a {type(returned).__name__}: it must return a callable from a picture "
+                    "to a float tensor (3, height, width)"
+                )
+        return _transforms[factory]
+
+
+def _is_pair(returned: Any) -> bool:
+    return (
+        isinstance(returned, tuple)
+        and len(returned) == 2
+        and isinstance(returned[0], nn.Module)
+        and callable(returned[1])
+    )
+
+
+def _loaded_factory(place: str) -> Factory | None:
+    """The factory if its module is imported already. Safe in many threads, and quick: asked for each image."""
+    module_name, _, name = place.partition(":")
+    factory = getattr(sys.modules.get(module_name), name, None)
+    return factory if factory in _transforms else None
+
+
+def _find_factory(place: str, folder: Path | None) -> Factory:
     named = f"factory {place!r}"
     module_name, _, name = place.partition(":")
     if folder is not None and str(folder) not in sys.path:
         sys.path.insert(0, str(folder))  # and stays: a factory's module may import its neighbours later
-    # What a factory prints must not get among the results that a command prints.
+    # What is printed must not get among the results that a command prints.
     with contextlib.redirect_stdout(sys.stderr):
         with contextlib.suppress(ImportError, RuntimeError):  # a factory that needs it tells why it cannot have it
             import_torchvision()
@@ -162,14 +217,19 @@ def run_factory(place: str, folder: Path | None) -> Any:
             raise EncoderProblem(f"{named} cannot be imported: {one_line(error)}") from error
         except (Exception, SystemExit) as error:  # another's code
             raise EncoderProblem(f"{named} cannot be imported: {_raised(error)}") from error
-        factory = getattr(module, name, None)
-        if not callable(factory):
-            found = f"is a {type(factory).__name__}" if factory is not None else "is not"
-            raise EncoderProblem(f"{named} {found} in {getattr(module, '__file__', module_name)}: name a function")
+    factory = getattr(module, name, None)
+    if not callable(factory):
+        found = f"is a {type(factory).__name__}" if factory is not None else "is not"
+        raise EncoderProblem(f"{named} {found} in {getattr(module, '__file__', module_name)}: name a function")
+    return cast(Factory, factory)
+
+
+def _called(factory: Factory, place: str) -> Any:
+    with contextlib.redirect_stdout(sys.stderr):
         try:
             return factory()
         except (Exception, SystemExit) as error:  # another's code
-            raise EncoderProblem(f"{named} failed: {_raised(error)}") from error
+            raise EncoderProblem(f"factory {place!r} failed: {_raised(error)}") from error
 
 
 def _raised(error: BaseException) -> str:
@@ -179,17 +239,17 @@ def _raised(error: BaseException) -> str:
 # --- programs -------------------------------------------------------------------------------------------------------
 
 Run = Callable[[Tensor], Sequence[Tensor]]
-"""(n, 3, S, S) on the program's device -> its outputs."""
+"""(n, 3, H, W) on the program's device -> its outputs."""
 
 
 class Program(nn.Module):
     """A network in a .pt2 or .onnx file. It has no parameters here: it runs, and is not trained.
 
-    forward: (n, 3, S, S) normalised float32 -> (n, d) float32 on the same device. A program made for a fixed number of
+    forward: (n, 3, H, W) normalised float32 -> (n, d) float32 on the same device. A program made for a fixed number of
     pictures gets them in parts of that size. Raises EncoderProblem where it fails.
     """
 
-    def __init__(self, path: Path, *, image_size: int, device: torch.device) -> None:
+    def __init__(self, path: Path, *, image_size: int | tuple[int, int], device: torch.device) -> None:
         super().__init__()
         self.path = path
         self.device = device
@@ -203,16 +263,17 @@ class Program(nn.Module):
         self.sha256 = hashlib.sha256(data).hexdigest()
         opened = _open_exported if path.suffix == ".pt2" else _open_onnx
         self._run, shape, self._dtype, limits = opened(data, self.named, device)
-        expected = (3, image_size, image_size)
+        height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
+        expected = (3, height, width)
         if len(shape) != 4 or any(isinstance(n, int) and n != m for n, m in zip(shape[1:], expected, strict=True)):
             raise EncoderProblem(
-                f"{self.named} takes an input of shape {_shape(shape)}, not (n, 3, {image_size}, {image_size}): "
+                f"{self.named} takes an input of shape {_shape(shape)}, not (n, 3, {height}, {width}): "
                 "set image_size to its own, or export it for this one"
             )
         if self._dtype is None:
             raise EncoderProblem(f"{self.named} does not take floating-point numbers: export it with a float32 input")
         self._least, self._most = limits
-        self._require_rows_apart(image_size)
+        self._require_rows_apart(height, width)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Program:
         """Itself: nothing in it changes."""
@@ -239,10 +300,10 @@ class Program(nn.Module):
             )
         return rows[0][:n].float()
 
-    def _require_rows_apart(self, image_size: int) -> None:
+    def _require_rows_apart(self, height: int, width: int) -> None:
         """Refuses a program whose row depends on its neighbours or on chance, as one exported while training does."""
         generator = torch.Generator().manual_seed(0)
-        images = torch.randn(3, 3, image_size, image_size, generator=generator)
+        images = torch.randn(3, 3, height, width, generator=generator)
         with torch.no_grad():
             alone, among = self(images[:1]), self(images)[:1]
         if float((alone - among).norm()) > 0.01 * float(among.norm()):

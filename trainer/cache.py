@@ -1,7 +1,7 @@
 """Prepared images on disk, so that no image is decoded and resized twice: shared by runs, kept across kills.
 
 An image is found by the SHA-256 of its file and by the preprocessing that made its pixels, whatever its path or label.
-For each preprocessing there is a folder with shards of two files: `<number>.u8` with pixels (rows, 3, S, S) and
+For each preprocessing there is a folder with shards of two files: `<number>.u8` with pixels (rows, 3, H, W) and
 `<number>.keys` with a row for each: the SHA-256 and the CRC-32 of the pixels. Pixels are durable before their keys are
 written, so a row that has a key is whole, and what a kill left behind it is cut off.
 
@@ -15,15 +15,16 @@ import fcntl
 import hashlib
 import json
 import logging
+import math
 import os
 import time
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,11 +32,12 @@ from numpy.typing import NDArray
 from trainer.data import LeftOut
 from trainer.errors import ImageProblem, TrainingProblem
 from trainer.files import sync_folder
+from trainer.preprocessing import fingerprint_image
 from trainer.run_folder import write_json
 
 if TYPE_CHECKING:
-    from trainer.encoder import Preprocessing
     from trainer.images import ImageSource
+    from trainer.preprocessing import Preprocessing
 
 SHARD_BYTES = 2**28
 MOST_SHARDS = 256
@@ -51,13 +53,18 @@ log = logging.getLogger(__name__)
 
 
 def pixel_key(preprocessing: Preprocessing) -> str:
-    """Names everything that decides an image's pixels. Mean and deviation do not: they are applied per batch."""
+    """Names everything that decides an image's pixels, which mean and deviation do not: they are applied per batch."""
     return hashlib.sha256(json.dumps(_pixel_fields(preprocessing), sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _pixel_fields(preprocessing: Preprocessing) -> dict[str, object]:
-    fields = asdict(preprocessing)
-    return {name: fields[name] for name in fields if name not in ("mean", "std")}
+    fields = preprocessing.declared()
+    del fields["std"]
+    if preprocessing.resize != "border":  # which pads with the mean colour
+        del fields["mean"]
+    if preprocessing.transform is not None:  # its name does not tell what it does today
+        fields["output"] = hashlib.sha256(preprocessing.prepare(fingerprint_image()).tobytes()).hexdigest()
+    return fields
 
 
 class Pixels:
@@ -66,19 +73,18 @@ class Pixels:
     A shard stays locked against eviction until the last of its readers is gone.
     """
 
-    def __init__(
-        self, shape: tuple[int, int, int], shards: Sequence[NDArray[np.uint8]], places: NDArray[np.int64]
-    ) -> None:
-        self._shape = shape
+    def __init__(self, preprocessing: Preprocessing, shards: Sequence[NDArray[Any]], places: NDArray[np.int64]) -> None:
+        self._shape = (3, *preprocessing.size)
+        self._dtype = preprocessing.dtype
         self._shards = shards
         self._places = places  # (n, 2): number of the shard, row in it
 
     def __len__(self) -> int:
         return len(self._places)
 
-    def take(self, rows: NDArray[np.int64]) -> NDArray[np.uint8]:
-        """The images of these rows, (b, 3, S, S), copied."""
-        batch = np.empty((len(rows), *self._shape), np.uint8)
+    def take(self, rows: NDArray[np.int64]) -> NDArray[Any]:
+        """The images of these rows, (b, 3, H, W), copied: uint8, or float32 where a transform makes them."""
+        batch = np.empty((len(rows), *self._shape), self._dtype)
         for at, (shard, row) in enumerate(self._places[rows].tolist()):
             batch[at] = self._shards[shard][row]
         return batch
@@ -104,14 +110,14 @@ def open_pixels(folder: Path, preprocessing: Preprocessing, digests: Sequence[by
                 fcntl.flock(file, fcntl.LOCK_SH)
                 if not os.fstat(file.fileno()).st_nlink:
                     return None
-                shards.append(np.memmap(file, np.uint8, "r", shape=(shard.count, *shelf.shape)))
+                shards.append(np.memmap(file, preprocessing.dtype, "r", shape=(shard.count, *shelf.shape)))
             with contextlib.suppress(PermissionError):  # a cache that may only be read evicts nothing
                 os.utime(shard.keys)  # by this is told which were used last
     except FileNotFoundError:  # evicted just now
         return None
     except OSError as error:
         raise _unusable(folder, error) from error
-    return Pixels(shelf.shape, shards, places)
+    return Pixels(preprocessing, shards, places)
 
 
 class ImageCache:
@@ -213,9 +219,9 @@ class ImageCache:
             if not shelves:
                 return _Read(digest, {})
             image = images.decode(data, path)
+            return _Read(digest, {shelf.key: shelf.preprocessing.prepare(image) for shelf in shelves})
         except ImageProblem as problem:
             return LeftOut(path, str(problem))
-        return _Read(digest, {shelf.key: shelf.preprocessing.prepare(image) for shelf in shelves})
 
     def _keep(self, chunk: list[tuple[str, Future[_Read | LeftOut]]], images: ImageSource) -> list[bytes | LeftOut]:
         results = [(path, future.result()) for path, future in chunk]
@@ -265,7 +271,7 @@ class ImageCache:
 @dataclass(frozen=True)
 class _Read:
     digest: bytes
-    pixels: dict[str, NDArray[np.uint8]]
+    pixels: dict[str, NDArray[Any]]
     """By the key of the preprocessing, where they were not in the cache."""
 
 
@@ -301,8 +307,8 @@ class _Shelf:
         self.preprocessing = preprocessing
         self.key = pixel_key(preprocessing)
         self.folder = folder / self.key
-        self.shape = (3, preprocessing.image_size, preprocessing.image_size)
-        self.row_bytes = 3 * preprocessing.image_size**2
+        self.shape = (3, *preprocessing.size)
+        self.row_bytes = math.prod(self.shape) * np.dtype(preprocessing.dtype).itemsize
         self.shard_rows = 1
         self.shards: dict[int, _Shard] = {}
         self.rows: dict[bytes, tuple[int, int]] = {}  # digest -> shard, row
@@ -350,7 +356,7 @@ class _Shelf:
         del self.shards[number]
         self.rows = {digest: place for digest, place in self.rows.items() if place[0] != number}
 
-    def append(self, images: dict[bytes, NDArray[np.uint8]]) -> int:
+    def append(self, images: dict[bytes, NDArray[Any]]) -> int:
         """Writes images by their digests, durably. Returns the bytes written."""
         digests = list(images)
         while digests:
@@ -373,7 +379,7 @@ class _Shelf:
         return len(images) * (self.row_bytes + _KEY.itemsize)
 
 
-def _append(path: Path, end: int, arrays: Sequence[NDArray[np.uint8]]) -> None:
+def _append(path: Path, end: int, arrays: Sequence[NDArray[Any]]) -> None:
     """Writes after the first `end` bytes, and durably; what lay behind them is cut off. All of it or nothing."""
     new = not path.exists()
     with path.open("ab", buffering=0) as file:

@@ -37,6 +37,7 @@ from trainer.errors import EncoderMismatch, EncoderProblem
 from trainer.files import write_whole
 from trainer.maps import POST_HOC, Map
 from trainer.preprocessing import Preprocessing as Preprocessing
+from trainer.preprocessing import fingerprint_image
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -106,7 +107,7 @@ class Card:
             "arch": arch,
             "dim": dim,
             "head": head,
-            "preprocessing": asdict(preprocessing),
+            "preprocessing": preprocessing.declared(),
             "weights_sha256": weights_sha256,
             "probe": rounded,
             "map": map,
@@ -116,7 +117,8 @@ class Card:
 
     def to_json(self) -> str:
         """One JSON document with `"format": 1`."""
-        return json.dumps({"format": _CARD_FORMAT, **asdict(self)}, indent=2) + "\n"
+        document = {"format": _CARD_FORMAT, **asdict(self), "preprocessing": self.preprocessing.declared()}
+        return json.dumps(document, indent=2) + "\n"
 
     @classmethod
     def from_json(cls, text: str) -> Card:
@@ -150,7 +152,7 @@ class Card:
 class EmbeddingNet(nn.Module):
     """Backbone, then (for the head `projection`) Linear(d -> D, no bias) and BatchNorm1d(D): AdvBCT's model.
 
-    forward: (n, 3, S, S) normalised float -> (n, D) embeddings, not yet of unit length.
+    forward: (n, 3, H, W) normalised float -> (n, D) embeddings, not yet of unit length.
     """
 
     def __init__(self, backbone: nn.Module, *, width: int, dim: int, head: Head = "projection") -> None:
@@ -173,7 +175,7 @@ class EmbeddingNet(nn.Module):
 class MappedNet(nn.Module):
     """A finished network with a map after it: what it embeds is map(normalised embedding of `base`).
 
-    forward: (n, 3, S, S) normalised float -> (n, D) embeddings, not yet of unit length.
+    forward: (n, 3, H, W) normalised float -> (n, D) embeddings, not yet of unit length.
     """
 
     def __init__(self, base: EmbeddingNet, fitted: Map) -> None:
@@ -220,12 +222,12 @@ class Encoder:
         )
         return Encoder(self.model, card, self.device)
 
-    def prepare(self, image: Image.Image) -> NDArray[np.uint8]:
-        """`Preprocessing.prepare` of this encoder: an RGB picture -> (3, S, S) uint8. Safe in many threads."""
+    def prepare(self, image: Image.Image) -> NDArray[Any]:
+        """`Preprocessing.prepare` of this encoder: a decoded picture -> (3, H, W). Safe in many threads."""
         return self.card.preprocessing.prepare(image)
 
-    def encode(self, batch: NDArray[np.uint8]) -> NDArray[np.float32]:
-        """(n, 3, S, S) uint8 from `prepare` -> (n, dim) float32 of unit length.
+    def encode(self, batch: NDArray[Any]) -> NDArray[np.float32]:
+        """(n, 3, H, W) from `prepare` -> (n, dim) float32 of unit length.
 
         A row's vector does not depend on the other rows, beyond the last bits of floating-point sums.
         Raises EncoderProblem for a batch of another shape or type, and where a vector is zero or not finite.
@@ -383,17 +385,18 @@ def read_card(path: Path) -> Card | None:
 
 
 def _encode(
-    model: EmbeddingNet | MappedNet, preprocessing: Preprocessing, device: torch.device, batch: NDArray[np.uint8]
+    model: EmbeddingNet | MappedNet, preprocessing: Preprocessing, device: torch.device, batch: NDArray[Any]
 ) -> NDArray[np.float32]:
-    size = preprocessing.image_size
-    if batch.dtype != np.uint8 or batch.shape[1:] != (3, size, size):
+    height, width = preprocessing.size
+    if batch.dtype != preprocessing.dtype or batch.shape[1:] != (3, height, width):
         raise EncoderProblem(
-            f"batch is {batch.dtype} {batch.shape}, but the encoder takes uint8 (n, 3, {size}, {size})"
+            f"batch is {batch.dtype} {batch.shape}, but the encoder takes {preprocessing.dtype.__name__} "
+            f"(n, 3, {height}, {width})"
         )
     if not len(batch):
         return np.empty((0, model.dim), dtype=np.float32)
-    deviation = torch.tensor(preprocessing.std, device=device).view(1, 3, 1, 1) * 255
-    mean = torch.tensor(preprocessing.mean, device=device).view(1, 3, 1, 1) * 255
+    deviation = torch.tensor(preprocessing.std, device=device).view(1, 3, 1, 1) * preprocessing.levels
+    mean = torch.tensor(preprocessing.mean, device=device).view(1, 3, 1, 1) * preprocessing.levels
     try:
         with torch.inference_mode():
             # torch.tensor copies: sharing a read-only array (a memory map) would draw a warning
@@ -425,19 +428,7 @@ def _encode(
 def _probe_vector(
     model: EmbeddingNet | MappedNet, preprocessing: Preprocessing, device: torch.device
 ) -> NDArray[np.float32]:
-    return _encode(model, preprocessing, device, preprocessing.prepare(_probe_image())[np.newaxis])[0]
-
-
-def _probe_image() -> Image.Image:
-    """256 pixels high, 192 wide: a ramp down in red, a ramp across in green, a chequerboard of 32 pixels in blue.
-
-    Made in integers, so the same everywhere; swapped channels, flips and another way of resizing all show.
-    """
-    from PIL import Image
-
-    rows, columns = np.mgrid[0:256, 0:192]
-    board = (rows // 32 + columns // 32) % 2 * 255
-    return Image.fromarray(np.stack([rows, columns, board], axis=2).astype(np.uint8))
+    return _encode(model, preprocessing, device, preprocessing.prepare(fingerprint_image())[np.newaxis])[0]
 
 
 def _create_backbone(spec: EncoderSpec, device: torch.device, *, classes: int = 0) -> nn.Module:
@@ -459,15 +450,17 @@ def _fresh_model(spec: EncoderSpec, device: torch.device) -> EmbeddingNet:
 
 def _width(backbone: nn.Module, spec: EncoderSpec) -> int:
     """Numbers that the backbone gives per picture, found by asking it: timm's attributes differ between families."""
-    size = spec.preprocessing.image_size
+    height, width = spec.preprocessing.size
     training = backbone.training
     try:
         with torch.no_grad():
-            features = backbone.eval()(torch.zeros(1, 3, size, size))
+            features = backbone.eval()(torch.zeros(1, 3, height, width))
     except EncoderProblem:
         raise
     except Exception as error:
-        raise EncoderProblem(f"{spoken(spec.arch)} cannot take pictures of {size} pixels: {one_line(error)}") from error
+        raise EncoderProblem(
+            f"{spoken(spec.arch)} cannot take pictures of {height} x {width} pixels: {one_line(error)}"
+        ) from error
     finally:
         backbone.train(training)
     if not isinstance(features, torch.Tensor):

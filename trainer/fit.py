@@ -104,7 +104,7 @@ class Learner(nn.Module):
         self.objective = objective
         self.bf16 = bf16
         for name in ("mean", "std"):
-            value = torch.tensor(getattr(spec.preprocessing, name), dtype=torch.float32) * 255
+            value = torch.tensor(getattr(spec.preprocessing, name), dtype=torch.float32) * spec.preprocessing.levels
             self.register_buffer(name, value[:, None, None], persistent=False)
 
     def embed(self, pixels: Tensor, model: nn.Module | None = None) -> Tensor:
@@ -455,7 +455,7 @@ def _batch(run: Run, order: NDArray[np.int64], epoch: int, step: int) -> list[tu
     size = settings.batch_size
     rows = order[step * size : (step + 1) * size]
     generator = torch.Generator().manual_seed(_seed(settings, epoch, step + 1))
-    views = draw_views(size, run.spec.preprocessing.image_size, flip=settings.flip, generator=generator)
+    views = draw_views(size, run.spec.preprocessing.size, flip=settings.flip, generator=generator)
     micro = size // settings.accumulate
     part = micro // handle.num_processes
     found = []
@@ -681,7 +681,8 @@ def _fingerprint(
     for name in NEUTRAL:
         del settings_of_outcome[name]
     new = asdict(spec)
-    new.update(new.pop("preprocessing"))
+    del new["preprocessing"]
+    new.update(spec.preprocessing.declared())
     del new["folder"]
     if new["head"] is None:  # runs from before this key existed can be resumed
         del new["head"]

@@ -1,4 +1,4 @@
-"""Where images come from, and how they become upright RGB pictures.
+"""Where images come from, and how their files become pictures.
 
 Paths arrive from payloads and CSV files, and files from whoever could upload one: both are treated as hostile.
 """
@@ -8,12 +8,8 @@ from __future__ import annotations
 import functools
 import importlib
 import io
-import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
-
-import numpy as np
-from numpy.typing import NDArray
 
 from trainer.errors import ImageProblem, TrainerError
 from trainer.image_roots import TIMEOUT, one_line, open_root, shown
@@ -36,8 +32,6 @@ FORMATS = {
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".pgm", ".ppm", ".pnm", ".avif")
 """By which a folder's images are told from its other files. Whoever names an image may call it as they like."""
-
-_EXIF_ORIENTATION = 0x0112
 
 
 class ImageSource:
@@ -99,11 +93,10 @@ class ImageSource:
         return self._root.read(self._root.below(path), self.max_bytes)
 
     def decode(self, data: bytes, path: str) -> Image.Image:
-        """The picture in an image file's bytes: mode RGB, turned upright by its EXIF orientation. `path` is its name.
+        """The picture in an image file's bytes, as it lies there: its own mode, not turned. `path` is its name.
 
-        Transparency is flattened on white, animations give their first frame, 16-bit greys are scaled to 8 bits.
-        32-bit integer and floating-point greys carry no scale: they are read as 0..65535, and as 0..1 or 0..255, where
-        all values fit, and stretched from their least to their greatest value otherwise. Colour profiles are ignored.
+        Of an animation it is the first frame. What becomes of mode, transparency and orientation is a matter of the
+        encoder: see `Preprocessing.prepare`, or `trainer.conversion.to_rgb` to show a picture.
 
         Raises ImageProblem where it is no picture that can be used.
         """
@@ -119,7 +112,8 @@ def _decode(data: bytes, path: str, max_pixels: int) -> Image.Image:
         if width * height > max_pixels:
             raise ValueError(f"{width} x {height} pixels are over the limit of {max_pixels:,}")
         image.load()
-        return _upright(_rgb(image), image)
+        image.filename = path  # by which a problem found later is named; nothing reads from it
+        return image
     except Exception as error:  # over a forged file a decoder may raise anything
         raise ImageProblem(f"image {shown(path)} cannot be decoded: {one_line(error)}") from error
 
@@ -144,54 +138,3 @@ def _open(data: bytes) -> ImageFile.ImageFile:
 def _load_plugins() -> None:
     for module in FORMATS.values():
         importlib.import_module(f"PIL.{module}")
-
-
-def _rgb(image: Image.Image) -> Image.Image:
-    from PIL import Image
-
-    if image.mode.startswith("I;16"):
-        return _grey((np.asarray(image).astype(np.uint32) * 255 + 32767) // 65535)
-    if image.mode in ("I", "F"):
-        return _grey(_stretched(np.asarray(image, dtype=np.float64), integers=image.mode == "I"))
-    if image.has_transparency_data:
-        layer = image.convert("RGBA")
-        flat = Image.new("RGB", image.size, "white")
-        flat.paste(layer, mask=layer.getchannel("A"))
-        return flat
-    return image.convert("RGB")
-
-
-def _grey(values: NDArray[Any]) -> Image.Image:
-    from PIL import Image
-
-    return Image.fromarray(values.astype(np.uint8)).convert("RGB")
-
-
-def _stretched(values: NDArray[np.float64], *, integers: bool) -> NDArray[np.float64]:
-    """Greys (height, width) without a declared scale to 0..255."""
-    least, greatest = float(values.min()), float(values.max())
-    if not (math.isfinite(least) and math.isfinite(greatest)):
-        raise ValueError("it holds pixels that are not finite numbers")
-    for limit in (65535,) if integers else (1, 255):
-        if least >= 0 and greatest <= limit:
-            return np.round(values * 255 / limit)
-    return np.round((values - least) * 255 / (greatest - least)) if greatest > least else np.zeros_like(values)
-
-
-def _upright(picture: Image.Image, original: Image.Image) -> Image.Image:
-    from PIL.Image import Transpose
-
-    try:
-        orientation = int(original.getexif().get(_EXIF_ORIENTATION, 1))
-    except Exception:  # broken metadata does not spoil the picture
-        return picture
-    turns = {
-        2: Transpose.FLIP_LEFT_RIGHT,
-        3: Transpose.ROTATE_180,
-        4: Transpose.FLIP_TOP_BOTTOM,
-        5: Transpose.TRANSPOSE,
-        6: Transpose.ROTATE_270,
-        7: Transpose.TRANSVERSE,
-        8: Transpose.ROTATE_90,
-    }
-    return picture.transpose(turns[orientation]) if orientation in turns else picture

@@ -40,7 +40,7 @@ Report = Callable[[Literal["images", "old vectors"], int, int, float], None]
 class Inputs:
     """What training reads, in rows of usable images."""
 
-    pixels: Pixels  # n images of (3, S, S) uint8
+    pixels: Pixels  # n images of (3, H, W)
     digests: list[bytes]  # n, SHA-256 of the images' files
     labels: NDArray[np.int64]  # (n,) in 0..classes-1
     classes: int

@@ -40,6 +40,9 @@ def thumbnails(
 
     A source that cannot be reached is asked once: the others get the same reason without waiting for it.
     """
+    from trainer.preprocessing import Preprocessing
+
+    upright = Preprocessing(SIDE)  # as a browser shows them, whatever an encoder makes of them
     wanted = list(dict.fromkeys(path for path in paths if isinstance(path, str)))
     found: dict[str, Thumbnail] = {}
     unreachable: str | None = None
@@ -49,7 +52,7 @@ def thumbnails(
         if unreachable is None:
             try:
                 images = images or open_images()
-                found[path] = Thumbnail(*_data_uri(images.load(path)))
+                found[path] = Thumbnail(*_data_uri(upright.to_rgb(images.load(path))))
                 continue
             except ImageProblem as error:
                 found[path] = Thumbnail(None, problem=shown(str(error), 200))

@@ -11,13 +11,14 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from adapters.base import ItemId, Payload, Store
 from migrator.config import FLIPS, Gate
-from migrator.encoding import Images, embed, locate
+from migrator.encoding import embed, locate
 from migrator.errors import Refused
 from migrator.ledger import Migration
 from migrator.old_vectors import old_vectors
@@ -46,7 +47,7 @@ from migrator.verify.ranking import rank
 from migrator.verify.scores import draw_listed_pairs, draw_pairs, score_histograms, score_pairs, shift
 from migrator.verify.standing import look_of
 from migrator.verify.statistics import Interval, Sure, bootstrap
-from migrator.verify.views import AlteredImages
+from migrator.verify.views import altered
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -402,12 +403,10 @@ def embed_queries(
 ) -> tuple[NDArray[np.int64], Sequence[NDArray[np.float32]], dict[str, str]]:
     """The questions at `asking` (n,) whose images can be read, as positions (q,); their vectors by each encoder,
     (q, dim); and path -> reason for the others."""
-    source: Images = images
-    if questions.kind == "instance":
-        source = AlteredImages(images, questions.made_from["seed"])
+    view = partial(altered, seed=questions.made_from["seed"]) if questions.kind == "instance" else None
     paths = at_rows(questions.paths, asking)
     step = _counting(report, "queries", len(paths))
-    found = embed(source, paths, encoders, report=step, **project.loading())
+    found = embed(images, paths, encoders, report=step, view=view, **project.loading())
     return asking[found.rows], found.vectors, {paths[row]: why for row, why in found.problems.items()}
 
 

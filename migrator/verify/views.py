@@ -4,28 +4,13 @@ from __future__ import annotations
 
 import io
 import random
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from PIL import Image
 
-    from migrator.encoding import Images
-
 _JPEG_LONGEST = 65_500
 """The format holds no longer side."""
-
-
-@dataclass(frozen=True, slots=True)
-class AlteredImages:
-    """The images of a source, each as `altered` shows it: for `migrator.encoding.embed`."""
-
-    images: Images
-    seed: int
-
-    def load(self, path: str) -> Image.Image:
-        """The altered view of the image at `path`. Raises what the source raises."""
-        return altered(self.images.load(path), path, self.seed)
 
 
 def altered(image: Image.Image, key: str, seed: int) -> Image.Image:

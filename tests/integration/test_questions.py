@@ -6,6 +6,7 @@ import datetime as dt
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from migrator.ledger import Migration
 from migrator.project import Project
 from migrator.verify.asked import Asked
 from migrator.verify.questions import Questions, frozen_questions, read_frozen
-from migrator.verify.views import AlteredImages
+from migrator.verify.views import altered
 from tests.world import NAME, World, write_gallery
 
 MIGRATION = Migration(id=1, created_at=dt.datetime(2026, 11, 25, tzinfo=dt.UTC))
@@ -86,7 +87,7 @@ def test_items_ask_for_themselves_in_views_that_can_be_embedded(world: World) ->
     with opened(world) as project:
         encoder = project.load(project.old_spec())
         source = project.images()
-        views = embed(AlteredImages(source, 0), drawn.paths, [encoder], **project.loading())
+        views = embed(source, drawn.paths, [encoder], view=partial(altered, seed=0), **project.loading())
         plain = embed(source, drawn.paths, [encoder], **project.loading())
     assert views.problems == {}
     likeness = (views.vectors[0] * plain.vectors[0]).sum(axis=1)

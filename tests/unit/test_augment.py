@@ -7,7 +7,7 @@ from trainer.augment import Views, augmented, draw_views
 
 
 def views_of(count: int, side: int, *, flip: bool, seed: int = 0) -> Views:
-    return draw_views(count, side, flip=flip, generator=torch.Generator().manual_seed(seed))
+    return draw_views(count, (side, side), flip=flip, generator=torch.Generator().manual_seed(seed))
 
 
 def seen(image: Tensor, views: Views) -> Tensor:

@@ -173,8 +173,9 @@ def refused(kind: type[Section], key: str, value: Any) -> bool:
     """Whether a section refuses this value of its key, whatever else it lacks."""
     arch = {"arch": "resnet18"} if key in ("pretrained", "preprocessing", "head") else {}  # keys of timm's models
     weights = {"weights": "old.pt"} if key == "head" else {}
+    transform = {"transform": "loader:transform"} if (key, value) == ("convert", "none") else {}
     try:
-        kind.model_validate({**arch, **weights, key: value})
+        kind.model_validate({**arch, **weights, **transform, key: value})
     except ValidationError as error:
         return any(problem["loc"][:1] == (key,) for problem in error.errors())
     return False

@@ -128,7 +128,7 @@ def test_prepare_takes_every_size(width: int, height: int, size: int, resize: An
         {"image_size": 32.0},
         {"image_size": True},
         {"resize": "stretch"},
-        {"interpolation": "nearest"},
+        {"interpolation": "linear"},
         {"mean": (0.5, 0.5)},
         {"mean": (0.5, 0.5, float("nan"))},
         {"mean": 0.5},
@@ -548,7 +548,7 @@ def test_a_dim_out_of_range_is_refused(dim: int) -> None:
 
 def test_pictures_that_an_architecture_cannot_take_are_refused() -> None:
     for arch in ("test_vit", "inception_v3"):
-        with pytest.raises(EncoderProblem, match=f"'{arch}' cannot take pictures of 20 pixels") as caught:
+        with pytest.raises(EncoderProblem, match=f"'{arch}' cannot take pictures of 20 x 20 pixels") as caught:
             build_model(EncoderSpec(arch, 8, Preprocessing(20)))
         one_line(caught)
 

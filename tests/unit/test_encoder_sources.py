@@ -205,7 +205,7 @@ def test_an_encoder_trained_from_a_factory_comes_back(folder: Path) -> None:
         ("factories:squeezed", r"gives features of shape \(6,\)"),
         ("factories:pair", "gives a tuple, not one tensor"),
         ("factories:nan", "no usable vector"),
-        ("factories:needs_64", "cannot take pictures of 16 pixels"),
+        ("factories:needs_64", "cannot take pictures of 16 x 16 pixels"),
     ],
 )
 def test_factories_that_give_no_encoder_are_told_in_one_line(folder: Path, name: str, said: str) -> None:
@@ -679,7 +679,7 @@ def test_preprocessing_of_timm_and_what_goes_before_it() -> None:
         timm_preprocessing("resnet81")
 
 
-@pytest.mark.parametrize("crop_pct", [0.05, 1.1, float("nan"), "0.9", True])
+@pytest.mark.parametrize("crop_pct", [0.05, 2.1, float("nan"), "0.9", True])
 def test_a_crop_out_of_range_is_refused(crop_pct: Any) -> None:
     with pytest.raises(EncoderProblem, match="crop_pct"):
         Preprocessing(SIZE, crop_pct=crop_pct)

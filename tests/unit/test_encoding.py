@@ -266,3 +266,39 @@ def test_what_will_not_pass_is_raised_at_once(naps, error):
     with pytest.raises(type(error)):
         patiently(call, seconds=60)
     assert (call.calls, naps) == (1, [])
+
+
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_a_view_is_of_the_picture_as_each_encoder_declares_it(orientation: int):
+    """And is not turned a second time, however often it is converted."""
+    from PIL import Image
+
+    from trainer.preprocessing import Preprocessing
+
+    image = Image.new("RGBA", (6, 4), (10, 20, 30, 0))
+    image.paste((10, 20, 30, 255), (0, 0, 3, 4))
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    image.info["exif"] = exif.tobytes()
+
+    class Pictures(Images):
+        def load(self, path: str) -> Any:
+            return image
+
+    class Declared(Encoder):
+        def __init__(self, **fields: Any) -> None:
+            super().__init__()
+            self.card = type("Card", (), {"preprocessing": Preprocessing(4, **fields)})
+            self.seen: list[Any] = []
+
+        def prepare(self, image: Any) -> NDArray[np.uint8]:
+            self.seen.append(self.card.preprocessing.to_rgb(image))
+            return np.zeros((2, 2, 3), np.uint8)
+
+    first, second = Declared(), Declared(exif="ignore", alpha="#0000ff")
+    run(["a"], first, second, images=Pictures(), view=lambda picture, path: picture.crop((0, 0, *picture.size)))
+    turned, kept = first.seen[0], second.seen[0]
+    assert (turned.size, kept.size) == ((4, 6) if orientation == 6 else (6, 4), (6, 4))
+    assert turned.getpixel((0, 0)) == kept.getpixel((0, 0)) == (10, 20, 30)
+    assert turned.getpixel((0, 5) if orientation == 6 else (5, 0)) == (255, 255, 255)
+    assert kept.getpixel((5, 0)) == (0, 0, 255)

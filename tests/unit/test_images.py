@@ -20,6 +20,7 @@ from PIL import Image
 
 from trainer.errors import ImageProblem, ImagesUnavailable, TrainerError
 from trainer.images import ImageSource
+from trainer.preprocessing import Preprocessing
 
 RED, WHITE = (255, 0, 0), (255, 255, 255)
 
@@ -32,7 +33,7 @@ def encoded(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
 
 def loaded(folder: Path, data: bytes, **options: Any) -> Image.Image:
     (folder / "x").write_bytes(data)
-    return ImageSource(str(folder), **options).load("x")
+    return Preprocessing(8).to_rgb(ImageSource(str(folder), **options).load("x"))
 
 
 def refused(folder: Path, data: bytes, **options: Any) -> str:

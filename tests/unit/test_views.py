@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from migrator.verify import views
-from migrator.verify.views import AlteredImages, altered
+from migrator.verify.views import altered
 
 
 def picture(width: int = 60, height: int = 40, seed: int = 0) -> Image.Image:
@@ -89,11 +89,3 @@ def test_some_views_are_compressed_and_others_blurred(monkeypatch: pytest.Monkey
 @pytest.mark.parametrize("mode", ["L", "RGBA", "P", "CMYK"])
 def test_other_modes_become_rgb(mode: str) -> None:
     assert altered(picture().convert(mode), "x", 0).mode == "RGB"
-
-
-def test_a_source_of_views() -> None:
-    class Source:
-        def load(self, path: str) -> Image.Image:
-            return picture(seed=len(path))
-
-    assert same(AlteredImages(Source(), 3).load("abc"), altered(picture(seed=3), "abc", 3))
