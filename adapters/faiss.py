@@ -1,7 +1,8 @@
-"""FAISS: a folder with the user's `index.faiss` and `items.parquet`, which applications read with FAISS and Arrow.
+"""FAISS: the user's index and Parquet files of items, which applications read with FAISS and Arrow.
 
-Items and vectors belong together by FAISS id: the column `faiss_id` if there is one, else the column `id` where the
-index has an ID map, else the row number.
+Items and vectors belong together by FAISS id: the column `faiss_id` if there is one, else the item's id where the
+index has an ID map, else the row number. An item's id is the column `id`, else the row number. Where files with the
+exact vectors lie beside an index that keeps approximations, vectors that no migration has replaced are read from them.
 
 How a crash or the application's own writes cannot do harm: a written vector goes to a segment file together with the
 checksum of the vector that it replaces. A row of a segment is *pending* while index.faiss holds that vector,
@@ -19,9 +20,9 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,39 +38,67 @@ from adapters.base import (
     Vectors,
     WriteReport,
     order_key,
+    same_value,
 )
-from adapters.faiss_changes import ABSENT, Change, Changes, fitting
+from adapters.faiss_changes import ABSENT, Change, Changes
 from adapters.faiss_files import (
     Folder,
-    Identity,
-    Items,
+    Generation,
     Segment,
     Stamps,
     identity,
     make_folder,
 )
 from adapters.faiss_index import Index, row_checksums
+from adapters.faiss_items import Items, listed, write_parquet_like
+from adapters.faiss_originals import FEWEST, FITS, SAMPLE, Originals
+from adapters.faiss_payload import Row, fitting, joined, take
+from adapters.faiss_payload import rows as rows_of
 from adapters.files import Vanished, replace_link
 from adapters.vectors import as_batch, unusable
 
 if TYPE_CHECKING:
     import filelock
-    import pyarrow as pa
+
+T = TypeVar("T")
 
 TRIES = 20  # a folder that is replaced again and again while we read it
 STEADY = 6  # looks at the same two files that do not fit before they are refused: the second may be on its way
 PAUSE = 0.05  # seconds between them: an application replaces its two files one after the other
 
 
-def open_store(config: Mapping[str, Any], *, write: bool) -> FaissStore:
-    """Opens the folder `config["path"]`. For writing it takes the folder's lock; for reading it changes nothing.
+SAME_VECTORS = "name the files that the index was built from as store.vectors, in the order of the items, or none"
 
-    Raises `StoreRejected` if the folder does not hold a collection, `StoreBusy` if another process writes it.
+
+def open_store(config: Mapping[str, Any], *, write: bool) -> FaissStore:
+    """Opens the folder `path` of `config`, or the files `index` and `items`, and `vectors` beside either.
+
+    For writing it takes the collection's lock; for reading it changes nothing.
+
+    Raises `StoreRejected` if there is no collection, `StoreBusy` if another process writes it.
     """
-    unknown = sorted(set(config) - {"kind", "path"})
-    if unknown or not isinstance(config.get("path"), (str, os.PathLike)):
-        raise StoreRejected(f"a faiss store has one setting, its folder `path`; given: {', '.join(sorted(config))}")
-    return FaissStore(Folder(config["path"]), write=write)
+    given = {key: value for key, value in config.items() if key != "kind" and value is not None}
+    items, vectors = _texts(given.get("items")), _texts(given.get("vectors"))
+    folder = given.keys() <= {"path", "vectors"} and isinstance(given.get("path"), (str, os.PathLike))
+    files = (
+        given.keys() <= {"index", "items", "vectors"} and isinstance(given.get("index"), (str, os.PathLike)) and items
+    )
+    if vectors is None or not (folder or files):
+        raise StoreRejected(
+            "a faiss store has the setting `path`, its folder, or `index` and `items`, its files, and `vectors` "
+            f"beside either; given: {', '.join(sorted(config))}"
+        )
+    if folder:
+        return FaissStore(Folder(given["path"], vectors=vectors), write=write)
+    return FaissStore(Folder(index=given["index"], items=items or (), vectors=vectors), write=write)
+
+
+def _texts(value: Any) -> list[str] | None:
+    """One name or several as a list; None for what is neither."""
+    values = [] if value is None else [value] if isinstance(value, (str, os.PathLike)) else value
+    if not isinstance(values, list | tuple) or not all(isinstance(one, (str, os.PathLike)) for one in values):
+        return None
+    return [str(one) for one in values]
 
 
 class _State:
@@ -78,8 +107,13 @@ class _State:
     Arrays with one entry an item are in the order of `items.ids`.
     """
 
-    def __init__(self, folder: Folder, items: Items, index: Index, generation: tuple[Identity, Identity]) -> None:
+    def __init__(
+        self, folder: Folder, items: Items, index: Index, files: Originals | None, generation: Generation
+    ) -> None:
         self.folder, self.items, self.index, self.generation = folder, items, index, generation
+        self.vector_files = files
+        self.originals = None if index.exact_vectors else files
+        """What vectors are read from that no migration has replaced."""
         self.ids = items.ids
         self.where = _match(folder, items, index)  # position in the index
         self.rank = {item: rank for rank, item in enumerate(self.ids)}
@@ -88,6 +122,8 @@ class _State:
         self.pending = np.zeros(len(self.ids), bool)
         self.carried = np.zeros(len(self.ids), bool)
         """Vectors that only a rebuild of a quantised index has changed since the original."""
+        self.replaced = np.zeros(len(self.ids), bool)
+        """Vectors that the application has replaced in the index alone: their originals are of the past."""
         self.unbalanced = False
         self.changes = Changes()
         self._written: Vectors | None = None
@@ -160,8 +196,8 @@ class _State:
 
     def followed_by(self, index: Index) -> _State:
         """The state in which `index` holds everything that was written."""
-        following = _State(self.folder, self.items, index, self.generation)
-        following.known_stamps, following.stamps = self.known_stamps, self.stamps
+        following = _State(self.folder, self.items, index, self.vector_files, self.generation)
+        following.known_stamps, following.stamps, following.replaced = self.known_stamps, self.stamps, self.replaced
         return following
 
     @cached_property
@@ -170,14 +206,54 @@ class _State:
         return dict(zip(self.index.labels[self.where].tolist(), self.ids, strict=True))
 
     def vectors(self, ranks: NDArray[np.int64]) -> Vectors:
-        """(m,) -> (m, dim): what was written last, else what the index holds."""
+        """(m,) -> (m, dim): what was written last, else the original, else what the index holds."""
         pending = self.pending[ranks]
+        original = np.zeros(len(ranks), bool) if self.originals is None else ~pending & self._are_original(ranks)
         if pending.all():
             return self.written[ranks]
+        if original.all() and self.originals is not None:
+            return self.originals.vectors(self.items.rows[ranks])
         vectors = self.index.vectors(self.where[ranks])
+        if original.any() and self.originals is not None:
+            vectors[original] = self.originals.vectors(self.items.rows[ranks[original]])
         if pending.any():
             vectors[pending] = self.written[ranks[pending]]
         return vectors
+
+    def _are_original(self, ranks: NDArray[np.int64]) -> NDArray[np.bool_]:
+        original: NDArray[np.bool_] = (self.stamps[ranks] == 0) & ~self.replaced[ranks]
+        return original
+
+    @property
+    def exact_vectors(self) -> bool:
+        """Whether vectors come back bit for bit: from the index, or from the files beside it."""
+        if self.index.exact_vectors:
+            return True
+        return self.originals is not None and bool((self.pending | self._are_original(np.arange(len(self.ids)))).all())
+
+    def originals_fit(self) -> bool:
+        """Whether the files of vectors hold those of the index in the order of the items, by a sample.
+
+        Of what the application or a migration has replaced nothing can be told.
+        """
+        if self.vector_files is None:
+            return True
+        ranks = np.flatnonzero(self._are_original(np.arange(len(self.ids))) & ~self.pending)
+        ranks = np.random.default_rng(0).choice(ranks, min(SAMPLE, len(ranks)), replace=False)
+        if len(ranks) < FEWEST:
+            return True
+        kept = _directions(self.index.vectors(self.where[ranks]))
+        exact = _directions(self.vector_files.vectors(self.items.rows[ranks]))
+        own, others = (np.einsum("nd,nd->n", kept, some) for some in (exact, np.roll(exact, 1, axis=0)))
+        return bool(np.mean(own >= others) >= FITS)
+
+    def note_replaced(self, before: _State) -> None:
+        """Learns from the state before which vectors the application has replaced in the index alone."""
+        if self.originals is None or before.generation[1:] != self.generation[1:] or before.index.dim != self.index.dim:
+            return
+        everything = np.arange(len(self.ids))
+        untouched = (before.stamps == 0) & (self.stamps == 0) & ~self.carried
+        self.replaced = before.replaced | (untouched & (before.checksums(everything) != self.checksums(everything)))
 
     def all_after(self, item: ItemId | None) -> Iterator[ItemId]:
         """Ids beyond `item`, in order, with what was inserted and removed."""
@@ -199,7 +275,7 @@ def _match(folder: Folder, items: Items, index: Index) -> NDArray[np.int64]:
         )
     if items.faiss_ids is not None:
         labels, column = items.faiss_ids, "faiss_id"
-    elif index.has_id_map:
+    elif index.has_id_map and not items.numbered:
         if n and isinstance(items.ids[0], str):
             raise StoreRejected(
                 f"{folder.index} has an ID map, but the ids in {folder.items} are strings: add an integer column "
@@ -233,11 +309,12 @@ class FaissStore:
         self._writing = threading.Lock()  # one write or publication at a time
         self._held: filelock.BaseFileLock | None = None
         self._open = True
+        self._check_there()
         if write:
             self._held = folder.lock()
         try:
             self._state = self._load()
-            self._first_items = self._state.generation[1]
+            self._first_items = self._state.generation.of_items
         except BaseException:
             self.close()
             raise
@@ -246,7 +323,7 @@ class FaissStore:
 
     def _load(self) -> _State:
         """The folder as it is, all files of one generation."""
-        seen: list[tuple[Identity, Identity]] = []
+        seen: list[Generation] = []
         for attempt in range(TRIES):
             if attempt:
                 time.sleep(PAUSE)
@@ -260,26 +337,56 @@ class FaissStore:
                 continue
             if self._folder.identity() == generation:
                 return state
-        raise StoreUnavailable(f"{self._folder.path} is being replaced all the time: try again when it rests")
+        raise StoreUnavailable(f"{self._folder.local} is being replaced all the time: try again when it rests")
 
-    def _read(self, generation: tuple[Identity, Identity]) -> _State:
+    def _read(self, generation: Generation) -> _State:
         folder = self._folder
-        state = _State(folder, folder.read_items(), folder.read_index(folder.live(folder.index)), generation)
+        problems: list[str] = []
+        items = _attempt(problems, folder.read_items)
+        index = _attempt(problems, lambda: folder.read_index(folder.live(folder.index)))
+        originals = _attempt(problems, folder.read_originals)
+        if originals is not None:
+            problems += _unlike(folder, originals, items, index)
+        state = None
+        if items is not None and index is not None:
+            state = _attempt(problems, lambda: _State(folder, items, index, originals, generation))
+        if state is None or problems:
+            raise StoreRejected(listed(problems))
         for file in folder.stamp_files():
             state.apply_stamps(folder.read_stamps(file))
         for file in folder.segment_files():
             state.apply_segment(folder.read_segment(file))
         for file in folder.change_files():
             state.apply_change(folder.read_change(file))
+        if not state.originals_fit():
+            raise StoreRejected(
+                f"{originals} hold other vectors than {folder.index}, or in another order: {SAME_VECTORS}"
+            )
         return state
+
+    def _check_there(self) -> None:
+        """Raises `StoreRejected` with all that is wrong where one of the user's files is not there."""
+        folder = self._folder
+        problems = folder.missing()
+        if problems:
+            readers: list[Callable[[], object]] = (
+                [lambda: folder.read_index(folder.index)] if folder.index.is_file() else []
+            )
+            readers += [folder.read_items] if folder.item_files() else []
+            readers += [folder.read_originals]
+            for reader in readers:
+                _attempt(problems, reader)
+            raise StoreRejected(listed(problems))
 
     def _current(self) -> _State:
         """The state in memory, after a look whether the application has replaced a file. Call with `_lock` held."""
         if not self._open:
-            raise StoreRejected(f"{self._folder.path} was closed")
+            raise StoreRejected(f"{self._folder.local} was closed")
         if self._folder.identity() != self._state.generation:
             try:
-                self._state = self._load()
+                following = self._load()
+                following.note_replaced(self._state)
+                self._state = following
             except StoreRejected as error:
                 # Half of a replacement, perhaps: the application changes its two files one after the other.
                 raise StoreUnavailable(f"{error} (it was replaced while open)") from error
@@ -291,7 +398,8 @@ class FaissStore:
     def capabilities(self) -> Capabilities:
         """What this kind of index allows."""
         with self._lock:
-            index = self._current().index
+            state = self._current()
+            index, exact = state.index, state.exact_vectors
         notes = []
         if index.goes_out_of_balance:
             notes.append(
@@ -304,16 +412,23 @@ class FaissStore:
                 "parameters at the cutover; until then searches find the old vectors"
             )
         if not index.exact_vectors:
-            notes.append(f"{index.name} keeps approximations: vectors read from it differ from those that were added")
+            kept = f"{index.name} keeps approximations: vectors read from it differ from those that were added"
+            if self._folder.vectors_outlived():
+                kept += "; the files of store.vectors are of before the last migration and not used: leave them away"
+            elif state.originals is None:
+                kept += "; where you have the exact ones as .npy files, name them as store.vectors"
+            else:
+                kept = f"{index.name} keeps approximations; old vectors are read from the files of store.vectors"
+            notes.append(kept)
         return Capabilities(
             update_in_place=index.updates_in_place,
             visible="on_publish" if index.updates_in_place else "at_cutover",
             stamps=True,
             concurrent_writers=False,
-            exact_vectors=index.exact_vectors,
+            exact_vectors=exact,
             normalises=False,
             partial_update=True,
-            aliases=True,
+            aliases=self._folder.is_folder,
             notes=tuple(notes),
         )
 
@@ -325,8 +440,8 @@ class FaissStore:
             state = self._current()
         index = state.index
         return CollectionInfo(
-            name=f"faiss:{self._folder.path}",
-            local=str(self._folder.path),
+            name=f"faiss:{self._folder.local}",
+            local=self._folder.local,
             alias=self._folder.alias,
             dim=index.dim,
             metric=index.metric,
@@ -334,7 +449,7 @@ class FaissStore:
             index=index.description,
             server=f"faiss {faiss.__version__}",
             schema={field.name: str(field.type) for field in state.items.payload.schema},
-            bytes_on_disk=state.generation[0][2],
+            bytes_on_disk=state.generation.of_index[2],
         )
 
     # -- reading --------------------------------------------------------------------------------------------------
@@ -361,7 +476,7 @@ class FaissStore:
             ranks = state.ranks(plain)
             found = state.vectors(ranks) if vectors else None
             stamps = [state.known_stamps[number] for number in state.stamps[ranks].tolist()]
-            payloads = state.items.payload.take(state.items.rows[ranks]).to_pylist() if payload else None
+            payloads = rows_of(state.items.payload, state.items.rows[ranks]) if payload else None
         if len(plain) == len(there):
             return Page(there, found, payloads, stamps)
         place = {item: row for row, item in enumerate(plain)}
@@ -482,7 +597,7 @@ class FaissStore:
 
     def _items_replaced(self, state: _State) -> bool:
         """Whether payloads may have changed since this store was opened."""
-        return state.generation[1] != self._first_items
+        return state.generation.of_items != self._first_items
 
     def insert(self, page: Page) -> WriteReport:
         """Makes whole items durable beside the two files; `publish(final=True)` brings them in."""
@@ -510,7 +625,7 @@ class FaissStore:
             rows = [row for row, item in enumerate(page.ids) if item not in rejected]
             ids = [page.ids[row] for row in rows]
             change = Change(
-                ids, self._replaced(state, ids), vectors[rows], payload.take(rows), [page.stamps[row] for row in rows]
+                ids, self._replaced(state, ids), vectors[rows], take(payload, rows), [page.stamps[row] for row in rows]
             )
         if ids:
             self._folder.write_change(change)
@@ -568,7 +683,7 @@ class FaissStore:
             return False
         ready = folder.prepare(write)
         try:
-            following.generation = (identity(ready.stat()), state.generation[1])
+            following.generation = state.generation._replace(of_index=identity(ready.stat()))
             # The stamps come first: until the rename they fit no vector that they should not.
             stamps = self._write_stamps(following)
             with self._lock:
@@ -589,7 +704,8 @@ class FaissStore:
         """One attempt at bringing inserted and removed items into the two files; False if one was replaced."""
         folder = self._folder
         old_files = [*folder.stamp_files(), *folder.segment_files(), *folder.change_files()]
-        table, vectors, labels, stamps = _merged(state)
+        merged = _Merged(state)
+        vectors, labels, stamps = merged.vectors, merged.labels, merged.stamps
         index = folder.read_index(folder.index)
         index.fill(vectors, labels)
         ready = folder.prepare(index.write)
@@ -599,10 +715,10 @@ class FaissStore:
             with self._lock:
                 if folder.identity() != state.generation:
                     return False
-                folder.replace_both(ready, table)
+                folder.replace_files(ready, merged.files())
                 folder.remove(old_files)
                 self._state = self._load()
-                self._first_items = self._state.generation[1]
+                self._first_items = self._state.generation.of_items
         finally:
             ready.unlink(missing_ok=True)
         return True
@@ -676,10 +792,13 @@ class FaissStore:
                 waiting = int(state.pending.sum()) + len(state.changes.by_id)
                 if waiting:
                     raise StoreRejected(
-                        f"{self._folder.path}: {waiting} written vectors are not published: publish them, or restore "
+                        f"{self._folder.local}: {waiting} written vectors are not published: publish them, or restore "
                         "the old ones, before the migration is forgotten"
                     )
                 folder = self._folder
+                if state.originals is not None and state.stamps.any():
+                    folder.outlive_vectors()
+                    state.originals = state.vector_files = None
                 folder.remove([*folder.stamp_files(), *folder.segment_files(), folder.original])
                 state.stamps[:] = 0
                 state.carried[:] = False
@@ -688,16 +807,18 @@ class FaissStore:
     # -- a second collection ----------------------------------------------------------------------------------------
 
     def exists(self, local: str) -> bool:
-        """Whether there is a folder of that path with an index in it."""
+        """Whether there is a folder of that path with an index in it, or this collection is called so."""
         with self._lock:
             self._current()
+        if local == self._folder.local:
+            return self._folder.index.is_file()
         return Path(local, "index.faiss").is_file() and not Path(local).is_symlink()
 
     def sibling(self, local: str) -> FaissStore:
-        """The collection in another folder."""
+        """The collection in another folder, or this one once more."""
         with self._lock:
             self._current()
-        return FaissStore(Folder(local), write=self._held is not None)
+        return FaissStore(self._folder.opened_as(local), write=self._held is not None)
 
     def create_like(self, local: str, *, dim: int) -> FaissStore:
         """A new folder with an empty index of the same kind and parameters, and the same columns."""
@@ -737,17 +858,18 @@ class FaissStore:
         with self._writing:
             self._must_write()
             folder = self._folder
-            for link in folder.path.parent.iterdir():
-                if link.is_symlink() and link.resolve() == folder.path:
-                    raise StoreRejected(f"{folder.path} is not deleted: the symbolic link {link} leads to it")
+            named = Path(folder.local)
+            for link in named.parent.iterdir():
+                if link != named and link.is_symlink() and link.resolve() == named:
+                    raise StoreRejected(f"{named} is not deleted: the symbolic link {link} leads to it")
         self.close()
         folder.delete()
 
     def _must_write(self) -> None:
         if not self._open:
-            raise StoreRejected(f"{self._folder.path} was closed")
+            raise StoreRejected(f"{self._folder.local} was closed")
         if self._held is None:
-            raise StoreRejected(f"{self._folder.path} was opened for reading only")
+            raise StoreRejected(f"{self._folder.local} was opened for reading only")
 
     def close(self) -> None:
         """Lets go of the folder. Safe to repeat."""
@@ -768,6 +890,9 @@ def _same(state: _State, original: Index) -> NDArray[np.bool_]:
     pending = np.flatnonzero(state.pending)
     checksums[pending] = row_checksums(state.written[pending])
     same: NDArray[np.bool_] = state.carried | (checksums == original.checksums[where])
+    if state.originals is not None:  # the undo log has these, not what the index makes of them
+        exact = row_checksums(state.originals.vectors(state.items.rows[pending]))
+        same[pending] |= checksums[pending] == exact
     return same
 
 
@@ -780,7 +905,11 @@ def _changed(made_from: Page, now: Page) -> list[ItemId]:
     changed = {item for item, checksum in after if before.get(item) != checksum}
     if now.payloads is not None and made_from.payloads is not None:
         payloads = dict(zip(made_from.ids, made_from.payloads, strict=True))
-        changed |= {item for item, fields in zip(now.ids, now.payloads, strict=True) if payloads.get(item) != fields}
+        changed |= {
+            item
+            for item, fields in zip(now.ids, now.payloads, strict=True)
+            if not same_value(payloads.get(item), fields)
+        }
     return [item for item in now.ids if item in changed]
 
 
@@ -795,41 +924,98 @@ def _not_ours(changed: list[ItemId], now: Page, ids: Sequence[ItemId], vectors: 
     ]
 
 
-def _merged(
-    state: _State,
-) -> tuple[pa.Table, Vectors, NDArray[np.int64], dict[int, tuple[ItemId, str]]]:
-    """The items table with all changes, and by its rows: vectors (m, dim), FAISS ids (m,), and stamps where there are.
+class _Merged:
+    """All items with what was inserted and removed, row by row. Those that stay keep their order, what is new follows.
 
-    Rows that stay keep their order; what is new comes after them.
+    vectors (m, dim), FAISS ids (m,), and stamps where there are, by row.
     """
-    import pyarrow as pa
 
-    items, staged = state.items, state.changes.by_id
-    by_row = np.argsort(items.rows)  # rank of each row
-    kept = [int(rank) for rank in by_row if staged.get(state.ids[rank], True) is not None]
-    new = [item for item, _ in state.changes.staged() if item not in state.rank]
-    ids = [*(state.ids[rank] for rank in kept), *new]
-    vectors = np.empty((len(ids), state.index.dim), np.float32)
-    vectors[: len(kept)] = state.vectors(np.array(kept, np.int64))
-    payload = items.payload.take(items.rows[kept]).to_pylist()
-    stamps: dict[int, tuple[ItemId, str]] = {}
-    for row, item in enumerate(ids):
-        changed = staged.get(item)
-        if changed is not None:
-            vectors[row] = changed.vector
-            if row < len(kept):
-                payload[row] = dict(changed.payload)
-            else:
-                payload.append(dict(changed.payload))
-        stamp = changed.stamp if changed is not None else state.known_stamps[state.stamps[kept[row]]]
-        if stamp is not None:
-            stamps[row] = (item, stamp)
-    table = pa.Table.from_pylist(payload, schema=items.payload.schema)
-    if items.faiss_ids is not None:
-        first = int(items.faiss_ids.max(initial=-1)) + 1
-        labels = np.concatenate([items.faiss_ids[kept], np.arange(first, first + len(new))]).astype(np.int64)
-    elif state.index.has_id_map:
-        labels = np.array(ids, np.int64)
-    else:
-        labels = np.arange(len(ids))
-    return items.table(ids, labels, table), vectors, labels, stamps
+    def __init__(self, state: _State) -> None:
+        items, staged = state.items, state.changes.by_id
+        self._state = state
+        by_row = np.argsort(items.rows)  # rank of each row
+        kept = np.array([rank for rank in by_row if staged.get(state.ids[rank], True) is not None], np.int64)
+        new = [item for item, _ in state.changes.staged() if item not in state.rank]
+        self.ids = [*(state.ids[rank] for rank in kept), *new]
+        self._rows = items.rows[kept]  # ascending
+        self.vectors = np.empty((len(self.ids), state.index.dim), np.float32)
+        self.vectors[: len(kept)] = state.vectors(kept)
+        self.stamps: dict[int, tuple[ItemId, str]] = {}
+        self._changed: dict[int, Row] = {}
+        for row, item in enumerate(self.ids):
+            changed = staged.get(item)
+            if changed is not None:
+                self.vectors[row] = changed.vector
+                self._changed[row] = changed.payload
+            stamp = changed.stamp if changed is not None else state.known_stamps[state.stamps[kept[row]]]
+            if stamp is not None:
+                self.stamps[row] = (item, stamp)
+        rows = np.arange(len(self.ids))
+        self._with_ids = items.numbered and self.ids != rows.tolist()
+        """The row numbers are not the ids any more."""
+        if items.faiss_ids is not None:
+            first = int(items.faiss_ids.max(initial=-1)) + 1
+            self.labels = np.concatenate([items.faiss_ids[kept], np.arange(first, first + len(new))]).astype(np.int64)
+        elif state.index.has_id_map:
+            self.labels = np.array(self.ids, np.int64)
+        else:
+            self.labels = rows
+
+    def files(self) -> dict[Path, Callable[[IO[bytes]], object]]:
+        """The user's files that are to be another, with what writes each."""
+        items, schema = self._state.items, self._state.items.payload.schema
+        changed, _ = fitting(list(self._changed.values()), schema)
+        places = np.concatenate([self._rows, np.zeros(len(self.ids) - len(self._rows), np.int64)])
+        places[list(self._changed)] = len(items.payload) + np.arange(len(self._changed))
+        payload = take(joined([items.payload, changed], schema), places) if schema.names else items.payload
+        written: dict[Path, Callable[[IO[bytes]], object]] = {}
+        for file, part in zip(items.files, self._parts([file.count for file in items.files]), strict=True):
+            if self._with_ids or self._differs(part, file.count):
+                table = items.file_table(
+                    file, self.ids[part], self.labels[part], payload.slice(part.start, part.stop - part.start),
+                    with_ids=self._with_ids,
+                )  # fmt: skip
+                written[file.path] = partial(write_parquet_like, file.path, table)
+        originals = self._state.vector_files
+        if originals is not None:
+            sizes = [len(file.array) for file in originals.files]
+            for original, part in zip(originals.files, self._parts(sizes), strict=True):
+                if self._differs(part, len(original.array)):
+                    written[original.path] = partial(original.write, self.vectors[part])
+        return written
+
+    def _parts(self, sizes: Sequence[int]) -> list[slice]:
+        """The rows that belong into each of the user's files: those that were there; what is new, into the last."""
+        stops = np.searchsorted(self._rows, np.cumsum(sizes)).tolist()
+        stops[-1] = len(self.ids)
+        return [slice(start, stop) for start, stop in itertools.pairwise([0, *stops])]
+
+    def _differs(self, part: slice, count: int) -> bool:
+        return part.stop - part.start != count or any(part.start <= row < part.stop for row in self._changed)
+
+
+def _attempt(problems: list[str], read: Callable[[], T]) -> T | None:
+    """What `read` gives; None, and a problem more, where it is refused."""
+    try:
+        return read()
+    except StoreRejected as error:
+        problems.append(str(error))
+        return None
+
+
+def _unlike(folder: Folder, originals: Originals, items: Items | None, index: Index | None) -> list[str]:
+    """How files of vectors differ in number or length from what they should be the vectors of."""
+    problems = []
+    if items is not None and originals.count != len(items.ids):
+        problems.append(f"{originals} hold {originals.count} vectors, but {folder.items} {len(items.ids)} items")
+    elif index is not None and originals.count != index.count:
+        problems.append(f"{originals} hold {originals.count} vectors, but {folder.index} {index.count}")
+    if index is not None and originals.dim != index.dim:
+        problems.append(f"{originals} hold {originals.dim}-d vectors, but {folder.index} {index.dim}-d ones")
+    return [f"{problem}: {SAME_VECTORS}" for problem in problems]
+
+
+def _directions(vectors: Vectors) -> Vectors:
+    """Vectors at unit length; zeros stay."""
+    norms = np.linalg.norm(vectors, axis=1, keepdims=True)
+    return np.asarray(vectors / np.where(norms > 0, norms, 1), np.float32)

@@ -9,12 +9,13 @@ from __future__ import annotations
 import bisect
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-from adapters.base import ItemId, Payload, Vectors, order_key
+from adapters.base import ItemId, Vectors, order_key
+from adapters.faiss_payload import Row, rows
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -39,7 +40,7 @@ class Staged:
     """An item as it will be, once published."""
 
     vector: NDArray[np.float32]
-    payload: Payload
+    payload: Row
     stamp: str | None
 
 
@@ -55,9 +56,9 @@ class Changes:
 
     def apply(self, change: Change, present: Mapping[ItemId, np.uint64]) -> None:
         """Takes over those rows whose item the files still have as it was; `present` has checksums by id."""
-        rows = [row for row, item in enumerate(change.ids) if present.get(item, ABSENT) == change.replaced[row]]
+        hold = [row for row, item in enumerate(change.ids) if present.get(item, ABSENT) == change.replaced[row]]
         if change.vectors is None:
-            for row in rows:
+            for row in hold:
                 item = change.ids[row]
                 if item in present:
                     self.by_id[item] = None
@@ -65,9 +66,9 @@ class Changes:
                     self.by_id.pop(item, None)
         else:
             assert change.payload is not None
-            payloads = change.payload.to_pylist()
-            for row in rows:
-                self.by_id[change.ids[row]] = Staged(change.vectors[row], payloads[row], change.stamps[row])
+            payloads = rows(change.payload, hold)
+            for row, payload in zip(hold, payloads, strict=True):
+                self.by_id[change.ids[row]] = Staged(change.vectors[row], payload, change.stamps[row])
         self._ordered = None
 
     def after(self, item: ItemId | None) -> Iterator[ItemId]:
@@ -81,31 +82,3 @@ class Changes:
     def staged(self) -> Iterator[tuple[ItemId, Staged]]:
         """Every item that will be there."""
         return ((item, staged) for item, staged in self.by_id.items() if staged is not None)
-
-
-def fitting(payloads: Sequence[Payload], schema: pa.Schema) -> tuple[pa.Table, dict[int, str]]:
-    """Payloads as a table of the collection's columns, and why some rows do not fit; these are empty in the table."""
-    import pyarrow as pa
-
-    errors = (pa.ArrowException, ValueError, TypeError, OverflowError)
-    rows: list[dict[str, Any]] = [dict(payload) for payload in payloads]
-    known = set(schema.names)
-    wrong = {
-        row: f"the collection has no column {min(set(fields) - known)!r}"
-        for row, fields in enumerate(rows)
-        if set(fields) - known
-    }
-    try:
-        if not wrong:
-            return pa.Table.from_pylist(rows, schema=schema), {}
-    except errors:
-        pass
-    for row, fields in enumerate(rows):
-        if row not in wrong:
-            try:
-                pa.Table.from_pylist([fields], schema=schema)
-            except errors as error:
-                wrong[row] = (str(error).splitlines() or [type(error).__name__])[0]
-    return pa.Table.from_pylist(
-        [{} if row in wrong else fields for row, fields in enumerate(rows)], schema=schema
-    ), wrong

@@ -1,32 +1,37 @@
-"""The files of a FAISS folder: the user's two, and ours in `.migrator/` beside them.
+"""The files of a FAISS collection: the user's, and ours in `.migrator/` beside the index.
 
     index.faiss                  the user's index; replaced by an atomic rename and in no other way
-    items.parquet                the user's items; replaced only when items are inserted or removed
+    items.parquet                the user's items, in one file or several; replaced only when items are inserted or
+                                 removed
+    *.npy                        the exact vectors that the index was built from, where the user has them; likewise
     .migrator/lock               held by the one writer; lock.json says who that is
     .migrator/segments/N.parquet vectors of one write, until they are part of index.faiss
     .migrator/stamps/N.parquet   stamps of the vectors that index.faiss holds
     .migrator/original.faiss     index.faiss as it was before the first publication
     .migrator/changes/N.parquet  items inserted or removed, until they are part of the user's two files
-    .migrator/next.json          both files are to be replaced by items.next and index.next, and this has begun
+    .migrator/next.json          files are to be replaced by those in next/, and this has begun
+    .migrator/vectors.json       files of vectors that are not those of the index any more
     .migrator/created            the folder was made by migrator
 
-Every file of ours is written to a temporary name, fsynced and renamed.
+Beside an index of another name than index.faiss the folder is called `.migrator.<name>`: there may be several. Every
+file of ours is written to a temporary name, fsynced and renamed.
 """
 
 from __future__ import annotations
 
 import contextlib
-import itertools
+import glob
 import json
 import os
+import re
 import shutil
 import socket
 import stat
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,6 +39,8 @@ from numpy.typing import NDArray
 from adapters.base import ItemId, StoreBusy, StoreRejected, Vectors
 from adapters.faiss_changes import Change
 from adapters.faiss_index import Index, read_index
+from adapters.faiss_items import Items, read_items, read_parquet
+from adapters.faiss_originals import Originals, read_originals
 from adapters.files import sync_folder, translated
 
 if TYPE_CHECKING:
@@ -67,78 +74,127 @@ class Stamps:
     """Vectors were replaced since the index was last trained."""
 
 
-@dataclass(frozen=True, slots=True)
-class Items:
-    """The rows of items.parquet, in the order of their ids."""
+class Generation(NamedTuple):
+    """What tells one state of the user's files from another."""
 
-    ids: Sequence[ItemId]  # ascending
-    faiss_ids: NDArray[np.int64] | None
-    """The column `faiss_id`, if there is one."""
-    rows: NDArray[np.int64]
-    """Row numbers in the file."""
-    payload: pa.Table
-    schema: pa.Schema
-    """Of the file: the ids' columns, and the payload's as the application wrote them."""
-
-    @property
-    def strings(self) -> bool:
-        """Whether ids are strings."""
-        import pyarrow as pa
-
-        return not pa.types.is_integer(_value_type(self.schema.field("id").type))
-
-    def table(self, ids: Sequence[ItemId], faiss_ids: NDArray[np.int64], payload: pa.Table) -> pa.Table:
-        """A file's table with other items in it, of the same columns in the same order."""
-        import pyarrow as pa
-
-        columns: dict[str, Any] = {name: payload.column(name) for name in payload.schema.names}
-        columns["id"] = pa.array(ids, pa.large_string() if self.strings else pa.int64())
-        columns["faiss_id"] = pa.array(faiss_ids)
-        table = pa.table({name: columns[name] for name in self.schema.names})
-        return table.cast(self.schema)
-
-    def empty_table(self) -> pa.Table:
-        """A file's table without items."""
-        return self.schema.empty_table()
+    of_index: Identity
+    of_items: tuple[tuple[str, Identity], ...]
+    of_vectors: tuple[tuple[str, Identity], ...]
 
 
 class Folder:
-    """A folder with `index.faiss` and `items.parquet`. Raises `StoreRejected` if it is not there."""
+    """The files of one collection: in the folder `path`, under the names above, or where `index` and `items` say.
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = Path(os.path.realpath(path))
-        self.alias = os.path.abspath(path) if os.path.islink(path) else None  # noqa: PTH100, PTH114 - link kept
-        self.index = self.path / "index.faiss"
-        self.items = self.path / "items.parquet"
-        self.ours = self.path / ".migrator"
+    `items` and `vectors` are names of files, or patterns of them; the files of a pattern are in the order of their
+    names, as the tools read them that write such folders. Symbolic links to files are followed and kept.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str] | None = None,
+        *,
+        index: str | os.PathLike[str] | None = None,
+        items: Sequence[str] = (),
+        vectors: Sequence[str] = (),
+    ) -> None:
+        self._items, self._vectors = tuple(items), tuple(vectors)
+        self.alias: str | None = None
+        self.is_folder = path is not None
+        if path is not None:
+            self.path = Path(os.path.realpath(path))
+            self.alias = os.path.abspath(path) if os.path.islink(path) else None  # noqa: PTH100, PTH114 - link kept
+            if not self.path.is_dir():
+                what = "is not a folder" if self.path.exists() else "does not exist"
+                raise StoreRejected(f"store folder {self.path} {what}: it must hold index.faiss and items.parquet")
+            named = self.path / "index.faiss"
+        else:
+            assert index is not None
+            named = Path(os.path.abspath(index))  # noqa: PTH100 - a link is told from its target
+            self.path = Path(os.path.realpath(named.parent))
+            named = self.path / named.name
+            both = [os.path.realpath(file) for file in items] == [str(self.path / "items.parquet")]
+            self.is_folder = named.name == "index.faiss" and both
+        if self.is_folder:
+            self._items = (str(self.path / "items.parquet"),)
+        self.named_index = named
+        self.index = Path(os.path.realpath(named))
+        self.local = str(self.path if self.is_folder else named)
+        """By which the collection is known: its folder, or its index where the files have other names."""
+        self.ours = self.path / (".migrator" if named.name == "index.faiss" else f".migrator.{named.name}")
         self.changes = self.ours / "changes"
         self.created = self.ours / "created"
-        self._next = {self.items: self.ours / "items.next", self.index: self.ours / "index.next"}
+        self.next = self.ours / "next"
         self._next_record = self.ours / "next.json"
         self.segments = self.ours / "segments"
         self.stamps = self.ours / "stamps"
         self.original = self.ours / "original.faiss"
+        self._outlived = self.ours / "vectors.json"
         self._numbers: dict[Path, int] = {}
-        if not self.path.is_dir():
-            what = "is not a folder" if self.path.exists() else "does not exist"
-            raise StoreRejected(f"store folder {self.path} {what}: it must hold index.faiss and items.parquet")
-        for file in (self.index, self.items):
-            if not file.is_file():
-                raise StoreRejected(
-                    f"{file} does not exist: a FAISS store is a folder with index.faiss and items.parquet"
-                )
+
+    def opened_as(self, local: str) -> Folder:
+        """The files of another collection of this name, or of this one."""
+        if local == self.local and not self.is_folder:
+            return Folder(index=self.named_index, items=self._items, vectors=self._vectors)
+        return Folder(local, vectors=self._vectors if local == self.local else ())
 
     # -- the user's files -----------------------------------------------------------------------------------------
 
-    def identity(self) -> tuple[Identity, Identity]:
-        """Tells generations of the two files apart."""
+    @property
+    def items(self) -> str:
+        """The files of items, for messages."""
+        return _spelled(self._items)
+
+    def item_files(self) -> list[Path]:
+        """The files of items, in the order of their rows."""
+        return _files(self._items)
+
+    def vector_files(self) -> list[Path]:
+        """The files of exact vectors, in the order of their rows; none where the user names none."""
+        return _files(self._vectors)
+
+    def missing(self) -> list[str]:
+        """What of the user's files is not there, and what to do."""
+        problems = []
+        if not self.index.is_file():
+            problems.append(f"{_absent(self.named_index)}: {self._advice()}")
+        for patterns, advice in ((self._items, self._advice()), (self._vectors, "save them as .npy, or name others")):
+            problems += [f"{_absent(Path(pattern))}: {advice}" for pattern in patterns if not _files([pattern])]
+        return problems
+
+    def _advice(self) -> str:
+        if not self.is_folder:
+            return "name the index as store.index and the Parquet files of its items as store.items"
+        other = next((file for file in sorted(self.path.glob("*.index")) if file.is_file()), None)
+        tables = sorted(self.path.glob("metadata/*.parquet"))
+        if other is not None or tables:
+            named = other.name if other is not None else "..."
+            pattern = "metadata/*.parquet" if tables else "..."
+            return (
+                f"this folder is laid out otherwise: in place of store.path give store.index ({self.path / named}) "
+                f"and store.items ({self.path / pattern})"
+            )
+        return (
+            "a FAISS store is a folder with index.faiss and items.parquet; where they have other names, give "
+            "store.index and store.items"
+        )
+
+    def identity(self) -> Generation:
+        """Tells generations of the files apart."""
         with translated(self.path):
-            return identity(self.live(self.index).stat()), identity(self.live(self.items).stat())
+            live = self._live_files()
+
+            def of(files: Sequence[Path]) -> tuple[tuple[str, Identity], ...]:
+                return tuple((str(file), identity(live(file).stat())) for file in files)
+
+            return Generation(identity(live(self.index).stat()), of(self.item_files()), of(self.vector_files()))
 
     def live(self, file: Path) -> Path:
         """Where a user's file is: a killed process may have left the next one beside it."""
-        following = self._next[file]
-        return following if self._next_record.exists() and following.exists() else file
+        return self._live_files()(file)
+
+    def _live_files(self) -> Callable[[Path], Path]:
+        following = {target: place for target, place, _ in self._replacement() if place.exists()}
+        return lambda file: following.get(file, file)
 
     def read_index(self, path: Path) -> Index:
         """The index in `path`."""
@@ -149,34 +205,30 @@ class Folder:
             return read_index(str(path), file.read)
 
     def read_items(self) -> Items:
-        """The items table, checked: ids of one type, none missing, none twice."""
-        import pyarrow as pa
+        """The items, checked: ids of one type, none missing, none twice."""
+        return read_items(self.item_files(), self._live_files())
 
-        path = self.live(self.items)
-        table = _read_parquet(path)
-        names = table.schema.names
-        if len(set(names)) < len(names):
-            raise StoreRejected(f"{path} has two columns of the same name")
-        if "id" not in names:
-            raise StoreRejected(f"{path} has no column `id`: its columns are {', '.join(names) or 'none'}")
+    def read_originals(self) -> Originals | None:
+        """The exact vectors; None where there are none, or where those that there are belong to the past."""
+        files = self.vector_files()
+        return read_originals(files, self._live_files()) if files and not self.vectors_outlived() else None
+
+    def vectors_outlived(self) -> bool:
+        """Whether the files of vectors are those of before a migration that was finished."""
         try:
-            ids: list[ItemId] = _plain(table.column("id"), path, "id").to_pylist()
-            faiss_ids = None
-            if "faiss_id" in names:
-                column = _plain(table.column("faiss_id"), path, "faiss_id")
-                if column.type != pa.int64():
-                    raise StoreRejected(f"{path}: the column `faiss_id` must be integers, it is {column.type}")
-                faiss_ids = column.to_numpy()
-            payload = _to_python_times(table.drop_columns([c for c in ("id", "faiss_id") if c in names]))
-        except (pa.ArrowException, ValueError) as error:
-            raise StoreRejected(f"{path} cannot be read: {_line(error)}") from error
-        rows = np.array(sorted(range(len(ids)), key=ids.__getitem__), np.int64)
-        ordered = [ids[row] for row in rows]
-        for one, other in itertools.pairwise(ordered):
-            if one == other:
-                raise StoreRejected(f"{path} holds the id {one!r} more than once: ids must be unique")
-        faiss_ids = None if faiss_ids is None else faiss_ids[rows]
-        return Items(ordered, faiss_ids, rows, payload.combine_chunks(), table.schema)
+            outlived = json.loads(self._outlived.read_bytes())
+        except FileNotFoundError:
+            return False
+        return bool(outlived == self._vectors_seen())
+
+    def _vectors_seen(self) -> list[list[Any]]:
+        return [[str(file), list(identity(file.stat()))] for file in self.vector_files()]
+
+    def outlive_vectors(self) -> None:
+        """Writes down that the files of vectors are not those of the index any more."""
+        if self.vector_files():
+            with translated(self._outlived):
+                self._write(self._outlived, lambda file: file.write(json.dumps(self._vectors_seen()).encode()))
 
     # -- the lock -------------------------------------------------------------------------------------------------
 
@@ -185,13 +237,13 @@ class Folder:
         import filelock
 
         with translated(self.ours):
-            for folder in (self.ours, self.segments, self.stamps, self.changes):
+            for folder in (self.ours, self.segments, self.stamps, self.changes, self.next):
                 folder.mkdir(exist_ok=True)
             lock = filelock.FileLock(self.ours / "lock", thread_local=False)
             try:
                 lock.acquire(timeout=0)
             except filelock.Timeout:
-                raise StoreBusy(f"{self.path} is being written by {self._holder()}") from None
+                raise StoreBusy(f"{self.local} is being written by {self._holder()}") from None
             try:
                 holder = {
                     "pid": os.getpid(),
@@ -199,9 +251,11 @@ class Folder:
                     "since": datetime.now(UTC).isoformat(timespec="seconds"),
                 }
                 self._write(self.ours / "lock.json", lambda file: file.write(json.dumps(holder).encode()))
+                self._finish_replacement()
                 for leftover in self.ours.glob("**/*.tmp"):
                     leftover.unlink()
-                self._finish_replacement()
+                for file in (self.index, *self.item_files(), *self.vector_files()):
+                    self._beside(file, "tmp").unlink(missing_ok=True)
             except BaseException:
                 lock.release()
                 raise
@@ -215,10 +269,13 @@ class Folder:
             return "another process"
 
     def delete(self) -> None:
-        """Deletes the two files and ours, and the folder if nothing else lies in it. Call without the lock."""
+        """Deletes index, items and ours, and the folder if nothing else lies in it. Call without the lock.
+
+        Items and vectors that lie under names of the user's own stay: other indexes may be made of them.
+        """
         with translated(self.path):
             # The index first: without it this is no collection any more, whatever a kill leaves.
-            for file in (self.index, self.items):
+            for file in (self.named_index, *(self.item_files() if self.is_folder else ())):
                 file.unlink(missing_ok=True)
             shutil.rmtree(self.ours, ignore_errors=True)
             with contextlib.suppress(OSError):
@@ -326,57 +383,96 @@ class Folder:
     # -- publishing -----------------------------------------------------------------------------------------------
 
     def prepare(self, write_content: Callable[[Callable[[bytes], object]], object]) -> Path:
-        """A file that is ready to become index.faiss: complete, durable, with the permissions of the present one."""
-        path = self.ours / "index.faiss.tmp"
+        """A file that is ready to become the index: complete, durable, with the permissions of the present one."""
+        path = self._beside(self.index, "tmp")
+        with translated(self.index):
+            self._write_ready(path, self.index, lambda file: write_content(file.write))
+        return path
 
-        def write(file: IO[bytes]) -> None:
-            present = self.index.stat()
+    def _beside(self, file: Path, suffix: str) -> Path:
+        """A name from which `file` can be replaced in one step: in our folder, or where a link leads, beside it."""
+        if file.parent == self.path or self._on_one_disk(file):
+            return self.ours / f"{file.name}.{suffix}"
+        return file.with_name(f".{file.name}.{suffix}")
+
+    def _on_one_disk(self, file: Path) -> bool:
+        return file.parent.stat().st_dev == self.path.stat().st_dev
+
+    def _write_ready(self, path: Path, target: Path, write: Callable[[IO[bytes]], object]) -> None:
+        """Writes a file durably, with owner and mode of the one that it will replace."""
+
+        def write_all(file: IO[bytes]) -> None:
+            present = target.stat()
             with contextlib.suppress(PermissionError):
                 os.fchown(file.fileno(), present.st_uid, present.st_gid)
             os.fchmod(file.fileno(), stat.S_IMODE(present.st_mode))
-            write_content(file.write)
+            write(file)
 
-        with translated(self.index):
-            self._write_durably(path, write)
-        return path
+        self._write_durably(path, write_all)
 
     def replace_index(self, path: Path) -> None:
-        """The instant of publication: `path` becomes index.faiss."""
+        """The instant of publication: `path` becomes the index."""
         with translated(self.index):
             path.replace(self.index)
-            sync_folder(self.path)
+            sync_folder(self.index.parent)
 
-    def replace_both(self, index: Path, table: pa.Table) -> None:
-        """Replaces items.parquet and index.faiss; `index` is a file from `prepare`.
+    def replace_files(self, index: Path, files: Mapping[Path, Callable[[IO[bytes]], object]]) -> None:
+        """Replaces the index, by a file from `prepare`, and `files`, which are written by these functions.
 
         Once next.json is there the replacement will be completed, if not by this process then by the next writer;
         readers of this package take the next files meanwhile.
         """
-        import pyarrow.parquet as pq
-
-        mode = stat.S_IMODE(self.items.stat().st_mode)
-        with translated(self.items):
-            self._write(self._next[self.items], lambda file: pq.write_table(table, file))
-            self._next[self.items].chmod(mode)
-            index.replace(self._next[self.index])
-            sync_folder(self.ours)
-            record = {file.name: identity(file.stat()) for file in self._next}
-            self._write(self._next_record, lambda file: file.write(json.dumps(record).encode()))
+        places: list[tuple[Path, Path]] = []
+        try:
+            for number, (target, write) in enumerate(files.items()):
+                # Under a name that is swept away where a killed process has not come to write next.json.
+                place = self.next / str(number) if self._on_one_disk(target) else self._beside(target, "tmp")
+                places.append((target, place))
+                with translated(target):
+                    self._write_ready(place, target, write)
+            following = self._beside(self.index, "next")
+            places.append((self.index, following))
+            with translated(self.index):
+                index.replace(following)
+                for folder in {place.parent for _, place in places}:
+                    sync_folder(folder)
+                record = [[str(target), str(place), identity(target.stat())] for target, place in places]
+                self._write(self._next_record, lambda file: file.write(json.dumps({"files": record}).encode()))
+        except BaseException:
+            if not self._next_record.exists():
+                for _, place in places:
+                    place.unlink(missing_ok=True)
+            raise
         self._finish_replacement()
+
+    def _replacement(self) -> list[tuple[Path, Path, list[int]]]:
+        """The files that are being replaced: which, by which, and what they were."""
+        try:
+            record = json.loads(self._next_record.read_bytes())
+        except FileNotFoundError:
+            return []
+        try:
+            return [(Path(target), Path(place), before) for target, place, before in record["files"]]
+        except (LookupError, TypeError, ValueError) as error:
+            raise StoreRejected(
+                f"{self._next_record} was written by another version of migrator: use that one"
+            ) from error
 
     def _finish_replacement(self) -> None:
         """Completes a replacement that has begun, unless the application has replaced a file since."""
         with translated(self.path):
-            if self._next_record.exists():
-                record = json.loads(self._next_record.read_bytes())
-                for file, following in self._next.items():
-                    if following.exists() and list(identity(file.stat())) == record[file.name]:
-                        following.replace(file)
-                sync_folder(self.path)
+            replacement = self._replacement()
+            for target, place, before in replacement:
+                if place.exists() and list(identity(target.stat())) == before:
+                    place.replace(target)
+                place.unlink(missing_ok=True)
+            for folder in {target.parent for target, _, _ in replacement}:
+                sync_folder(folder)
+            if replacement:
                 self._next_record.unlink()
                 sync_folder(self.ours)
-            for following in self._next.values():
-                following.unlink(missing_ok=True)
+            for leftover in [*self.next.glob("*"), self._beside(self.index, "next")]:
+                leftover.unlink(missing_ok=True)
 
     def keep_original(self) -> None:
         """Keeps index.faiss as it is now, so that it can be published again bit for bit."""
@@ -482,66 +578,42 @@ def _id_array(ids: Sequence[ItemId]) -> pa.Array:
     return pa.array(ids, pa.string() if ids and isinstance(ids[0], str) else pa.int64())
 
 
-def _plain(column: pa.ChunkedArray, path: Path, name: str) -> pa.ChunkedArray:
-    """An id column as int64 or string."""
-    import pyarrow as pa
-
-    if column.null_count:
-        raise StoreRejected(f"{path}: the column `{name}` has {column.null_count} empty rows: every item needs one")
-    kind = _value_type(column.type)
-    if pa.types.is_integer(kind):
-        return column.cast(pa.int64())
-    if pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind):
-        return column.cast(pa.large_string())
-    raise StoreRejected(f"{path}: the column `{name}` must be integers or strings, it is {column.type}")
-
-
-def _value_type(kind: pa.DataType) -> pa.DataType:
-    import pyarrow as pa
-
-    return kind.value_type if pa.types.is_dictionary(kind) else kind
-
-
-def _to_python_times(table: pa.Table) -> pa.Table:
-    """Python's times count microseconds; nanoseconds, which pandas writes, are cut off."""
-    import pyarrow as pa
-
-    for number, field in enumerate(table.schema):
-        kind = field.type
-        if pa.types.is_timestamp(kind) and kind.unit == "ns":
-            kind = pa.timestamp("us", kind.tz)
-        elif pa.types.is_duration(kind) and kind.unit == "ns":
-            kind = pa.duration("us")
-        elif pa.types.is_time64(kind) and kind.unit == "ns":
-            kind = pa.time64("us")
-        else:
-            continue
-        table = table.set_column(number, field.with_type(kind), table.column(number).cast(kind, safe=False))
-    return table
-
-
-def _read_parquet(path: Path) -> pa.Table:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    # Not read_table(path): below a folder called a=b it adds a column `a`.
-    with translated(path), path.open("rb") as file:
-        try:
-            with pq.ParquetFile(file, page_checksum_verification=True) as parquet:
-                return parquet.read()
-        except (pa.ArrowException, OSError, ValueError) as error:
-            if isinstance(error, OSError) and error.errno is not None:
-                raise
-            raise StoreRejected(f"{path} cannot be read as Parquet: truncated or not one ({_line(error)})") from error
-
-
 def _read_ours(path: Path) -> tuple[pa.Table, dict[str, Any]]:
-    table = _read_parquet(path)
+    table = read_parquet(path)
     metadata = {key.decode(): value.decode() for key, value in (table.schema.metadata or {}).items()}
     if metadata.get("format") != FORMAT:
         raise StoreRejected(f"{path} was written by another version of migrator: use that one")
     return table, metadata
 
 
-def _line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+_MAGIC = re.compile(r"[*?[]")
+
+
+def _files(patterns: Sequence[str]) -> list[Path]:
+    """The files that these names and patterns stand for, those of a pattern in the order of their names.
+
+    A pattern does not reach into collections that migrator has made. Links to files are followed.
+    """
+    found: list[Path] = []
+    for pattern in patterns:
+        if os.path.isfile(pattern):  # noqa: PTH113 - a name may look like a pattern
+            found.append(Path(pattern))
+        elif _MAGIC.search(pattern):
+            names = sorted(Path(name) for name in glob.glob(pattern, recursive=True))  # noqa: PTH207 - a whole path
+            found += [file for file in names if file.is_file() and not (file.parent / ".migrator" / "created").exists()]
+    return [*dict.fromkeys(Path(os.path.realpath(file)) for file in found)]
+
+
+def _spelled(patterns: Sequence[str]) -> str:
+    return ", ".join(re.sub(r"\[([*?[])\]", r"\1", pattern) for pattern in patterns)
+
+
+def _absent(file: Path) -> str:
+    """Why there is no such file."""
+    if file.is_symlink():
+        return f"{file} is a symbolic link to {os.path.realpath(file)}, which does not exist"
+    if file.is_dir():
+        return f"{file} is a folder, not a file"
+    if _MAGIC.search(str(file)):
+        return f"no file is called {_spelled([str(file)])}"
+    return f"{file} does not exist"

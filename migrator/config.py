@@ -6,6 +6,7 @@ The values of a configuration may be secrets: no message and no `repr` shows one
 from __future__ import annotations
 
 import difflib
+import glob
 import os
 import re
 from collections.abc import Mapping
@@ -77,6 +78,19 @@ def _local_path(value: Any, info: ValidationInfo) -> Path:
         return _folder(info) / Path(value).expanduser()
     except RuntimeError as error:
         raise ValueError("begins with the home folder of a user who does not exist") from error
+
+
+def _local_files(value: Any, info: ValidationInfo) -> list[str]:
+    """Names of files and patterns, absolute."""
+    names = value if isinstance(value, list) and value else [value]
+    found = []
+    for name in names:
+        path = str(_local_path(name, info))
+        folder = str(_folder(info))
+        if re.search(r"[*?[]", str(name)) and path == os.path.join(folder, str(Path(name))):  # noqa: PTH118 - a pattern
+            path = str(Path(glob.escape(folder), name))  # what the folder is called is no pattern
+        found.append(path)
+    return found
 
 
 def _location(value: str, info: ValidationInfo) -> str:
@@ -157,6 +171,12 @@ def _canary(value: list[int]) -> list[int]:
 Text: TypeAlias = Annotated[str, StringConstraints(min_length=1, max_length=4096)]
 Name: TypeAlias = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9._-]{0,62}$")]
 LocalPath: TypeAlias = Annotated[Path, BeforeValidator(_local_path)]
+LocalFiles: TypeAlias = Annotated[
+    list[str],
+    BeforeValidator(_local_files),
+    WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}, "minItems": 1}]}),
+]
+"""Names of local files or patterns such as metadata/*.parquet."""
 Location: TypeAlias = Annotated[Text, AfterValidator(_location)]
 Template: TypeAlias = Annotated[Text, AfterValidator(_template)]
 Duration: TypeAlias = Annotated[
@@ -218,11 +238,46 @@ class Store(Section):
 
 
 class FaissStore(Store):
-    """A folder with `index.faiss` and `items.parquet`."""
+    """A folder with `index.faiss` and `items.parquet`, or an index and Parquet files of other names."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "oneOf": [
+                {"required": ["path"], "not": {"anyOf": [{"required": ["index"]}, {"required": ["items"]}]}},
+                {"required": ["index", "items"], "not": {"required": ["path"]}},
+            ]
+        }
+    )
 
     kind: Literal["faiss"]
-    path: LocalPath
+    index: LocalPath | None = None
+    """In place of `path`: the file of the index."""
+    items: LocalFiles | None = None
+    """In place of `path`: the Parquet files of the items, a name or pattern, or a list of them. The files of a pattern
+    are in the order of their names."""
+    vectors: LocalFiles | None = None
+    """The .npy files with the exact vectors that the index was built from, in the order of the items. Old vectors are
+    then read from there where the index keeps approximations."""
+    path: LocalPath | None = Field(None, validate_default=True)
     """The folder."""
+
+    @field_validator("path")
+    @classmethod
+    def _one_layout(cls, path: Path | None, info: ValidationInfo) -> Path | None:
+        lacks = [name for name in ("index", "items") if name in info.data and info.data[name] is None]
+        if path is not None and len(lacks) < 2:
+            raise ValueError("is a folder, and index and items name files: keep the one or the other")
+        if path is None and len(lacks) == 2:
+            raise ValueError(
+                "missing: the folder with index.faiss and items.parquet, or give index and items, the files"
+            )
+        if path is None and lacks:
+            raise ValueError(f"missing, and so is {lacks[0]}: give path alone, or both index and items")
+        return path
+
+    def settings(self) -> dict[str, Any]:
+        """As `Store.settings`, without what was not given."""
+        return self.model_dump(mode="json", exclude_none=True)
 
 
 class MilvusStore(Store):

@@ -403,7 +403,8 @@ ledgr: sqlite:///x.db
     name = "a migration's name has 1 to 63 characters of a-z, 0-9, . _ - and begins with a letter or digit"
     assert problems(tmp_path, text) == [
         "migrations.yaml:1: version: must be 1",
-        f"migrations.yaml:4: {at}.store.path: missing",
+        f"migrations.yaml:4: {at}.store.path: missing: the folder with index.faiss and items.parquet, "
+        "or give index and items, the files",
         f'migrations.yaml:4: {at}.store.pth: unknown key; did you mean "path"?',
         f"migrations.yaml:5: {at}.images.uri: must hold payload fields in braces, such as "
         '"{path}", "{shop}/{id}.jpg" or "{metadata.source}"',

@@ -91,7 +91,7 @@ def test_missing_and_misplaced_files(folder: Path, tmp_path: Path) -> None:
         kept = (folder / name).rename(tmp_path / name)
         assert f"{name} does not exist" in refusal(folder)
         (folder / name).mkdir()
-        assert f"{name} does not exist" in refusal(folder)
+        assert f"{name} is a folder, not a file" in refusal(folder)
         (folder / name).rmdir()
         kept.rename(folder / name)
     open_folder(folder).close()
@@ -125,12 +125,11 @@ def test_an_index_that_cannot_be_changed_safely(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("columns", "words"),
     [
-        ({"name": list(range(N))}, "no column `id`: its columns are name"),
         ({"id": [*range(N - 1), None]}, "column `id` has 1 empty rows"),
         ({"id": [*range(N - 1), 3]}, "the id 3 more than once"),
         ({"id": [*map(str, range(N - 1)), "3"]}, "the id '3' more than once"),
         ({"id": [n / 2 for n in range(N)]}, "must be integers or strings, it is double"),
-        ({"id": pa.array([*range(N - 1), 2**64 - 1], pa.uint64())}, "cannot be read"),
+        ({"id": pa.array([*range(N - 1), 2**64 - 1], pa.uint64())}, r"above 9223372036854775807.*\(row 39\)"),
         ({"id": list(range(N - 1))}, f"{N - 1} items, but .*index.faiss {N} vectors"),
         ({"id": list(range(N)), "faiss_id": [*range(N - 1), None]}, "column `faiss_id` has 1 empty"),
         ({"id": list(range(N)), "faiss_id": [*map(str, range(N))]}, "`faiss_id` must be integers"),
@@ -175,7 +174,7 @@ def test_ids_of_an_index_need_a_column_where_the_rows_do_not_say_them(folder: Pa
 
 @pytest.mark.parametrize("config", [{}, {"path": 3}, {"path": None}, {"path": ".", "colour": "red"}])
 def test_settings_that_are_none(config: dict[str, Any]) -> None:
-    with pytest.raises(StoreRejected, match="one setting, its folder `path`"):
+    with pytest.raises(StoreRejected, match="has the setting `path`, its folder, or `index` and `items`"):
         open_store({"kind": "faiss", **config}, write=False)
 
 
@@ -240,7 +239,7 @@ def test_payloads_are_plain_python(folder: Path) -> None:
         page = store.read([3], vectors=False, payload=True)
         assert page.payloads is not None
         payload = dict(page.payloads[0])
-        assert payload.pop("late") == datetime(2024, 5, 18, 2, 40)
+        assert payload.pop("late") == "2024-05-18 02:40:00.000000001", "Python's times end at microseconds"
         assert payload == {"name": "Ärger", "tags": ["a", None], "box": {"x": 1}, "seen": moment, "nothing": None}
 
 
