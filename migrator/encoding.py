@@ -42,7 +42,8 @@ def embed(
     report: Callable[[int], None] = lambda _: None,
     view: Callable[[Image.Image, str], Image.Image] | None = None,
 ) -> Embedded:
-    """Embeds the images at `paths`, each loaded once for all encoders. `report` gets each batch's size.
+    """Embeds the images at `paths`, each loaded once for all encoders. `report` is called for each, usable or not, with
+    their number since the last call.
 
     With `view` each encoder gets what that makes of the picture, in RGB as the encoder declares it, and its path.
     An `ImageProblem` in place of a path is passed on as that image's problem. Raises `ImagesUnavailable`.
@@ -73,7 +74,6 @@ def embed(
                 rows.append(row)
                 for which, vectors_of_one in enumerate(vectors):
                     vectors_of_one.append(found[which][row])
-        report(len(batch))
 
     pool = ThreadPoolExecutor(threads, "image")
     try:
@@ -83,6 +83,7 @@ def embed(
                 batch.append((row, future.result()))
             except ImageProblem as problem:
                 problems[row] = str(problem)
+            report(1)
             if len(batch) == batch_size:
                 flush(batch)
                 batch = []

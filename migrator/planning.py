@@ -445,7 +445,7 @@ def _measure_sample(
     def step(more: int) -> None:
         nonlocal done
         done += more
-        report(done, total)
+        report(done, total, "images")
 
     def measured(encoder: Encoder) -> _Measured:
         began = time.monotonic()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-import time
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -95,7 +95,8 @@ def progress(what: str) -> Iterator[Advance]:
     Gives a function to call with (done, total, text).
     """
     if not sys.stderr.isatty():
-        yield _plain(what)
+        with _plain(what) as plain:
+            yield plain
         return
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -116,13 +117,24 @@ def progress(what: str) -> Iterator[Advance]:
         yield advance
 
 
-def _plain(what: str) -> Advance:
-    last = time.monotonic()
+@contextmanager
+def _plain(what: str) -> Iterator[Advance]:
+    """Says every few seconds how far it is, also while nothing moves: a server may keep the first answer waiting."""
+    latest = "started"
+    finished = threading.Event()
 
     def advance(done: int, total: int, text: str = "") -> None:
-        nonlocal last
-        if time.monotonic() - last >= PLAIN_EVERY:
-            last = time.monotonic()
-            click.echo(f"{what}: {done} of {total} {text}".rstrip(), err=True)
+        nonlocal latest
+        latest = f"{done} of {total} {text}".rstrip()
 
-    return advance
+    def tell() -> None:
+        while not finished.wait(PLAIN_EVERY):
+            click.echo(f"{what}: {latest}", err=True)
+
+    teller = threading.Thread(target=tell, name="progress", daemon=True)
+    teller.start()
+    try:
+        yield advance
+    finally:
+        finished.set()
+        teller.join()

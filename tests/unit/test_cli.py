@@ -3,10 +3,12 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import queue
 import shlex
 import stat
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -591,13 +593,19 @@ def test_sizes(count, said):
     assert words.size(count) == said
 
 
-def test_plain_progress_lines(capsys, monkeypatch):
-    clock = [100.0]
-    monkeypatch.setattr(common.time, "monotonic", lambda: clock[0])
+def test_plain_progress_lines_come_while_nothing_moves(monkeypatch):
+    lines: queue.Queue[str] = queue.Queue()
+    monkeypatch.setattr(common, "PLAIN_EVERY", 0.01)
+    monkeypatch.setattr(common.click, "echo", lambda text, err: lines.put(text) if err else None)
+
+    def next_line(awaited: str) -> None:
+        while lines.get(timeout=60) != awaited:
+            pass
+
     with common.progress("backfill") as advance:
-        for done in range(12):
-            advance(done, 12, "images")
-            clock[0] += 1
-    out, err = capsys.readouterr()
-    assert out == ""
-    assert err.splitlines() == ["backfill: 5 of 12 images", "backfill: 10 of 12 images"]
+        next_line("backfill: started")
+        advance(5, 12, "images")
+        next_line("backfill: 5 of 12 images")
+        advance(10, 12)
+        next_line("backfill: 10 of 12")
+    assert not [thread for thread in threading.enumerate() if thread.name == "progress"]
