@@ -74,6 +74,9 @@ class Capabilities:
     """A collection can be addressed by an alias that is moved to another one in one step."""
     notes: tuple[str, ...] = ()
     """Sentences for the plan: what follows from the above for this collection."""
+    in_place_refusal: str | None = None
+    """Why no vector of this collection can be replaced in place at all, and the way out; it goes on from the name of
+    the collection. None where it can."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,10 +22,11 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import numpy as np
 
+from adapters import milvus_collection as like
 from adapters.base import (
     Capabilities,
     CollectionInfo,
@@ -39,7 +40,9 @@ from adapters.base import (
     Vectors,
     WriteReport,
     order_key,
+    same_value,
 )
+from adapters.milvus_collection import Description, GivenKeys
 from adapters.milvus_known import Known
 from adapters.vectors import Contents, as_batch, contents, one_line, unusable
 
@@ -52,7 +55,8 @@ Row = dict[str, Any]
 STAMP = "_migrator"
 PARTITION = "$partition"
 """In payloads, where the application chooses among partitions: the one that the row lies in. No field is called so."""
-KEYS = ("kind", "uri", "token", "database", "collection", "vector", "timeout")
+KEYS = ("kind", "uri", "token", "database", "collection", "vector", "timeout", "auto_id_in_shadow")
+KEEP_KEYS = "keep_keys"
 MESSAGE_BYTES = 16 << 20  # the server takes 64 MiB
 ROWS = 10_000  # in one request
 WHOLE_ROWS = 5_000  # read and at once written anew: fewer take longer, more leave others more time in between
@@ -66,6 +70,8 @@ REFUSED = ("UNAUTHENTICATED", "PERMISSION_DENIED")
 ESCAPES = {"\\": "\\\\", '"': '\\"', "\n": "\\n", "\r": "\\r", "\t": "\\t"}
 """In the server's language; it knows no more of them, and takes other characters as they are."""
 SMALLEST, LARGEST = -(2**63), 2**63 - 1
+BYTES = {100, 102, 103, 105}
+"""Types of vectors that the client gives as bytes: binary, float16, bfloat16, int8."""
 
 
 class _TooLarge(StoreRejected):
@@ -84,6 +90,8 @@ def open_store(config: Mapping[str, Any], *, write: bool) -> MilvusStore:
     for key in ("uri", "collection"):
         if not isinstance(config.get(key), str):
             raise StoreRejected(f"a milvus store needs `{key}`")
+    if config.get("auto_id_in_shadow") not in (None, KEEP_KEYS):
+        raise StoreRejected(f"`auto_id_in_shadow` of a milvus store is {KEEP_KEYS!r} or not there")
     connection = Connection(config)
     try:
         return MilvusStore(connection, config["collection"], vector=config.get("vector"), write=write)
@@ -107,6 +115,7 @@ class Connection:
         uri, self.database = str(config["uri"]), str(config.get("database", "default"))
         self.lite = "://" not in uri
         self.timeout = float(config.get("timeout", 30))
+        self.keep_keys = config.get("auto_id_in_shadow") == KEEP_KEYS
         self.where = os.path.realpath(uri) if self.lite else uri.split("@")[-1].rstrip("/")
         self._users = 1
         if self.lite and not Path(uri).exists():
@@ -230,15 +239,20 @@ class MilvusStore:
         self._alias = collection if collection != self._local_name else None
         self._dynamic = bool(found.get("enable_dynamic_field"))
         self._fields: dict[str, Row] = {field["name"]: field for field in found["fields"]}
-        key = next(field for field in found["fields"] if field.get("is_primary"))
+        key = next((field for field in found["fields"] if field.get("is_primary")), None)
+        if key is None:
+            raise StoreRejected(f"collection {self._local_name} has no primary key, by which its rows could be written")
         self._key = str(key["name"])
         self._strings = key["type"] == DataType.VARCHAR
+        self._auto_id = bool(key.get("auto_id"))
+        self._tried: GivenKeys | None = None
+        functions = found.get("functions") or ()
+        self._made = {name: function["name"] for function in functions for name in function["output_field_names"]}
+        """Fields that a function of the collection fills, and which."""
         self._vector, self._dim = self._vector_field(vector)
-        if found.get("auto_id") or key.get("auto_id"):
-            raise StoreRejected(
-                f"collection {self._local_name} makes its own keys (auto_id), which no vector can be written to: "
-                "copy it into one with keys of your own"
-            )
+        self._no_payload = {self._vector, STAMP, *self._made}
+        if self._key == "id":  # which every template knows without it
+            self._no_payload.add("id")
         if connection.lite:  # in Lite that is a matter of this process alone
             self._ask(lambda client: client.load_collection(self._local_name, timeout=LOADING))
         state = self._ask(lambda client: client.get_load_state(self._local_name, timeout=connection.timeout))
@@ -247,6 +261,7 @@ class MilvusStore:
             raise StoreUnavailable(f"collection {self._local_name} is still being loaded")
         if loaded != "Loaded":
             raise StoreRejected(f"collection {self._local_name} is not loaded: load it, then again")
+        self._must_be_whole()
         self._index = self._ask(lambda client: _index_of(client, self._local_name, self._vector, connection.timeout))
         if self._index.get("metric_type") not in METRICS:
             raise StoreRejected(
@@ -257,6 +272,20 @@ class MilvusStore:
         self._partial = self._can_update_fields()
         local = self._local_name
         self._known = Known((lambda: connection.engine_of(local)) if connection.lite else None, 4 * self._dim + 500)
+
+    def _must_be_whole(self) -> None:
+        """Rows of partitions that are not loaded cannot be seen, though the collection counts as loaded."""
+        if self._connection.lite:
+            return
+        for partition in self._partitions():
+            if partition is None:
+                return
+            state = self._call("get_load_state", self._local_name, partition_name=partition)["state"]
+            if str(state).removeprefix("LoadState.") != "Loaded":
+                raise StoreRejected(
+                    f"partition {partition} of collection {self._local_name} is not loaded, so that its rows cannot be "
+                    "read: load the whole collection, then again"
+                )
 
     def _describe(self, collection: str) -> Row:
         def call(client: MilvusClient) -> Row:
@@ -290,6 +319,11 @@ class MilvusStore:
         if vectors[name]["type"] != DataType.FLOAT_VECTOR:
             kind = DataType(vectors[name]["type"]).name
             raise StoreRejected(f"{where}: {name} is a {kind}: only FLOAT_VECTOR can be migrated")
+        if name in self._made:
+            raise StoreRejected(
+                f"{where}: {name} is filled by the function {self._made[name]} of the collection, which nobody else "
+                "may do: name a field of your own vectors with `vector`"
+            )
         return name, int(vectors[name]["params"]["dim"])
 
     def _can_update_fields(self) -> bool:
@@ -307,6 +341,12 @@ class MilvusStore:
             raise StoreRejected(f"{self._local_name} was closed")
         return self._connection.ask(call)
 
+    def _call(self, method: str, *arguments: Any, **options: Any) -> Any:
+        """Calls a method of the client by its name."""
+        return self._ask(
+            lambda client: getattr(client, method)(*arguments, timeout=self._connection.timeout, **options)
+        )
+
     # -- facts ----------------------------------------------------------------------------------------------------
 
     @property
@@ -321,8 +361,15 @@ class MilvusStore:
             )
         if lite:
             notes.append("Milvus Lite is open in one process at a time: stop the application for each run")
+        if self._made:
+            notes.append(
+                f"{', '.join(sorted(self._made))}: filled by functions of the collection, which fill them again in a "
+                "shadow"
+            )
+        notes += self._notes_on_aliases() + self._notes_on_keys()
         return Capabilities(
-            update_in_place=True,
+            update_in_place=self._in_place_refusal() is None,
+            in_place_refusal=self._in_place_refusal(),
             visible="at_once",
             stamps=self._dynamic,
             concurrent_writers=not lite,
@@ -333,25 +380,68 @@ class MilvusStore:
             notes=tuple(notes),
         )
 
+    def _notes_on_aliases(self) -> list[str]:
+        others = [alias for alias in self._aliases() if alias != self._alias]
+        if not others:
+            return []
+        which = f"{', '.join(others)}: alias{'es' if len(others) > 1 else ''} of this collection"
+        return [f"{which} that a shadow's cutover does not move: move {'them' if len(others) > 1 else 'it'} yourself"]
+
+    def _notes_on_keys(self) -> list[str]:
+        if not self._auto_id:
+            return []
+        notes = ["keys are made by the server (auto_id); a scratch collection showed what it does with given ones"]
+        if self._connection.keep_keys:
+            notes.append(
+                "auto_id_in_shadow is keep_keys: a shadow makes no keys, so the application gives every row that it "
+                "writes there the key itself, from the canary stage on (of a row written to both collections, the key "
+                "that the insert into the old one answers)"
+            )
+        if self._given_keys.written_by is None:
+            notes.append(
+                "rows cannot be written back under their keys: what the application writes to a shadow after the "
+                "cutover is not brought back by a rollback, which then keeps the shadow"
+            )
+        return notes
+
+    @property
+    def _given_keys(self) -> GivenKeys:
+        """What the server does with given keys, tried out once."""
+        if self._tried is None:
+            self._tried = self._try_given_keys()
+        return self._tried
+
+    def _try_given_keys(self, *, property_: bool = False) -> GivenKeys:
+        return like.try_given_keys(self._call, self._description(), partial=self._partial, property_=property_)
+
+    def _in_place_refusal(self) -> str | None:
+        if not self._auto_id or self._given_keys.upsert_keeps:
+            return None
+        return (
+            "makes its own keys (auto_id), and this server writes no row under a given key: "
+            "set rollout.strategy to shadow"
+        )
+
+    def _description(self) -> Description:
+        return like.describe(self._call, self._local_name)
+
     def describe(self) -> CollectionInfo:
         """Facts of the collection as it is now. Rows with one key inserted twice count twice here."""
         from pymilvus import DataType
 
         schema = {
-            name: DataType(field["type"]).name
-            for name, field in self._fields.items()
-            if name not in (self._key, self._vector)
+            name: DataType(field["type"]).name for name, field in self._fields.items() if name not in self._no_payload
         }
         if self._dynamic:
             rows = self._query("", fields=["*"], limit=100)
             for row in rows:
                 for name, value in row.items():
-                    if name not in (self._key, self._vector, STAMP):
+                    if name not in self._no_payload:
                         schema.setdefault(name, type(value).__name__)
         where = (
             self._connection.where if self._connection.lite else f"{self._connection.where}/{self._connection.database}"
         )
-        parameters = " ".join(f"{name}={value}" for name, value in sorted(_parameters(self._index).items()))
+        parameters = " ".join(f"{name}={value}" for name, value in sorted(like.index_parameters(self._index).items()))
         return CollectionInfo(
             name=f"milvus:{where}/{self._local_name}",
             local=self._local_name,
@@ -508,7 +598,8 @@ class MilvusStore:
         if value is None or not self._partial:
             return value
         stamp, _, checksum = value.rpartition(":")
-        return stamp if checksum == _checksum(row[self._vector]) else None
+        vector = row[self._vector]
+        return stamp if vector is not None and checksum == _checksum(vector) else None
 
     def _as_value(self, stamp: str | None, vector: Vectors) -> str | None:
         return stamp if stamp is None or not self._partial else f"{stamp}:{_checksum(vector)}"
@@ -586,7 +677,10 @@ class MilvusStore:
     def _page(self, ids: list[ItemId], rows: Mapping[ItemId, Row], *, vectors: bool, payload: bool) -> Page:
         stacked: Vectors | None = None
         if vectors:
-            stacked = np.array([rows[item][self._vector] for item in ids], np.float32).reshape(len(ids), self._dim)
+            nothing = np.zeros(self._dim, np.float32)  # Milvus Lite shows a vector that is null so, too
+            found = [rows[item][self._vector] for item in ids]
+            found = [nothing if vector is None else vector for vector in found]
+            stacked = np.array(found, np.float32).reshape(len(ids), self._dim)
         return Page(
             ids,
             stacked,
@@ -595,7 +689,8 @@ class MilvusStore:
         )
 
     def _payload(self, row: Row) -> Row:
-        return {name: _plain(value) for name, value in row.items() if name not in (self._key, self._vector, STAMP)}
+        fields = self._fields
+        return {name: _plain(value, fields.get(name)) for name, value in row.items() if name not in self._no_payload}
 
     def count(self, *, stamp: str | None = None) -> int:
         """Exact number of keys; with `stamp`, of those that carry it.
@@ -684,6 +779,8 @@ class MilvusStore:
     ) -> WriteReport:
         """Writes the vectors, as single fields or as whole rows, and looks afterwards what became of them."""
         self._must_write()
+        if (refusal := self._in_place_refusal()) is not None:
+            raise StoreRejected(f"collection {self._local_name} {refusal}")
         batch = as_batch(vectors, self._dim, ids)
         rejected = {} if stamp is None else unusable(ids, batch)
         place = {item: row for row, item in enumerate(ids)}
@@ -735,10 +832,10 @@ class MilvusStore:
             # A single field is written without the rest of the row.
             rows = self._rows(ids, [self._key] if before is None and self._partial else ["*"])
             found = {} if before is None else contents(self._page(list(rows), rows, vectors=True, payload=True))
-        return rows, [item for item in rows if before is not None and found[item] != before.get(item)]
+        return rows, [item for item in rows if before is not None and not same_value(found[item], before.get(item))]
 
     def _is_written(self, row: Row, vector: Vectors, stamp: str | None) -> bool:
-        if self._vector not in row:
+        if row.get(self._vector) is None:
             return False
         same = np.array_equal(np.asarray(row[self._vector], np.float32), vector, equal_nan=True)
         return same and (not self._dynamic or self._stamp_of(row) == stamp)
@@ -748,16 +845,18 @@ class MilvusStore:
         if PARTITION in row:
             changed[PARTITION] = row[PARTITION]
         if not self._partial:
-            changed = {**{name: _plain(value) for name, value in row.items() if name != STAMP}, **changed}
+            kept = {name: value for name, value in row.items() if name != STAMP and name not in self._made}
+            changed = {**{name: _plain(value, self._fields.get(name)) for name, value in kept.items()}, **changed}
         if self._dynamic and (stamp is not None or self._partial):  # a single field is emptied, not taken away
             changed[STAMP] = self._as_value(stamp, vector)
         return changed
 
     def _upsert(self, rows: list[Row], *, partial: bool) -> dict[ItemId, str]:
-        """Writes rows; halves a batch that is refused, down to the row that is to blame."""
-        if not rows:
-            return {}
         more: Row = {"partial_update": True} if partial else {}
+        return self._send("upsert", rows, **more)
+
+    def _send(self, how: Literal["upsert", "insert"], rows: list[Row], **more: Any) -> dict[ItemId, str]:
+        """Writes rows; halves a batch that is refused, down to the row that is to blame."""
         refused: dict[ItemId, str] = {}
         by_partition: dict[str, list[Row]] = {}
         for row in rows:
@@ -766,7 +865,7 @@ class MilvusStore:
             stored = [{name: value for name, value in row.items() if name != PARTITION} for row in some]
             try:
                 self._ask(
-                    lambda client, stored=stored, partition=partition: client.upsert(  # type: ignore[misc]
+                    lambda client, stored=stored, partition=partition: getattr(client, how)(  # type: ignore[misc]
                         self._local_name,
                         stored,
                         partition_name=partition,
@@ -779,8 +878,8 @@ class MilvusStore:
                     refused[some[0][self._key]] = str(refusal)
                     continue
                 half = len(some) // 2
-                refused.update(self._upsert(some[:half], partial=partial))
-                refused.update(self._upsert(some[half:], partial=partial))
+                refused.update(self._send(how, some[:half], **more))
+                refused.update(self._send(how, some[half:], **more))
         return refused
 
     def publish(self, *, final: bool = False) -> None:
@@ -818,28 +917,83 @@ class MilvusStore:
             raise
 
     def create_like(self, local: str, *, dim: int) -> MilvusStore:
-        """An empty collection with the same fields and indexes, for vectors of `dim`, loaded."""
+        """An empty collection with the same fields, properties and indexes, for vectors of `dim`, loaded.
+
+        What comes of it is compared with this one, field by field; whatever differs but `dim` is a refusal, and what
+        this call has made is then removed.
+        """
         self._must_write()
-        timeout = self._connection.timeout
-        if not self.exists(local):
-            found = self._describe(self._local_name)
-            self._ask(lambda client: _create(client, local, found, self._vector, dim, timeout))
-        # Repeated after a kill: none of these harms where it was done before.
-        for partition in self._partitions():
-            if partition is not None:
-                self._ask(lambda client, name=partition: _add_partition(client, local, name, timeout))  # type: ignore[misc]
-        self._ask(lambda client: _index_like(client, self._local_name, local, timeout))
-        self._ask(lambda client: client.load_collection(local, timeout=timeout))
-        store = self.sibling(local)
-        if store._dim != dim:
-            store.close()
+        want = self._wanted(dim)
+        made = not self.exists(local)
+        try:
+            if made:
+                like.create(self._call, local, want)
+            else:  # by a call that was killed: its own work is completed, what is not its own is left as it is
+                self._must_fit(local, dim)
+            like.complete(self._call, local, want)
+            self._must_be(local, want)
+            self._call("load_collection", local, **self._replicas())
+            return self.sibling(local)
+        except StoreRejected:
+            if made:
+                like.drop(self._call, local)
+            raise
+
+    def _must_fit(self, local: str, dim: int) -> None:
+        fields = self._describe(local)["fields"]
+        found = next((field["params"].get("dim") for field in fields if field["name"] == self._vector), None)
+        if found != dim:
+            raise StoreRejected(f"{local} is there already, with {found}-d vectors instead of {dim}-d ones: remove it")
+
+    def _must_be(self, local: str, want: Description) -> None:
+        found = like.describe(self._call, local)
+        wrong = like.difference(want, found)
+        if wrong is not None:
             raise StoreRejected(
-                f"{local} is there already, with {store._dim}-d vectors instead of {dim}-d ones: remove it"
+                f"{self._connection.where} does not make another collection like {self._local_name}: {wrong}: "
+                "set rollout.strategy to in_place, or change that in the collection"
             )
-        return store
 
     def check_create_like(self, *, dim: int) -> None:
-        """Nothing is refused."""
+        """Makes such a collection under a scratch name, compares it, and drops it."""
+        want = self._wanted(dim)
+        with like.scratch(self._call, want) as name:
+            like.complete(self._call, name, want)
+            self._must_be(name, want)
+
+    def _wanted(self, dim: int) -> Description:
+        """What a shadow is to be. Refuses what cannot be carried over."""
+        source = self._description()
+        if not self._auto_id:
+            return like.wanted(source, vector=self._vector, dim=dim)
+        if self._connection.keep_keys:
+            return like.wanted(source, vector=self._vector, dim=dim, own_keys=False)
+        if self._given_keys.carried:
+            return like.wanted(source, vector=self._vector, dim=dim)
+        if self._given_keys.written_by is None and self._try_given_keys(property_=True).carried:
+            return like.wanted(source, vector=self._vector, dim=dim, given_keys=True)
+        why = (
+            "this server takes no rows with given keys"
+            if self._given_keys.written_by is None
+            else "in a copy this server would make keys that are there already"
+        )
+        in_place = "" if self._in_place_refusal() or dim != self._dim else "set rollout.strategy to in_place, or "
+        raise StoreRejected(
+            f"collection {self._local_name} makes its own keys (auto_id), and {why}: {in_place}set "
+            "store.auto_id_in_shadow to keep_keys for a shadow that keeps the keys and makes none, so that the "
+            "application gives them from then on (docs/milvus.md)"
+        )
+
+    def _replicas(self) -> Row:
+        """How a copy is to be loaded: as this one is, where the server tells."""
+        if self._connection.lite:
+            return {}
+        try:
+            found = self._call("describe_replica", self._local_name)
+        except StoreRejected:  # not for this user
+            return {}
+        groups = sorted({replica.resource_group for replica in found})
+        return {"replica_number": len(found), "resource_groups": groups} if len(found) > 1 else {}
 
     def insert(self, page: Page) -> WriteReport:
         """Upserts whole rows."""
@@ -856,16 +1010,26 @@ class MilvusStore:
             for item in part:
                 row = place[item]
                 stamp = page.stamps[row]
-                fields: Row = {**page.payloads[row], self._key: item, self._vector: vectors[row]}
+                payload = {name: value for name, value in page.payloads[row].items() if name not in self._made}
+                fields: Row = {**payload, self._key: item, self._vector: vectors[row]}
                 if self._dynamic and (stamp is not None or self._connection.lite):
                     fields[STAMP] = self._as_value(stamp, vectors[row])
                 rows.append(fields)
             with self._known.held() as known:
-                refused = self._upsert(rows, partial=False)
+                refused = self._write_whole(rows)
                 if known:
                     self._known.inserted({item: page.stamps[place[item]] for item in part if item not in refused})
             rejected.update(refused)
         return WriteReport([item for item in page.ids if item not in rejected], (), rejected)
+
+    def _write_whole(self, rows: list[Row]) -> dict[ItemId, str]:
+        """Upserts rows with their keys, by the request that this server takes them with."""
+        if not self._auto_id or (how := self._given_keys.written_by) == "upsert":
+            return self._upsert(rows, partial=False)
+        if how is None:
+            return {row[self._key]: f"{self._local_name} takes no rows with given keys (auto_id)" for row in rows}
+        self._delete([row[self._key] for row in rows])  # an insert would leave the row of before beside the new one
+        return self._send("insert", rows)
 
     def delete(self, ids: Sequence[ItemId]) -> None:
         """Removes these rows."""
@@ -900,14 +1064,16 @@ class MilvusStore:
         """Deletes the collection, unless an alias leads to it."""
         self._must_write()
         timeout = self._connection.timeout
-        aliases = self._describe(self._local_name).get("aliases")  # Milvus Lite tells none
-        if not aliases and self._connection.database == "default":  # 2.3 lists those of no other
-            found = self._ask(lambda client: client.list_aliases(self._local_name, timeout=timeout))
-            aliases = found["aliases"]
-        if aliases:
+        if aliases := self._aliases():
             raise StoreRejected(f"{self._local_name} is not deleted: the alias {aliases[0]!r} leads to it")
         self._ask(lambda client: client.drop_collection(self._local_name, timeout=timeout))
         self.close()
+
+    def _aliases(self) -> list[str]:
+        aliases = self._describe(self._local_name).get("aliases")  # Milvus Lite tells none
+        if not aliases and self._connection.database == "default":  # 2.3 lists those of no other
+            aliases = self._call("list_aliases", self._local_name)["aliases"]
+        return sorted(aliases or ())
 
     def _must_write(self) -> None:
         if not self._open:
@@ -926,25 +1092,19 @@ def _checksum(vector: Any) -> str:
     return hashlib.blake2b(np.ascontiguousarray(vector, "<f4").tobytes(), digest_size=8).hexdigest()
 
 
-def _plain(value: Any) -> Any:
-    """Of the client's list types, plain ones."""
-    if isinstance(value, (str, int, float, bool, dict, bytes)) or value is None:
+def _plain(value: Any, field: Row | None = None) -> Any:
+    """Of the client's types, plain ones, in the form in which it takes them back."""
+    if isinstance(value, (str, int, float, bool, bytes)) or value is None:
         return value
+    if isinstance(value, Mapping):
+        return {name: _plain(inner) for name, inner in value.items()}
     if isinstance(value, np.ndarray):
         return value.tolist()
     if isinstance(value, np.generic):
         return value.item()
-    return [_plain(inner) for inner in value]
-
-
-_NOT_PARAMETERS = {
-    "index_type", "metric_type", "field_name", "index_name", "total_rows", "indexed_rows", "pending_index_rows",
-    "state",
-}  # fmt: skip
-
-
-def _parameters(index: Row) -> Row:
-    return {name: value for name, value in index.items() if name not in _NOT_PARAMETERS}
+    plain = [_plain(inner) for inner in value]
+    # A vector of bytes comes as a list of one, and goes as what is in it.
+    return plain[0] if field and field["type"] in BYTES and len(plain) == 1 and isinstance(plain[0], bytes) else plain
 
 
 def _index_of(client: MilvusClient, collection: str, field: str, timeout: float) -> Row:
@@ -953,54 +1113,3 @@ def _index_of(client: MilvusClient, collection: str, field: str, timeout: float)
         if found and found.get("field_name") == field:
             return found
     raise StoreRejected(f"{collection}.{field} has no index: create one, then again")
-
-
-def _create(client: MilvusClient, local: str, like: Row, vector: str, dim: int, timeout: float) -> None:
-    """A collection with the fields of another one; the index comes after it."""
-    schema = client.create_schema(
-        auto_id=False,
-        enable_dynamic_field=bool(like.get("enable_dynamic_field")),
-        description=like.get("description", ""),
-    )
-    for field in like["fields"]:
-        parameters = dict(field.get("params") or {})
-        if field["name"] == vector:
-            parameters["dim"] = dim
-        for name in ("is_primary", "is_partition_key", "element_type", "nullable", "default_value", "description"):
-            if field.get(name):
-                parameters[name] = field[name]
-        schema.add_field(field["name"], field["type"], **parameters)
-    more: Row = {}
-    if any(field.get("is_partition_key") for field in like["fields"]) and like.get("num_partitions"):
-        more["num_partitions"] = like["num_partitions"]
-    client.create_collection(
-        local,
-        schema=schema,
-        **more,
-        num_shards=like.get("num_shards") or 1,
-        consistency_level=like.get("consistency_level_name", "Bounded"),
-        timeout=timeout,
-    )
-
-
-def _index_like(client: MilvusClient, collection: str, local: str, timeout: float) -> None:
-    there = set(client.list_indexes(local, timeout=timeout))
-    for name in client.list_indexes(collection, timeout=timeout):
-        if name in there:
-            continue
-        index: Row = client.describe_index(collection, name, timeout=timeout)
-        parameters = client.prepare_index_params()
-        more: Row = {"metric_type": index["metric_type"]} if index.get("metric_type") else {}
-        parameters.add_index(
-            field_name=index["field_name"],
-            index_type=index.get("index_type", ""),
-            index_name=name,
-            params=_parameters(index),
-            **more,
-        )
-        client.create_index(local, parameters, timeout=timeout, sync=False)  # there is nothing to wait for yet
-
-
-def _add_partition(client: MilvusClient, local: str, name: str, timeout: float) -> None:
-    if not client.has_partition(local, name, timeout=timeout):
-        client.create_partition(local, name, timeout=timeout)

@@ -294,6 +294,9 @@ class MilvusStore(Store):
     """The vector field; needed where there are several."""
     timeout: Annotated[int, Field(ge=1, le=3600)] = 30
     """Seconds for one request."""
+    auto_id_in_shadow: Literal["keep_keys"] | None = None
+    """Of a collection that makes its own keys (`auto_id`), where its server writes no row with a given one: the shadow
+    keeps the keys and makes none, and the application gives every new row its key from then on."""
 
     def settings(self) -> dict[str, Any]:
         """As `Store.settings`, without what was not given."""

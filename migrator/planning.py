@@ -104,6 +104,8 @@ def make_plan(project: Project, report: Callable[..., None] = lambda *_: None) -
             check_shadow(store, settings.new_encoder.dim)
         if project.trains():
             project.training_folder()  # refused where it is no local one
+        if settings.rollout.strategy == "in_place" and capabilities.in_place_refusal is not None:
+            raise Refused(f"collection {info.name} {capabilities.in_place_refusal}")
         if settings.rollout.strategy == "in_place" and not (capabilities.stamps or can_log_stamps(capabilities)):
             raise Refused(
                 f"collection {info.name} has no room for stamps and does not give vectors back as they were written, "
@@ -277,10 +279,12 @@ def can_log_stamps(can: Capabilities) -> bool:
 
 def recommend(can: Capabilities, *, same_dim: bool, lost: str | None = None) -> tuple[str, str]:
     """The strategy that suits a store, and why. `lost` is what a shadow could not take over."""
-    if lost is not None:
+    if lost is not None and can.in_place_refusal is None:
         return "in_place", "a shadow would lose something of this collection"
     if not same_dim:
         return "shadow", "the new vectors have another length than the stored ones"
+    if can.in_place_refusal is not None:
+        return "shadow", "no vector of this collection can be replaced in place"
     if not can.update_in_place:
         return "shadow", "this index cannot be changed in place, so nothing is gained before a rebuild"
     if not can.exact_vectors:

@@ -32,7 +32,7 @@ class RolledBack:
     """Items that the application wrote with the new encoder and that have their earlier old vector: there is no old
     model, and their image may have changed."""
     kept_shadow: str | None = None
-    """The shadow, where it alone holds items, which only an old model could have brought back."""
+    """The shadow, where it alone holds items, which only an old model, or another store, could have brought back."""
     problems: Mapping[ItemId, str] = field(default_factory=dict)
     """Items that could not be embedded again, with the reason."""
 

@@ -1,8 +1,8 @@
 """The second collection of the shadow strategy: made, proved whole, put in the first one's place, and taken back.
 
 Nothing is dropped but the shadow, which migrator made under a name of its own, and at `finalize --drop-old` the old
-collection that this flag names; and neither while an alias leads to it. Where there is no old model, a rollback also
-keeps a shadow that alone holds items.
+collection that this flag names; and neither while an alias leads to it. A rollback also keeps a shadow that alone holds
+items: where there is no old model, or where the old collection takes them no more.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from adapters.base import ItemId, Page, Payload, Store, StoreError, StoreRejected
+from adapters.base import ItemId, Page, Payload, Store, StoreError, StoreRejected, WriteReport, same_value
 from migrator.backfill.copies import Copies, digests
 from migrator.backfill.transfer import ITEMS, Shadow, open_transfer, pages, walk
 from migrator.encoding import embed, locate
@@ -106,8 +106,10 @@ class TakenBack:
     """Items that could not be embedded again, with the reason: the old collection has their state before."""
     stale: set[ItemId] = field(default_factory=set)
     """Items that were brought back with the old vector that the old collection has, as there is no old model."""
+    refused: set[ItemId] = field(default_factory=set)
+    """Items of which the old collection did not take what the shadow has, with the reason among the problems."""
     kept: str | None = None
-    """The shadow, where it alone holds items and there is no old model."""
+    """The shadow, where it alone holds items, or their newest state, that cannot be brought back."""
     synced: dict[ItemId, int] = field(default_factory=dict)
     """Items already brought back, with the digest that they had in the shadow then."""
 
@@ -130,7 +132,7 @@ def take_back(project: Project, migration: Migration, report: Callable[[int, int
     if migration.stage in ("cutover", "finalize"):
         _back_sync(project, migration, result, report)  # what applications wrote that had not heard of it yet
     with project.store(write=True) as source:
-        if project.old_is_stored and _any_missing(source, list(result.problems)):
+        if result.refused or (project.old_is_stored and _any_missing(source, list(result.problems))):
             result.kept = migration.shadow
         elif source.exists(migration.shadow):
             with closing(source.sibling(migration.shadow)) as target:
@@ -224,9 +226,14 @@ class _BackSync:
         items = Page(
             [ids[row] for row in good], embedded.vectors[0], [payloads[row] for row in good], [None] * len(good)
         )
+        report = self._insert(items)
+        self.result.re_encoded += len(report.written)
+
+    def _insert(self, items: Page) -> WriteReport:
         report = self.source.insert(items)
         self.result.problems.update({item: f"the store refused it: {why}" for item, why in report.rejected.items()})
-        self.result.re_encoded += len(report.written)
+        self.result.refused.update(report.rejected)
+        return report
 
     def _bring_payloads(self, ids: Sequence[ItemId], payloads: Sequence[Payload]) -> None:
         """Without an old model: items keep the old vector that the source has, those it has none of are named."""
@@ -234,11 +241,10 @@ class _BackSync:
         there = self.source.read(ids, vectors=True, payload=True)
         assert there.vectors is not None
         assert there.payloads is not None
-        rows = [row for row, item in enumerate(there.ids) if there.payloads[row] != payload_of[item]]
+        rows = [row for row, item in enumerate(there.ids) if not same_value(there.payloads[row], payload_of[item])]
         if rows:
             items = [there.ids[row] for row in rows]
             page = Page(items, there.vectors[rows], [payload_of[item] for item in items], [None] * len(rows))
-            report = self.source.insert(page)
-            self.result.problems.update({item: f"the store refused it: {why}" for item, why in report.rejected.items()})
+            self._insert(page)
         self.result.stale.update(there.ids)
         self.result.problems.update(dict.fromkeys(payload_of.keys() - set(there.ids), NO_MODEL))

@@ -50,9 +50,9 @@ class Rows(Collection):
     def create(self, *, strings: bool, metric: str, index: str) -> None:
         schema = self.client.create_schema(auto_id=False, enable_dynamic_field=self.dynamic)
         if strings:
-            schema.add_field("key", DataType.VARCHAR, is_primary=True, max_length=200)
+            schema.add_field("id", DataType.VARCHAR, is_primary=True, max_length=200)
         else:
-            schema.add_field("key", DataType.INT64, is_primary=True)
+            schema.add_field("id", DataType.INT64, is_primary=True)
         schema.add_field("embedding", DataType.FLOAT_VECTOR, dim=DIM)
         schema.add_field("path", DataType.VARCHAR, max_length=400)
         schema.add_field("price", DataType.DOUBLE)
@@ -65,7 +65,7 @@ class Rows(Collection):
 
     def insert(self, ids: Sequence[ItemId], vectors: Vectors, payloads: Sequence[dict[str, Any]]) -> None:
         rows = [
-            {"key": item, "embedding": vector, **payload}
+            {"id": item, "embedding": vector, **payload}
             for item, vector, payload in zip(ids, vectors, payloads, strict=True)
         ]
         if rows:
@@ -86,19 +86,19 @@ class Rows(Collection):
         )
 
     def replace(self, ids: Sequence[ItemId], vectors: Vectors) -> None:
-        found = {row["key"]: row for row in self.rows()}
+        found = {row["id"]: row for row in self.rows()}
         payloads = [
-            {name: value for name, value in found[item].items() if name not in ("key", "embedding", STAMP)}
+            {name: value for name, value in found[item].items() if name not in ("id", "embedding", STAMP)}
             for item in ids
         ]
         self.insert(ids, vectors, payloads)
 
     def delete(self, ids: Sequence[ItemId]) -> None:
         keys = ", ".join(json.dumps(item, ensure_ascii=False) for item in ids)
-        self.client.delete(self.name, filter=f"key in [{keys}]")
+        self.client.delete(self.name, filter=f"id in [{keys}]")
 
     def visible(self) -> dict[ItemId, np.ndarray]:
-        return {row["key"]: np.array(row["embedding"], np.float32) for row in self.rows()}
+        return {row["id"]: np.array(row["embedding"], np.float32) for row in self.rows()}
 
 
 TEXTS = st.text(st.characters(exclude_categories=["Cs", "Cc"]), max_size=5) | st.sampled_from(
@@ -203,7 +203,7 @@ def test_in_lite_only_what_others_may_have_changed_is_asked_again(
         # What it wrote itself is not what the page says any more.
         assert list(store.write_vectors(ids[:1], new[5:6], "new", made_from=_part(page, 1)).changed) == ids[:1]
         asked.clear()
-        lite_client.delete(rows.name, filter="key in [11, 39]")
+        lite_client.delete(rows.name, filter="id in [11, 39]")
         report = store.write_vectors(ids[10:20], new[10:20], "new", made_from=_part(page, 20, first=10))
         assert (list(report.written), list(report.gone)) == ([10, *ids[12:20]], [11])
         assert asked

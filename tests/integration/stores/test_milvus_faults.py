@@ -142,11 +142,6 @@ def test_one_of_several_vector_fields_is_written_and_the_other_left_alone(lite: 
             np.testing.assert_array_equal(np.array(row["embedding"], np.float32), vectors[row["key"]])
 
 
-def test_a_collection_that_makes_its_own_keys(lite: MilvusClient, file: str) -> None:
-    make(lite, "auto", FLOAT, more={"auto_id": True})
-    assert "makes its own keys (auto_id)" in refusal_of({"uri": file, "collection": "auto"})
-
-
 def test_a_collection_without_index(lite: MilvusClient, file: str) -> None:
     make(lite, "bare", FLOAT, index=False)
     assert "bare.embedding has no index: create one" in refusal_of({"uri": file, "collection": "bare"})
@@ -307,7 +302,9 @@ def assert_rows_stay_in_their_partitions(client: MilvusClient, uri: str) -> None
 
     assert lie_in("parted") == places
     payloads = [
-        {"path": f"{key}.png", "more": [1, key], PARTITION: name} for name, keys in places.items() for key in keys
+        {"key": key, "path": f"{key}.png", "more": [1, key], PARTITION: name}
+        for name, keys in places.items()
+        for key in keys
     ]
     with closing(open_store({"kind": "milvus", "uri": uri, "collection": "parted"}, write=True)) as store:
         page = store.scan(after=None, limit=10)
