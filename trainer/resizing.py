@@ -79,7 +79,8 @@ def _taps(span: Span, interpolation: Interpolation) -> tuple[NDArray[np.int64], 
     """For each pixel of the result the pixels (taps, length) of the original that make it, and their weights."""
     places = np.arange(span.first, span.first + span.length)
     if interpolation == "nearest":
-        taps, weights = (places * span.original // span.scaled)[None], np.ones((1, span.length))
+        step = 1 / (span.scaled / span.original)  # rounded as OpenCV rounds it, which decides between two pixels
+        taps, weights = np.floor(places * step).astype(np.int64)[None], np.ones((1, span.length))
     else:
         exact = (places + 0.5) * span.original / span.scaled - 0.5
         before = np.floor(exact)
