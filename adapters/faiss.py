@@ -399,37 +399,17 @@ class FaissStore:
         """What this kind of index allows."""
         with self._lock:
             state = self._current()
-            index, exact = state.index, state.exact_vectors
-        notes = []
-        if index.goes_out_of_balance:
-            notes.append(
-                f"{index.name}: replaced vectors crowd into few lists, which makes searches slower or less complete; "
-                "the index is trained anew at the cutover"
-            )
-        if not index.updates_in_place:
-            notes.append(
-                f"{index.name} cannot be changed in place: new vectors wait beside it, and it is rebuilt with the same "
-                "parameters at the cutover; until then searches find the old vectors"
-            )
-        if not index.exact_vectors:
-            kept = f"{index.name} keeps approximations: vectors read from it differ from those that were added"
-            if self._folder.vectors_outlived():
-                kept += "; the files of store.vectors are of before the last migration and not used: leave them away"
-            elif state.originals is None:
-                kept += "; where you have the exact ones as .npy files, name them as store.vectors"
-            else:
-                kept = f"{index.name} keeps approximations; old vectors are read from the files of store.vectors"
-            notes.append(kept)
+            index, outlived = state.index, self._folder.vectors_outlived()
         return Capabilities(
             update_in_place=index.updates_in_place,
             visible="on_publish" if index.updates_in_place else "at_cutover",
             stamps=True,
             concurrent_writers=False,
-            exact_vectors=exact,
-            normalises=False,
+            exact_vectors=state.exact_vectors,
+            normalises=index.normalises,
             partial_update=True,
             aliases=self._folder.is_folder,
-            notes=tuple(notes),
+            notes=tuple(_notes(state, outlived=outlived)),
         )
 
     def describe(self) -> CollectionInfo:
@@ -571,7 +551,7 @@ class FaissStore:
             self._must_write()
             with self._lock:
                 state = self._current()
-                vectors = as_batch(vectors, state.index.dim, ids)
+                vectors = state.index.as_kept(as_batch(vectors, state.index.dim, ids))
                 rejected = {} if stamp is None else unusable(ids, vectors)
                 now = self.read(ids, vectors=made_from is not None, payload=self._items_replaced(state))
                 there = set(now.ids)
@@ -610,7 +590,7 @@ class FaissStore:
         assert page.payloads is not None
         with self._lock:
             state = self._current()
-            vectors = as_batch(page.vectors, state.index.dim, page.ids)
+            vectors = state.index.as_kept(as_batch(page.vectors, state.index.dim, page.ids))
             rejected = unusable(page.ids, vectors)
             strings = state.items.strings
             rejected.update(
@@ -730,7 +710,7 @@ class FaissStore:
             return
         rows = np.array(list(stamps), np.int64)
         kept = vectors[rows]
-        if not index.exact_vectors:
+        if not index.exact_vectors or index.normalises:
             filled = index.reread()
             order = np.argsort(filled.labels)
             kept = filled.vectors(order[np.searchsorted(filled.labels[order], labels[rows])])
@@ -878,6 +858,35 @@ class FaissStore:
             if self._held is not None:
                 self._held.release()
                 self._held = None
+
+
+def _notes(state: _State, *, outlived: bool) -> Iterator[str]:
+    """What follows from the kind of index, for the plan. `outlived`: the files of store.vectors are too old."""
+    index = state.index
+    if index.goes_out_of_balance:
+        yield (
+            f"{index.name}: replaced vectors crowd into few lists, which makes searches slower or less complete; "
+            "the index is trained again at the cutover"
+        )
+    if not index.updates_in_place:
+        yield (
+            f"{index.name} cannot be changed in place: new vectors wait beside it, and it is rebuilt with the same "
+            "parameters at the cutover; until then searches find the old vectors"
+        )
+    if index.kept_as_trained:
+        yield (
+            f"FAISS cannot train the {' and the '.join(index.kept_as_trained)} of {index.name} again: a rebuild keeps "
+            "it as it was trained on the old vectors, and searches may find less than in an index built from the start"
+        )
+    if index.exact_vectors:
+        return
+    kept = f"{index.name} keeps approximations: vectors read from it differ from those that were added"
+    if outlived:
+        yield f"{kept}; the files of store.vectors are of before the last migration and not used: leave them away"
+    elif state.originals is None:
+        yield f"{kept}; where you have the exact ones as .npy files, name them as store.vectors"
+    else:
+        yield f"{index.name} keeps approximations; old vectors are read from the files of store.vectors"
 
 
 def _same(state: _State, original: Index) -> NDArray[np.bool_]:

@@ -1,4 +1,4 @@
-"""One FAISS index in memory: which kinds are understood, how their vectors are read, replaced and rebuilt.
+"""One FAISS index in memory: how its vectors are read, searched, replaced and rebuilt.
 
 A *position* is a row number of this module's own, 0 to n-1; `labels[position]` is the id under which a search of the
 index returns that vector.
@@ -13,13 +13,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from adapters.base import Metric, StoreRejected, Vectors
-
-FLAT = ("IndexFlat", "IndexFlatIP", "IndexFlatL2")
-HNSW = ("IndexHNSWFlat", "IndexHNSWSQ", "IndexHNSWPQ")
-IVF = ("IndexIVFFlat", "IndexIVFScalarQuantizer", "IndexIVFPQ")
-PLAIN_QUANTISED = ("IndexScalarQuantizer", "IndexPQ")
-UNDERSTOOD = (*FLAT, *HNSW, *IVF, *PLAIN_QUANTISED)
+from adapters import faiss_parts as parts
+from adapters.base import Metric, StoreRejected, StoreUnavailable, Vectors
+from adapters.faiss_parts import translated_faiss
 
 BLOCK = 1 << 14  # vectors handled at once where a whole copy in float32 is not wanted
 
@@ -48,79 +44,67 @@ def _mix(z: NDArray[np.uint64]) -> NDArray[np.uint64]:
     return z ^ (z >> np.uint64(31))
 
 
+UNIT = 1e-5  # what an encoder's rounding may leave between a vector's length and 1
+
+TAKE_BACK = "take the migration back with `migrator rollback`, or use rollout.strategy shadow with another index"
+
+
 class Index:
-    """A loaded index. Raises `StoreRejected` for a kind whose vectors could not be replaced safely."""
+    """A loaded index. Raises `StoreRejected` for a kind whose vectors could not be replaced safely.
+
+    Every method translates what FAISS raises into `StoreRejected`, or `StoreUnavailable` where memory ran out.
+    """
 
     def __init__(self, index: Any, where: str) -> None:
-        faiss = _faiss()
+        self._where = where
         self._outer = index
-        self._id_map = None
-        inner = faiss.downcast_index(index)
-        outer_kind = type(inner).__name__
-        if outer_kind in ("IndexIDMap", "IndexIDMap2"):
-            self._id_map = inner
-            inner = faiss.downcast_index(inner.index)
-        self._inner = inner
-        self._kind = type(inner).__name__
-        self.name = self._kind if self._id_map is None else f"{outer_kind}({self._kind})"
-        self._check(where)
-        self.dim = int(inner.d)
-        self.count = int(index.ntotal)
-        self.metric: Metric = "ip" if inner.metric_type == faiss.METRIC_INNER_PRODUCT else "l2"
-        self._keys = self._inner_keys(where)  # ids that the inner index knows its vectors by, per position
-        self.labels = self._labels(where)
+        with translated_faiss(where, "open the index", f"build it again; {parts.INSTEAD}"):
+            self._open()
+
+    def _open(self) -> None:
+        faiss, where = _faiss(), self._where
+        body = parts.downcast(self._outer)
+        parts.check(body, where)
+        self.name = parts.name(body)
+        self.dim = int(body.d)
+        self.count = int(body.ntotal)
+        self.metric: Metric = "ip" if body.metric_type == faiss.METRIC_INNER_PRODUCT else "l2"
+        self._body = body
+        self._leaf = parts.searched_leaf(body)
+        self._transforms, self._read_leaf = parts.read_path(body)
+        self._id_map = _id_map(body)
+        self._keys = self._leaf_keys()  # ids that the leaf knows its vectors by, per position
+        self.labels = self._labels()
         self._flat = self._flat_view()
-        self._users_direct_map = inner.direct_map.type if self._kind in IVF else None
+        self._users_direct_map = self._leaf.direct_map.type if self._has_lists else None
         self._direct_map_built = False
 
-    def _check(self, where: str) -> None:
-        faiss = _faiss()
-        inner = self._inner
-        if self._kind not in UNDERSTOOD:
-            raise StoreRejected(
-                f"{where} is a {self.name}, whose vectors cannot be replaced safely: understood are Flat, IVFFlat, "
-                "HNSW, SQ, PQ, IVF-SQ and IVF-PQ, also inside IndexIDMap and IndexIDMap2"
-            )
-        if inner.metric_type not in (faiss.METRIC_INNER_PRODUCT, faiss.METRIC_L2):
-            raise StoreRejected(f"{where} has the metric {inner.metric_type}: only inner product and L2 are understood")
-        quantizer = self._scalar_quantizer()
-        if quantizer is not None and quantizer.qtype in _direct_types():
-            raise StoreRejected(f"{where} stores vectors of small integers, which an encoder does not give")
-        if self._kind in IVF and type(faiss.downcast_InvertedLists(inner.invlists)).__name__ != "ArrayInvertedLists":
-            raise StoreRejected(
-                f"{where} keeps its inverted lists in another file: only lists in the index are understood"
-            )
-        if self._outer.ntotal != inner.ntotal:
-            raise StoreRejected(f"{where} is damaged: {self._outer.ntotal} ids for {inner.ntotal} vectors")
+    @property
+    def _has_lists(self) -> bool:
+        return parts.kind(self._leaf) in parts.IVF
 
-    def _scalar_quantizer(self) -> Any:
-        faiss = _faiss()
-        if self._kind in ("IndexScalarQuantizer", "IndexIVFScalarQuantizer"):
-            return self._inner.sq
-        return faiss.downcast_index(self._inner.storage).sq if self._kind == "IndexHNSWSQ" else None
+    @property
+    def _refined(self) -> bool:
+        return parts.is_refined(self._body)
 
-    def _product_quantizer(self) -> Any:
-        faiss = _faiss()
-        if self._kind in ("IndexPQ", "IndexIVFPQ"):
-            return self._inner.pq
-        return faiss.downcast_index(self._inner.storage).pq if self._kind == "IndexHNSWPQ" else None
-
-    def _inner_keys(self, where: str) -> NDArray[np.int64]:
-        faiss = _faiss()
-        if self._kind not in IVF:
+    def _leaf_keys(self) -> NDArray[np.int64]:
+        faiss, where = _faiss(), self._where
+        if not self._has_lists:
             return np.arange(self.count)
-        lists = self._inner.invlists
-        sizes = [lists.list_size(number) for number in range(self._inner.nlist)]
-        parts = [faiss.rev_swig_ptr(lists.get_ids(number), size).copy() for number, size in enumerate(sizes) if size]
-        keys = np.sort(np.concatenate(parts)) if parts else np.empty(0, np.int64)
+        lists = self._leaf.invlists
+        sizes = [lists.list_size(number) for number in range(self._leaf.nlist)]
+        found = [faiss.rev_swig_ptr(lists.get_ids(number), size).copy() for number, size in enumerate(sizes) if size]
+        keys = np.sort(np.concatenate(found)) if found else np.empty(0, np.int64)
         if len(keys) != self.count:
             raise StoreRejected(f"{where} is damaged: its lists hold {len(keys)} vectors, its header says {self.count}")
         if self._id_map is not None and not np.array_equal(keys, np.arange(self.count)):
             raise StoreRejected(f"{where} is damaged: its ID map does not fit its lists; build the index again")
+        if self._refined and not np.array_equal(keys, np.arange(self.count)):
+            raise StoreRejected(f"{where} is damaged: its lists do not fit its refinement; build the index again")
         return keys
 
-    def _labels(self, where: str) -> NDArray[np.int64]:
-        faiss = _faiss()
+    def _labels(self) -> NDArray[np.int64]:
+        faiss, where = _faiss(), self._where
         labels = self._keys if self._id_map is None else faiss.vector_to_array(self._id_map.id_map).astype(np.int64)
         if len(labels) != self.count:
             raise StoreRejected(f"{where} is damaged: {len(labels)} ids for {self.count} vectors")
@@ -133,33 +117,29 @@ class Index:
         return labels
 
     def _flat_view(self) -> Vectors | None:
-        """The vectors where they lie in the index, if they lie there as float32."""
+        """The vectors of the leaf that is read, where they lie in it as float32."""
         faiss = _faiss()
-        if self._kind in FLAT:
-            flat = self._inner
-        elif self._kind == "IndexHNSWFlat":
-            flat = faiss.downcast_index(self._inner.storage)
-        else:
+        flat = self._read_leaf
+        if parts.kind(flat) == "IndexHNSWFlat":
+            flat = parts.downcast(flat.storage)
+        if parts.kind(flat) not in parts.FLAT:
             return None
         if self.count == 0:
-            return np.empty((0, self.dim), np.float32)
-        view: Vectors = faiss.rev_swig_ptr(flat.get_xb(), self.count * self.dim).reshape(self.count, self.dim)
+            return np.empty((0, flat.d), np.float32)
+        view: Vectors = faiss.rev_swig_ptr(flat.get_xb(), self.count * flat.d).reshape(self.count, flat.d)
         return view
 
     # -- facts ----------------------------------------------------------------------------------------------------
 
     @property
     def description(self) -> str:
-        """The kind of index and the parameters that a rebuild keeps, for people."""
+        """The index in the words of FAISS's factory, and parameters that it has no words for, for people."""
         facts = []
-        if self._kind in IVF:
-            facts.append(f"nlist={self._inner.nlist}")
-        if self._kind in HNSW:
-            facts.append(f"M={self._inner.hnsw.nb_neighbors(1)}, efConstruction={self._inner.hnsw.efConstruction}")
-        if (pq := self._product_quantizer()) is not None:
-            facts.append(f"{pq.M}x{pq.nbits} bits")
-        if (sq := self._scalar_quantizer()) is not None:
-            facts.append(f"{sq.code_size} bytes a vector")
+        leaf = self._leaf
+        if self._has_lists:
+            facts.append(f"nprobe={leaf.nprobe}")
+        if parts.kind(leaf) in parts.HNSW:
+            facts.append(f"efConstruction={leaf.hnsw.efConstruction}, efSearch={leaf.hnsw.efSearch}")
         return self.name + (f" ({', '.join(facts)})" if facts else "")
 
     @property
@@ -168,38 +148,80 @@ class Index:
         return self._id_map is not None
 
     @property
-    def updates_in_place(self) -> bool:
-        """Whether single vectors can be replaced with the index staying fit to be searched."""
-        return self._kind in FLAT or self._kind == "IndexIVFFlat"
+    def _exact_leaf(self) -> bool:
+        return self._flat is not None or parts.kind(self._read_leaf) == "IndexIVFFlat"
 
     @property
-    def goes_out_of_balance(self) -> bool:
-        """Whether replacing vectors makes searches slower until the index is trained anew."""
-        return self._kind == "IndexIVFFlat"
+    def normalises(self) -> bool:
+        """Whether nothing but a scaling to unit length stands between a vector and what the index keeps of it."""
+        return bool(self._transforms) and self._exact_leaf and all(map(_to_unit_length, self._transforms))
 
     @property
     def exact_vectors(self) -> bool:
-        """Whether vectors come back bit for bit as they were added."""
-        return self._flat is not None or self._kind == "IndexIVFFlat"
+        """Whether vectors come back bit for bit as they were added, but for scaling where the index `normalises`."""
+        return self._exact_leaf and (not self._transforms or self.normalises)
+
+    @property
+    def updates_in_place(self) -> bool:
+        """Whether single vectors can be replaced with the index staying fit to be searched."""
+        return self.exact_vectors and not self._refined and parts.kind(self._leaf) in (*parts.FLAT, "IndexIVFFlat")
+
+    @property
+    def goes_out_of_balance(self) -> bool:
+        """Whether replacing vectors makes searches slower until the index is trained again."""
+        return self.updates_in_place and self._has_lists
+
+    @property
+    def kept_as_trained(self) -> list[str]:
+        """Parts that stay as they were trained on the old vectors, because FAISS cannot train them again."""
+        return parts.kept_as_trained(self._body)
 
     # -- reading --------------------------------------------------------------------------------------------------
 
     def vectors(self, positions: NDArray[np.int64]) -> Vectors:
-        """(m,) positions -> (m, dim) float32, a copy; approximate where the index is quantised."""
+        """(m,) positions -> (m, dim) float32, a copy; approximate unless `exact_vectors`."""
+        with translated_faiss(self._where, "read vectors back", f"build the index again; {parts.INSTEAD}"):
+            return self._outward(self._kept(positions))
+
+    def _kept(self, positions: NDArray[np.int64]) -> Vectors:
+        """(m,) -> (m, dim of the leaf): what the leaf holds, behind all transforms."""
         faiss = _faiss()
         if self._flat is not None:
             return self._flat[positions]
+        leaf = self._read_leaf
         if len(positions) == 0:
-            return np.empty((0, self.dim), np.float32)
-        if self._kind in IVF and not self._direct_map_built:
+            return np.empty((0, leaf.d), np.float32)
+        if parts.kind(leaf) in parts.IVF and not self._direct_map_built:
             self._map_directly(faiss.DirectMap.Hashtable)
             self._direct_map_built = True
-        return np.asarray(self._inner.reconstruct_batch(self._keys[positions]), np.float32)
+        keys = self._keys if parts.kind(leaf) in parts.IVF else np.arange(self.count)
+        return np.asarray(leaf.reconstruct_batch(keys[positions]), np.float32)
+
+    def _outward(self, kept: Vectors) -> Vectors:
+        for transform in reversed(self._transforms):
+            kept = parts.reverse(transform, kept)
+        return kept
+
+    def _inward(self, vectors: Vectors) -> Vectors:
+        for transform in self._transforms:
+            vectors = transform.apply(np.ascontiguousarray(vectors))
+        return vectors
+
+    def as_kept(self, vectors: Vectors) -> Vectors:
+        """(m, dim) -> (m, dim): `vectors` as this index would keep them, where it `normalises`; else as they are.
+
+        Vectors of unit length stay bit for bit, so that what was read can be put back.
+        """
+        if not self.normalises or len(vectors) == 0:
+            return vectors
+        lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
+        scaled = (np.abs(lengths - 1) > UNIT) & (lengths > 0) & np.isfinite(lengths)
+        return np.where(scaled, vectors / np.where(scaled, lengths, 1), vectors).astype(np.float32)
 
     @cached_property
     def checksums(self) -> NDArray[np.uint64]:
         """`row_checksums` of all vectors, by position."""
-        if self._flat is not None:
+        if self._flat is not None and not self._transforms:
             return row_checksums(self._flat)
         sums = np.empty(self.count, np.uint64)
         for start in range(0, self.count, BLOCK):
@@ -215,20 +237,23 @@ class Index:
         k = min(k, self.count)
         if k == 0 or len(queries) == 0:
             return np.empty((len(queries), 0), np.float32), np.empty((len(queries), 0), np.int64)
-        if exact:
-            scores, labels = self._search_all(queries, k)
-        else:
-            scores, labels = self._outer.search(queries, k)
+        with translated_faiss(self._where, "search", f"build the index again; {parts.INSTEAD}"):
+            if exact:
+                scores, labels = self._search_all(self._inward(queries), k)
+            else:
+                scores, labels = self._outer.search(queries, k)
         return (scores if self.metric == "ip" else -scores), labels
 
     def _search_all(self, queries: Vectors, k: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+        """`queries` (n, dim of the leaf), behind all transforms."""
         faiss = _faiss()
-        nearer = self._inner.metric_type == faiss.METRIC_INNER_PRODUCT
+        metric = self._leaf.metric_type
+        nearer = metric == faiss.METRIC_INNER_PRODUCT
         best = np.empty((len(queries), 0), np.float32)
         labels = np.empty((len(queries), 0), np.int64)
         for start in range(0, self.count, BLOCK):
             block = np.arange(start, min(start + BLOCK, self.count))
-            scores, rows = faiss.knn(queries, self.vectors(block), min(k, len(block)), metric=self._inner.metric_type)
+            scores, rows = faiss.knn(queries, self._kept(block), min(k, len(block)), metric=metric)
             best = np.concatenate([best, scores], axis=1)
             labels = np.concatenate([labels, np.where(rows < 0, -1, self.labels[block][rows])], axis=1)
             order = np.argsort(-best if nearer else best, axis=1, kind="stable")[:, :k]
@@ -240,145 +265,116 @@ class Index:
     def replace(self, positions: NDArray[np.int64], vectors: Vectors) -> None:
         """Puts `vectors` (m, dim) in the place of those at `positions`. Only where `updates_in_place`."""
         faiss = _faiss()
-        if self._flat is not None:
-            self._flat[positions] = vectors
-        else:
-            # Taken out and added, each lands in the list of its nearest centroid, where a search looks for it.
-            keys = self._keys[positions]
-            self._map_directly(faiss.DirectMap.NoMap)
-            self._inner.remove_ids(keys)
-            self._inner.add_with_ids(np.ascontiguousarray(vectors), keys)
+        vectors = self.as_kept(vectors)
+        with translated_faiss(self._where, "replace vectors", TAKE_BACK):
+            if self._flat is not None:
+                self._flat[positions] = vectors
+            else:
+                # Taken out and added, each lands in the list of its nearest centroid, where a search looks for it.
+                keys = self._keys[positions]
+                self._map_directly(faiss.DirectMap.NoMap)
+                self._leaf.remove_ids(keys)
+                self._leaf.add_with_ids(np.ascontiguousarray(vectors), keys)
         self.__dict__.pop("checksums", None)
 
     def rebuild(self, vectors: Vectors) -> None:
-        """Builds the index anew over `vectors` (count, dim, by position), with the parameters it has.
+        """Builds the index again over `vectors` (count, dim, by position), with the parameters it has.
 
-        What the index learnt from its vectors (centroids, code books, ranges) is learnt anew, unless there are fewer
-        vectors than FAISS needs for that.
+        What the index learnt from its vectors (rotations, centroids, code books, ranges) is learnt again, but for
+        `kept_as_trained` and unless there are fewer vectors than FAISS needs for that.
         """
-        faiss = _faiss()
-        inner = self._inner
-        vectors = np.ascontiguousarray(vectors)
-        if self._kind in IVF:
-            self._map_directly(faiss.DirectMap.NoMap)
-        inner.reset()
-        if self.count >= self._training_needs():
-            self._forget_training()
-            inner.train(vectors)
-        if self._kind in IVF:
-            inner.add_with_ids(vectors, self._keys)
-        else:
-            inner.add(vectors)
-        self._flat = self._flat_view()
+        vectors = np.ascontiguousarray(self.as_kept(vectors))
+        with translated_faiss(self._where, "rebuild the index", TAKE_BACK):
+            self._empty()
+            if self.count >= parts.training_needs(self._body):
+                parts.train(self._body, vectors)
+            self._add(vectors, self.labels)
+            self._flat = self._flat_view()
+            if self.normalises:  # FAISS scales once more, which may change the last bit
+                self._put_bits(vectors)
         self.__dict__.pop("checksums", None)
+
+    def _put_bits(self, vectors: Vectors) -> None:
+        """Overwrites every vector by one that differs from it in rounding at most."""
+        if self._flat is not None:
+            self._flat[:] = vectors
+            return
+        faiss, lists = _faiss(), self._leaf.invlists
+        for number in range(self._leaf.nlist):
+            size = lists.list_size(number)
+            if size:
+                ids = faiss.rev_swig_ptr(lists.get_ids(number), size)
+                codes = faiss.rev_swig_ptr(lists.get_codes(number), size * lists.code_size)
+                codes[:] = vectors[np.searchsorted(self._keys, ids)].view(np.uint8).ravel()
 
     def fill(self, vectors: Vectors, labels: NDArray[np.int64]) -> None:
         """Makes the index hold exactly `vectors` (m, dim) under `labels` (m,), with the parameters it has.
 
-        What it learns from vectors is learnt anew, unless there are fewer than FAISS needs; if it has never learnt,
+        What it learns from vectors is learnt again, unless there are fewer than FAISS needs; if it has never learnt,
         it learns from them and from random directions.
         """
-        vectors = np.ascontiguousarray(vectors, np.float32)
-        if self._kind in IVF:
+        vectors = np.ascontiguousarray(self.as_kept(vectors), np.float32)
+        with translated_faiss(self._where, "build the index", TAKE_BACK):
+            self._empty()
+            needs = parts.training_needs(self._body)
+            if len(vectors) >= needs or not self._body.is_trained:
+                more = np.random.default_rng(0).standard_normal((max(0, needs - len(vectors)), self.dim))
+                parts.train(self._body, np.concatenate([vectors, more.astype(np.float32)]))
+            self._add(vectors, labels)
+
+    def _empty(self) -> None:
+        if self._has_lists:
             self._map_directly(_faiss().DirectMap.NoMap)
-        inner = self._inner
-        self._outer.reset()
-        needs = self._training_needs()
-        if len(vectors) >= needs or not inner.is_trained:
-            self._forget_training()
-            more = np.random.default_rng(0).standard_normal((max(0, needs - len(vectors)), self.dim))
-            inner.train(np.concatenate([vectors, more.astype(np.float32)]))
-        if self._id_map is not None or self._kind in IVF:
-            self._outer.add_with_ids(vectors, labels)
+        self._body.reset()
+
+    def _add(self, vectors: Vectors, labels: NDArray[np.int64]) -> None:
+        if len(vectors) == 0:
+            return  # adding none to a fast scan index ends the process
+        if self._id_map is not None or (self._has_lists and not self._refined):
+            self._body.add_with_ids(vectors, labels)
         else:
-            self._outer.add(vectors)
+            self._body.add(vectors)
 
     def reread(self) -> Index:
         """This index as another reader will see it."""
         return Index(self._outer, "the filled index")
 
     def like(self, dim: int) -> Index:
-        """An empty index of the same kind and parameters, for vectors of `dim`. It has learnt nothing."""
-        faiss = _faiss()
-        inner, metric = self._inner, self._inner.metric_type
-        pq, sq = self._product_quantizer(), self._scalar_quantizer()
-        if pq is not None and dim % pq.M:
-            raise StoreRejected(
-                f"{self.name} cuts vectors into {pq.M} parts, which does not divide {dim}: choose another dimension"
-            )
-        if self._kind in IVF:
-            quantizer = faiss.downcast_index(inner.quantizer)
-            if type(quantizer).__name__ not in FLAT:
-                raise StoreRejected(f"{self.name} has a coarse quantizer of the kind {type(quantizer).__name__}")
-            coarse = faiss.IndexFlat(dim, quantizer.metric_type)
-        if self._kind in FLAT:
-            made = faiss.IndexFlat(dim, metric)
-        elif self._kind == "IndexHNSWFlat":
-            made = faiss.IndexHNSWFlat(dim, inner.hnsw.nb_neighbors(1), metric)
-        elif self._kind == "IndexHNSWSQ":
-            made = faiss.IndexHNSWSQ(dim, sq.qtype, inner.hnsw.nb_neighbors(1), metric)
-        elif self._kind == "IndexHNSWPQ":
-            made = faiss.IndexHNSWPQ(dim, pq.M, inner.hnsw.nb_neighbors(1), pq.nbits, metric)
-        elif self._kind == "IndexScalarQuantizer":
-            made = faiss.IndexScalarQuantizer(dim, sq.qtype, metric)
-        elif self._kind == "IndexPQ":
-            made = faiss.IndexPQ(dim, pq.M, pq.nbits, metric)
-            made.search_type = inner.search_type
-        elif self._kind == "IndexIVFFlat":
-            made = faiss.IndexIVFFlat(coarse, dim, inner.nlist, metric)
-        elif self._kind == "IndexIVFScalarQuantizer":
-            made = faiss.IndexIVFScalarQuantizer(coarse, dim, inner.nlist, sq.qtype, metric, inner.by_residual)
-        else:
-            made = faiss.IndexIVFPQ(coarse, dim, inner.nlist, pq.M, pq.nbits, metric)
-            made.by_residual, made.polysemous_ht = inner.by_residual, inner.polysemous_ht
-        if self._kind in IVF:
-            made.own_fields = True
-            coarse.this.disown()
-            made.nprobe = inner.nprobe
-        if self._kind in HNSW:
-            made.hnsw.efConstruction, made.hnsw.efSearch = inner.hnsw.efConstruction, inner.hnsw.efSearch
-        if self._id_map is not None:
-            outer = type(self._id_map)(made)
-            outer.own_fields = True
-            made.this.disown()
-            made = outer
-        return Index(made, "the new index")
+        """An empty index of the same kind and parameters, for vectors of `dim`. It has learnt nothing.
+
+        Raises `StoreRejected` where FAISS cannot make one for `dim`, or a parameter could not be carried over.
+        """
+        doing = f"make a second index for {dim} dimensions"
+        with translated_faiss(self._where, doing, "use rollout.strategy in_place"):
+            return Index(parts.empty_like(self._body, dim), "the new index")
 
     def _map_directly(self, kind: int) -> None:
-        """Builds the table from ids to places in the lists anew. One that came from a file, or outlived a reset, may
+        """Builds the table from ids to places in the lists again. One that came from a file, or outlived a reset, may
         have lost entries."""
-        self._inner.set_direct_map_type(_faiss().DirectMap.NoMap)
-        self._inner.set_direct_map_type(kind)
+        self._leaf.set_direct_map_type(_faiss().DirectMap.NoMap)
+        self._leaf.set_direct_map_type(kind)
         self._direct_map_built = False
-
-    def _training_needs(self) -> int:
-        pq = self._product_quantizer()
-        return max(1, self._inner.nlist if self._kind in IVF else 0, 0 if pq is None else int(pq.ksub))
-
-    def _forget_training(self) -> None:
-        faiss = _faiss()
-        pq = self._product_quantizer()
-        if pq is not None:
-            pq.cp.min_points_per_centroid = 1  # FAISS prints a warning below 39
-        # Index files keep how a PQ index is searched, not how it was trained for that.
-        if self._kind == "IndexPQ":
-            polysemous = (faiss.IndexPQ.ST_polysemous, faiss.IndexPQ.ST_polysemous_generalize)
-            self._inner.do_polysemous_training = self._inner.search_type in polysemous
-        if self._kind == "IndexIVFPQ":
-            self._inner.do_polysemous_training = self._inner.polysemous_ht > 0
-        if self._kind in IVF:
-            # Neither setting is kept in index files; the constructors set `spherical` by the metric.
-            self._inner.cp.min_points_per_centroid = 1
-            self._inner.cp.spherical = self.metric == "ip"
-            faiss.downcast_index(self._inner.quantizer).reset()
 
     def write(self, write: Callable[[bytes], object]) -> None:
         """Hands the index to `write` piece by piece, as FAISS's file format. Errors of `write` pass through."""
         faiss = _faiss()
-        if self._users_direct_map is not None:
-            self._map_directly(self._users_direct_map)
-        # Not write_index(path): it does not notice when the last buffer does not fit on the disk.
-        faiss.write_index(self._outer, faiss.PyCallbackIOWriter(write))
+        with translated_faiss(self._where, "write the index", TAKE_BACK):
+            if self._users_direct_map is not None:
+                self._map_directly(self._users_direct_map)
+            # Not write_index(path): it does not notice when the last buffer does not fit on the disk.
+            faiss.write_index(self._outer, faiss.PyCallbackIOWriter(write))
+
+
+def _id_map(index: Any) -> Any:
+    while parts.kind(index) not in parts.LEAVES:
+        if parts.kind(index) in parts.ID_MAPS:
+            return index
+        index = parts.within(index)[0][1]
+    return None
+
+
+def _to_unit_length(transform: Any) -> bool:
+    return parts.kind(transform) == parts.NORMALISING and transform.norm == 2
 
 
 def read_index(path: str, read: Callable[[int], bytes]) -> Index:
@@ -386,9 +382,11 @@ def read_index(path: str, read: Callable[[int], bytes]) -> Index:
     faiss = _faiss()
     try:
         index = faiss.read_index(faiss.PyCallbackIOReader(read))
-    except (RuntimeError, MemoryError, ValueError) as error:
-        reason = str(error).rpartition("Error: ")[2].strip().splitlines()[:1] or ["unreadable"]
-        raise StoreRejected(f"{path} cannot be read as a FAISS index: truncated or not one ({reason[0]})") from error
+    except MemoryError as error:
+        raise StoreUnavailable(f"{path}: there is not enough memory to read the index") from error
+    except (RuntimeError, AssertionError, TypeError, ValueError) as error:
+        reason = parts.reason_of(error)
+        raise StoreRejected(f"{path} cannot be read as a FAISS index: truncated or not one ({reason})") from error
     return Index(index, path)
 
 
@@ -397,9 +395,3 @@ def _faiss() -> Any:
     import faiss
 
     return faiss
-
-
-def _direct_types() -> tuple[int, ...]:
-    faiss = _faiss()
-    names = ("QT_8bit_direct", "QT_8bit_direct_signed")
-    return tuple(getattr(faiss.ScalarQuantizer, name) for name in names if hasattr(faiss.ScalarQuantizer, name))

@@ -51,6 +51,15 @@ _IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 Keys = Mapping[str, Any]
 """Keys of an encoder's section in migrations.yaml, with their values."""
 
+NORMALISATIONS: Mapping[str, Keys] = {
+    "of ImageNet": _IMAGENET,
+    "of CLIP": _CLIP,
+    "0.5": {"mean": (0.5,) * 3, "std": (0.5,) * 3},
+    "0 and 1": {"mean": (0.0,) * 3, "std": (1.0,) * 3},
+    "for 0 to 255": {"mean": (0.0,) * 3, "std": (1 / 255,) * 3},
+}
+"""Usual mean and std, with what they are called in a table."""
+
 PIXELS: tuple[Keys, ...] = (
     *({"exif": value} for value in ("apply", "ignore")),
     *({"alpha": value} for value in ("white", "black", "drop")),
@@ -59,12 +68,10 @@ PIXELS: tuple[Keys, ...] = (
     *({"interpolation": value} for value in ("bilinear", "bicubic", "nearest", "lanczos", "box", "hamming")),
     *({"antialias": value} for value in (True, False)),
     *({"crop_pct": value} for value in (0.875, 0.9, 0.95, 1.0)),
+    *({"fill": value} for value in ("black", "white", "#808080", "#727272")),
+    *({"resize": "letterbox", "fill": value} for value in ("white", "#808080", "#727272")),
     *({"channels": value} for value in ("rgb", "bgr")),
-    _IMAGENET,
-    _CLIP,
-    {"mean": (0.5,) * 3, "std": (0.5,) * 3},
-    {"mean": (0.0,) * 3, "std": (1.0,) * 3},
-    {"mean": (0.0,) * 3, "std": (1 / 255,) * 3},
+    *NORMALISATIONS.values(),
     # What common loaders do all at once:
     {"resize": "crop", "interpolation": "bilinear", "crop_pct": 0.875, **_IMAGENET},
     {"resize": "crop", "interpolation": "bicubic", "crop_pct": 1.0, **_CLIP},
@@ -101,8 +108,12 @@ class Tried:
 
     @property
     def label(self) -> str:
-        """The keys and values in one line."""
-        return ", ".join(f"{key}: {_written(value)}" for key, value in self.keys.items()) or "as declared"
+        """The keys and values in one line, usual numbers by their name."""
+        named = dict(self.keys)
+        for name, keys in NORMALISATIONS.items():
+            if keys.items() <= named.items():
+                named = {key: value for key, value in named.items() if key not in keys} | {"mean and std": name}
+        return ", ".join(f"{key}: {_written(value)}" for key, value in named.items()) or "as declared"
 
     def as_json(self) -> dict[str, Any]:
         """As `migrator plan --json` prints it."""
@@ -128,14 +139,14 @@ class Search:
 class Disagreement(Refused):
     """The old encoder as declared did not make the stored vectors, or not all of them."""
 
-    def __init__(self, message: str, declared: Tried, search: Search | None) -> None:
+    def __init__(self, message: str, declared: Tried, search: Search | None, best: Tried | None = None) -> None:
         super().__init__(message)
-        self.declared, self.search = declared, search
+        self.declared, self.search, self.best = declared, search, best
 
     def as_json(self) -> dict[str, Any]:
         """As `migrator plan --json` prints it."""
         tried = [] if self.search is None else self.search.tried
-        best = None if self.search is None or not self.search.best.keys else self.search.best.as_json()
+        best = None if self.best is None else self.best.as_json()
         return {"declared": self.declared.as_json(), "best": best, "tried": [each.as_json() for each in tried[:SHOWN]]}
 
 
@@ -231,10 +242,27 @@ def _greedy(trial: _Trial, declared: _Variant) -> Search:
         best, best_variant = top, variant
         if best.cosines.min() >= EXACT:
             break
+    best, best_variant = _refined(trial, declared, best, best_variant)
     best, best_variant = _shortest(trial, declared, best, best_variant)
     every[best.label] = best
     ranked = sorted(every.values(), key=lambda tried: (-round(float(tried.cosines.mean()), 4), len(tried.keys)))
-    return Search(start, ranked, best, best_variant)
+    # A key that changes nothing here is no row of its own.
+    different = {round(float(tried.cosines.mean()), 6): tried for tried in reversed(ranked)}
+    return Search(start, list(different.values())[::-1], best, best_variant)
+
+
+def _refined(trial: _Trial, declared: _Variant, best: Tried, variant: _Variant) -> tuple[Tried, _Variant]:
+    """`best` with other values of the keys that it changes: one was chosen while the others were still wrong."""
+    for change in (*PIXELS, *MODELS):
+        if not change.keys() <= best.keys.keys() or len(change.keys() - {"mean", "std"}) > 1:
+            continue
+        other = _changed(declared, {**best.keys, **change})
+        if other is None or other.spec == variant.spec:
+            continue
+        (tried,) = trial.measure([other])
+        if len(tried.cosines) and tried.cosines.mean() > best.cosines.mean() + GAIN / 100:
+            best, variant = tried, other
+    return best, variant
 
 
 def _shortest(trial: _Trial, declared: _Variant, best: Tried, variant: _Variant) -> tuple[Tried, _Variant]:
@@ -247,7 +275,7 @@ def _shortest(trial: _Trial, declared: _Variant, best: Tried, variant: _Variant)
         if shorter is None:
             continue
         (tried,) = trial.measure([shorter])
-        if len(tried.cosines) and tried.cosines.mean() >= best.cosines.mean() - GAIN / 10:
+        if len(tried.cosines) and tried.cosines.mean() >= best.cosines.mean() - GAIN / 100:
             best, variant = tried, shorter
     return best, variant
 
@@ -419,7 +447,7 @@ def refusal(declared: Tried, found: Search | None, best: Tried | None, *, card: 
     if found is not None:
         lines += _table(found)
     lines.append("  without a model: old_encoder: stored goes on with the vectors as they lie there")
-    return Disagreement("\n".join(lines), declared, found)
+    return Disagreement("\n".join(lines), declared, found, best)
 
 
 def hint(declared: Tried, best: Tried, *, card: str | None) -> str:
@@ -449,4 +477,4 @@ def _written(value: Any) -> str:
     """A value as it stands in migrations.yaml."""
     if isinstance(value, tuple):
         return f"[{', '.join(f'{number:.10g}' for number in value)}]"
-    return str(value) if isinstance(value, str) else json.dumps(value)
+    return value if isinstance(value, str) and not value.startswith("#") else json.dumps(value)

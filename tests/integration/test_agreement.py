@@ -187,6 +187,180 @@ def test_another_normalisation_is_found(gallery: Gallery, mean: Sequence[float],
     gallery.follow(keys)
 
 
+@pytest.mark.parametrize("resampling", ["NEAREST", "BOX"])
+def test_another_filter_is_found(gallery: Gallery, resampling: str) -> None:
+    gallery.fill(pictures(), ".png", lambda file: normalised(squashed(plain(file), Image.Resampling[resampling])))
+    keys, _ = gallery.refused()
+    assert keys == {"interpolation": resampling.lower()}
+    gallery.follow(keys)
+
+
+@pytest.mark.parametrize("resampling", ["LANCZOS", "HAMMING"])
+def test_a_filter_that_hardly_differs_is_named_by_a_plan_that_passes(gallery: Gallery, resampling: str) -> None:
+    gallery.fill(pictures(), ".png", lambda file: normalised(squashed(plain(file), Image.Resampling[resampling])))
+    code, found, err = gallery.plan()
+    assert code == 0, err
+    assert 0.99 <= found["old_encoder_check"]["median_cosine"] < 0.999
+    (risk,) = [risk for risk in found["risks"] if "old encoder" in risk]
+    assert f"set old_encoder.interpolation to {resampling.lower()}" in risk
+    gallery.follow({"interpolation": resampling.lower()})
+
+
+def test_opencvs_way_is_found(gallery: Gallery) -> None:
+    """BGR as cv2.imread reads it, resized without looking at what lies between, and scaled to 0..1."""
+    import cv2
+
+    def load(file: Path) -> np.ndarray:
+        return cv2.resize(cv2.imread(str(file)), (SIZE, SIZE)).transpose(2, 0, 1).astype(np.float32) / 255
+
+    gallery.fill(pictures(), ".png", load)
+    keys, _ = gallery.refused()
+    assert keys == {"channels": "bgr", "antialias": False, "mean": [0, 0, 0], "std": [1, 1, 1]}
+    gallery.follow(keys)
+
+
+@pytest.mark.parametrize("colour", ["black", "white"])
+def test_a_letterbox_is_found(gallery: Gallery, colour: str) -> None:
+    from PIL import ImageOps
+
+    gallery.fill(
+        pictures(),
+        ".png",
+        lambda file: normalised(ImageOps.pad(plain(file), (SIZE, SIZE), Image.Resampling.BILINEAR, color=colour)),
+    )
+    keys, _ = gallery.refused()
+    assert keys == {"resize": "letterbox", **({} if colour == "black" else {"fill": colour})}
+    gallery.follow(keys)
+
+
+# -- from the file to RGB ---------------------------------------------------------------------------------------------
+
+
+def with_orientation(value: int) -> Image.Exif:
+    exif = Image.Exif()
+    exif[0x0112] = value
+    return exif
+
+
+def turned(gallery: Gallery, every: int, orientation: int = 6) -> list[Path]:
+    """JPEGs of which one in `every` bears an EXIF orientation."""
+    return [
+        gallery.save(
+            picture(number), f"{number}.jpg", **({} if number % every else {"exif": with_orientation(orientation)})
+        )
+        for number in range(ITEMS)
+    ]
+
+
+@pytest.mark.parametrize("orientation", [3, 6, 8])
+def test_a_loader_that_does_not_turn_pictures_is_found(gallery: Gallery, orientation: int) -> None:
+    files = turned(gallery, 1, orientation)
+    gallery.write(files, lambda file: normalised(squashed(plain(file))))
+    keys, first = gallery.refused()
+    assert keys == {"exif": "ignore"}
+    assert "with exif: ignore the median cosine is 1.000 and all 48 agree: set old_encoder.exif to ignore" in first
+    gallery.follow(keys)
+
+
+def test_a_share_of_turned_pictures_is_found_though_the_median_agrees(gallery: Gallery) -> None:
+    gallery.write(turned(gallery, 3), lambda file: normalised(squashed(plain(file))))
+    keys, first = gallery.refused()
+    assert keys == {"exif": "ignore"}
+    assert "16 of 48 sampled vectors were not made by this encoder as it is declared" in first
+    gallery.follow(keys)
+
+
+def test_turned_pictures_and_another_filter_are_found_together(gallery: Gallery) -> None:
+    files = turned(gallery, 3)
+    gallery.write(files, lambda file: normalised(squashed(plain(file), Image.Resampling.NEAREST)))
+    keys, _ = gallery.refused()
+    assert keys == {"exif": "ignore", "interpolation": "nearest"}
+    gallery.follow(keys)
+
+
+def test_cut_outs_whose_transparency_was_dropped(gallery: Gallery) -> None:
+    gallery.fill(
+        [picture(number, "RGBA") for number in range(ITEMS)], ".png", lambda file: normalised(squashed(plain(file)))
+    )
+    keys, _ = gallery.refused()
+    assert keys == {"alpha": "drop"}
+    gallery.follow(keys)
+
+
+def test_cut_outs_on_black(gallery: Gallery) -> None:
+    def on_black(file: Path) -> Any:
+        image = Image.open(file)
+        flat = Image.new("RGB", image.size, "black")
+        flat.paste(image, mask=image.getchannel("A"))
+        return normalised(squashed(flat))
+
+    gallery.fill([picture(number, "RGBA") for number in range(ITEMS)], ".png", on_black)
+    keys, _ = gallery.refused()
+    assert keys == {"alpha": "black"}
+    gallery.follow(keys)
+
+
+def test_a_palette_with_a_transparent_colour(gallery: Gallery) -> None:
+    images = [picture(number).quantize(16) for number in range(ITEMS)]
+    for image in images:
+        image.info["transparency"] = image.getpixel((0, 0))
+    gallery.fill(images, ".png", lambda file: normalised(squashed(plain(file))))
+    keys, _ = gallery.refused()
+    assert keys == {"alpha": "drop"}
+    gallery.follow(keys)
+
+
+def test_16_bit_greys_that_pillow_cut_off(gallery: Gallery) -> None:
+    images = [
+        Image.fromarray(np.asarray(picture(number).convert("L")).astype(np.uint16) * (2 + number % 3))
+        for number in range(ITEMS)
+    ]
+    gallery.fill(images, ".png", lambda file: normalised(squashed(plain(file))))
+    keys, _ = gallery.refused()
+    assert keys == {"convert": "pil"}
+    gallery.follow(keys)
+
+
+# -- what no key explains ---------------------------------------------------------------------------------------------
+
+
+def test_images_that_were_replaced_are_a_risk_and_no_refusal(gallery: Gallery) -> None:
+    files = [gallery.save(image, f"{number}.png") for number, image in enumerate(pictures())]
+    gallery.write(files, lambda file: normalised(squashed(plain(file))))
+    for number in range(12):
+        gallery.save(picture(1000 + number), f"{number}.png")
+    code, found, err = gallery.plan()
+    assert code == 0, err
+    (risk,) = [risk for risk in found["risks"] if "old encoder" in risk]
+    assert risk.startswith("12 of 48 sampled items hold a vector that the old encoder does not give for their image")
+    assert "no other declaration of the encoder explains it" in risk
+
+
+def test_a_loader_that_no_key_describes_is_not_explained_away(gallery: Gallery) -> None:
+    from PIL import ImageOps
+
+    gallery.fill(pictures(), ".png", lambda file: normalised(ImageOps.flip(squashed(plain(file)))))
+    keys, first = gallery.refused()
+    assert keys == {}
+    assert "the weights or the images are other ones" in first
+
+
+def test_a_card_that_records_another_declaration_is_named(gallery: Gallery) -> None:
+    """The weights of an encoder that migrator trained have a file beside them that pins its preprocessing."""
+    from tests.world import encoder_config
+    from trainer.encoder import EncoderSpec, Preprocessing, load_encoder
+
+    world = gallery.world
+    world.configure(old_encoder=encoder_config("old.safetensors"))
+    spec = EncoderSpec("test_resnet", DIM, Preprocessing(image_size=SIZE), weights=world.folder / "old.safetensors")
+    model = load_encoder(spec).model
+    gallery.fill(pictures(), ".png", lambda file: normalised(squashed(plain(file)), (0.0,) * 3, (1.0,) * 3), model)
+    keys, first = gallery.refused()
+    assert first.endswith("and move old.json away, which records the other declaration")
+    (world.folder / "old.json").rename(world.folder / "old.json.away")
+    gallery.follow(keys)
+
+
 # -- another part of the weights --------------------------------------------------------------------------------------
 
 

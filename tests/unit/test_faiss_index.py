@@ -27,7 +27,8 @@ def vectors(n: int, seed: int = 0) -> np.ndarray:
 def made(factory: str, n: int = 600, metric: int = faiss.METRIC_INNER_PRODUCT) -> Any:
     index = faiss.index_factory(DIM, factory, metric)
     index.train(vectors(max(n, 600)))
-    index.add(vectors(n))
+    if n:
+        index.add_with_ids(vectors(n), np.arange(n)) if "IDMap" in factory else index.add(vectors(n))
     return index
 
 
@@ -90,18 +91,53 @@ def test_checksums_of_many_rows_are_those_of_each() -> None:
 # -- what is refused --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "factory", ["PCA8,Flat", "L2norm,Flat", "OPQ4,PQ4x4np", "SQ8,RFlat", "PQ4x4fs", "NSG8", "IVF4,PQ4x4fs", "LSHrt"]
-)
+REFUSED = {
+    "NSG8": "IndexNSGFlat",
+    "LSHrt": "IndexLSH",
+    "ITQ8,Flat": "ITQTransform,Flat",
+    "RQ2x4": "IndexResidualQuantizer",
+    "LSQ2x4": "IndexLocalSearchQuantizer",
+    "IVF4,RQ2x4": "IndexIVFResidualQuantizer",
+    "IVF4,FlatDedup": "IndexIVFFlatDedup",
+    "IVF4,PQ4+4": "IndexIVFPQR",
+    "IVF4,RaBitQ": "IndexIVFRaBitQ",
+    "IDMap2,PCA8,NSG8": "IDMap2,PCA8,IndexNSGFlat",
+    "MinMax,SQ8": "IndexRowwiseMinMax",
+}
+
+
+@pytest.mark.parametrize("factory", REFUSED)
 def test_kinds_that_could_be_harmed_are_refused(factory: str) -> None:
-    metric = faiss.METRIC_L2
-    with pytest.raises(StoreRejected, match=r"^here is a Index\w+, whose vectors cannot be replaced safely"):
-        Index(made(factory, metric=metric), "here")
+    index = faiss.index_factory(DIM, factory, faiss.METRIC_L2)
+    with pytest.raises(StoreRejected, match=r"^here is \w.*, whose vectors migrator cannot replace safely") as refusal:
+        Index(index, "here")
+    assert str(refusal.value).startswith(f"here is {REFUSED[factory]}, ")
+    assert "\n" not in str(refusal.value)
+
+
+def test_what_a_refusal_names_is_understood() -> None:
+    with pytest.raises(StoreRejected) as refusal:
+        Index(faiss.index_factory(DIM, "NSG8"), "here")
+    words = "Flat, IVF, HNSW, SQ and PQ (also fast scan), behind OPQ, PCA, RR, L2norm or Pad"
+    assert words in str(refusal.value)
+    for leaf in ("Flat", "IVF4,Flat", "HNSW8", "SQ8", "PQ4x4np", "PQ4x4fs"):
+        for front in ("", "OPQ4," if "PQ" in leaf else "", "PCA8,", "RR,", "L2norm,", "Pad32,", "IDMap2,"):
+            for behind in ("", ",RFlat"):
+                index = Index(made(front + leaf + behind, 0), "here")
+                index.rebuild(vectors(0))
+                assert reread(index).count == 0
+
+
+def test_fast_scan_lists_are_read_only_through_a_refinement() -> None:
+    with pytest.raises(StoreRejected, match=r'add a refinement \("IVF4,PQ4x4fs,RFlat"\)'):
+        Index(made("IVF4,PQ4x4fs"), "here")
+    index = reread(Index(made("IVF4,PQ4x4fs,RFlat"), "here"))
+    np.testing.assert_array_equal(index.vectors(np.arange(600)), vectors(600))
 
 
 def test_other_indexes_are_refused_with_their_reason() -> None:
     nested = faiss.IndexIDMap2(faiss.IndexIDMap(faiss.IndexFlatIP(DIM)))
-    with pytest.raises(StoreRejected, match=r"IndexIDMap2\(IndexIDMap\)"):
+    with pytest.raises(StoreRejected, match=r"^here is IDMap2,IDMap,Flat, whose"):
         Index(nested, "here")
     with pytest.raises(StoreRejected, match="metric"):
         Index(faiss.IndexFlat(DIM, faiss.METRIC_L1), "here")
@@ -186,7 +222,7 @@ def test_a_replaced_vector_is_found_in_the_list_nearest_to_it() -> None:
     index = Index(made("IVF16,Flat"), "here")
     new = vectors(600, seed=1)
     index.replace(np.arange(600), new)
-    assert index._inner.nprobe == 1
+    assert index._leaf.nprobe == 1
     np.testing.assert_array_equal(index.search(new, 1, exact=False)[1][:, 0], np.arange(600))
 
 
@@ -254,18 +290,18 @@ def test_a_rebuild_keeps_the_parameters() -> None:
     hnsw = made("HNSW12")
     hnsw.hnsw.efConstruction, hnsw.hnsw.efSearch = 57, 33
     index = Index(hnsw, "here")
-    assert "M=12, efConstruction=57" in index.description
+    assert index.description == "HNSW12,Flat (efConstruction=57, efSearch=33)"
     index.rebuild(vectors(600, seed=1))
     again = reread(index)
-    inner = again._inner  # it lives as long as `again`
+    inner = again._leaf  # it lives as long as `again`
     assert (inner.hnsw.nb_neighbors(1), inner.hnsw.efConstruction, inner.hnsw.efSearch) == (12, 57, 33)
     ivf = made("IVF16,PQ4x4np")
     ivf.nprobe = 7
     index = Index(ivf, "here")
-    assert index.description == "IndexIVFPQ (nlist=16, 4x4 bits)"
+    assert index.description == "IVF16,PQ4x4 (nprobe=7)"
     index.rebuild(vectors(600, seed=1))
     again = reread(index)
-    inner = again._inner
+    inner = again._leaf
     assert (inner.nlist, inner.nprobe, inner.pq.M, inner.pq.nbits) == (16, 7, 4, 4)
 
 
@@ -285,11 +321,11 @@ def test_a_polysemous_index_is_trained_as_one() -> None:
     raw.add(vectors(100))
     raw.search_type, raw.polysemous_ht = faiss.IndexPQ.ST_polysemous, 8
     index = reread(Index(raw, "here"))
-    assert not index._inner.do_polysemous_training
+    assert not index._leaf.do_polysemous_training
     index.rebuild(vectors(100, seed=1))
-    assert index._inner.do_polysemous_training
+    assert index._leaf.do_polysemous_training
     again = reread(index)
-    assert again._inner.search_type == faiss.IndexPQ.ST_polysemous
+    assert again._leaf.search_type == faiss.IndexPQ.ST_polysemous
 
 
 def test_exact_search_goes_on_past_one_block(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -146,19 +146,36 @@ def hold(index: Any, wanted: Mapping[int, np.ndarray]) -> None:
     outer = faiss.downcast_index(index)
     labels = np.array(list(wanted), np.int64)
     vectors = np.array(list(wanted.values()), np.float32).reshape(len(labels), index.d)
-    if isinstance(outer, faiss.IndexIVF):
+    present = vectors_by_label(index)
+    stays = np.array([label in present and np.array_equal(present[label], wanted[label]) for label in wanted], bool)
+    if isinstance(outer, faiss.IndexIVF) or _lists_in_a_chain(outer):
         # Decoded and added again, a code of IVF-PQ would change: only what differs is taken out and added.
-        present = vectors_by_label(index)
-        stays = [label in present and np.array_equal(present[label], vector) for label, vector in wanted.items()]
-        change = ~np.array(stays, bool)
-        outer.remove_ids(np.setdiff1d(list(present), labels[~change]).astype(np.int64))
-        outer.add_with_ids(vectors[change], labels[change])
+        outer.remove_ids(np.setdiff1d(list(present), labels[stays]).astype(np.int64))
+        outer.add_with_ids(vectors[~stays], labels[~stays])
         return
     outer.reset()
     if isinstance(outer, (faiss.IndexIDMap, faiss.IndexIDMap2)):
         outer.add_with_ids(vectors, labels)
     else:
         outer.add(vectors)
+    if (flat := _flat_in_a_chain(outer)) is not None and len(labels):
+        # Scaled to unit length once more, the last bit of a vector may change.
+        view = faiss.rev_swig_ptr(flat.get_xb(), vectors.size).reshape(vectors.shape)
+        view[stays] = vectors[stays]
+
+
+def _lists_in_a_chain(index: Any) -> bool:
+    return isinstance(index, faiss.IndexPreTransform) and isinstance(faiss.downcast_index(index.index), faiss.IndexIVF)
+
+
+def _flat_in_a_chain(index: Any) -> Any:
+    """The flat index behind a chain that only scales, if there is one."""
+    while isinstance(index, (faiss.IndexIDMap, faiss.IndexIDMap2)):
+        index = faiss.downcast_index(index.index)
+    if not isinstance(index, faiss.IndexPreTransform):
+        return None
+    inner = faiss.downcast_index(index.index)
+    return inner if isinstance(inner, faiss.IndexFlat) and inner.d == index.d else None
 
 
 def vectors_by_label(index: Any) -> dict[int, np.ndarray]:
@@ -169,7 +186,15 @@ def vectors_by_label(index: Any) -> dict[int, np.ndarray]:
     if isinstance(outer, (faiss.IndexIDMap, faiss.IndexIDMap2)):
         labels = faiss.vector_to_array(outer.id_map).tolist()
         inner = faiss.downcast_index(outer.index)
-    elif isinstance(outer, faiss.IndexIVF):
+    if isinstance(inner, (faiss.IndexPreTransform, faiss.IndexRefine)):
+        if (lists := faiss.try_extract_index_ivf(inner)) is not None:
+            lists.set_direct_map_type(faiss.DirectMap.NoMap)
+            lists.make_direct_map()
+        found = inner.reconstruct_n(0, index.ntotal) if labels else []
+        if lists is not None:
+            lists.set_direct_map_type(faiss.DirectMap.NoMap)
+        return dict(zip(labels, found, strict=True))
+    if isinstance(outer, faiss.IndexIVF):
         outer.set_direct_map_type(faiss.DirectMap.Hashtable)
         lists = outer.invlists
         sizes = [lists.list_size(number) for number in range(outer.nlist)]

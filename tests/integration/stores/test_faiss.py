@@ -28,6 +28,12 @@ INTEGERS = [
     Flavour("PQ8x6np"),
     Flavour("IVF8,SQ8", faiss_ids=True),
     Flavour("IVF8,PQ8x6np", faiss_ids=True),
+    Flavour("IVF8_HNSW8,Flat"),
+    Flavour("IMI2x2,Flat", faiss.METRIC_L2),
+    Flavour("L2norm,Flat"),
+    Flavour("IDMap2,L2norm,Flat"),
+    Flavour("OPQ4,IVF8_HNSW8,PQ8x6np"),
+    Flavour("IDMap2,RR32,SQ8,RFlat", faiss.METRIC_L2),
 ]
 STRINGS = [
     Flavour("Flat", strings=True),
