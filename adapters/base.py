@@ -6,9 +6,10 @@ Everything is a batch. Vectors are float32 arrays of shape (n, dim). Ids are `in
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol, TypeAlias, runtime_checkable
+from typing import Any, Literal, NamedTuple, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +18,17 @@ ItemId: TypeAlias = int | str
 Vectors: TypeAlias = NDArray[np.float32]  # (n, dim)
 Payload: TypeAlias = Mapping[str, Any]
 Metric: TypeAlias = Literal["cosine", "ip", "l2"]
+
+
+class Sparse(NamedTuple):
+    """A sparse vector: indices in ascending order, and the value at each."""
+
+    indices: NDArray[np.uint32]  # (n,)
+    values: NDArray[np.float32]  # (n,)
+
+
+FurtherVectors: TypeAlias = Mapping[str, Vectors | Sparse]
+"""The vectors of an item besides the one that is migrated, by name: dense (dim,), multi-vectors (n, dim), or sparse."""
 
 
 class StoreError(Exception):
@@ -112,6 +124,8 @@ class Page:
     vectors: Vectors | None  # (n, dim)
     payloads: Sequence[Payload] | None
     stamps: Sequence[str | None]
+    further: Sequence[FurtherVectors] | None = None
+    """The items' further vectors; None where the collection has no such or where they were not read."""
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -141,7 +155,12 @@ class Hits:
 
 @runtime_checkable
 class Store(Protocol):
-    """One collection of a vector store. Opened by `adapters.registry.open_store`."""
+    """One collection of a vector store. Opened by `adapters.registry.open_store`.
+
+    A store whose items may have several vectors also has `read_further(ids) -> Sequence[FurtherVectors] | None`: what
+    the items have besides the vector that is migrated, empty for ids that no longer exist; None if the collection has
+    no such vectors. Its `insert` writes `Page.further`, and refuses a page without where the collection has them.
+    """
 
     @property
     def capabilities(self) -> Capabilities:
@@ -264,6 +283,12 @@ class Store(Protocol):
     def close(self) -> None:
         """Lets go of the store, and of its lock where it holds one. Safe to repeat."""
         ...
+
+
+def with_further(store: Store, page: Page) -> Page:
+    """The page, with the items' further vectors where the store has such."""
+    read = getattr(store, "read_further", None)
+    return page if read is None else dataclasses.replace(page, further=read(page.ids))
 
 
 def same_value(one: Any, other: Any) -> bool:

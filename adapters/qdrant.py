@@ -22,11 +22,13 @@ import numpy as np
 from adapters.base import (
     Capabilities,
     CollectionInfo,
+    FurtherVectors,
     Hits,
     ItemId,
     Metric,
     Page,
     Payload,
+    Sparse,
     Store,
     StoreBusy,
     StoreRejected,
@@ -34,6 +36,7 @@ from adapters.base import (
     Vectors,
     WriteReport,
     order_key,
+    same_value,
 )
 from adapters.vectors import as_batch, contents, one_line, unusable
 
@@ -48,6 +51,7 @@ REQUEST_BYTES = 8 << 20  # the server takes 32 MiB; a float in JSON has about 12
 OLDEST = (1, 10)  # the first server version that answers as the client asks (query/batch)
 NAMED_SINCE = (1, 13)  # the first that can be asked which points have a certain vector
 CONDITIONAL = (1, 16)  # the first with update_filter
+ITEMS_WHOLE = 500  # points with further vectors that are read at once, as their size is not known
 SHRUGS = 5  # times that a server may miss a point which it has
 DATATYPES: Mapping[str, float] = {"float32": 1e-6, "float16": 1e-3}  # and how far what is read is from what was written
 METRICS: Mapping[str, Metric] = {"Cosine": "cosine", "Dot": "ip", "Euclid": "l2"}
@@ -117,7 +121,8 @@ def _reach(config: Mapping[str, Any]) -> Connection:
             check_compatibility=False,
         ),
     )
-    connection = Connection(client, where, local=False, exposed=key is not None and url.startswith("http://"))
+    exposed, rest = key is not None and url.startswith("http://"), not config.get("grpc", False)
+    connection = Connection(client, where, local=False, exposed=exposed, rest=rest)
     try:
         connection.version()
     except BaseException as error:
@@ -146,9 +151,16 @@ class Connection:
     """A client that several stores share. The last one closes it."""
 
     def __init__(
-        self, client: QdrantClient, where: str, *, local: bool, keep: bool = False, exposed: bool = False
+        self,
+        client: QdrantClient,
+        where: str,
+        *,
+        local: bool,
+        keep: bool = False,
+        exposed: bool = False,
+        rest: bool = False,
     ) -> None:
-        self.client, self.where, self.local = client, where, local
+        self.client, self.where, self.local, self.rest = client, where, local, rest
         self.exposed = exposed  # the api key travels unencrypted
         self._version: str | None = None
         self._guard = threading.RLock() if local else nullcontext()  # the local client is not made for threads
@@ -178,6 +190,22 @@ class Connection:
                 raise _Foreign(f"{self.where} calls itself {one_line(info.title)}")
             self._version = str(info.version)
         return self._version
+
+    def description(self, collection: str) -> dict[str, Any]:
+        """Settings and payload indexes of a collection; over REST also those that the client has no name for."""
+        if self.rest:
+            answer = self.ask(
+                lambda client: client.http.client.request(
+                    type_=dict[str, Any],
+                    method="GET",
+                    url="/collections/{collection_name}",
+                    path_params={"collection_name": collection},
+                )
+            )
+            found = answer["result"]
+        else:
+            found = self.ask(lambda client: client.get_collection(collection)).model_dump(mode="json")
+        return {"config": _set(found["config"]), "payload_schema": _set(found.get("payload_schema") or {})}
 
     def release(self) -> tuple[int, ...]:
         """Its first two numbers."""
@@ -284,6 +312,8 @@ class QdrantStore:
         self._local_name, self._alias = self._resolve(collection)
         self._name, self._params = self._vector(vector)
         self._named = bool(self._name)
+        self._has_further = bool(self._further_names())
+        self._which: Any = [self._name] if self._named or self._has_further else True
         self._indexed = False
 
     # -- facts ----------------------------------------------------------------------------------------------------
@@ -345,11 +375,13 @@ class QdrantStore:
         if params.distance.value not in METRICS:
             known = ", ".join(METRICS)
             raise StoreRejected(f"{where} has the distance {params.distance.value}, known are {known}")
-        oldest = NAMED_SINCE if name else OLDEST
+        several = len(vectors) > 1 or bool(config.params.sparse_vectors)
+        oldest = NAMED_SINCE if name or several else OLDEST
         if not self._connection.local and self._connection.release() < oldest:
+            what = "one of several vectors" if several else "a named vector" if name else "a vector"
             raise StoreRejected(
-                f"{self._connection.where} is a Qdrant {self._connection.version()}: migrating "
-                f"{'a named' if name else 'a'} vector needs {'.'.join(map(str, oldest))} or newer"
+                f"{self._connection.where} is a Qdrant {self._connection.version()}: migrating {what} needs "
+                f"{'.'.join(map(str, oldest))} or newer"
             )
         return name, params
 
@@ -432,7 +464,7 @@ class QdrantStore:
             return models.FieldCondition(key=STAMP, match=models.MatchValue(value=value))
 
         must: list[Any] = []
-        if self._named:
+        if self._connection.release() >= NAMED_SINCE:  # before, no point of an unnamed vector can be told from others
             must.append(models.HasVectorCondition(has_vector=self._name))
         if stamp is not None:
             must.append(carries(stamp))
@@ -483,7 +515,7 @@ class QdrantStore:
                 reached = key
                 if last is not None and key > last:
                     return found[:limit]
-                # An unnamed vector cannot be asked for in a filter, and a point may lack it.
+                # Before 1.13 a filter cannot ask for the vector, and a point may lack it.
                 if (beyond is None or key > beyond) and (not which or self._vector_of(record) is not None):
                     found.append(record)
             if offset is None:
@@ -494,32 +526,57 @@ class QdrantStore:
 
     def scan(self, *, after: ItemId | None, upto: ItemId | None = None, limit: int) -> Page:
         """The next `limit` points with vectors and payloads, in one scroll."""
-        which = [self._name] if self._named else True
         size = self._allowed(self._per_request(), "max_query_limit")
-        records = self._records(self._filter(), after, upto, limit, size, fields=True, which=which)
+        records = self._records(self._filter(), after, upto, limit, size, fields=True, which=self._which)
         return self._page(records, vectors=True, payload=True)
 
     def read(self, ids: Sequence[ItemId], *, vectors: bool, payload: bool) -> Page:
         """The points as they were written last."""
-        found: dict[ItemId, Any] = {}
-        possible = [item for item in ids if can_be_id(item)]
         fields: Any = True if payload else [STAMP]
-        which: Any = False
-        if vectors or self._named:
-            which = [self._name] if self._named else True
-        for part in self._parts(possible):
+        which: Any = self._which if vectors or self._which is not True else False
+        found = {
+            item: record
+            for item, record in self._retrieve(ids, fields, which, self._per_request()).items()
+            if not which or self._vector_of(record) is not None
+        }
+        self._check_none_missing(ids, found)
+        return self._page([found[item] for item in ids if item in found], vectors=vectors, payload=payload)
+
+    def _retrieve(self, ids: Sequence[ItemId], fields: Any, which: Any, size: int) -> dict[ItemId, Any]:
+        found: dict[ItemId, Any] = {}
+        for part in _parts([item for item in ids if can_be_id(item)], size):
             records = self._ask(
                 lambda client, part=part: client.retrieve(  # type: ignore[misc]
                     self._local_name, ids=part, with_payload=fields, with_vectors=which, consistency=_majority()
                 )
             )
-            for record in records:
-                if not which or self._vector_of(record) is not None:
-                    found[plain_id(record.id)] = record
-        missing = [item for item in possible if item not in found]
+            found.update({plain_id(record.id): record for record in records})
+        return found
+
+    def _check_none_missing(self, ids: Sequence[ItemId], found: Mapping[ItemId, Any]) -> None:
+        missing = [item for item in ids if can_be_id(item) and item not in found]
         if missing and not self._connection.local and (left := self._count(self._filter(ids=missing))):
             raise StoreUnavailable(f"{self._where()} gave {left} points less than were asked for and are there")
-        return self._page([found[item] for item in ids if item in found], vectors=vectors, payload=payload)
+
+    def read_further(self, ids: Sequence[ItemId]) -> list[FurtherVectors] | None:
+        """What points have besides the vector that is migrated; None if the collection has no such vectors."""
+        names = self._further_names()
+        if not names:
+            return None
+        size = min(ITEMS_WHOLE, self._per_request())
+        found = self._retrieve(ids, False, list(names), size)
+        self._check_none_missing(ids, found)
+        return [self._further_of(found[item], names) if item in found else {} for item in ids]
+
+    def _further_of(self, record: Any, names: Mapping[str, str | None]) -> FurtherVectors:
+        held = record.vector if isinstance(record.vector, dict) else {"": record.vector} if record.vector else {}
+        further = {name: plain_vector(vector) for name, vector in held.items() if name in names}
+        if self._connection.local:  # a folder keeps these as they were given, and the client scales what it adds
+            for name, vector in further.items():
+                if names[name] == "Cosine" and not isinstance(vector, Sparse):
+                    length = np.linalg.norm(vector, axis=-1, keepdims=True)
+                    further[name] = np.divide(vector, length, out=vector.copy(), where=length > 0)
+        return further
 
     def _page(self, records: Sequence[Any], *, vectors: bool, payload: bool) -> Page:
         payloads = [dict(record.payload or {}) for record in records]
@@ -551,14 +608,9 @@ class QdrantStore:
         return f"collection {self._local_name} of {self._connection.where}"
 
     def _vector_of(self, record: Any) -> Any:
-        if self._named:
-            return (record.vector or {}).get(self._name)
-        return record.vector or None  # a server gives {} for none
-
-    def _parts(self, ids: Sequence[ItemId]) -> Iterator[list[ItemId]]:
-        size = self._per_request()
-        for start in range(0, len(ids), size):
-            yield list(ids[start : start + size])
+        if isinstance(record.vector, dict):  # {} is a server's word for none
+            return record.vector.get(self._name)
+        return record.vector or None
 
     def _per_request(self) -> int:
         size = int(max(1, min(5_000, REQUEST_BYTES // (12 * self._params.size + 500))))
@@ -642,8 +694,8 @@ class QdrantStore:
         written: list[ItemId] = []
         gone: list[ItemId] = []
         changed: list[ItemId] = []
-        for part in self._parts(list(ids)):
-            if self._connection.local and not self._has_more_vectors():
+        for part in _parts(list(ids), self._per_request()):
+            if self._connection.local and not self._further_names():
                 outcome = self._write_whole(part, rows, batch, stamp, before, rejected)
             else:
                 outcome = self._write_claimed(part, rows, batch, stamp, before, rejected)
@@ -662,12 +714,14 @@ class QdrantStore:
             if status != "completed":
                 raise StoreUnavailable(f"{self._where()} took a change and has not made it yet ({status})")
 
-    def _has_more_vectors(self) -> bool:
+    def _further_names(self) -> dict[str, str | None]:
+        """Names of the vectors besides the one that is migrated, with the distance of those that are not sparse."""
         from qdrant_client import models
 
         params = self._config().config.params
-        several = not isinstance(params.vectors, models.VectorParams) and len(params.vectors or {}) > 1
-        return several or bool(params.sparse_vectors)
+        dense = {"": params.vectors} if isinstance(params.vectors, models.VectorParams) else params.vectors or {}
+        found: dict[str, str | None] = {name: each.distance.value for name, each in dense.items() if name != self._name}
+        return {**found, **dict.fromkeys(params.sparse_vectors or {})}
 
     def _sort(
         self,
@@ -689,11 +743,11 @@ class QdrantStore:
         changed: dict[ItemId, bool] = {}
         if before is not None:
             for item, (vector, payload) in contents(page).items():
-                if item in rejected or (vector, payload) == before.get(item):
+                if item in rejected or same_value((vector, payload), before.get(item)):
                     continue
                 ours = self._same(vector, vectors[rows[item]])
                 # Where only the vector is another one, and it is ours, the call was cut off and is repeated.
-                if not ours or item not in before or payload != before[item][1]:
+                if not ours or item not in before or not same_value(payload, before[item][1]):
                     changed[item] = ours
         leave = {*changed, *rejected}
         to_write = {item: payload for item, payload in now.items() if item not in leave}
@@ -701,11 +755,11 @@ class QdrantStore:
 
     def _same(self, stored: bytes, vector: Vectors) -> bool:
         """Whether `stored` is what becomes of `vector` when it is written."""
-        target = vector.astype(np.float64)
-        if METRICS[self._params.distance.value] == "cosine" and target.any():
-            target /= np.linalg.norm(target)
+        there, target = np.frombuffer(stored, np.float32).astype(np.float64), vector.astype(np.float64)
+        if METRICS[self._params.distance.value] == "cosine" and target.any() and there.any():
+            there, target = there / np.linalg.norm(there), target / np.linalg.norm(target)
         apart = DATATYPES[_datatype(self._params)]
-        return bool(np.allclose(np.frombuffer(stored, np.float32), target, rtol=apart, atol=apart))
+        return bool(np.allclose(there, target, rtol=apart, atol=apart))
 
     def _write_whole(
         self,
@@ -779,7 +833,9 @@ class QdrantStore:
         late = [item for item in page.ids if stamps[item] != stamp]
         if page.payloads is not None:  # without conditions all that can be seen afterwards is another payload
             later = dict(zip(page.ids, page.payloads, strict=True))
-            overwritten = [item for item in page.ids if later[item] != to_write[item] and item not in late]
+            overwritten = [
+                item for item in page.ids if not same_value(later[item], to_write[item]) and item not in late
+            ]
             self._claim(overwritten, claim)
             late += overwritten
         lost = [item for item in points if item not in stamps]
@@ -844,7 +900,9 @@ class QdrantStore:
         )
         self._indexed = True
 
-    def _as_vector(self, vector: Vectors) -> Any:
+    def _as_vector(self, vector: Vectors, further: FurtherVectors | None = None) -> Any:
+        if further:
+            return {self._name: vector.tolist(), **{name: _as_given(each) for name, each in further.items()}}
         return {self._name: vector.tolist()} if self._named else vector.tolist()
 
     def publish(self, *, final: bool = False) -> None:
@@ -885,75 +943,143 @@ class QdrantStore:
             raise
 
     def create_like(self, local: str, *, dim: int) -> QdrantStore:
-        """An empty collection with the same settings and payload indexes, for vectors of `dim`."""
-        from qdrant_client import models
+        """An empty collection of the same description, payload indexes included, for vectors of `dim`.
 
+        What a killed call has left is completed, or made again where it is empty and differs. A collection whose
+        description does not become the same is dropped again, and `StoreRejected` names the setting.
+        """
         self._must_write()
-        info = self._config()
         self.check_create_like(dim=dim)
-        config = info.config
-        params = self._params.model_copy(update={"size": dim})
-        if not self.exists(local):
-            self._ask(
-                lambda client: client.create_collection(
-                    local,
-                    vectors_config={self._name: params} if self._named else params,
-                    shard_number=config.params.shard_number,
-                    sharding_method=config.params.sharding_method,
-                    replication_factor=config.params.replication_factor,
-                    write_consistency_factor=config.params.write_consistency_factor,
-                    on_disk_payload=config.params.on_disk_payload,
-                    hnsw_config=_diff(models.HnswConfigDiff, config.hnsw_config),
-                    optimizers_config=_diff(models.OptimizersConfigDiff, config.optimizer_config),
-                    wal_config=_diff(models.WalConfigDiff, config.wal_config),
-                    quantization_config=config.quantization_config,
-                    strict_mode_config=_diff(models.StrictModeConfig, config.strict_mode_config),
-                )
-            )
-        if not self._connection.local:  # repeated after a kill: one that is there stays as it is
-            for field, index in (info.payload_schema or {}).items():
-                if field != STAMP:
-                    self._change(
-                        lambda client, field=field, index=index: client.create_payload_index(  # type: ignore[misc]
-                            local, field, field_schema=index.params or index.data_type, wait=True
-                        )
-                    )
+        made = not self.exists(local)
+        if made:
+            self._create(local, dim)
         store = self.sibling(local)
-        if (store._params.size, store._params.distance) != (dim, params.distance):
+        try:
+            if (store._params.size, store._params.distance) != (dim, self._params.distance):
+                raise StoreRejected(
+                    f"{local} is there already, with {store._params.size}-d vectors instead of {dim}-d ones: remove it"
+                )
+            self._complete(local)
+            differs = self._difference(local)
+            if differs and not made and store.count() == 0:
+                self._ask(lambda client: client.delete_collection(local))
+                made = True
+                self._create(local, dim)
+                self._complete(local)
+                differs = self._difference(local)
+            if differs:
+                advice = "use rollout.strategy in_place" if made else "remove it"
+                raise StoreRejected(f"{local} cannot be made like {self._local_name}: {differs} differs: {advice}")
+        except StoreRejected:
+            if made:
+                store.drop()
             store.close()
-            raise StoreRejected(
-                f"{local} is there already, with {store._params.size}-d vectors instead of {dim}-d ones: remove it"
-            )
+            raise
         return store
 
+    def _create(self, local: str, dim: int) -> None:
+        from qdrant_client import models
+
+        body = models.CreateCollection.model_validate(
+            _creation(self._connection.description(self._local_name)["config"], without=_late_settings(models))
+        )
+        words = {name: getattr(body, name) for name in body.model_fields_set}
+        vectors = words.pop("vectors")
+        if self._name or not isinstance(vectors, models.VectorParams):
+            words["vectors_config"] = {**vectors, self._name: vectors[self._name].model_copy(update={"size": dim})}
+        else:
+            words["vectors_config"] = vectors.model_copy(update={"size": dim})
+        if "sparse_vectors" in words:
+            words["sparse_vectors_config"] = words.pop("sparse_vectors")
+        self._ask(lambda client: client.create_collection(local, **words))
+
+    def _complete(self, local: str) -> None:
+        """What cannot be said when a collection is created. May be repeated: what is there already stays as it is."""
+        from qdrant_client import models
+
+        if self._connection.local:
+            return
+        params = self._connection.description(self._local_name)["config"]["params"]
+        late = {name: params[name] for name in _late_settings(models) if name in params}
+        if late:
+            diff = models.CollectionParamsDiff.model_validate(late)
+            self._ask(lambda client: client.update_collection(local, collection_params=diff))
+        for field, index in (self._config().payload_schema or {}).items():
+            if field != STAMP:
+                self._change(
+                    lambda client, field=field, index=index: client.create_payload_index(  # type: ignore[misc]
+                        local, field, field_schema=index.params or index.data_type, wait=True
+                    )
+                )
+
+    def _difference(self, local: str) -> str | None:
+        """The first setting in which another collection differs from this one, apart from the vectors' length."""
+        one = _comparable(self._connection.description(self._local_name), self._name)
+        other = _comparable(self._connection.description(local), self._name)
+        paths = [path for path in {**one, **other} if not same_value(one.get(path, _UNSET), other.get(path, _UNSET))]
+        return min(paths, default=None)
+
     def check_create_like(self, *, dim: int) -> None:
-        """Refuses a collection with further vectors."""
-        if self._has_more_vectors():
+        """Refuses settings and points that a second collection could not have: custom shards, points without the
+        vector, and what this version of the client cannot say.
+        """
+        from pydantic import ValidationError
+        from qdrant_client import models
+
+        where = f"collection {self._local_name}"
+        config = self._connection.description(self._local_name)["config"]
+        if config["params"].get("sharding_method") == "custom":
             raise StoreRejected(
-                f"collection {self._local_name} holds more vectors than {self._name or 'the unnamed one'}, which a "
-                "copy would lose: use rollout.strategy in_place"
+                f"{where} has custom sharding, and a copy would not know the shard of a point: use rollout.strategy "
+                "in_place"
             )
+        try:
+            models.CreateCollection.model_validate(_creation(config, without=_late_settings(models)))
+        except ValidationError as error:
+            unknown = next((each for each in error.errors() if each["type"] == "extra_forbidden"), error.errors()[0])
+            name = ".".join(str(part) for part in unknown["loc"])
+            raise StoreRejected(
+                f"{where} has the setting {name}, which this qdrant-client does not know: upgrade qdrant-client, or "
+                "use rollout.strategy in_place"
+            ) from error
+        if self._connection.release() >= NAMED_SINCE:
+            without = int(self._ask(lambda client: client.count(self._local_name, exact=True)).count) - self.count()
+            if without > 0:
+                raise StoreRejected(
+                    f"{where} has {without} points without the vector {self._name!r}, which a copy would lose: use "
+                    "rollout.strategy in_place, or move these points to a collection of their own"
+                )
 
     def insert(self, page: Page) -> WriteReport:
-        """Upserts whole points."""
+        """Upserts whole points, with further vectors where the collection has such."""
         from qdrant_client import models
 
         self._must_write()
         assert page.vectors is not None
         assert page.payloads is not None
+        if page.further is None and self._has_further:
+            raise StoreRejected(f"points of {self._where()} have further vectors, which are not given")
         vectors = as_batch(page.vectors, self._params.size, page.ids)
         rejected = unusable(page.ids, vectors)
         rejected.update(
             {item: "Qdrant's ids are unsigned integers and UUIDs" for item in page.ids if not can_be_id(item)}
         )
+        if not self._connection.local:
+            rejected.update(_not_json(page))
+        further = page.further if page.further is not None else [{}] * len(page)
+        rows = zip(page.ids, vectors, page.payloads, page.stamps, further, strict=True)
         points = [
-            models.PointStruct(id=item, vector=self._as_vector(vector), payload=with_stamp(payload, stamp))
-            for item, vector, payload, stamp in zip(page.ids, vectors, page.payloads, page.stamps, strict=True)
+            models.PointStruct(id=item, vector=self._as_vector(vector, more), payload=with_stamp(payload, stamp))
+            for item, vector, payload, stamp, more in rows
             if item not in rejected
         ]
-        size = self._per_request()
-        for start in range(0, len(points), size):
-            rejected.update(self._upsert(points[start : start + size]))
+        sizes = [
+            12 * sum(map(_numbers, more.values()))
+            for item, more in zip(page.ids, further, strict=True)
+            if item not in rejected
+        ]
+        for part in _batches(points, sizes, self._per_request()):
+            rejected.update(self._upsert(part))
         return WriteReport([item for item in page.ids if item not in rejected], (), rejected)
 
     def _upsert(self, points: list[Any]) -> dict[ItemId, str]:
@@ -1057,10 +1183,103 @@ def with_stamp(payload: Payload, stamp: str | None) -> dict[str, Any]:
     return dict(payload) if stamp is None else {**payload, STAMP: stamp}
 
 
-def _diff(kind: Any, config: Any) -> Any:
-    """What can be asked for of a collection's present settings."""
-    if config is None:
-        return None
-    return kind(
-        **{name: value for name, value in config.model_dump(exclude_none=True).items() if name in kind.model_fields}
-    )
+def _parts(ids: Sequence[ItemId], size: int) -> Iterator[list[ItemId]]:
+    for start in range(0, len(ids), size):
+        yield list(ids[start : start + size])
+
+
+def _batches(points: Sequence[Any], extra: Sequence[int], most: int) -> Iterator[list[Any]]:
+    """Points for one request each: at most `most`, and of no more `extra` bytes than a request should have."""
+    batch: list[Any] = []
+    size = 0
+    for point, more in zip(points, extra, strict=True):
+        if batch and (len(batch) == most or size + more > REQUEST_BYTES):
+            yield batch
+            batch, size = [], 0
+        batch.append(point)
+        size += more
+    if batch:
+        yield batch
+
+
+def _not_json(page: Page) -> dict[ItemId, str]:
+    """Items whose payload holds NaN or infinity: the client would send null, or a text, in their place."""
+    found: dict[ItemId, str] = {}
+    for item, payload in zip(page.ids, page.payloads or (), strict=True):
+        try:
+            json.dumps(payload, allow_nan=False, default=str)
+        except ValueError:
+            found[item] = "the payload holds NaN or infinity, which a Qdrant server cannot keep"
+    return found
+
+
+# -- further vectors, as this package has them and as the client has them ---------------------------------------------
+
+
+def plain_vector(vector: Any) -> Vectors | Sparse:
+    """A vector of the client's as one of ours."""
+    if hasattr(vector, "indices"):
+        order = np.argsort(vector.indices, kind="stable")
+        return Sparse(np.array(vector.indices, np.uint32)[order], np.array(vector.values, np.float32)[order])
+    return np.array(vector, np.float32)
+
+
+def _as_given(vector: Vectors | Sparse) -> Any:
+    from qdrant_client import models
+
+    if isinstance(vector, Sparse):
+        return models.SparseVector(indices=vector.indices.tolist(), values=vector.values.tolist())
+    return vector.tolist()
+
+
+def _numbers(vector: Vectors | Sparse) -> int:
+    """How many numbers a request needs for it."""
+    return 2 * len(vector.values) if isinstance(vector, Sparse) else int(vector.size)
+
+
+# -- a collection's description ---------------------------------------------------------------------------------------
+
+_UNSET = object()
+
+
+def _set(description: Any) -> Any:
+    """A description without the settings that are not set."""
+    if isinstance(description, Mapping):
+        return {name: _set(value) for name, value in description.items() if value is not None}
+    return description
+
+
+def _creation(config: Mapping[str, Any], *, without: set[str]) -> dict[str, Any]:
+    """The settings of a description under the names that `CreateCollection` has for them."""
+    settings = {**config["params"], **{name: value for name, value in config.items() if name != "params"}}
+    settings["optimizers_config"] = settings.pop("optimizer_config")
+    return {name: value for name, value in settings.items() if name not in without}
+
+
+def _late_settings(models: Any) -> set[str]:
+    """Those that only an update of a collection can say."""
+    return set(models.CollectionParamsDiff.model_fields) - set(models.CreateCollection.model_fields)
+
+
+def _comparable(description: Mapping[str, Any], vector: str) -> dict[str, Any]:
+    """Each setting under its path, but for the length of `vector` and for what counts points."""
+    config = {**description["config"]}
+    if not config.get("metadata"):
+        config.pop("metadata", None)
+    found = dict(flat(config, ""))
+    for length in {f"params.vectors.{vector}.size", *([] if vector else ["params.vectors.size"])}:
+        found.pop(length, None)
+    for field, index in description["payload_schema"].items():
+        if field != STAMP:
+            params = {name: value for name, value in index.get("params", {}).items() if name != "type"}
+            found |= flat({"data_type": index["data_type"], **params}, f"payload index {field}")
+    return found
+
+
+def flat(value: Any, path: str) -> Iterator[tuple[str, Any]]:
+    """The leaves of nested settings, each with its path."""
+    if isinstance(value, Mapping) and value:
+        for name, each in value.items():
+            yield from flat(each, f"{path}.{name}" if path else name)
+    else:
+        yield path, value

@@ -31,9 +31,11 @@ import numpy as np
 from adapters.base import (
     Capabilities,
     CollectionInfo,
+    FurtherVectors,
     Hits,
     ItemId,
     Page,
+    Sparse,
     StoreBusy,
     StoreError,
     StoreRejected,
@@ -41,9 +43,20 @@ from adapters.base import (
     Vectors,
     WriteReport,
     order_key,
+    same_value,
 )
 from adapters.files import FORBIDDEN, replace_link, sync_folder, translated
-from adapters.qdrant import DATATYPES, METRICS, STAMP, as_stamp, can_be_id, plain_id, with_stamp
+from adapters.qdrant import (
+    DATATYPES,
+    METRICS,
+    STAMP,
+    as_stamp,
+    can_be_id,
+    flat,
+    plain_id,
+    plain_vector,
+    with_stamp,
+)
 from adapters.vectors import as_batch, contents, one_line, unusable
 
 if TYPE_CHECKING:
@@ -604,14 +617,14 @@ class EdgeStore:
                         item
                         for item in there
                         if item not in rejected
-                        and now[item] != before.get(item)
-                        and not (item in ours and item in before and now[item][1] == before[item][1])
+                        and not same_value(now[item], before.get(item))
+                        and not (item in ours and item in before and same_value(now[item][1], before[item][1]))
                     ]
                     changed += others
                     leave.update(others)
                 assert page.payloads is not None
                 points = [
-                    (item, batch[rows[item]], with_stamp(payload, stamp), found[item] if whole else None)
+                    (item, batch[rows[item]], with_stamp(payload, stamp), found[item].vector if whole else None)
                     for item, payload in zip(there, page.payloads, strict=True)
                     if item not in leave
                 ]
@@ -621,18 +634,15 @@ class EdgeStore:
         lost = set(gone)
         return WriteReport(written, gone, {item: why for item, why in rejected.items() if item not in lost}, changed)
 
-    def _put(
-        self, points: Sequence[tuple[ItemId, Vectors, dict[str, Any], Record | None]], *, create: bool
-    ) -> dict[ItemId, str]:
-        """Writes points, with the further vectors of the records; tells which were refused, and why."""
+    def _put(self, points: Sequence[tuple[ItemId, Vectors, dict[str, Any], Any]], *, create: bool) -> dict[ItemId, str]:
+        """Writes points, each with its further vectors by name; tells which were refused, and why."""
         from qdrant_edge import Point
 
         rejected: dict[ItemId, str] = {}
         ready: list[Any] = []
-        for item, vector, payload, record in points:
+        for item, vector, payload, others in points:
             new: Any = vector.tolist()  # which the engine takes faster than an array
-            others: Any = None if record is None else record.vector
-            if isinstance(others, dict):
+            if isinstance(others, dict) and others:
                 new = {**others, self._name: new}
             elif self._name:
                 new = {self._name: new}
@@ -687,45 +697,90 @@ class EdgeStore:
         return EdgeStore(self._folder, local, vector=self._name or None, write=self._write)
 
     def create_like(self, local: str, *, dim: int) -> EdgeStore:
-        """An empty collection with the same settings and payload indexes, for vectors of `dim`."""
+        """An empty collection with the same settings and payload indexes, for vectors of `dim`.
+
+        One whose settings do not become the same is dropped again, and `StoreRejected` names the setting.
+        """
         self._must_write()
         self.check_create_like(dim=dim)
-        if not self.exists(local):
-            config = {**self._shard.config, "vectors": {self._name: {**self._params, "size": dim}}}
+        made = not self.exists(local)
+        if made:
+            vectors = {**self._shard.config["vectors"], self._name: {**self._params, "size": dim}}
             found = self._ask(lambda edge: edge.info()).payload_schema
             indexes = {field: index.params or index.data_type for field, index in found.items() if field != STAMP}
-            self._folder.create(local, config, indexes)
+            self._folder.create(local, {**self._shard.config, "vectors": vectors}, indexes)
         store = self.sibling(local)
-        if (store._dim, store._params["distance"]) != (dim, self._params["distance"]):
+        try:
+            if (store._dim, store._params["distance"]) != (dim, self._params["distance"]):
+                raise StoreRejected(
+                    f"{local} is there already, with {store._dim}-d vectors instead of {dim}-d ones: remove it"
+                )
+            if lost := self._lost(store):
+                advice = "use rollout.strategy in_place" if made else "remove it"
+                raise StoreRejected(f"{local} cannot be made like {self._local_name}: {lost} differs: {advice}")
+        except StoreRejected:
+            if made:
+                store.drop()
             store.close()
-            raise StoreRejected(
-                f"{local} is there already, with {store._dim}-d vectors instead of {dim}-d ones: remove it"
-            )
+            raise
         return store
 
+    def _lost(self, store: EdgeStore) -> str | None:
+        """The first setting of this collection that another one does not have; it may have more, which are defaults."""
+        one, other = self._settings(), store._settings()
+        return min((path for path in one if not same_value(one[path], other.get(path))), default=None)
+
+    def _settings(self) -> dict[str, Any]:
+        """Each setting under its path, but for the length of the vector, and the parameters of payload indexes."""
+        params = {name: value for name, value in self._params.items() if name != "size"}
+        config = {**self._shard.config, "vectors": {**self._shard.config["vectors"], self._name: params}}
+        found = dict(flat(config, ""))
+        for field, index in self._ask(lambda edge: edge.info()).payload_schema.items():
+            if field != STAMP:
+                found[f"payload index {field}"] = (str(index.data_type), _fields(index.params))
+        return found
+
     def check_create_like(self, *, dim: int) -> None:
-        """Refuses a collection with further vectors."""
-        if self._has_more_vectors:
+        """Refuses a collection with points that lack the vector."""
+        from qdrant_edge import CountRequest
+
+        without = self._ask(lambda edge: edge.count(CountRequest(exact=True))) - self.count()
+        if without > 0:
             raise StoreRejected(
-                f"collection {self._local_name} holds more vectors than {self._name or 'the unnamed one'}, which a "
-                "copy would lose: use rollout.strategy in_place"
+                f"collection {self._local_name} has {without} points without the vector {self._name!r}, which a copy "
+                "would lose: use rollout.strategy in_place, or move these points to a collection of their own"
             )
 
+    def read_further(self, ids: Sequence[ItemId]) -> list[FurtherVectors] | None:
+        """What points have besides the vector that is migrated; None if the collection has no such vectors."""
+        if not self._has_more_vectors:
+            return None
+        config = self._shard.config
+        names = [name for name in [*config["vectors"], *(config.get("sparse_vectors") or {})] if name != self._name]
+        found: dict[ItemId, FurtherVectors] = {}
+        for part in self._parts(ids):
+            for item, record in self._fetch(part, False, names).items():
+                held: Any = record.vector if isinstance(record.vector, dict) else {"": record.vector}
+                found[item] = {name: plain_vector(vector) for name, vector in held.items() if name in names and vector}
+        return [found.get(item, {}) for item in ids]
+
     def insert(self, page: Page) -> WriteReport:
-        """Upserts whole points."""
+        """Upserts whole points, with further vectors where the collection has such."""
         self._must_write()
         assert page.vectors is not None
         assert page.payloads is not None
-        if self._has_more_vectors:
+        if page.further is None and self._has_more_vectors:
             raise StoreRejected(f"points of collection {self._local_name} have further vectors, which are not given")
         vectors = as_batch(page.vectors, self._dim, page.ids)
         rejected = unusable(page.ids, vectors)
         rejected.update(
             {item: "Qdrant's ids are unsigned integers and UUIDs" for item in page.ids if not can_be_id(item)}
         )
+        further = page.further if page.further is not None else [{}] * len(page)
+        rows = zip(page.ids, vectors, page.payloads, page.stamps, further, strict=True)
         points = [
-            (item, vector, with_stamp(payload, stamp), None)
-            for item, vector, payload, stamp in zip(page.ids, vectors, page.payloads, page.stamps, strict=True)
+            (item, vector, with_stamp(payload, stamp), {name: _as_given(each) for name, each in more.items()})
+            for item, vector, payload, stamp, more in rows
             if item not in rejected
         ]
         size = self._per_part()
@@ -769,6 +824,20 @@ class EdgeStore:
         if self._open:
             self._open = False
             self._folder.let_go(self._shard)
+
+
+def _as_given(vector: Vectors | Sparse) -> Any:
+    from qdrant_edge import SparseVector
+
+    if isinstance(vector, Sparse):
+        return SparseVector(vector.indices.tolist(), vector.values.tolist())
+    return vector.tolist()
+
+
+def _fields(params: Any) -> dict[str, str]:
+    """The parameters of a payload index; the engine's objects compare by identity."""
+    names = [name for name in dir(params) if not name.startswith("_")]
+    return {name: str(getattr(params, name)) for name in names}
 
 
 def _bytes_on_disk(folder: Path) -> int:

@@ -69,6 +69,7 @@ class Qdrant:
         )
         self.version = version
         self._created: dict[str, m.CreateCollection] = {}
+        self._updated: dict[str, dict[str, Any]] = {}
         self._indexes: dict[str, dict[str, Any]] = {}
 
     @property
@@ -109,11 +110,11 @@ class Qdrant:
                 config.strict_mode_config = m.StrictModeConfigOutput(
                     **created.strict_mode_config.model_dump(exclude_none=True)
                 )
-            for setting in (
-                "shard_number", "sharding_method", "replication_factor", "write_consistency_factor", "on_disk_payload"
-            ):  # fmt: skip
+            for setting in set(m.CreateCollection.model_fields) & set(m.CollectionParams.model_fields):
                 if getattr(created, setting) is not None:
                     setattr(config.params, setting, getattr(created, setting))
+        for setting, value in self._updated.get(name, {}).items():
+            setattr(config.params, setting, value)
         return info.model_copy(update={"payload_schema": indexes, "config": config})
 
     def _behind(self, collection: str) -> str:
@@ -124,8 +125,19 @@ class Qdrant:
     def create_collection(self, collection: str, body: m.CreateCollection) -> bool:
         if collection in {found.name for found in self.client.get_collections().collections}:
             raise Refusal(409, f"Wrong input: Collection `{collection}` already exists!")
-        self.client.create_collection(collection, body.vectors, sparse_vectors_config=body.sparse_vectors)
+        self.client.create_collection(
+            collection, body.vectors, sparse_vectors_config=body.sparse_vectors, metadata=body.metadata
+        )
         self._created[collection] = body
+        return True
+
+    def update_collection(self, collection: str, body: m.UpdateCollection) -> bool:
+        """The parameters that only an update can set; metadata is merged."""
+        self.client.update_collection(collection, metadata=body.metadata)
+        if body.params is not None:
+            changes = {name: getattr(body.params, name) for name in m.CollectionParamsDiff.model_fields}
+            given = {name: value for name, value in changes.items() if value is not None}
+            self._updated.setdefault(self._behind(collection), {}).update(given)
         return True
 
     def delete_collection(self, collection: str) -> bool:
@@ -133,6 +145,7 @@ class Qdrant:
         if there:
             self.client.delete_collection(collection)
         self._created.pop(collection, None)
+        self._updated.pop(collection, None)
         self._indexes.pop(collection, None)
         return there
 
@@ -310,6 +323,7 @@ ROUTES: Sequence[tuple[str, Any, Callable[..., Any]]] = (
     ("GET /aliases", None, Qdrant.aliases),
     ("GET /collections/(?P<collection>[^/]+)", None, Qdrant.collection),
     ("PUT /collections/(?P<collection>[^/]+)", m.CreateCollection, Qdrant.create_collection),
+    ("PATCH /collections/(?P<collection>[^/]+)", m.UpdateCollection, Qdrant.update_collection),
     ("DELETE /collections/(?P<collection>[^/]+)", None, Qdrant.delete_collection),
     ("GET /collections/(?P<collection>[^/]+)/exists", None, Qdrant.exists),
     ("GET /collections/(?P<collection>[^/]+)/aliases", None, Qdrant.aliases_of),
@@ -527,7 +541,7 @@ class _Handler(BaseHTTPRequestHandler):
             answer = str(refusal).encode() if refusal.plain else pydantic_core.to_json(said)
             self._answer(refusal.status, answer, refusal.headers)
 
-    do_GET = do_POST = do_PUT = do_DELETE = _serve  # noqa: N815
+    do_GET = do_POST = do_PUT = do_PATCH = do_DELETE = _serve  # noqa: N815
 
     def _answer(self, status: int, content: bytes, headers: Sequence[tuple[str, str]] = ()) -> None:
         self.send_response(status)

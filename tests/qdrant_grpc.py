@@ -69,12 +69,25 @@ class _Collections(_Service, q.CollectionsServicer):
             "wal_config": GrpcToRest.convert_wal_config_diff,
             "quantization_config": GrpcToRest.convert_quantization_config,
             "sharding_method": GrpcToRest.convert_sharding_method,
+            "strict_mode_config": GrpcToRest.convert_strict_mode_config,
+            "payload": GrpcToRest.convert_payload_storage_params,
+            "id_tracker": GrpcToRest.convert_id_tracker_params,
         }
         plain = ("shard_number", "replication_factor", "write_consistency_factor", "on_disk_payload")
         settings = {name: act(getattr(asked, name)) for name, act in convert.items() if asked.HasField(name)}
         settings |= {name: getattr(asked, name) for name in plain if asked.HasField(name)}
+        if asked.HasField("sparse_vectors_config"):
+            settings["sparse_vectors"] = GrpcToRest.convert_sparse_vector_config(asked.sparse_vectors_config)
+        if asked.metadata:
+            settings["metadata"] = GrpcToRest.convert_payload(asked.metadata)
         body = m.CreateCollection(vectors=GrpcToRest.convert_vectors_config(asked.vectors_config), **settings)
         return self._done(context, f"PUT /collections/{asked.collection_name}", body)
+
+    def Update(self, asked: Any, context: Any) -> Any:
+        params = GrpcToRest.convert_collection_params_diff(asked.params) if asked.HasField("params") else None
+        metadata = GrpcToRest.convert_payload(asked.metadata) if asked.metadata else None
+        body = m.UpdateCollection(params=params, metadata=metadata)
+        return self._done(context, f"PATCH /collections/{asked.collection_name}", body)
 
     def Delete(self, asked: Any, context: Any) -> Any:
         return self._done(context, f"DELETE /collections/{asked.collection_name}")

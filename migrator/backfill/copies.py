@@ -9,11 +9,13 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import numpy as np
+from numpy.typing import NDArray
 
-from adapters.base import Capabilities, ItemId, Page, Payload
+from adapters.base import Capabilities, FurtherVectors, ItemId, Page, Payload, Sparse, Vectors
 from migrator.backfill.files import ChunkFiles
 
 if TYPE_CHECKING:
@@ -29,9 +31,9 @@ class Copy(NamedTuple):
     """Digests of an item when it was copied."""
 
     source: int
-    """Of vector and payload in the source, from which the copy was made."""
+    """Of vectors and payload in the source, from which the copy was made."""
     shadow: int
-    """Of vector and payload in the shadow, as read back after writing."""
+    """Of vectors and payload in the shadow, as read back after writing."""
 
 
 BEGUN = Copy(-1, -1)
@@ -41,7 +43,7 @@ Copies: TypeAlias = dict[ItemId, Copy]
 
 
 def digests(page: Page, can: Capabilities) -> list[int]:
-    """A 63-bit digest of each item's vector and payload, the same whenever the store that `can` reads it.
+    """A 63-bit digest of each item's vectors and payload, the same whenever the store that `can` reads it.
 
     A store that scales vectors may give back another last bit than before: there a coarse sketch stands for the
     vector (eight random projections, as in locality-sensitive hashing). Of approximations only the payload counts.
@@ -51,16 +53,41 @@ def digests(page: Page, can: Capabilities) -> list[int]:
     if not can.exact_vectors:
         vectors = [b""] * len(page)
     elif can.normalises:
-        projections = np.random.default_rng(0).standard_normal((page.vectors.shape[1], SKETCH))
-        vectors = [row.tobytes() for row in np.rint(page.vectors @ projections / CELL).astype("<i4")]
+        vectors = [row.tobytes() for row in _sketch(page.vectors)]
     else:
         vectors = [row.tobytes() for row in np.ascontiguousarray(page.vectors, "<f4")]
-    return [_digest(payload, vector) for payload, vector in zip(page.payloads, vectors, strict=True)]
+    further = [further_digest(each) for each in page.further] if page.further is not None else [b""] * len(page)
+    return [
+        _digest(payload, vector + more) for payload, vector, more in zip(page.payloads, vectors, further, strict=True)
+    ]
 
 
-def _digest(payload: Payload, vector: bytes) -> int:
+def further_digest(further: FurtherVectors) -> bytes:
+    """A digest of an item's further vectors; of those of unit length, which a store may have scaled, by a sketch."""
+    parts: list[bytes] = []
+    for name, vector in sorted(further.items()):
+        if isinstance(vector, Sparse):
+            content = vector.indices.astype("<u4").tobytes() + vector.values.astype("<f4").tobytes()
+        else:
+            rows = np.atleast_2d(np.ascontiguousarray(vector, "<f4"))
+            scaled = np.allclose(np.linalg.norm(rows, axis=1), 1, rtol=0, atol=1e-3)
+            content = _sketch(rows).tobytes() if scaled else rows.tobytes()
+        parts.append(json.dumps([name, np.shape(vector), len(content)]).encode() + content)
+    return hashlib.blake2b(b"".join(parts), digest_size=8).digest() if parts else b""
+
+
+def _sketch(vectors: Vectors) -> NDArray[np.int32]:
+    return np.rint(vectors @ _projections(vectors.shape[1]) / CELL).astype("<i4")
+
+
+@lru_cache(maxsize=16)
+def _projections(dim: int) -> NDArray[np.float64]:
+    return np.random.default_rng(0).standard_normal((dim, SKETCH))
+
+
+def _digest(payload: Payload, vectors: bytes) -> int:
     text = json.dumps(payload, sort_keys=True, default=repr).encode(errors="surrogatepass")
-    return int.from_bytes(hashlib.blake2b(vector + text, digest_size=8).digest()) >> 1
+    return int.from_bytes(hashlib.blake2b(vectors + text, digest_size=8).digest()) >> 1
 
 
 class CopyLog:

@@ -16,7 +16,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from adapters.base import ItemId, Page, Store, WriteReport, order_key
+from adapters.base import ItemId, Page, Store, WriteReport, order_key, with_further
 from migrator.backfill.copies import BEGUN, Copies, Copy, CopyLog, digests
 from migrator.backfill.undo import OldVectors, UndoLog
 from migrator.ledger import Chunk, Ledger, Migration
@@ -176,7 +176,7 @@ class InPlace:
 class Shadow:
     """Items are copied, with their new vectors, into a collection beside the first, which is left as it is.
 
-    A copy is due where the digest of vector and payload in the source is not the one that the copy log has, or where
+    A copy is due where the digest of vectors and payload in the source is not the one that the copy log has, or where
     the shadow lost it. What the application writes into the shadow itself it also writes into the source, so the same
     rule covers it.
     """
@@ -207,14 +207,14 @@ class Shadow:
         after, upto = bounds(chunk)
         if chunk.pass_number > 0 and self._remembered is not None:
             due = [item for item in self._remembered if _inside(item, after, upto) and item not in leave]
-            page = self.source.read(due, vectors=True, payload=True)
+            page = read_whole(self.source, due)
             there = set(page.ids)
             return Taken(chunk, page, surplus=[item for item in due if item not in there])
         if chunk.pass_number > 0:
             found = [(item, due) for item, due in self._differences(after, upto) if item not in leave]
-            page = self.source.read([item for item, due in found if due], vectors=True, payload=True)
+            page = read_whole(self.source, [item for item, due in found if due])
             return Taken(chunk, page, surplus=[item for item, due in found if not due])
-        page = _joined(list(pages(self.source, after, upto, size=chunk.items + 1)))
+        page = _joined(list(whole_pages(self.source, after, upto, size=chunk.items + 1)))
         copies = {**self._log.read(chunk), **self._later()}
         there = set(walk(self.target, after, upto)) if copies else set()
         can = self.source.capabilities
@@ -238,10 +238,12 @@ class Shadow:
             ids = [page.ids[row] for row in rows]
             # Before the write: a copy that a kill leaves unrecorded would look like the application's own.
             self._log.record(taken.chunk, dict.fromkeys(ids, BEGUN))
-            report = self.target.insert(Page(ids, vectors, [page.payloads[row] for row in rows], [None] * len(ids)))
+            payloads = [page.payloads[row] for row in rows]
+            further = None if page.further is None else [page.further[row] for row in rows]
+            report = self.target.insert(Page(ids, vectors, payloads, [None] * len(ids), further))
             rejected.update(report.rejected)
             written = report.written
-            back = self.target.read(written, vectors=True, payload=True)
+            back = read_whole(self.target, written)
             copied = dict(zip(back.ids, digests(back, self.target.capabilities), strict=True))
             source = {page.ids[row]: made_from[row] for row in rows}
             self._log.record(taken.chunk, {item: Copy(source[item], copied[item]) for item in copied})
@@ -269,7 +271,7 @@ class Shadow:
         for lower, higher, copies in self.stretches(after, upto):
             there = set(walk(self.target, lower, higher))
             due: list[ItemId] = []
-            for page in pages(self.source, lower, higher):
+            for page in whole_pages(self.source, lower, higher):
                 for item, digest in zip(page.ids, digests(page, can), strict=True):
                     copy = copies.get(item)
                     if copy is None or copy.source != digest or item not in there:
@@ -335,6 +337,18 @@ def pages(store: Store, after: ItemId | None = None, upto: ItemId | None = None,
         after = page.ids[-1]
 
 
+def whole_pages(
+    store: Store, after: ItemId | None = None, upto: ItemId | None = None, size: int = ITEMS
+) -> Iterator[Page]:
+    """As `pages`, with further vectors."""
+    return (with_further(store, page) for page in pages(store, after, upto, size))
+
+
+def read_whole(store: Store, ids: Sequence[ItemId]) -> Page:
+    """These items with everything: vectors, payloads, further vectors."""
+    return with_further(store, store.read(ids, vectors=True, payload=True))
+
+
 def _inside(item: ItemId, after: ItemId | None, upto: ItemId) -> bool:
     return (after is None or order_key(item) > order_key(after)) and order_key(item) <= order_key(upto)
 
@@ -352,6 +366,7 @@ def _joined(some: Sequence[Page]) -> Page:
         np.concatenate([page.vectors for page in some if page.vectors is not None]),
         [payload for page in some for payload in page.payloads or ()],
         [stamp for page in some for stamp in page.stamps],
+        None if any(page.further is None for page in some) else [each for page in some for each in page.further or ()],
     )
 
 
@@ -364,4 +379,5 @@ def _rows(page: Page, rows: Sequence[int]) -> Page:
         page.vectors[list(rows)],
         [page.payloads[row] for row in rows],
         [page.stamps[row] for row in rows],
+        None if page.further is None else [page.further[row] for row in rows],
     )

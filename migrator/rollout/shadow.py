@@ -14,9 +14,9 @@ from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from adapters.base import ItemId, Page, Payload, Store, StoreError, StoreRejected, WriteReport, same_value
-from migrator.backfill.copies import Copies, digests
-from migrator.backfill.transfer import ITEMS, Shadow, open_transfer, pages, walk
+from adapters.base import ItemId, Page, Store, StoreError, StoreRejected, same_value
+from migrator.backfill.copies import Copies, digests, further_digest
+from migrator.backfill.transfer import ITEMS, Shadow, open_transfer, read_whole, walk, whole_pages
 from migrator.encoding import embed, locate
 from migrator.errors import Refused
 from migrator.ledger import Migration, Route
@@ -37,18 +37,32 @@ def shadow_name(migration: Migration) -> str:
 
 
 def create(project: Project, migration: Migration) -> None:
-    """Makes the shadow. One that a killed call has made is taken over; one that is refused half made is removed."""
+    """Makes the shadow. One that a killed call has made is taken over; a refused call leaves none behind."""
     assert migration.shadow is not None
     with project.store(write=True) as source:
-        there = source.exists(migration.shadow)
+        made = not source.exists(migration.shadow)
         try:
             source.create_like(migration.shadow, dim=project.settings.new_encoder.dim).close()
         except StoreRejected:
-            if not there and source.exists(migration.shadow):
-                with suppress(StoreError), closing(source.sibling(migration.shadow)) as half_made:
-                    if half_made.count() == 0:
-                        half_made.drop()
+            if made:
+                with suppress(StoreError):  # what the store refused is the message, whatever becomes of the rest
+                    _drop_empty(source, migration.shadow)
             raise
+
+
+def discard_unused(project: Project, migration: Migration) -> None:
+    """Drops the shadow again where nothing came of the stage that it was made for."""
+    assert migration.shadow is not None
+    if project.migration().stage == "prepare":
+        with project.store(write=True) as source:
+            _drop_empty(source, migration.shadow)
+
+
+def _drop_empty(source: Store, local: str) -> None:
+    if source.exists(local):
+        with closing(source.sibling(local)) as shadow:
+            if shadow.count() == 0:
+                shadow.drop()
 
 
 def check_whole(project: Project, migration: Migration) -> int:
@@ -190,7 +204,7 @@ class _BackSync:
         """One piece of the collection; returns how many items of the shadow lie in it."""
         can = self.target.capabilities
         there: set[ItemId] = set()
-        for page in pages(self.target, lower, higher):
+        for page in whole_pages(self.target, lower, higher):
             there.update(page.ids)
             now = digests(page, can)
             changed = [
@@ -211,8 +225,9 @@ class _BackSync:
             return
         assert page.payloads is not None
         ids, payloads = [page.ids[row] for row in rows], [page.payloads[row] for row in rows]
+        further = None if page.further is None else [page.further[row] for row in rows]
         if self.project.old_is_stored:
-            self._bring_payloads(ids, payloads)
+            self._bring_payloads(Page(ids, None, payloads, [None] * len(ids), further))
             return
         if self._old is None:
             self._old = self.project.old_encoder()
@@ -221,30 +236,55 @@ class _BackSync:
         embedded = embed(images, paths, [self._old], **self.project.loading())
         self.result.problems.update({ids[row]: why for row, why in embedded.problems.items()})
         good = embedded.rows.tolist()
-        if not good:
-            return
-        items = Page(
-            [ids[row] for row in good], embedded.vectors[0], [payloads[row] for row in good], [None] * len(good)
-        )
-        report = self._insert(items)
-        self.result.re_encoded += len(report.written)
+        if good:
+            self.result.re_encoded += self._insert(
+                Page(
+                    [ids[row] for row in good],
+                    embedded.vectors[0],
+                    [payloads[row] for row in good],
+                    [None] * len(good),
+                    None if further is None else [further[row] for row in good],
+                )
+            )
 
-    def _insert(self, items: Page) -> WriteReport:
+    def _insert(self, items: Page) -> int:
+        """How many of the items the source has taken; the others are problems."""
         report = self.source.insert(items)
         self.result.problems.update({item: f"the store refused it: {why}" for item, why in report.rejected.items()})
         self.result.refused.update(report.rejected)
-        return report
+        return len(report.written)
 
-    def _bring_payloads(self, ids: Sequence[ItemId], payloads: Sequence[Payload]) -> None:
+    def _bring_payloads(self, page: Page) -> None:
         """Without an old model: items keep the old vector that the source has, those it has none of are named."""
-        payload_of = dict(zip(ids, payloads, strict=True))
-        there = self.source.read(ids, vectors=True, payload=True)
+        assert page.payloads is not None
+        place = {item: row for row, item in enumerate(page.ids)}
+        there = read_whole(self.source, page.ids)
         assert there.vectors is not None
         assert there.payloads is not None
-        rows = [row for row, item in enumerate(there.ids) if not same_value(there.payloads[row], payload_of[item])]
+        rows = [row for row, item in enumerate(there.ids) if not _same_beside_vector(there, row, page, place[item])]
         if rows:
             items = [there.ids[row] for row in rows]
-            page = Page(items, there.vectors[rows], [payload_of[item] for item in items], [None] * len(rows))
-            self._insert(page)
+            self._insert(
+                Page(
+                    items,
+                    there.vectors[rows],
+                    [page.payloads[place[item]] for item in items],
+                    [None] * len(rows),
+                    None if page.further is None else [page.further[place[item]] for item in items],
+                )
+            )
         self.result.stale.update(there.ids)
-        self.result.problems.update(dict.fromkeys(payload_of.keys() - set(there.ids), NO_MODEL))
+        self.result.problems.update(dict.fromkeys(set(page.ids) - set(there.ids), NO_MODEL))
+
+
+def _same_beside_vector(one: Page, row: int, other: Page, place: int) -> bool:
+    """Whether two items have the same payload and the same further vectors."""
+    assert one.payloads is not None
+    assert other.payloads is not None
+    if not same_value(one.payloads[row], other.payloads[place]):
+        return False
+    return (
+        one.further is None
+        or other.further is None
+        or further_digest(one.further[row]) == further_digest(other.further[place])
+    )

@@ -186,7 +186,12 @@ def _backfill(project: Project, migration: Migration, _: Options) -> Step:
     def make() -> str:
         if not in_place:
             shadow.create(project, migration)
-        _move_route(project, migration, route, stage="backfill", phase="backfill")
+        try:
+            _move_route(project, migration, route, stage="backfill", phase="backfill")
+        except Refused:
+            if not in_place:
+                shadow.discard_unused(project, migration)
+            raise
         return f"{name} may be backfilled: run `migrator backfill {name}` until it says complete, or let cron do it"
 
     if in_place:
