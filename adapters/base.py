@@ -24,11 +24,12 @@ class Sparse(NamedTuple):
     """A sparse vector: indices in ascending order, and the value at each."""
 
     indices: NDArray[np.uint32]  # (n,)
-    values: NDArray[np.float32]  # (n,)
+    values: NDArray[np.float64]  # (n,)
 
 
-FurtherVectors: TypeAlias = Mapping[str, Vectors | Sparse]
-"""The vectors of an item besides the one that is migrated, by name: dense (dim,), multi-vectors (n, dim), or sparse."""
+FurtherVectors: TypeAlias = Mapping[str, NDArray[np.float64] | Sparse]
+"""The vectors of an item besides the one that is migrated, by name: dense (dim,), multi-vectors (n, dim), or sparse.
+Numbers are as the store's client gives them, so that they can be written elsewhere unchanged."""
 
 
 class StoreError(Exception):

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
 
 from adapters.base import (
     Capabilities,
@@ -205,7 +206,8 @@ class Connection:
             found = answer["result"]
         else:
             found = self.ask(lambda client: client.get_collection(collection)).model_dump(mode="json")
-        return {"config": _set(found["config"]), "payload_schema": _set(found.get("payload_schema") or {})}
+        config = {**_set(found["config"]), "metadata": found["config"].get("metadata")}  # where null is a value
+        return {"config": config, "payload_schema": _set(found.get("payload_schema") or {})}
 
     def release(self) -> tuple[int, ...]:
         """Its first two numbers."""
@@ -934,7 +936,7 @@ class QdrantStore:
         self._ask(lambda client: None)
         connection = self._connection.shared()
         try:
-            store = QdrantStore(connection, local, vector=self._name or None, write=self._write)
+            store = QdrantStore(connection, local, vector=self._name, write=self._write)
             if store._alias is not None:
                 raise StoreRejected(f"{local} is an alias and no collection")
             return store
@@ -1216,15 +1218,15 @@ def _not_json(page: Page) -> dict[ItemId, str]:
 # -- further vectors, as this package has them and as the client has them ---------------------------------------------
 
 
-def plain_vector(vector: Any) -> Vectors | Sparse:
+def plain_vector(vector: Any) -> NDArray[np.float64] | Sparse:
     """A vector of the client's as one of ours."""
     if hasattr(vector, "indices"):
         order = np.argsort(vector.indices, kind="stable")
-        return Sparse(np.array(vector.indices, np.uint32)[order], np.array(vector.values, np.float32)[order])
-    return np.array(vector, np.float32)
+        return Sparse(np.array(vector.indices, np.uint32)[order], np.array(vector.values, np.float64)[order])
+    return np.array(vector, np.float64)
 
 
-def _as_given(vector: Vectors | Sparse) -> Any:
+def _as_given(vector: NDArray[np.float64] | Sparse) -> Any:
     from qdrant_client import models
 
     if isinstance(vector, Sparse):
@@ -1232,7 +1234,7 @@ def _as_given(vector: Vectors | Sparse) -> Any:
     return vector.tolist()
 
 
-def _numbers(vector: Vectors | Sparse) -> int:
+def _numbers(vector: NDArray[np.float64] | Sparse) -> int:
     """How many numbers a request needs for it."""
     return 2 * len(vector.values) if isinstance(vector, Sparse) else int(vector.size)
 

@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
 
 from adapters.base import (
     Capabilities,
@@ -694,7 +695,7 @@ class EdgeStore:
         """Another collection of the folder."""
         if not self.exists(local):
             raise StoreRejected(f"{self._folder.path} has no collection {local!r}")
-        return EdgeStore(self._folder, local, vector=self._name or None, write=self._write)
+        return EdgeStore(self._folder, local, vector=self._name, write=self._write)
 
     def create_like(self, local: str, *, dim: int) -> EdgeStore:
         """An empty collection with the same settings and payload indexes, for vectors of `dim`.
@@ -826,7 +827,7 @@ class EdgeStore:
             self._folder.let_go(self._shard)
 
 
-def _as_given(vector: Vectors | Sparse) -> Any:
+def _as_given(vector: NDArray[np.float64] | Sparse) -> Any:
     from qdrant_edge import SparseVector
 
     if isinstance(vector, Sparse):

@@ -69,7 +69,7 @@ def further_digest(further: FurtherVectors) -> bytes:
         if isinstance(vector, Sparse):
             content = vector.indices.astype("<u4").tobytes() + vector.values.astype("<f4").tobytes()
         else:
-            rows = np.atleast_2d(np.ascontiguousarray(vector, "<f4"))
+            rows = np.atleast_2d(np.asarray(vector, "<f4"))
             scaled = np.allclose(np.linalg.norm(rows, axis=1), 1, rtol=0, atol=1e-3)
             content = _sketch(rows).tobytes() if scaled else rows.tobytes()
         parts.append(json.dumps([name, np.shape(vector), len(content)]).encode() + content)
