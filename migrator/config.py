@@ -385,6 +385,9 @@ class Encoder(Section):
     """`package.module:factory`: a function without parameters that returns the torch.nn.Module. It is run."""
     weights: Annotated[LocalPath | None, Field(validate_default=True)] = None
     """.safetensors, or a .pt file that holds tensors only; alone, a .pt2 or .onnx file that is the whole model."""
+    checkpoint_key: Text | None = None
+    """Which of several state dicts in `weights`: a key of the file, such as `state_dict_ema`, or keys and leading parts
+    of tensors' names, dotted."""
     head: Literal["classifier", "none"] | None = None
     """Of a plain timm state dict: what its classifier gives, or its pooled features. By default the classifier's
     outputs where there are `dim` of them."""
@@ -456,6 +459,16 @@ class Encoder(Section):
                 "or .onnx file"
             )
         return weights
+
+    @field_validator("checkpoint_key")
+    @classmethod
+    def _of_file(cls, key: str | None, info: ValidationInfo) -> str | None:
+        weights = info.data.get("weights", "")
+        if key is not None and weights is None:
+            raise ValueError("says which part of the weights is meant: add weights, or remove it")
+        if key is not None and isinstance(weights, Path) and weights.suffix in (".pt2", ".onnx"):
+            raise ValueError(f"is for a file with state dicts: a {weights.suffix} file is one program")
+        return key
 
     @field_validator("head")
     @classmethod

@@ -142,10 +142,16 @@ def make_plan(project: Project, report: Callable[..., None] = lambda *_: None) -
             "server": info.server,
             "schema": dict(info.schema),
         },
-        "old_encoder": {"id": old_id, "arch": _called(settings.old_encoder), "dim": info.dim},
+        "old_encoder": {
+            "id": old_id,
+            "arch": _called(settings.old_encoder),
+            "weights": None if old is None else old.taken,
+            "dim": info.dim,
+        },
         "new_encoder": {
             "id": None if new.untrained else new.encoder.id,
             "arch": settings.new_encoder.named,
+            "weights": new.encoder.taken,
             "dim": new.encoder.dim,
             "vectors": describe_dim(stored=info.dim, new=new.encoder.dim, made_by=_dim_made_by(project, new)),
         },

@@ -275,4 +275,5 @@ class Project:
             pretrained=pretrained,
             folder=self.config.folder,
             head=encoder.head,
+            checkpoint_key=encoder.checkpoint_key if weights == encoder.weights else None,
         )

@@ -81,15 +81,21 @@ def timm_backbone(arch: str, *, image_size: int | tuple[int, int], classes: int,
 
 
 @dataclass(frozen=True)
-class TimmHead:
-    """The layers that timm leaves out of an architecture with `num_classes=0`."""
+class TimmLayout:
+    """An architecture's tensors, with their shapes but without memory for their numbers (torch's meta device)."""
 
+    features: Mapping[str, Tensor]
+    """Those that are left with `num_classes=0`."""
+    head: frozenset[str]
+    """Those that are not."""
     layers: tuple[str, ...]
-    """The highest modules, or tensors, that are gone."""
+    """The highest modules, or tensors, of the head."""
     classifiers: Mapping[str, int]
-    """Tensors with one entry for each class -> the axis of the classes."""
+    """Tensors of the head with one entry for each class -> the axis of the classes."""
+    renamed: Callable[[dict[str, Tensor]], dict[str, Tensor] | None]
+    """Changes the names in a checkpoint of an older timm, or of the model's authors; None where it is neither."""
 
-    def holds(self, name: str) -> bool:
+    def in_head(self, name: str) -> bool:
         """Whether a tensor belongs to the head, as this architecture has it or as someone replaced it."""
         return any(name == layer or name.startswith(f"{layer}.") for layer in self.layers)
 
@@ -99,20 +105,43 @@ class TimmHead:
         return {state[name].shape[axis] for name, axis in found.items() if state[name].ndim > axis}
 
 
-def timm_head(arch: str, *, image_size: int | tuple[int, int]) -> TimmHead:
-    """Which layers of an architecture are its head, by building it with and without classes. Raises EncoderProblem.
-
-    Both are built without memory for their weights (torch's meta device), which takes a fraction of a second.
-    """
+def timm_layout(arch: str, *, image_size: int | tuple[int, int]) -> TimmLayout:
+    """What an architecture consists of, found by building it with and without classes. Raises EncoderProblem."""
     classes = 65_537  # more than an encoder may have, so that no other side of a tensor has this length
     with torch.device("meta"):
         full, bare = (
-            timm_backbone(arch, image_size=image_size, classes=count, pretrained=False).state_dict()
-            for count in (classes, 0)
+            timm_backbone(arch, image_size=image_size, classes=count, pretrained=False) for count in (classes, 0)
         )
-    gone = [name for name in full if name not in bare]
-    classifiers = {name: tuple(full[name].shape).index(classes) for name in gone if classes in full[name].shape}
-    return TimmHead(tuple(dict.fromkeys(_highest(name, bare) for name in gone)), classifiers)
+    tensors, features = full.state_dict(), bare.state_dict()
+    head = [name for name in tensors if name not in features]
+    return TimmLayout(
+        features=features,
+        head=frozenset(head),
+        layers=tuple(dict.fromkeys(_highest(name, features) for name in head)),
+        classifiers={
+            name: tuple(tensors[name].shape).index(classes) for name in head if classes in tensors[name].shape
+        },
+        renamed=lambda state: _renamed_by_timm(arch, full, state),
+    )
+
+
+def _renamed_by_timm(arch: str, model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor] | None:
+    """What timm's own filter for checkpoints of this architecture makes of a state dict.
+
+    It may also resample position embeddings to another image size, which nobody asked for: then None.
+    """
+    entry = import_timm().models.model_entrypoint(arch)
+    convert = getattr(sys.modules[entry.__module__], "checkpoint_filter_fn", None)
+    if convert is None:
+        return None
+    try:
+        with _quiet("timm"):
+            found: dict[str, Tensor] = convert(dict(state), model)
+    except Exception:  # what it was not made for ends in it anyhow
+        return None
+    sizes = {tensor.numel() for tensor in state.values()}
+    made = {name for name, tensor in found.items() if not isinstance(tensor, Tensor) or tensor.numel() not in sizes}
+    return None if made & set(model.state_dict()) - {"head.bias"} else found
 
 
 def _highest(name: str, others: Collection[str]) -> str:

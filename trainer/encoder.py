@@ -11,7 +11,6 @@ import copy
 import hashlib
 import json
 import math
-import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -27,17 +26,20 @@ from trainer.backbones import (
     MODULE,
     PROGRAMS,
     Program,
+    TimmLayout,
     call_factory,
     one_line,
     spoken,
     timm_backbone,
-    timm_head,
+    timm_layout,
 )
+from trainer.checkpoints import Network, advice, find_weights, is_needed, kind, state_dicts
 from trainer.errors import EncoderMismatch, EncoderProblem
 from trainer.files import write_whole
 from trainer.maps import POST_HOC, Map
 from trainer.preprocessing import Preprocessing as Preprocessing
 from trainer.preprocessing import fingerprint_image
+from trainer.weights_file import read_weights
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -57,7 +59,7 @@ _SMALLEST_NORM = 1e-12
 class EncoderSpec:
     """An encoder as a user declares it.
 
-    `weights` is a .safetensors, .pt or .pth file of a state dict, or where `arch` is a file, the .pt2 or .onnx itself.
+    `weights` is a file with a state dict in it (`trainer.checkpoints`), or where `arch` is a file, the .pt2 or .onnx.
     """
 
     arch: str
@@ -72,6 +74,8 @@ class EncoderSpec:
     head: Literal["classifier", "none"] | None = None
     """Of a plain timm state dict: its classifier's output, or its pooled features. By default the classifier's where it
     has `dim` outputs."""
+    checkpoint_key: str | None = None
+    """Which of several state dicts in the file of `weights`, as `trainer.checkpoints.Found.place` names it."""
 
 
 @dataclass(frozen=True)
@@ -193,10 +197,14 @@ class MappedNet(nn.Module):
 class Encoder:
     """A model with its preprocessing: pictures in, vectors of unit length out."""
 
-    def __init__(self, model: EmbeddingNet | MappedNet, card: Card, device: torch.device) -> None:
+    def __init__(
+        self, model: EmbeddingNet | MappedNet, card: Card, device: torch.device, taken: str | None = None
+    ) -> None:
         self.model = model
         self.card = card
         self.device = device
+        self.taken = taken
+        """Which part of its weights file it is, in a few words; None where it is all of it."""
 
     @property
     def id(self) -> str:
@@ -279,7 +287,8 @@ def load_encoder(spec: EncoderSpec, *, expected: Card | None = None, device: str
     if card is not None:
         _require_same_declaration(spec, card)
     target = _device(device)
-    return _checked(_load_model(spec, target), spec, card, target)
+    model, taken = _load_model(spec, target)
+    return _checked(model, spec, card, target, taken)
 
 
 def load_base(spec: EncoderSpec, *, device: str = "auto") -> Encoder:
@@ -292,13 +301,15 @@ def load_base(spec: EncoderSpec, *, device: str = "auto") -> Encoder:
         spec = replace(spec, dim=card.dim)
         _require_same_declaration(spec, card)
     target = _device(device)
-    model = _load_model(spec, target, any_dim=True)
+    model, taken = _load_model(spec, target, any_dim=True)
     if isinstance(model, MappedNet):
         raise EncoderProblem(f"weights {_named(spec)} hold a map already: give those of the encoder below it")
-    return _checked(model, replace(spec, dim=model.dim), card, target)
+    return _checked(model, replace(spec, dim=model.dim), card, target, taken)
 
 
-def _checked(model: EmbeddingNet | MappedNet, spec: EncoderSpec, card: Card | None, device: torch.device) -> Encoder:
+def _checked(
+    model: EmbeddingNet | MappedNet, spec: EncoderSpec, card: Card | None, device: torch.device, taken: str | None
+) -> Encoder:
     """The model on its device, once it has shown that it is what the card says. Without a card one is made."""
     if card is not None and model.head != card.head:
         raise EncoderMismatch(
@@ -325,7 +336,7 @@ def _checked(model: EmbeddingNet | MappedNet, spec: EncoderSpec, card: Card | No
             f"(cosine {agreement:.4f}): use the versions of torch, timm, onnxruntime and Pillow that its card was made "
             "with"
         )
-    return Encoder(model, card, device)
+    return Encoder(model, card, device, taken)
 
 
 def save_mapped_encoder(base: Encoder, base_spec: EncoderSpec, fitted: Map, dim: int, path: Path) -> Card:
@@ -372,6 +383,8 @@ def save_encoder(model: EmbeddingNet | MappedNet, spec: EncoderSpec, path: Path)
 def read_card(path: Path) -> Card | None:
     """The card beside the weights at `path`, or None where there is none. Raises EncoderProblem for a damaged one."""
     place = _card_path(path)
+    if place == path:  # no weights file at all, as reading it will tell
+        return None
     try:
         return Card.from_json(place.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -475,8 +488,13 @@ def _width(backbone: nn.Module, spec: EncoderSpec) -> int:
     return features.shape[1]
 
 
-def _load_model(spec: EncoderSpec, device: torch.device, *, any_dim: bool = False) -> EmbeddingNet | MappedNet:
-    """The model with its weights, on the CPU but for a program. With `any_dim` its vectors may have any length."""
+def _load_model(
+    spec: EncoderSpec, device: torch.device, *, any_dim: bool = False
+) -> tuple[EmbeddingNet | MappedNet, str | None]:
+    """The model with its weights, on the CPU but for a program, and what of the weights file it is if not all.
+
+    With `any_dim` its vectors may have any length.
+    """
     _require_program(spec)
     if spec.weights is None and not spec.pretrained and not spec.arch.startswith(MODULE):
         raise EncoderProblem(f"encoder {spec.arch!r} has no weights: set weights to a file, or pretrained to true")
@@ -484,13 +502,42 @@ def _load_model(spec: EncoderSpec, device: torch.device, *, any_dim: bool = Fals
         _refuse_head(spec)
         model = _bare(_create_backbone(spec, device), spec, any_dim=any_dim)
         _require_finite(model, _named(spec))
-        return model
-    state = _read_state(spec.weights)
-    if "map.linear.weight" in state and all(name.startswith(("base.", "map.")) for name in state):
-        return _mapped_model(spec, state, device)
+        return model, None
+    if spec.weights.suffix in PROGRAMS.values():
+        raise EncoderProblem(
+            f"weights {_named(spec)} must be a state dict (.safetensors, .pt, .pth, .ckpt, .bin): remove arch and "
+            "module for a program"
+        )
+    content = read_weights(spec.weights)
+    if "map.linear.weight" in content and all(str(name).startswith(("base.", "map.")) for name in content):
+        return _mapped_model(spec, state_dicts(content)[""], device), None
     if spec.arch in PROGRAMS:
         raise EncoderProblem(f"weights {_named(spec)} hold no map to follow {spoken(spec.arch)}: name that file itself")
-    return _stateful_model(spec, state, device, any_dim=any_dim)
+    parts = _parts(spec, device)
+    found = find_weights(spec.weights, content, parts.network, spec.checkpoint_key)
+    if found.fits:
+        return _stateful_model(spec, found.state, parts, device, any_dim=any_dim), str(found) or None
+    try:
+        return _stateful_model(spec, found.state, parts, device, any_dim=any_dim), str(found) or None
+    except EncoderProblem as problem:
+        raise EncoderProblem(f"{problem}; {advice(content, found)}") from problem
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """What an architecture consists of: timm's, or the module that a factory has returned."""
+
+    network: Network
+    timm: TimmLayout | None = None
+    module: nn.Module | None = None
+
+
+def _parts(spec: EncoderSpec, device: torch.device) -> _Parts:
+    if spec.arch.startswith(MODULE):
+        module = _create_backbone(spec, device)
+        return _Parts(Network(spoken(spec.arch), module.state_dict()), module=module)
+    layout = timm_layout(spec.arch, image_size=spec.preprocessing.image_size)
+    return _Parts(Network(spoken(spec.arch), layout.features, layout.in_head, layout.renamed), timm=layout)
 
 
 def _mapped_model(spec: EncoderSpec, state: Mapping[str, torch.Tensor], device: torch.device) -> MappedNet:
@@ -510,17 +557,22 @@ def _mapped_model(spec: EncoderSpec, state: Mapping[str, torch.Tensor], device: 
     if spec.arch in PROGRAMS:
         base = _bare(_create_backbone(below, device), below)
     else:
-        base = _stateful_model(below, base_state, device)
+        base = _stateful_model(below, base_state, _parts(below, device), device)
     model = MappedNet(base, fitted.requires_grad_(False))
     _require_finite(model, _named(spec))
     return model
 
 
 def _stateful_model(
-    spec: EncoderSpec, state: dict[str, torch.Tensor], device: torch.device, *, any_dim: bool = False
+    spec: EncoderSpec,
+    state: dict[str, torch.Tensor],
+    parts: _Parts,
+    device: torch.device,
+    *,
+    any_dim: bool = False,
 ) -> EmbeddingNet:
-    backbone = _create_backbone(spec, device) if spec.arch.startswith(MODULE) else None
-    if backbone is not None and {name for name in backbone.state_dict() if _counts(name)} <= state.keys():
+    backbone = parts.module
+    if backbone is not None and {name for name in backbone.state_dict() if is_needed(name)} <= state.keys():
         # A factory's module may have layers of any name: if all of its own are there, these are its weights.
         _refuse_head(spec)
         model = _bare(backbone, spec, any_dim=any_dim)
@@ -536,7 +588,7 @@ def _stateful_model(
         model = EmbeddingNet(backbone, width=_width(backbone, spec), dim=outputs[0])
     else:
         plain = {name.removeprefix("backbone."): tensor for name, tensor in state.items()}
-        model, state = _plain_model(spec, plain, backbone, device, any_dim=any_dim)
+        model, state = _plain_model(spec, plain, parts, device, any_dim=any_dim)
     _require_fit(model, state, spec)
     try:
         model.load_state_dict(state)
@@ -547,30 +599,33 @@ def _stateful_model(
 
 
 def _plain_model(
-    spec: EncoderSpec,
-    state: dict[str, torch.Tensor],
-    backbone: nn.Module | None,
-    device: torch.device,
-    *,
-    any_dim: bool,
+    spec: EncoderSpec, state: dict[str, torch.Tensor], parts: _Parts, device: torch.device, *, any_dim: bool
 ) -> tuple[EmbeddingNet, dict[str, torch.Tensor]]:
     """A model, and the state it needs under its own names, for a state dict with timm's or the factory's names."""
-    if backbone is not None:
+    head: Head = "none"
+    if parts.timm is None:
         _refuse_head(spec)
-        layers, outputs = None, set()
     else:
-        layers = timm_head(spec.arch, image_size=spec.preprocessing.image_size)
-        outputs = layers.outputs(state)
-    head: Head = spec.head or ("classifier" if outputs == {spec.dim} else "none")
-    dim = spec.dim
-    if head == "classifier":
-        dim = _classes(spec, outputs, any_dim=any_dim)
-    if backbone is None:
-        backbone = _create_backbone(spec, device, classes=dim if head == "classifier" else 0)
-    if head == "none" and layers is not None:
-        state = {name: tensor for name, tensor in state.items() if not layers.holds(name)}
+        head = _head(spec, state, parts.timm)
+        if head == "none":
+            state = {name: tensor for name, tensor in state.items() if not parts.timm.in_head(name)}
+    classes = 0
+    if parts.timm is not None and head == "classifier":
+        classes = _classes(spec, parts.timm.outputs(state), any_dim=any_dim)
+    backbone = parts.module or _create_backbone(spec, device, classes=classes)
     model = _bare(backbone, spec, head=head, any_dim=any_dim)
     return model, {f"backbone.{name}": tensor for name, tensor in state.items()}
+
+
+def _head(spec: EncoderSpec, state: Mapping[str, torch.Tensor], layout: TimmLayout) -> Literal["classifier", "none"]:
+    """What gives the embedding: as declared, or else the classifier where it has `dim` outputs."""
+    replaced = [name for name in state if layout.in_head(name) and name not in layout.head]
+    if replaced and spec.head != "none":
+        raise EncoderProblem(
+            f"weights {_named(spec)} hold {', '.join(replaced[:3])} in place of the classifier of {spoken(spec.arch)}: "
+            "set head to none for the pooled features below it, or give a module that builds the whole network"
+        )
+    return spec.head or ("classifier" if layout.outputs(state) == {spec.dim} else "none")
 
 
 def _classes(spec: EncoderSpec, outputs: set[int], *, any_dim: bool) -> int:
@@ -603,68 +658,20 @@ def _bare(backbone: nn.Module, spec: EncoderSpec, *, head: Head = "none", any_di
     return EmbeddingNet(backbone, width=width, dim=width, head=head)
 
 
-def _read_state(path: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a weights file by name. Nothing in it is run: pickled code is refused."""
-    import pickle
-
-    from safetensors.torch import load_file
-
-    named = f"weights {str(path)!r}"
-    if path.suffix not in (".safetensors", ".pt", ".pth"):
-        hint = ", or leave out arch and module for a program" if path.suffix in PROGRAMS.values() else ""
-        raise EncoderProblem(f"{named} must be a .safetensors, .pt or .pth file{hint}")
-    if not path.is_file():
-        raise EncoderProblem(f"{named} is not there: check weights in the configuration")
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about foreign pickle protocols and archives; what counts is raised
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise EncoderProblem(
-            f"{named} is damaged or holds Python objects, which are not loaded: save its state_dict()"
-        ) from error
-    except Exception as error:  # readers of damaged files raise all kinds
-        raise EncoderProblem(f"{named} cannot be loaded, it may be damaged: {one_line(error)}") from error
-    for wrapper in ("state_dict", "model"):
-        if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
-            state = state[wrapper]
-    if (
-        not isinstance(state, dict)
-        or not state
-        or not all(isinstance(tensor, torch.Tensor) for tensor in state.values())
-    ):
-        raise EncoderProblem(f"{named} is not a state dict: save its state_dict()")
-    if all(str(name).startswith("module.") for name in state):  # saved from a DistributedDataParallel model
-        return {str(name).removeprefix("module."): tensor for name, tensor in state.items()}
-    return {str(name): tensor for name, tensor in state.items()}
-
-
 def _require_fit(model: nn.Module, state: Mapping[str, torch.Tensor], spec: EncoderSpec) -> None:
     needed = model.state_dict()
     problems = {
-        "missing": [name for name in needed if name not in state and _counts(name)],
+        "missing": [name for name in needed if name not in state and is_needed(name)],
         "unknown": [name for name in state if name not in needed],
         "of another shape or type": [
-            f"{name} {_kind(state[name])} instead of {_kind(needed[name])}"
+            f"{name} {kind(state[name])} instead of {kind(needed[name])}"
             for name in needed
-            if name in state and _kind(state[name]) != _kind(needed[name])
+            if name in state and kind(state[name]) != kind(needed[name])
         ],
     }
-    found = [f"{len(names)} {kind} ({', '.join(names[:3])})" for kind, names in problems.items() if names]
+    found = [f"{len(names)} {what} ({', '.join(names[:3])})" for what, names in problems.items() if names]
     if found:
         raise EncoderProblem(f"weights {_named(spec)} do not fit {spoken(spec.arch)}: {one_line('; '.join(found))}")
-
-
-def _counts(name: str) -> bool:
-    """Whether a tensor must be there: old state dicts lack batch norms' counter, which only training uses."""
-    return not name.endswith("num_batches_tracked")
-
-
-def _kind(tensor: torch.Tensor) -> str:
-    """Shape, and whether the numbers are floating-point. Their precision does not matter: the model's is float32."""
-    return f"{tuple(tensor.shape)}{'' if tensor.is_floating_point() else ' ' + str(tensor.dtype)}"
 
 
 def _require_finite(model: nn.Module, named: str) -> None:

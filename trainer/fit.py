@@ -684,8 +684,9 @@ def _fingerprint(
     del new["preprocessing"]
     new.update(spec.preprocessing.declared())
     del new["folder"]
-    if new["head"] is None:  # runs from before this key existed can be resumed
-        del new["head"]
+    for key in ("head", "checkpoint_key"):
+        if new[key] is None:  # runs from before these keys existed can be resumed
+            del new[key]
     values = {
         **{f"train.{name}": value for name, value in settings_of_outcome.items()},
         **{f"new_encoder.{name}": value for name, value in new.items()},

@@ -43,6 +43,11 @@ def command(name: str | None, config_path: Path, as_json: bool) -> None:
     _show(planned.fingerprint, planned.content)
 
 
+def _taken(encoder: dict[str, Any]) -> list[tuple[str, str]]:
+    """Which part of its weights file an encoder is, where it is not all of it."""
+    return [("", f"from its weights: {encoder['weights']}")] if encoder["weights"] else []
+
+
 def _show(fingerprint: str, plan: dict[str, Any]) -> None:
     collection, check = plan["collection"], plan["old_encoder_check"]
     old, new = plan["old_encoder"], plan["new_encoder"]
@@ -61,8 +66,10 @@ def _show(fingerprint: str, plan: dict[str, Any]) -> None:
             ("collection", f"{collection['name']}: {collection['items']} items, {collection['dim']}-d"),
             ("store", f"{collection['server']}, {collection['index']}, metric {collection['metric']}"),
             ("old encoder", old["id"] if old["arch"] == "stored" else f"{old['arch']} {old['id']}"),
+            *_taken(old),
             ("", checked),
             ("new encoder", f"{new['arch']} {new['id'] or '(to be trained)'}"),
+            *_taken(new),
             ("", new["vectors"]),
             ("backfill", f"{plan['chunks']} chunks, about {duration(plan['backfill_seconds'])} of work "
                          f"at {plan['images_per_second']:g} images/s"),

@@ -172,7 +172,7 @@ def sections() -> list[type[Section]]:
 def refused(kind: type[Section], key: str, value: Any) -> bool:
     """Whether a section refuses this value of its key, whatever else it lacks."""
     arch = {"arch": "resnet18"} if key in ("pretrained", "preprocessing", "head") else {}  # keys of timm's models
-    weights = {"weights": "old.pt"} if key == "head" else {}
+    weights = {"weights": "old.pt"} if key in ("head", "checkpoint_key") else {}
     transform = {"transform": "loader:transform"} if (key, value) == ("convert", "none") else {}
     try:
         kind.model_validate({**arch, **weights, **transform, key: value})

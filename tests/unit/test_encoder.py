@@ -611,7 +611,7 @@ def test_pickled_code_is_refused_and_not_run(tmp_path: Path, capsys: pytest.Capt
     (tmp_path / "b.pt").write_bytes(pickle.dumps(Exploit()))
     torch.save(net(), tmp_path / "c.pt")
     for name in ("a.pt", "b.pt", "c.pt"):
-        with pytest.raises(EncoderProblem, match="holds Python objects") as caught:
+        with pytest.raises(EncoderProblem, match="Python objects") as caught:
             load_encoder(spec(weights=tmp_path / name))
         one_line(caught)
     assert "was run" not in capsys.readouterr().out
@@ -638,10 +638,10 @@ def test_truncated_missing_and_foreign_files_are_refused(saved: Path, tmp_path: 
     with pytest.raises(EncoderProblem, match="is not there"):
         load_encoder(spec(weights=path))
     path.mkdir()
-    with pytest.raises(EncoderProblem, match="is not there"):
+    with pytest.raises(EncoderProblem, match="is a folder: name a file in it"):
         load_encoder(spec(weights=path))
-    with pytest.raises(EncoderProblem, match=r"must be a \.safetensors"):
-        load_encoder(spec(weights=tmp_path / "weights.bin"))
+    with pytest.raises(EncoderProblem, match="must be a state dict"):
+        load_encoder(spec(weights=tmp_path / "weights.onnx"))
 
 
 @pytest.mark.parametrize("device", ["gpu", "", "cuda:99", "meta", "cpu:x"])

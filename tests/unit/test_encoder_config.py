@@ -50,6 +50,8 @@ migrations:
         ({"new": "{module: 'a:b', dim: 8, preprocessing: timm}"}, "preprocessing: timm knows only its own"),
         ({"new": "{arch: r, dim: 8}"}, "new_encoder.image_size: missing"),
         ({"new": "{arch: r, head: none, dim: 8, image_size: 16}"}, "new_encoder.head: says which layer of the weights"),
+        ({"new": "{arch: r, checkpoint_key: a, dim: 8, image_size: 16}"}, "checkpoint_key: says which part of the"),
+        ({"old": "{weights: o.onnx, checkpoint_key: a, dim: 8, image_size: 16}"}, "checkpoint_key: is for a file with"),
         ({"old": "{weights: o.pt2, head: none, dim: 8, image_size: 16}"}, "old_encoder.head: is for a timm arch"),
         ({"new": "{arch: r, dim: 8, image_size: 16, crop_pct: 0}"}, "crop_pct: must be greater than or equal to 0.1"),
         ({"train": "{items: t.csv, method: ridge}"}, "train: method ridge maps the vectors of a finished encoder"),
