@@ -225,9 +225,7 @@ def check_shadow(store: Store, dim: int) -> None:
     if lost is None:
         return
     info = store.describe()
-    in_place = (
-        "" if dim == info.dim else f" (in_place needs new_encoder.dim {info.dim}, with an encoder of that length)"
-    )
+    in_place = "" if dim == info.dim else f" (in_place needs an encoder with {info.dim}-d vectors)"
     raise Refused(f"collection {info.name} cannot be copied whole into a shadow: {lost}{in_place}")
 
 
