@@ -437,11 +437,12 @@ def refusal(declared: Tried, found: Search | None, best: Tried | None, *, card: 
     elif found is not None and found.best.median > max(NEAR, declared.median + GAIN):
         advice = (
             f"{found.best.label} comes nearest, with {found.best.median:.2f}, but the loader does something else too: "
-            "give its own transform, or correct the weights"
+            "give it as old_encoder.transform, or correct the weights"
         )
     else:
         advice = (
-            "no other preprocessing brings them near: the weights or the images are other ones, correct old_encoder"
+            "no other preprocessing brings them near: the weights or the images are other ones, or the loader does "
+            "what no key says, then give it as old_encoder.transform"
         )
     lines = [f"{what}; {advice}"]
     if found is not None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageOps
 
 from tests.world import DIM, SIZE, World
 
@@ -221,8 +221,6 @@ def test_opencvs_way_is_found(gallery: Gallery) -> None:
 
 @pytest.mark.parametrize("colour", ["black", "white"])
 def test_a_letterbox_is_found(gallery: Gallery, colour: str) -> None:
-    from PIL import ImageOps
-
     gallery.fill(
         pictures(),
         ".png",
@@ -337,12 +335,41 @@ def test_images_that_were_replaced_are_a_risk_and_no_refusal(gallery: Gallery) -
 
 
 def test_a_loader_that_no_key_describes_is_not_explained_away(gallery: Gallery) -> None:
-    from PIL import ImageOps
-
     gallery.fill(pictures(), ".png", lambda file: normalised(ImageOps.flip(squashed(plain(file)))))
     keys, first = gallery.refused()
     assert keys == {}
-    assert "the weights or the images are other ones" in first
+    assert "the weights or the images are other ones, or the loader does what no key says" in first
+    assert "give it as old_encoder.transform" in first
+    (gallery.world.folder / "own_loader.py").write_text(
+        "from PIL import Image, ImageOps\n"
+        "from torchvision.transforms import v2\n"
+        "import torch\n\n"
+        "def transform():\n"
+        "    return v2.Compose([\n"
+        f"        lambda image: ImageOps.flip(image.resize(({SIZE}, {SIZE}), Image.Resampling.BILINEAR)),\n"
+        f"        v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize({list(MEAN)}, {list(STD)})])\n"
+    )
+    own = {"module": "every_pixel_model:every_pixel", "dim": DIM, "transform": "own_loader:transform"}
+    gallery.world.configure(old_encoder=own)
+    gallery.follow({})
+
+
+def test_a_transform_leaves_what_comes_before_it_to_the_keys(gallery: Gallery) -> None:
+    (gallery.world.folder / "turning.py").write_text(
+        "from torchvision.transforms import v2\n"
+        "import torch\n\n"
+        "def transform():\n"
+        f"    return v2.Compose([v2.Resize(({SIZE}, {SIZE})), v2.ToImage(), v2.ToDtype(torch.float32, scale=True)])\n"
+    )
+    own = {"module": "every_pixel_model:every_pixel", "dim": DIM, "transform": "turning:transform"}
+    gallery.world.configure(old_encoder=own)
+    gallery.write(
+        turned(gallery, 1),
+        lambda file: normalised(squashed(ImageOps.exif_transpose(plain(file))), (0.0,) * 3, (1.0,) * 3),
+    )
+    keys, _ = gallery.refused()
+    assert keys == {"exif": "apply"}
+    gallery.follow(keys)
 
 
 def test_a_card_that_records_another_declaration_is_named(gallery: Gallery) -> None:
