@@ -28,8 +28,8 @@ def plan(migrator: Migrator, capsys: pytest.CaptureFixture[str]) -> Callable[[],
     return call
 
 
-class WithSparseVectors(QdrantFolder):
-    """A Qdrant collection with sparse vectors beside the dense ones, as hybrid search has them."""
+class WithTextOnly(QdrantFolder):
+    """A Qdrant collection for hybrid search, in which one point has sparse vectors alone, and no image."""
 
     def use(self) -> None:
         super().use()
@@ -52,6 +52,13 @@ class WithSparseVectors(QdrantFolder):
                         payload=point.payload,
                     )
                     for point in points
+                ]
+                + [
+                    models.PointStruct(
+                        id=999,
+                        vector={"words": models.SparseVector(indices=[5], values=[1.0])},
+                        payload={"kind": "text"},
+                    )
                 ],
             )
             alias = models.CreateAlias(collection_name="toys_v1", alias_name="toys")
@@ -61,8 +68,8 @@ class WithSparseVectors(QdrantFolder):
         return {**super().settings(), "vector": "image"}
 
 
-def test_a_shadow_that_would_lose_vectors_is_refused_by_the_plan(world: World, plan: Any) -> None:
-    kind = WithSparseVectors(world)
+def test_a_shadow_that_would_lose_points_is_refused_by_the_plan(world: World, plan: Any) -> None:
+    kind = WithTextOnly(world)
     kind.use()
     world.configure(rollout__strategy="shadow")
     code, _, err = plan()
@@ -82,8 +89,14 @@ def test_a_shadow_that_would_lose_vectors_is_refused_by_the_plan(world: World, p
     assert any(sentence.startswith("a shadow is refused here: ") for sentence in found["capabilities"])
 
 
+@pytest.mark.parametrize(("at", "code"), [("the check", 3), ("the shadow", 2)])
 def test_a_refused_shadow_leaves_no_collection_behind(
-    world: World, migrator: Migrator, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    world: World,
+    migrator: Migrator,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    at: str,
+    code: int,
 ) -> None:
     from pymilvus import MilvusClient, MilvusException
 
@@ -91,14 +104,19 @@ def test_a_refused_shadow_leaves_no_collection_behind(
     kind.use()
     world.configure(rollout__strategy="shadow", rollout__canary=[100])
     assert migrator("plan") == migrator("verify") == migrator("rollout", "--stage", "prepare") == 0
+    with Project.open(world.config) as project:
+        shadow = project.migration().shadow
+    create_index = MilvusClient.create_index
 
-    def refuse(*_: Any, **__: Any) -> None:
-        raise MilvusException(1, "no room for another index")
+    def refuse(client: Any, name: str, *arguments: Any, **options: Any) -> Any:
+        if at == "the check" or name == shadow:
+            raise MilvusException(1, "no room for another index")
+        return create_index(client, name, *arguments, **options)
 
     with monkeypatch.context() as patch:
         patch.setattr(MilvusClient, "create_index", refuse)
         capsys.readouterr()
-        assert migrator("rollout", "--stage", "backfill") == 2
+        assert migrator("rollout", "--stage", "backfill") == code
     assert "no room for another index" in capsys.readouterr().err
     with kind.client() as client:
         assert client.list_collections() == ["toys_v1"]

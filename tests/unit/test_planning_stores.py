@@ -33,6 +33,14 @@ def test_the_strategy_follows_from_what_the_store_can_do(change, same_dim, strat
     assert why in reason
 
 
+def test_a_shadow_that_would_be_refused_is_not_recommended():
+    lost = "it has a function that a copy would lose: use rollout.strategy in_place"
+    coarse = replace(PLAIN, update_in_place=False, exact_vectors=False, visible="at_cutover")
+    assert recommend(coarse, same_dim=True)[0] == "shadow"
+    assert recommend(coarse, same_dim=True, lost=lost)[0] == "in_place"
+    assert describe_capabilities(coarse, lost=lost)[-1] == f"a shadow is refused here: {lost}"
+
+
 @pytest.mark.parametrize(
     ("new", "made_by", "says"),
     [
