@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -15,14 +16,16 @@ from migrator.errors import ConfigProblem, Refused
 from migrator.old_vectors import old_vectors, payloads
 from migrator.planning import check_fresh
 from migrator.project import Project
-from migrator.verify.questions import label_of
 from trainer.errors import ImageProblem
+from trainer.templates import MAX_FIELDS, NotText, field_advice, fields_of, parse
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from trainer.data import LeftOut, TrainingItems
     from trainer.fit import FitResult, FitSettings, Progress
+
+log = logging.getLogger(__name__)
 
 
 def train(
@@ -107,16 +110,14 @@ def _items(project: Project, config: Train) -> tuple[TrainingItems, NDArray[np.f
     from trainer.data import LeftOut, folder_items, read_items, training_items
 
     if not isinstance(config.items, ItemsFrom):
-        items = read_items(config.items, need_labels=False)
+        items = read_items(config.items, project.images(), need_labels=False)
     elif config.items.source == "folders":
         items = folder_items(_local_root(project))
+        _tell_skipped(items)
     else:
         items = _items_of_store(project, config.items.label)
-    left_out = []
-    if items.passed_over:
-        left_out.append(LeftOut(project.settings.images.root, f"{items.passed_over} file names in it are not trusted"))
     if not project.old_is_stored:
-        return items, None, left_out
+        return items, None, []
     with project.store() as store:
         vectors = old_vectors(store, project.images(), items.paths)
         collection = store.describe().name
@@ -129,11 +130,18 @@ def _items(project: Project, config: Train) -> tuple[TrainingItems, NDArray[np.f
     rows = np.flatnonzero(known).tolist()
     labels = None if items.labels is None else [items.labels[row] for row in rows]
     kept = training_items([items.paths[row] for row in rows], labels, source="train.items, as far as stored,")
-    left_out += [
+    left_out = [
         LeftOut(items.paths[row], "no item of the collection with a usable vector has this image")
         for row in np.flatnonzero(~known).tolist()
     ]
     return kept, vectors[known], left_out
+
+
+def _tell_skipped(items: TrainingItems) -> None:
+    """What an image folder holds besides its training images."""
+    if items.skipped:
+        total = sum(one.count for one in items.skipped)
+        log.warning("%d images in folders; skipped %d: %s", len(items), total, "; ".join(map(str, items.skipped)))
 
 
 def _local_root(project: Project) -> Path:
@@ -147,25 +155,39 @@ def _local_root(project: Project) -> Path:
 
 
 def _items_of_store(project: Project, label: str | None) -> TrainingItems:
-    """The collection's own images, with labels from the payloads; items that lack one are passed over."""
+    """The collection's own images, with labels from the payloads; items without one are skipped.
+
+    Raises `ConfigProblem` where no item has a label, or a label is a list or a structure.
+    """
     from trainer.data import training_items
 
     images = project.images()
+    key = f"{project.config.path}: migrations.{project.name}.train.items.label"
     paths: list[str] = []
     labels: list[str] = []
+    fields: dict[str, None] = {}
     with project.store() as store:
         for item, payload in payloads(store, walk(store)):
             try:
                 path = images.locate(item, payload)
             except ImageProblem:
                 continue  # an item without an image can be searched but not learnt from
-            text = None if label is None else label_of(label, item, payload)
-            if text != "":
+            if label is None:
                 paths.append(path)
-                labels.append(text or "")
+                continue
+            try:
+                text = (parse(label).fill({**payload, "id": item}) or "").strip()
+            except NotText as problem:
+                raise ConfigProblem(
+                    f"{key}: item {item!r}: {problem}; training needs one class for each item: name a field with one "
+                    "value, or list path and label in a file"
+                ) from None
+            if text:
+                paths.append(path)
+                labels.append(text)
+            elif len(fields) < MAX_FIELDS:
+                fields |= dict.fromkeys(fields_of(payload))
     if not paths and label is not None:
-        raise ConfigProblem(
-            f"{project.config.path}: migrations.{project.name}.train.items.label: no item with an image has a value "
-            f"for {label!r}"
-        )
-    return training_items(paths, None if label is None else labels, source=f"collection of {project.name}")
+        raise ConfigProblem(f"{key}: no item with an image has a value for {label!r}: {field_advice(label, fields)}")
+    items = training_items(paths, None if label is None else labels, source=f"collection of {project.name}")
+    return items if label is not None else replace(items, unlabelled="train.items.label is not set")

@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import json
 import os
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from trainer.errors import TrainingProblem
+from trainer.errors import ImageProblem, TableProblem, TrainingProblem
 from trainer.image_roots import is_safe
-from trainer.images import SUFFIXES
+from trainer.images import image_suffixes
+from trainer.tables import Header, Table, read_table
 
 if TYPE_CHECKING:
     import torch
+
+    from trainer.images import ImageSource
 
 FEWEST_TO_HOLD_OUT = 3
 """A class with fewer images stays in training whole."""
@@ -29,13 +31,27 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
+class Skipped:
+    """Files of an image folder that are no training images, and why."""
+
+    count: int
+    reason: str
+    example: str
+
+    def __str__(self) -> str:
+        return f"{self.count} {self.reason} (such as {self.example!r})"
+
+
+@dataclass(frozen=True)
 class TrainingItems:
     """Images: paths as `ImageSource.load` takes them, and a label for each or none at all. See `training_items`."""
 
     paths: tuple[str, ...]
     labels: tuple[str, ...] | None
-    passed_over: int = 0
-    """Files whose names `folder_items` did not trust."""
+    skipped: tuple[Skipped, ...] = ()
+    """What `folder_items` found besides."""
+    unlabelled: str = field(default="", compare=False)
+    """Why there are no labels, for a message."""
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -51,135 +67,185 @@ class TrainingItems:
         return hashlib.sha256(json.dumps([self.paths, self.labels]).encode()).hexdigest()
 
 
-def training_items(paths: Sequence[Any], labels: Sequence[Any] | None, *, source: str) -> TrainingItems:
-    """Checks a table of paths and labels (None: there are none), row by row; `source` names it in messages.
+def training_items(
+    paths: Sequence[str],
+    labels: Sequence[str] | None,
+    *,
+    source: str,
+    place: Callable[[int], str] = lambda row: f"row {row + 1}",
+) -> TrainingItems:
+    """Checks paths and labels (None: there are none), row by row. For messages: `source`, and the `place` of a row.
 
-    Numbers are taken as labels by their text. A path given twice with one label counts once. Raises TrainingProblem
-    when a path or label is missing, a path has two labels, there are no rows, or there is only one class.
+    A path given twice with one label counts once. Raises TrainingProblem when a path has two labels, there are no rows,
+    or there is only one class.
     """
     if not len(paths):
         needed = "a path" if labels is None else "a path and a label"
         raise TrainingProblem(f"{source} lists no images: add rows with {needed}")
-    names = _column(paths, "path", source)
     if labels is None:
-        return TrainingItems(tuple(dict.fromkeys(names)), None)
-    rows = list(zip(names, _column(labels, "label", source), strict=True))
-    unique: dict[str, str] = {}
-    for number, (path, label) in enumerate(rows, start=1):
-        if unique.setdefault(path, label) != label:
+        return TrainingItems(tuple(dict.fromkeys(paths)), None)
+    first: dict[str, int] = {}
+    for row, (path, label) in enumerate(zip(paths, labels, strict=True)):
+        earlier = first.setdefault(path, row)
+        if labels[earlier] != label:
             raise TrainingProblem(
-                f"{source}: row {number} labels {path!r} as {label!r}, an earlier row as {unique[path]!r}: keep one"
+                f"{source}: {place(row)} labels {path!r} as {label!r}, {place(earlier)} as {labels[earlier]!r}: keep one"
             )
+    unique = {path: labels[row] for path, row in first.items()}
     if len(set(unique.values())) == 1:
         raise TrainingProblem(
-            f"{source}: every image has the label {rows[0][1]!r}: training needs images of at least two classes"
+            f"{source}: every image has the label {labels[0]!r}: training needs images of at least two classes"
         )
     return TrainingItems(tuple(unique), tuple(unique.values()))
 
 
-def _column(values: Sequence[Any], name: str, source: str) -> list[str]:
-    column = [_text(value) for value in values]
-    missing = [number for number, text in enumerate(column, start=1) if not text]
-    if missing:
-        raise TrainingProblem(
-            f"{source}: {name} missing in {len(missing)} of {len(column)} rows (first: row {missing[0]}): "
-            "fill it in or remove these rows"
-        )
-    return column
-
-
-def _text(value: Any) -> str:
-    if value is None or value != value:  # a missing number is NaN, the only value that differs from itself
-        return ""
-    return str(value).strip()
-
-
-def read_items(file: Path, *, need_labels: bool = True) -> TrainingItems:
+def read_items(file: Path, images: ImageSource | None = None, *, need_labels: bool = True) -> TrainingItems:
     """Reads columns `path` and `label` of a .csv (UTF-8, with a header) or .parquet file; others are ignored.
 
-    Without `need_labels` a file may lack the column `label`: its items have no labels then. Raises TrainingProblem when
-    the file cannot be read or `training_items` refuses its rows.
+    With `images` each path gets the spelling that `ImageSource.below_root` gives it. Without `need_labels` a file may
+    lack the column `label`: its items have no labels then. Raises TrainingProblem when the file cannot be read, or its
+    rows cannot be used.
     """
-    readers = {".csv": _read_csv, ".parquet": _read_parquet}
-    if file.suffix.lower() not in readers:
-        raise TrainingProblem(f"{file}: training items are read from a .csv or .parquet file: rename or convert it")
-    try:
-        columns = readers[file.suffix.lower()](file, need_labels)
-    except FileNotFoundError:
-        raise TrainingProblem(f"{file}: no such file: set train.items to the list of training images") from None
-    except (OSError, UnicodeDecodeError, csv.Error, ValueError) as error:
-        raise TrainingProblem(f"{file} cannot be read: {_one_line(error)}") from error
-    return training_items(columns["path"], columns.get("label"), source=str(file))
 
-
-def _read_csv(file: Path, need_labels: bool) -> dict[str, list[Any]]:
-    with file.open(newline="", encoding="utf-8-sig") as stream:
-        table = csv.DictReader(stream, strict=True)
-        names = _columns(file, table.fieldnames or [], need_labels)
-        rows = list(table)
-    return {name: [row[name] for row in rows] for name in names}
-
-
-def _read_parquet(file: Path, need_labels: bool) -> dict[str, list[Any]]:
-    import pyarrow
-    import pyarrow.parquet
+    def choose(header: Header) -> list[str]:
+        advice = "the first line names the columns path and label"
+        absent = [name for name in ("path", "label") if name not in header]
+        if "path" in absent or (absent and need_labels):
+            raise header.missing([name for name in absent if need_labels or name == "path"], advice)
+        if absent and (near := header.near("label")) is not None:
+            raise TableProblem(
+                f"{file} has no column label (it has: {header.seen}): did you mean {near[1]!r}? Rename it to label, "
+                "or give it another name to train without labels"
+            )
+        return [name for name in ("path", "label") if name in header]
 
     try:
-        with file.open("rb") as stream:
-            table = pyarrow.parquet.ParquetFile(stream)
-            names = _columns(file, table.schema_arrow.names, need_labels)
-            columns = table.read(columns=names)
-    except pyarrow.ArrowException as error:
-        raise TrainingProblem(f"{file} is not a readable Parquet file: {_one_line(error)}") from error
-    return {name: columns[name].to_pylist() for name in names}
+        table = read_table(file, choose, what="training images", key="train.items")
+        paths = table.texts("path", list_advice=": write one path")
+        labels = None
+        if "label" in table.columns:
+            labels = table.texts("label", list_advice=": training needs one class for each image: write one value")
+    except TableProblem as problem:
+        raise TrainingProblem(str(problem)) from problem
+    if images is not None:
+        paths = _below_root(paths, images, table)
+    items = training_items(paths, labels, source=str(file), place=table.place)
+    missing = f"{file} has no column label (it has: {table.header.seen})"
+    return items if labels is not None else replace(items, unlabelled=missing)
 
 
-def _columns(file: Path, names: Sequence[str], need_labels: bool) -> list[str]:
-    """Those to read. Raises TrainingProblem where one is needed that is not there."""
-    missing = [name for name in (("path", "label") if need_labels else ("path",)) if name not in names]
-    if missing:
-        raise TrainingProblem(
-            f"{file} has no column {' and no column '.join(missing)} (it has: {', '.join(names) or 'none'}): "
-            "the first line names the columns path and label"
-        )
-    return [name for name in ("path", "label") if name in names]
+def _below_root(paths: Sequence[str], images: ImageSource, table: Table) -> list[str]:
+    """The paths in the one spelling of the root. Those that no root could have are refused when they are read."""
+    found = []
+    for row, path in enumerate(paths):
+        try:
+            found.append(images.below_root(path))
+        except ImageProblem as problem:
+            raise TrainingProblem(f"{table.file}: {table.place(row)}: {problem}: correct or remove it") from problem
+    return found
 
 
 def folder_items(root: Path) -> TrainingItems:
     """The images in the folders of `root`, labelled by them: `shoes/a/1.jpg` is of class `shoes`. Sorted by path.
 
-    Images are told by their suffix. Hidden files and folders, links to folders and files beside the folders, which have
-    no class, are not looked at. Files whose names `ImageSource` would refuse are counted in `passed_over`. Raises
-    TrainingProblem where `root` cannot be read or `training_items` refuses what is there.
+    Images are known by their suffix. Links to folders below `root` are followed; a folder that is reached twice counts
+    once, by its own name. Whatever else lies there is counted in `skipped`. Raises TrainingProblem where `root` cannot
+    be read or `training_items` refuses what is there.
     """
-
-    def unreadable(error: OSError) -> None:
+    walk = _FolderWalk(root)
+    walk.run()
+    if not walk.paths and walk.skipped:
+        found = "; ".join(map(str, walk.listed()))
         raise TrainingProblem(
-            f"image folder {root} cannot be walked: {error.strerror or error} ({error.filename!r}): correct "
+            f"image folder {root} has no images in folders, only {found}: put the images of each class into a folder"
+        )
+    paths = sorted(walk.paths)
+    items = training_items(paths, [path.split("/", 1)[0] for path in paths], source=f"image folder {root}")
+    return replace(items, skipped=walk.listed())
+
+
+class _FolderWalk:
+    """Walks an image root: real folders first, then those that are reached by links only."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.paths: list[str] = []
+        self.skipped: dict[str, tuple[int, str]] = {}  # reason -> count, an example
+        self._top = os.path.realpath(root)
+        self._seen: set[str] = set()
+        self._links: list[str] = []
+        self._suffixes = image_suffixes()
+
+    def run(self) -> None:
+        self._walk(str(self.root))
+        while self._links:  # a linked folder may hold further links
+            link = self._links.pop(0)
+            target = os.path.realpath(link)
+            if not self._inside(target):
+                self._skip("links to folders outside the root", self._below(link))
+            elif target in self._seen:
+                self._skip("links to folders that are read already", self._below(link))
+            else:
+                self._walk(link)
+
+    def _walk(self, start: str) -> None:
+        for folder, folders, files in os.walk(start, onerror=self._unreadable):
+            real = os.path.realpath(folder)
+            if real in self._seen:
+                folders.clear()
+                continue
+            self._seen.add(real)
+            for name in sorted(folders):
+                whole = os.path.join(folder, name)  # noqa: PTH118
+                if name.startswith("."):
+                    self._skip("hidden files and folders", self._below(whole))
+                elif os.path.islink(whole):  # noqa: PTH114
+                    self._links.append(whole)
+            folders[:] = [name for name in folders if not name.startswith(".")]
+            for name in files:
+                self._take(self._below(os.path.join(folder, name)), name)  # noqa: PTH118
+
+    def _take(self, path: str, name: str) -> None:
+        reason = self._why_not(path, name)
+        if reason is None:
+            self.paths.append(path)
+        else:
+            self._skip(reason, path)
+
+    def _why_not(self, path: str, name: str) -> str | None:
+        if name.startswith("."):
+            return "hidden files and folders"
+        if Path(name).suffix.lower() not in self._suffixes:
+            return "files without the suffix of an image"
+        if "/" not in path:
+            return "images beside the folders, which have no class"
+        label = path.split("/", 1)[0]
+        # Labels and paths are text for people and files, where spaces at the ends do not count.
+        if not is_safe(path) or path != path.strip() or label != label.strip():
+            return "names that are not trusted"
+        whole = self.root / path
+        if whole.is_symlink() and not (whole.exists() and self._inside(os.path.realpath(whole))):
+            return "links to files that are not below the root"
+        return None
+
+    def _inside(self, target: str) -> bool:
+        return f"{target}/".startswith(f"{self._top.rstrip('/')}/")
+
+    def _below(self, whole: str) -> str:
+        return os.path.relpath(whole, self.root)
+
+    def _skip(self, reason: str, path: str) -> None:
+        count, example = self.skipped.get(reason, (0, path))
+        self.skipped[reason] = count + 1, min(example, path)
+
+    def listed(self) -> tuple[Skipped, ...]:
+        return tuple(Skipped(count, reason, example) for reason, (count, example) in sorted(self.skipped.items()))
+
+    def _unreadable(self, error: OSError) -> None:
+        raise TrainingProblem(
+            f"image folder {self.root} cannot be walked: {error.strerror or error} ({error.filename!r}): correct "
             "images.root or the permissions below it"
         ) from error
-
-    paths: list[str] = []
-    passed_over = 0
-    for folder, folders, files in os.walk(root, onerror=unreadable):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        below = os.path.relpath(folder, root)
-        for name in files if below != os.curdir else ():
-            path = f"{below}/{name}"
-            if name.startswith(".") or not name.lower().endswith(SUFFIXES):
-                continue
-            # A label is text for people and files; `_text` would strip the spaces of these.
-            if is_safe(path) and path == path.strip() and below == below.strip():
-                paths.append(path)
-            else:
-                passed_over += 1
-    paths.sort()
-    items = training_items(paths, [path.split("/", 1)[0] for path in paths], source=f"image folder {root}")
-    return replace(items, passed_over=passed_over)
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]
 
 
 def held_out_split(

@@ -37,6 +37,10 @@ class EncoderMismatch(EncoderProblem):
     """The encoder is not what it was: the message says whether weights, preprocessing or output differ."""
 
 
+class TableProblem(TrainerError):
+    """A file that lists images cannot be used; the message names file and line or row."""
+
+
 class TrainingProblem(TrainerError):
     """The training data, settings or run folder cannot be used as they are."""
 

@@ -204,9 +204,10 @@ def _check(items: TrainingItems, old: Encoder | StoredVectors | None, spec: Enco
         raise old_is_missing(method)
     if needs_labels and items.labels is None:
         if settings.pseudo_classes is None:
+            why = f" ({items.unlabelled})" if items.unlabelled else ""
             raise TrainingProblem(
-                f"method {method} needs labels and the items have none: give labels, set train.pseudo_classes to a "
-                "number of classes to find among the old vectors, or set method to hot_refresh"
+                f"method {method} needs labels and the items have none{why}: give labels, set train.pseudo_classes to "
+                "a number of classes to find among the old vectors, or set train.method to hot_refresh"
             )
         if old is None:
             raise TrainingProblem("pseudo_classes are found among old vectors: declare old_encoder, or give labels")

@@ -24,14 +24,12 @@ FORMATS = {
     "WEBP": "WebPImagePlugin",
     "GIF": "GifImagePlugin",
     "BMP": "BmpImagePlugin",
+    "DIB": "BmpImagePlugin",  # the same without its file header
     "TIFF": "TiffImagePlugin",
     "PPM": "PpmImagePlugin",
     "AVIF": "AvifImagePlugin",
 }
 """Formats that are decoded, with their Pillow modules; above all not EPS, which Pillow hands to Ghostscript."""
-
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".pgm", ".ppm", ".pnm", ".avif")
-"""By which a folder's images are told from its other files. Whoever names an image may call it as they like."""
 
 
 class ImageSource:
@@ -138,3 +136,16 @@ def _open(data: bytes) -> ImageFile.ImageFile:
 def _load_plugins() -> None:
     for module in FORMATS.values():
         importlib.import_module(f"PIL.{module}")
+
+
+@functools.cache
+def image_suffixes() -> frozenset[str]:
+    """By which a folder's images are told from its other files: `.jpg` and all that Pillow knows for our formats.
+
+    Whoever names an image may call it as they like.
+    """
+    from PIL import Image
+
+    _load_plugins()
+    known = {suffix for suffix, name in Image.EXTENSION.items() if name in FORMATS}
+    return frozenset(known | {".jif", ".jfi"})  # of JPEG files from before there was one habit

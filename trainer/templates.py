@@ -6,6 +6,7 @@ from a store or from a file. Values are looked up in mappings and nowhere else: 
 
 from __future__ import annotations
 
+import difflib
 import math
 import re
 from collections.abc import Iterable, Mapping
@@ -25,7 +26,8 @@ _STEP = r"(?!\d+(?:\.|$))[^\s.!:\[\]](?:[^.!:\[\]\r\n]*[^\s.!:\[\]])?"
 _FIELD = re.compile(rf"{_STEP}(?:\.{_STEP})*")
 _MISSING = object()
 _EXACT = 2**63
-MAX_SHOWN = 5
+MAX_FIELDS = 10
+"""Fields that a message names."""
 
 
 class NotText(ValueError):
@@ -130,6 +132,16 @@ def fields_of(values: Mapping[str, Any], *, depth: int = 3) -> list[str]:
     return found
 
 
+def field_advice(template: str, fields: Iterable[str]) -> str:
+    """For a message: which fields the payloads have, and the one that a template may mean."""
+    known = list(dict.fromkeys(fields))
+    absent = [name for name in parse(template).fields if name not in known and name != "id"]
+    near = [close[0] for name in absent if (close := difflib.get_close_matches(name, known, n=1))]
+    shown = [name if name.isprintable() else repr(name) for name in sorted(known)[:MAX_FIELDS]]
+    has = f"payloads have {', '.join(shown) or 'no fields'}{', ...' if len(known) > MAX_FIELDS else ''}"
+    return f'{has}; did you mean "{{{near[0]}}}"?' if near else has
+
+
 def is_list(value: Any) -> bool:
     """Whether a value is a list, tuple, set or array: several values in one."""
     return isinstance(value, Iterable) and not isinstance(value, str | bytes | bytearray | memoryview | Mapping)
@@ -149,7 +161,7 @@ def text_of(value: Any) -> str | None:
     if isinstance(value, bytes | bytearray | memoryview):
         return _decoded(bytes(value))
     if isinstance(value, Mapping):
-        names = [str(name) for name in value][:MAX_SHOWN]
+        names = [str(name) for name in value][:MAX_FIELDS]
         raise NotText(f"a structure with the fields {', '.join(names) or 'none'}")
     if is_list(value):
         raise NotText("a list of several values")

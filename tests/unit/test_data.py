@@ -14,6 +14,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from PIL import Image
 
 from trainer.data import (
     batches_ahead,
@@ -24,6 +25,7 @@ from trainer.data import (
     training_items,
 )
 from trainer.errors import TrainingProblem
+from trainer.images import ImageSource
 
 
 def write_csv(file: Path, text: str, encoding: str = "utf-8") -> Path:
@@ -57,10 +59,10 @@ def test_csv_with_byte_order_mark_and_spaces(tmp_path: Path) -> None:
         ("", "no column path and no column label"),
         ("path,class\na,1\n", "no column label .*it has: path, class"),
         ("path,label\n", "lists no images: add rows with a path and a label"),
-        ("path,label\na,1\nb,\nc\n", "label missing in 2 of 3 rows .*row 2"),
+        ("path,label\na,1\nb,\nc\n", "label missing in 2 of 3 rows .*first: line 3"),
         ("path,label\n,1\nb,2\n", "path missing in 1 of 2 rows"),
         ("path,label\na,1\nb,1\n", "every image has the label '1'"),
-        ("path,label\na,1\nb,2\na,2\n", "row 3 labels 'a' as '2'"),
+        ("path,label\na,1\n\nb,2\na,2\n", "line 5 labels 'a' as '2', line 2 as '1': keep one"),
         ('path,label\n"a,1\nb,2\n', "cannot be read"),
     ],
 )
@@ -76,26 +78,28 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
         read_items(tmp_path / "absent.csv")
     with pytest.raises(TrainingProblem, match=r"\.csv or \.parquet"):
         read_items(write_csv(tmp_path / "items.xlsx", ""))
-    with pytest.raises(TrainingProblem, match="cannot be read"):
+    with pytest.raises(TrainingProblem, match="line 2 is not UTF-8 text: save it as UTF-8"):
         read_items(write_csv(tmp_path / "latin.csv", "path,label\nü,1\n", "latin-1"))
     with pytest.raises(TrainingProblem, match="not a readable Parquet"):
         read_items(write_csv(tmp_path / "items.parquet", "path,label\na,1\n"))
     (tmp_path / "folder.csv").mkdir()
-    with pytest.raises(TrainingProblem, match="cannot be read"):
+    with pytest.raises(TrainingProblem, match="is a folder: set train.items to"):
         read_items(tmp_path / "folder.csv")
 
 
 @pytest.mark.parametrize("missing", [None, float("nan"), "", "  "])
-def test_missing_labels_of_a_table(missing: Any) -> None:
-    with pytest.raises(TrainingProblem, match="label missing in 1 of 2 rows"):
-        training_items(["a", "b"], [1, missing], source="the collection")
+def test_missing_labels_of_a_table(tmp_path: Path, missing: Any) -> None:
+    column = pa.array(["1" if isinstance(missing, str) else 1, missing])
+    pq.write_table(pa.table({"path": ["a", "b"], "label": column}), tmp_path / "items.parquet")
+    with pytest.raises(TrainingProblem, match=r"label missing in 1 of 2 rows \(first: row 2\)"):
+        read_items(tmp_path / "items.parquet")
 
 
 def test_an_item_listed_twice_counts_once_and_the_digest_tells_lists_apart() -> None:
-    items = training_items(["a", "b", "a"], [1, 2, 1], source="list")
+    items = training_items(["a", "b", "a"], ["1", "2", "1"], source="list")
     assert items.paths == ("a", "b")
     assert items.digest == training_items(["a", "b"], ["1", "2"], source="other").digest
-    assert items.digest != training_items(["a", "b"], [1, 3], source="list").digest
+    assert items.digest != training_items(["a", "b"], ["1", "3"], source="list").digest
 
 
 @given(
@@ -155,8 +159,6 @@ def test_a_label_column_that_is_there_is_read(tmp_path: Path) -> None:
 def test_items_without_labels_need_paths() -> None:
     with pytest.raises(TrainingProblem, match=r"lists no images: add rows with a path$"):
         training_items([], None, source="list")
-    with pytest.raises(TrainingProblem, match="path missing in 1 of 2 rows"):
-        training_items(["a", ""], None, source="list")
 
 
 def touch(root: Path, *paths: str) -> None:
@@ -172,8 +174,54 @@ def test_folders_give_labels(tmp_path: Path) -> None:
     items = folder_items(tmp_path)
     assert items.paths == ("hats/z.webp", "shoes/2019/a.PNG", "shoes/b.jpg")
     assert items.labels == ("hats", "shoes", "shoes")
-    assert items.passed_over == 0
-    assert items == training_items(items.paths, items.labels, source="the same")
+    assert [str(one) for one in items.skipped] == [
+        "2 files without the suffix of an image (such as 'empty/readme')",
+        "3 hidden files and folders (such as '.cache')",
+        "1 images beside the folders, which have no class (such as 'top.jpg')",
+        "1 links to folders that are read already (such as 'linked')",
+    ]
+
+
+def test_every_suffix_that_pillow_writes_our_formats_with_is_an_image(tmp_path: Path) -> None:
+    suffixes = [".jpg", ".jpeg", ".jpe", ".jfif", ".JIF", ".png", ".apng", ".webp", ".gif", ".bmp", ".dib", ".tif"]
+    suffixes += [".tiff", ".pbm", ".pgm", ".ppm", ".pnm", ".avif"]
+    for number, suffix in enumerate(suffixes):
+        file = tmp_path / f"class {number % 2}" / f"{number}{suffix}"
+        file.parent.mkdir(exist_ok=True)
+        mode = "1" if suffix == ".pbm" else "L" if suffix == ".pgm" else "RGB"
+        Image.new(mode, (8, 8)).save(file, "JPEG" if suffix == ".JIF" else None)
+    items = folder_items(tmp_path)
+    assert len(items) == len(suffixes)
+    assert items.skipped == ()
+    source = ImageSource(str(tmp_path))
+    assert {source.load(path).size for path in items.paths} == {(8, 8)}
+
+
+def test_linked_class_folders_are_read_once_and_only_inside_the_root(tmp_path: Path) -> None:
+    root = tmp_path / "root"
+    touch(root, ".store/boots/1.jpg", ".store/boots/more/2.jpg", "hats/3.jpg", "hats/deep/4.jpg")
+    touch(tmp_path, "outside/5.jpg", "outside/6.jpg")
+    (root / "boots").symlink_to(".store/boots")
+    (root / "boots again").symlink_to(root / ".store" / "boots")
+    (root / "hats" / "loop").symlink_to("..")
+    (root / "hats" / "self").symlink_to("self")
+    (root / ".store" / "boots" / "back").symlink_to("../../hats")
+    (root / "outside").symlink_to("../outside")
+    (root / "hats" / "stray.jpg").symlink_to("../../outside/5.jpg")
+    (root / "hats" / "broken.jpg").symlink_to("nowhere.jpg")
+    (root / "hats" / "same.jpg").symlink_to("3.jpg")
+    for spelled in (root, tmp_path / "link"):
+        if spelled != root:
+            spelled.symlink_to(root)
+        items = folder_items(spelled)
+        assert items.paths == ("boots/1.jpg", "boots/more/2.jpg", "hats/3.jpg", "hats/deep/4.jpg", "hats/same.jpg")
+        assert {one.reason: one.count for one in items.skipped} == {
+            "hidden files and folders": 1,
+            "files without the suffix of an image": 1,
+            "links to files that are not below the root": 2,
+            "links to folders outside the root": 1,
+            "links to folders that are read already": 3,
+        }
 
 
 def test_names_that_are_not_trusted_are_counted(tmp_path: Path) -> None:
@@ -181,11 +229,14 @@ def test_names_that_are_not_trusted_are_counted(tmp_path: Path) -> None:
     (tmp_path / "a" / os.fsdecode(b"not utf-8 \xff.jpg")).touch()
     items = folder_items(tmp_path)
     assert items.paths == ("a/1.jpg", "b/1.jpg")
-    assert items.passed_over == 6
+    assert [(one.count, one.reason) for one in items.skipped] == [(6, "names that are not trusted")]
 
 
 def test_folders_that_give_nothing(tmp_path: Path) -> None:
     with pytest.raises(TrainingProblem, match="lists no images"):
+        folder_items(tmp_path)
+    touch(tmp_path, "1.jpg", "2.jpg")
+    with pytest.raises(TrainingProblem, match="no images in folders, only 2 images beside the folders, which have no"):
         folder_items(tmp_path)
     touch(tmp_path, "a/1.jpg", "a/2.jpg")
     with pytest.raises(TrainingProblem, match="every image has the label 'a'"):
