@@ -94,12 +94,13 @@ def _columns(payloads: Sequence[Payload]) -> dict[str, list[Any]]:
 
 def _find_images(ids: Sequence[ItemId], payloads: Sequence[Payload], folder: Path) -> _Images:
     """The field that holds the image's place, and the folder that these places start from, where it can be told."""
-    from trainer.images import SUFFIXES
+    from trainer.images import image_suffixes
 
     columns = {**_columns(payloads), "id": list(ids)}
+    suffixes = tuple(image_suffixes())
     found: dict[str, list[str]] = {}
     for name, values in columns.items():
-        places = [value for value in values if isinstance(value, str) and value.lower().endswith(SUFFIXES)]
+        places = [value for value in values if isinstance(value, str) and value.lower().endswith(suffixes)]
         if len(places) >= MIN_IMAGE_SHARE * max(1, len(payloads)):
             found[name] = places
     if not found:

@@ -88,9 +88,8 @@ def training_items(
     for row, (path, label) in enumerate(zip(paths, labels, strict=True)):
         earlier = first.setdefault(path, row)
         if labels[earlier] != label:
-            raise TrainingProblem(
-                f"{source}: {place(row)} labels {path!r} as {label!r}, {place(earlier)} as {labels[earlier]!r}: keep one"
-            )
+            other = f"{place(earlier)} as {labels[earlier]!r}"
+            raise TrainingProblem(f"{source}: {place(row)} labels {path!r} as {label!r}, {other}: keep one")
     unique = {path: labels[row] for path, row in first.items()}
     if len(set(unique.values())) == 1:
         raise TrainingProblem(

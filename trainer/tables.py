@@ -47,18 +47,18 @@ class Header:
         if name not in self.names:
             raise self.missing((name,), advice)
 
-    def missing(self, wanted: Sequence[str], advice: str) -> TableProblem:
+    def missing(self, wanted: Sequence[str], advice: str, *, cutoff: float = 0.75) -> TableProblem:
         """The problem that no column is called so, or with several that none of them is there."""
         none = " and ".join(f"no column {name}" for name in wanted)
-        near = next((close for name in wanted if (close := self.near(name)) is not None), None)
+        near = next((close for name in wanted if (close := self.near(name, cutoff=cutoff)) is not None), None)
         if near is not None:
             advice = f"did you mean {near[1]!r}? Rename it to {near[0]}"
         return TableProblem(f"{self.file} has {none} (it has: {self.seen}): {advice}")
 
-    def near(self, name: str) -> tuple[str, str] | None:
+    def near(self, name: str, *, cutoff: float = 0.75) -> tuple[str, str] | None:
         """`name`, and the column that it seems to be misspelled as."""
         others = {other.lower(): other for other in reversed(self.names)}
-        close = difflib.get_close_matches(name, others, n=1, cutoff=0.75)
+        close = difflib.get_close_matches(name, others, n=1, cutoff=cutoff)
         return (name, others[close[0]]) if close else None
 
 
@@ -168,8 +168,7 @@ def _read_csv(file: Path, stream: IO[bytes], chosen: Callable[[Sequence[str]], l
                 begin = reader.line_num + 1
         except csv.Error as error:
             raise TableProblem(
-                f"{file}: the row that begins on line {begin} cannot be read: {one_line(error)}: "
-                "check its quotes"
+                f"{file}: the row that begins on line {begin} cannot be read: {one_line(error)}: check its quotes"
             ) from error
         except UnicodeDecodeError as error:
             raise TableProblem(f"{file}: line {_undecodable(stream)} is not UTF-8 text: save it as UTF-8") from error

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from migrator.verify.metrics import Relevance, graded_relevance, relevance
+from migrator.verify.metrics import Relevance, graded_relevance, relevance, tag_relevance
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -27,7 +27,7 @@ class Asked:
     relevant: list[dict[int, float]] | None
     """Row among the g -> grade, for each query; None of kind `labels`."""
     query_codes: NDArray[np.int64] | None
-    """(q,) class, from 0 on; None unless of kind `labels`."""
+    """(q,) class, from 0 on; None unless each query has one."""
     gallery_codes: NDArray[np.int64] | None
     """(g,) class, or -1 for an item without one."""
 
@@ -42,7 +42,7 @@ class Asked:
                 {row_of[item]: grade for item, grade in right.items() if item in row_of}
                 for right in at_rows(questions.relevant, rows)
             ]
-        else:
+        elif questions.tags is None:
             assert questions.labels is not None
             assert questions.gallery_labels is not None
             codes = {label: code for code, label in enumerate(dict.fromkeys(questions.labels))}
@@ -65,6 +65,10 @@ class Asked:
         """Which answers of `ranking` (q, k), rows among the g, are right."""
         if self.relevant is not None:
             return graded_relevance(self.relevant, ranking)
+        questions = self.questions
+        if questions.tags is not None and questions.gallery_tags is not None:
+            tags = at_rows(questions.tags, self.rows), at_rows(questions.gallery_tags, self.gallery)
+            return tag_relevance(*tags, ranking, exclude=self.own)
         assert self.query_codes is not None
         assert self.gallery_codes is not None
         return relevance(self.query_codes, self.gallery_codes, ranking, exclude=self.own)

@@ -105,9 +105,12 @@ def examples(
 def _answer(asked: Asked, item: int, right: bool) -> dict[str, Any]:
     at = int(asked.gallery[item])
     questions = asked.questions
+    label = None if questions.gallery_labels is None else questions.gallery_labels[at]
+    if questions.gallery_tags is not None:
+        label = ", ".join(questions.gallery_tags[at])
     return {
         "id": questions.gallery[at],
         "path": questions.gallery_paths[at],
-        "label": None if questions.gallery_labels is None else questions.gallery_labels[at],
+        "label": label,
         "right": right,
     }

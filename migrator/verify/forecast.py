@@ -18,8 +18,8 @@ from migrator.backfill.order import worst_first
 from migrator.encoding import embed, locate
 from migrator.project import Project
 from migrator.stored_encoder import unit
-from migrator.verify.metrics import parse_metric, relevance, summarise
-from migrator.verify.questions import label_of
+from migrator.verify.metrics import parse_metric, relevance, summarise, tag_relevance
+from migrator.verify.questions import Tags, tags_or_refuse
 from migrator.verify.ranking import mixtures, rank
 
 if TYPE_CHECKING:
@@ -57,13 +57,12 @@ def expected_quality(
 ) -> Quality | None:
     """Measures on a sample of the collection; None where it has no classes with several items. Today's search is
     asked with the items' stored vectors, so that no old model is needed."""
-    ids, labels = _sample(project, store)
-    if not ids:
+    tags_at = _sample(project, store)
+    if not tags_at:
         return None
-    page = store.read(ids, vectors=True, payload=True)
+    page = store.read(list(tags_at), vectors=True, payload=True)
     assert page.vectors is not None
     assert page.payloads is not None
-    label = dict(zip(ids, labels, strict=True))
     paths = locate(images, zip(page.ids, page.payloads, strict=True))
     rows = np.arange(len(page.ids))
     by_new = None
@@ -78,13 +77,15 @@ def expected_quality(
         found = embed(images, paths, [new], report=step, **project.loading())
         rows, by_new = found.rows, found.vectors[0]
     by_old = unit(page.vectors[rows])
-    classes = [label[page.ids[row]] for row in rows.tolist()]
+    tags = [tags_at[page.ids[row]] for row in rows.tolist()]
+    classes = [some[0] if len(some) == 1 else "" for some in tags]
     metric = project.settings.verify.gate.metric
     depth = parse_metric(metric).k
     own = np.arange(len(rows))
 
     def value(ranking: NDArray[np.int32]) -> float:
-        judged = relevance(classes, classes, ranking, exclude=own)
+        several = any(len(some) > 1 for some in tags)
+        judged = tag_relevance(tags, tags, ranking, own) if several else relevance(classes, classes, ranking, own)
         return summarise(parse_metric(metric).per_query(judged)).mean
 
     today = value(rank(by_old, by_old, depth, exclude=own))
@@ -102,30 +103,32 @@ def expected_quality(
     return Quality(metric, today, values, len(rows))
 
 
-def _sample(project: Project, store: Store) -> tuple[list[ItemId], list[str]]:
-    """Items of classes that have several, class by class until there are enough; empty without labels."""
+def _sample(project: Project, store: Store) -> dict[ItemId, Tags]:
+    """Items of classes that have several, class by class until there are enough, in the total order of ids, each with
+    its classes; empty without labels. Raises `ConfigProblem` where a label is a structure."""
     template = project.settings.verify.label
     if template is None:
-        return [], []
+        return {}
     page = store.read(store.sample(LOOKED_AT, seed=SEED), vectors=False, payload=True)
     assert page.payloads is not None
+    tags_at: dict[ItemId, Tags] = {}
     members: dict[str, list[ItemId]] = {}
     for item, payload in zip(page.ids, page.payloads, strict=True):
-        if name := label_of(template, item, payload):
-            members.setdefault(name, []).append(item)
-    several = [name for name, items in members.items() if len(items) > 1]
+        tags_at[item] = tags_or_refuse(project, item, payload)
+        for tag in tags_at[item]:
+            members.setdefault(tag, []).append(item)
+    several = [tag for tag, items in members.items() if len(items) > 1]
     if not several:
-        return [], []
+        return {}
     order = np.random.default_rng(SEED).permutation(len(several)).tolist()
     # Two or more of each of many classes tell more than many of a few.
     each = max(2, ITEMS // len(several))
-    chosen: list[tuple[ItemId, str]] = []
+    chosen: dict[ItemId, None] = {}
     for at in order:
         if len(chosen) >= ITEMS:
             break
-        chosen += [(item, several[at]) for item in members[several[at]][:each]]
-    chosen.sort(key=lambda pair: order_key(pair[0]))  # as the backfill goes
-    return [item for item, _ in chosen], [name for _, name in chosen]
+        chosen |= dict.fromkeys(members[several[at]][:each])
+    return {item: tags_at[item] for item in sorted(chosen, key=order_key)}  # as the backfill goes
 
 
 def forecast(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -19,8 +18,9 @@ if TYPE_CHECKING:
 
     from migrator.verify.questions import Questions
 
-Described: TypeAlias = tuple[str, str | None]
-"""The class of an item, empty for none, and the path of its image, None for none."""
+Described: TypeAlias = tuple[tuple[str, ...], str | None]
+"""The classes of an item, and the path of its image, None for none."""
+_NOTHING: Described = ((), None)
 Describe: TypeAlias = Callable[[ItemId, Payload], Described]
 
 BATCH = 100
@@ -73,10 +73,12 @@ def ask_live(
         return found
 
     known: dict[ItemId, Described] = {}
-    sizes: Counter[str] = Counter()
+    members: dict[str, list[ItemId]] = {}
     if questions.relevant is None:
         known = {item: describe(item, payload) for item, payload in payloads(store, walk(store))}
-        sizes.update(of for of, _ in known.values())
+        for item, (tags, _) in known.items():
+            for tag in tags:
+                members.setdefault(tag, []).append(item)
     tests: dict[str, dict[str, float]] = {}
     recall: dict[str, float] = {}
     for test, queries in vectors.items():
@@ -93,7 +95,7 @@ def ask_live(
         if questions.relevant is not None:
             found = dict.fromkeys(item for some in answers for item in some)
             known |= {item: describe(item, payload) for item, payload in payloads(store, found)}
-        judged = _judge(questions, rows, answers, depth, sizes, known)
+        judged = _judge(questions, rows, answers, depth, members, known)
         tests[test] = {metric: summarise(parse_metric(metric).per_query(judged)).or_zero for metric in metrics}
     return Live(tests, recall, store.count())
 
@@ -103,19 +105,19 @@ def _judge(
     rows: NDArray[np.int64],
     answers: Sequence[Sequence[ItemId]],
     depth: int,
-    sizes: Mapping[str, int],
+    members: Mapping[str, Sequence[ItemId]],
     known: Mapping[ItemId, Described],
 ) -> Relevance:
-    """Which answers are right, as `metrics.Relevance`. `known` holds what was found, and `sizes` counts the classes."""
+    """Which answers are right, as `metrics.Relevance`. `known` holds what was found, `members` the items of classes."""
     hits = np.zeros((len(rows), depth), np.bool_)
     total = np.zeros(len(rows), np.int64)
     grades = np.zeros((len(rows), depth))
     ideal = np.zeros((len(rows), depth))
-    class_at = {path: label for label, path in known.values()}
+    tags_at = {path: tags for tags, path in known.values()}
     for at, row in enumerate(rows.tolist()):
         # An altered view is to find its own item.
         own = None if questions.kind == "instance" else questions.paths[row]
-        found = [item for item in answers[at] if own is None or known.get(item, ("", ""))[1] != own][:depth]
+        found = [item for item in answers[at] if own is None or known.get(item, _NOTHING)[1] != own][:depth]
         if questions.relevant is not None:
             right = questions.relevant[row]
             best = sorted(right.values(), reverse=True)[:depth]
@@ -123,11 +125,17 @@ def _judge(
             gained = [right.get(item, 0.0) for item in found]
         else:
             assert questions.labels is not None
-            label = questions.labels[row]
-            total[at] = sizes.get(label, 0) - (class_at.get(own) == label)
+            wanted = {questions.labels[row]} if questions.tags is None else set(questions.tags[row])
+            total[at] = _count(wanted, members) - (not wanted.isdisjoint(tags_at.get(own, ())))
             best = [1.0] * min(int(total[at]), depth)
-            gained = [float(known.get(item, ("", ""))[0] == label) for item in found]
+            gained = [float(not wanted.isdisjoint(known.get(item, _NOTHING)[0])) for item in found]
         grades[at, : len(gained)] = gained
         ideal[at, : len(best)] = best
         hits[at] = grades[at] > 0
     return Relevance(hits, total, grades, ideal)
+
+
+def _count(tags: set[str], members: Mapping[str, Sequence[ItemId]]) -> int:
+    """Items that have at least one of the classes."""
+    lists = [members.get(tag, ()) for tag in tags]
+    return len(lists[0]) if len(lists) == 1 else len(set().union(*lists))

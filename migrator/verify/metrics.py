@@ -19,6 +19,10 @@ Floats: TypeAlias = NDArray[np.float64]
 Bools: TypeAlias = NDArray[np.bool_]
 
 
+_CELLS = 1 << 24
+"""Pairs of a query and an item that are compared at once."""
+
+
 class Relevance(NamedTuple):
     """Which answers are right, and how many right ones there are."""
 
@@ -47,6 +51,39 @@ def relevance(
     total = sizes[query_codes].astype(np.int64)
     if exclude is not None:
         total -= padded[exclude] == query_codes
+    return Relevance(hits, total)
+
+
+def tag_relevance(
+    query_tags: Sequence[Sequence[str]],
+    gallery_tags: Sequence[Sequence[str]],
+    ranking: NDArray[np.integer],
+    exclude: NDArray[np.integer] | None = None,
+) -> Relevance:
+    """As `relevance`, where each query (q) and item (g) has several labels: one in common makes an item relevant."""
+    from scipy.sparse import csr_array
+
+    known: dict[str, int] = {}
+
+    def matrix(rows: Sequence[Sequence[str]]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        codes = np.array([known.setdefault(tag, len(known)) for tags in rows for tag in tags], np.int64)
+        return codes, np.append(0, np.cumsum([len(tags) for tags in rows], dtype=np.int64))
+
+    (query_codes, query_ends), (item_codes, item_ends) = matrix(query_tags), matrix(gallery_tags)
+    shape = len(known)
+    queries = csr_array((np.ones(len(query_codes), np.int32), query_codes, query_ends), (len(query_tags), shape))
+    items = csr_array((np.ones(len(item_codes), np.int32), item_codes, item_ends), (len(gallery_tags), shape)).T
+    hits = np.zeros(ranking.shape, np.bool_)
+    total = np.zeros(len(query_tags), np.int64)
+    step = max(1, _CELLS // (len(gallery_tags) + 1))
+    for start in range(0, len(query_tags), step):
+        block = slice(start, start + step)
+        shared = (queries[block] @ items).toarray() > 0
+        shared = np.pad(shared, ((0, 0), (0, 1)))  # index -1, the padding, meets an item that shares nothing
+        if exclude is not None:
+            shared[np.arange(len(shared)), exclude[block]] = False
+        hits[block] = np.take_along_axis(shared, ranking[block].astype(np.int64), axis=1)
+        total[block] = shared.sum(axis=1)
     return Relevance(hits, total)
 
 

@@ -42,12 +42,13 @@ from migrator.verify.metrics import (
     positive_flips,
     summarise,
 )
-from migrator.verify.questions import Questions, frozen_questions, label_of
+from migrator.verify.questions import Questions, Tags, frozen_questions, tags_of
 from migrator.verify.ranking import rank
 from migrator.verify.scores import draw_listed_pairs, draw_pairs, score_histograms, score_pairs, shift
 from migrator.verify.standing import look_of
 from migrator.verify.statistics import Interval, Sure, bootstrap
 from migrator.verify.views import altered
+from trainer.templates import NotText
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -460,10 +461,13 @@ def _live(
 ) -> Live:
     template, images = project.settings.verify.label, project.images()
 
-    def describe(item: ItemId, payload: Payload) -> tuple[str, str | None]:
+    def describe(item: ItemId, payload: Payload) -> tuple[Tags, str | None]:
         (path,) = locate(images, [(item, payload)])
-        label = "" if template is None else label_of(template, item, payload)
-        return label, path if isinstance(path, str) else None
+        try:
+            tags = () if template is None else tags_of(template, item, payload)
+        except NotText:
+            tags = ()
+        return tags, path if isinstance(path, str) else None
 
     return ask_live(
         store, asked.questions, asked.rows, vectors, metrics=_metrics(project.settings.verify.gate), describe=describe,

@@ -7,17 +7,14 @@ configuration that asks for others is refused until somebody draws anew, which c
 
 from __future__ import annotations
 
-import csv
 import hashlib
-import io
 import json
-import math
-import posixpath
+import logging
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, Literal, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeVar
 
 import numpy as np
 
@@ -27,13 +24,16 @@ from migrator.encoding import locate
 from migrator.errors import ConfigProblem, Refused
 from migrator.ledger import Migration, now
 from migrator.project import Project
-from trainer.image_roots import is_safe
-from trainer.templates import NotText, parse
+from trainer.errors import ImageProblem, TableProblem
+from trainer.tables import Header, Table, read_table
+from trainer.templates import NotText, field_advice, fields_of, is_list, parse
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from trainer.images import ImageSource
+
+log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -88,6 +88,11 @@ class Questions:
     their own item as relevant, where it does not count (`queries_listing_themselves`)."""
     drawn_at: str
     """ISO 8601, UTC."""
+    tags: list[list[str]] | None = None
+    """Where classes are lists: those of each query. Items that share one with it are relevant, and its place in
+    `labels` has the rarest, which it is drawn and counted for. None where each query and item has one class at most."""
+    gallery_tags: list[list[str]] | None = None
+    """Those of each gallery item, in place of `gallery_labels`; None where `tags` is."""
 
     @property
     def sha256(self) -> str:
@@ -156,6 +161,8 @@ def question_files(project: Project, migration: Migration) -> LogFiles:
 def _body(questions: Questions) -> dict[str, Any]:
     """As JSON: relevant items as pairs, since the keys of a JSON object would all be text."""
     body = {field.name: getattr(questions, field.name) for field in fields(questions)}
+    if questions.tags is None:  # so that the hash of other questions is what it was before there were any
+        del body["tags"], body["gallery_tags"]
     if questions.relevant is not None:
         body["relevant"] = [[[item, grade] for item, grade in right.items()] for right in questions.relevant]
     return body
@@ -222,26 +229,47 @@ def _sha256_of(file: Path) -> str | None:
 # -- drawn --------------------------------------------------------------------------------------------------------
 
 
+Tags: TypeAlias = tuple[str, ...]
+"""The classes of a query or an item: one, none, or where the field holds a list several."""
+
+
+def _several(tags: Iterable[Tags]) -> bool:
+    return any(len(some) > 1 for some in tags)
+
+
 @dataclass(frozen=True, slots=True)
 class _Gallery:
     """The items that are searched, in the total order of ids."""
 
     ids: list[ItemId]
     paths: list[str | None]
-    labels: list[str] | None
+    tags: list[Tags] | None
     segments: list[str] | None
+
+    @property
+    def labels(self) -> list[str] | None:
+        """The one class of each item, empty for none; None where classes are not known or an item has several."""
+        return None if self.tags is None or _several(self.tags) else [tags[0] if tags else "" for tags in self.tags]
 
 
 @dataclass(frozen=True, slots=True)
 class _Queries:
-    """Queries, or what may become some; `numbers` are their rows in the file, from 1 on, or in the gallery."""
+    """Queries, or what may become some; `numbers` are their rows in the file or the gallery."""
 
     paths: list[str]
-    labels: list[str] | None
+    tags: list[Tags] | None
     segments: list[str] | None
     own: list[ItemId | None]
     relevant: list[dict[ItemId, float]] | None
     numbers: list[int]
+
+    @property
+    def labels(self) -> list[str] | None:
+        """The class that each query is drawn and counted for: of several the one that fewest queries have."""
+        if self.tags is None:
+            return None
+        sizes = Counter(tag for tags in self.tags for tag in tags)
+        return [min(tags, key=lambda tag: (sizes[tag], tag)) for tags in self.tags]
 
     def at(self, rows: Iterable[int]) -> _Queries:
         """Those at `rows`."""
@@ -252,7 +280,7 @@ class _Queries:
 
         return _Queries(
             [self.paths[row] for row in chosen],
-            of(self.labels),
+            of(self.tags),
             of(self.segments),
             [self.own[row] for row in chosen],
             of(self.relevant),
@@ -273,9 +301,9 @@ def draw_questions(project: Project, store: Store, images: ImageSource) -> Quest
     """
     _refuse_stored_instances(project)
     settings = project.settings.verify
-    listed, sha256 = None, None
+    listed, table = None, None
     if settings.queries is not None:
-        listed, sha256 = _read_queries(settings.queries, settings.segment)
+        listed, table = _read_queries(settings.queries, settings.segment, images)
         if listed.relevant is None and settings.label is None:
             raise ConfigProblem(
                 f"{_key(project, 'label')} is not set: {settings.queries} gives the classes of the queries; say where "
@@ -286,11 +314,11 @@ def draw_questions(project: Project, store: Store, images: ImageSource) -> Quest
         raise Refused(f"collection {store.describe().name} holds no items: there is nothing to verify against")
     counts = Counter[str]()
     kind: Kind
-    if listed is not None and listed.relevant is not None:
+    if listed is not None and table is not None and listed.relevant is not None:
         kind = "relevant"
         able = listed.at(row for row, right in enumerate(listed.relevant) if right)
         queries = _drawn(able, project)
-        gallery = _read_gallery(project, store, images, _with_relevant(store, ids, queries, settings.queries))
+        gallery = _read_gallery(project, store, images, _with_relevant(store, ids, queries, table))
         queries = _without_own_relevant(_with_own(queries, gallery), counts)
         counts["queries_without_answer"] += len(listed.paths) - len(able.paths)
         if not queries.paths:
@@ -300,18 +328,26 @@ def draw_questions(project: Project, store: Store, images: ImageSource) -> Quest
             )
     else:
         gallery = _read_gallery(project, store, images, ids)
-        kind = "instance" if gallery.labels is None else "labels"
+        kind = "instance" if gallery.tags is None else "labels"
+        common = _tags_of_all(gallery)
+        if common:
+            log.warning(
+                "every one of the %d items drawn has the tag %s: it does not count", len(gallery.ids), _names(common)
+            )
+            gallery = replace(gallery, tags=_without(gallery.tags, common))
+            listed = None if listed is None else replace(listed, tags=_without(listed.tags, common))
         queries = _items_as_queries(gallery) if listed is None else _with_own(listed, gallery)
         if not queries.paths:
             raise Refused(
                 f"none of {len(gallery.ids)} items of {store.describe().name} has a usable image path"
                 f"{' and a class' if kind == 'labels' else ''}: correct images.uri, or set verify.queries to a file"
             )
-        if gallery.labels is not None:
+        if gallery.tags is not None:
             queries = _with_answer(queries, gallery, counts, settings.queries)
         queries = _drawn(queries, project)
     counts["items_without_path"] = gallery.paths.count(None)
-    counts["items_without_label"] = 0 if gallery.labels is None else gallery.labels.count("")
+    counts["items_without_label"] = 0 if gallery.tags is None else gallery.tags.count(())
+    several = kind == "labels" and _several([*(queries.tags or ()), *(gallery.tags or ())])
     return Questions(
         kind=kind,
         paths=queries.paths,
@@ -320,11 +356,13 @@ def draw_questions(project: Project, store: Store, images: ImageSource) -> Quest
         own=queries.own,
         relevant=queries.relevant,
         gallery=gallery.ids,
-        gallery_labels=gallery.labels,
+        gallery_labels=None if several else gallery.labels,
         gallery_paths=gallery.paths,
-        made_from=_made_from(project, sha256),
+        made_from=_made_from(project, None if table is None else table.sha256),
         counts={name: counts[name] for name in COUNTS},
         drawn_at=now().isoformat(timespec="seconds"),
+        tags=[list(tags) for tags in queries.tags or ()] if several else None,
+        gallery_tags=[list(tags) for tags in gallery.tags or ()] if several else None,
     )
 
 
@@ -360,7 +398,8 @@ def even_draw(classes: NDArray[np.int64], n: int, *, seed: int) -> NDArray[np.in
 
 def _drawn(queries: _Queries, project: Project) -> _Queries:
     settings = project.settings.verify
-    classes = np.zeros(len(queries.paths), np.int64) if queries.labels is None else _codes(queries.labels)
+    labels = queries.labels
+    classes = np.zeros(len(queries.paths), np.int64) if labels is None else _codes(labels)
     return queries.at(even_draw(classes, settings.sample, seed=settings.seed).tolist())
 
 
@@ -381,19 +420,41 @@ def _read_gallery(project: Project, store: Store, images: ImageSource, ids: Iter
     for page in _pages(store, ordered, payload=True):
         for item, payload in page:
             gallery.ids.append(item)
-            for template, column in ((settings.label, gallery.labels), (segment, gallery.segments)):
-                if template is not None and column is not None:
-                    column.append(label_of(template, item, payload))
+            if gallery.tags is not None:
+                gallery.tags.append(tags_or_refuse(project, item, payload))
+            if gallery.segments is not None:
+                gallery.segments.append(_segment_or_refuse(project, item, payload))
             if len(names) < MOST_NAMES:
-                names |= dict.fromkeys(payload)
+                names |= dict.fromkeys(fields_of(payload))
         gallery.paths.extend(path if isinstance(path, str) else None for path in locate(images, page))
-    for name, column in (("label", gallery.labels), ("segment", gallery.segments)):
+    for name, column in (("label", gallery.tags), ("segment", gallery.segments)):
         if column is not None and not any(column):
+            template = getattr(settings, name)
             raise ConfigProblem(
-                f"{_key(project, name)}: {getattr(settings, name)!r} names a payload field that the items do not have; "
-                f"they have {_names(names)}"
+                f"{_key(project, name)}: {template!r} names a payload field that the items do not have: "
+                f"{field_advice(template, names)}"
             )
     return gallery
+
+
+def tags_or_refuse(project: Project, item: ItemId, payload: Payload) -> Tags:
+    """The classes of an item by verify.label. Raises `ConfigProblem` for what can be no class."""
+    try:
+        return tags_of(project.settings.verify.label or "", item, payload)
+    except NotText as problem:
+        raise ConfigProblem(
+            f"{_key(project, 'label')}: item {_shown(item)}: {problem}; a class is a value, or a list of values"
+        ) from None
+
+
+def _segment_or_refuse(project: Project, item: ItemId, payload: Payload) -> str:
+    try:
+        return (parse(project.settings.verify.segment or "").fill({**payload, "id": item}) or "").strip()
+    except NotText as problem:
+        raise ConfigProblem(
+            f"{_key(project, 'segment')}: item {_shown(item)}: {problem}; a query belongs to one segment: name a field "
+            "with one value"
+        ) from None
 
 
 def _pages(store: Store, ids: Sequence[ItemId], *, payload: bool) -> Iterator[list[tuple[ItemId, Payload]]]:
@@ -407,8 +468,8 @@ def _with_own(queries: _Queries, gallery: _Gallery) -> _Queries:
     item_of: dict[str, ItemId] = {}
     for item, path in zip(gallery.ids, gallery.paths, strict=True):
         if path is not None:
-            item_of.setdefault(posixpath.normpath(path), item)
-    return replace(queries, own=[item_of.get(posixpath.normpath(path)) for path in queries.paths])
+            item_of.setdefault(path, item)
+    return replace(queries, own=[item_of.get(path) for path in queries.paths])
 
 
 def _items_as_queries(gallery: _Gallery) -> _Queries:
@@ -419,35 +480,47 @@ def _items_as_queries(gallery: _Gallery) -> _Queries:
     rows = [
         row
         for row, path in enumerate(gallery.paths)
-        if path is not None and (gallery.labels is None or gallery.labels[row] != "")
+        if path is not None and (gallery.tags is None or len(gallery.tags[row]) > 0)
     ]
     whole = _Queries(
         [path or "" for path in gallery.paths],
-        gallery.labels,
+        gallery.tags,
         gallery.segments,
-        [None] * len(gallery.ids) if gallery.labels is None else list(gallery.ids),
-        [{item: 1.0} for item in gallery.ids] if gallery.labels is None else None,
+        [None] * len(gallery.ids) if gallery.tags is None else list(gallery.ids),
+        [{item: 1.0} for item in gallery.ids] if gallery.tags is None else None,
         list(range(len(gallery.ids))),
     )
     return whole.at(rows)
 
 
+def _tags_of_all(gallery: _Gallery) -> set[str]:
+    """Tags that every item has, where items have several: with them nothing could be wrong."""
+    if not gallery.tags or not _several(gallery.tags):
+        return set()
+    return set(gallery.tags[0]).intersection(*gallery.tags)
+
+
+def _without(column: list[Tags] | None, common: set[str]) -> list[Tags] | None:
+    return None if column is None else [tuple(tag for tag in tags if tag not in common) for tags in column]
+
+
 def _with_answer(queries: _Queries, gallery: _Gallery, counts: Counter[str], file: Path | None) -> _Queries:
-    """The queries that have an item of their class in the gallery, besides themselves. Counts the others."""
-    assert queries.labels is not None
-    assert gallery.labels is not None
-    sizes = Counter(label for label in gallery.labels if label)
-    class_of = dict(zip(gallery.ids, gallery.labels, strict=True))
-    able = [
-        row
-        for row, (label, own) in enumerate(zip(queries.labels, queries.own, strict=True))
-        if sizes[label] > (own is not None and class_of[own] == label)
+    """The queries that have an item of their class in the gallery, besides themselves, with the classes for which that
+    is so. Counts the others."""
+    assert queries.tags is not None
+    assert gallery.tags is not None
+    sizes = Counter(tag for tags in gallery.tags for tag in tags)
+    tags_at = dict(zip(gallery.ids, gallery.tags, strict=True))
+    answered = [
+        tuple(tag for tag in tags if sizes[tag] > (own is not None and tag in tags_at[own]))
+        for tags, own in zip(queries.tags, queries.own, strict=True)
     ]
-    left = queries.at(able)
-    assert left.labels is not None
-    classes = set(left.labels)
+    able = [row for row, tags in enumerate(answered) if tags]
+    left = replace(queries, tags=answered).at(able)
+    assert left.tags is not None
+    classes = {tag for tags in left.tags for tag in tags}
     counts["queries_without_answer"] = len(queries.paths) - len(able)
-    counts["classes_without_answer"] = len(set(queries.labels) - classes)
+    counts["classes_without_answer"] = len({tag for tags in queries.tags for tag in tags} - classes)
     drawn = f"the {len(gallery.ids)} items drawn"
     if not able and file is None:
         raise Refused(
@@ -456,7 +529,8 @@ def _with_answer(queries: _Queries, gallery: _Gallery, counts: Counter[str], fil
         )
     if not able:
         raise ConfigProblem(
-            f"{file}: no query has the class of another item among {drawn}: queries have {_names(queries.labels)}, "
+            f"{file}: no query has the class of another item among {drawn}: queries have "
+            f"{_names(tag for tags in queries.tags for tag in tags)}, "
             f"items {_names(sizes)}; make verify.label give the classes of the file, or raise verify.gallery"
         )
     if len(classes) == 1:
@@ -468,7 +542,7 @@ def _with_answer(queries: _Queries, gallery: _Gallery, counts: Counter[str], fil
     return left
 
 
-def _with_relevant(store: Store, ids: Sequence[ItemId], queries: _Queries, file: Path | None) -> set[ItemId]:
+def _with_relevant(store: Store, ids: Sequence[ItemId], queries: _Queries, table: Table) -> set[ItemId]:
     """The sample and all relevant items, each of which must be in the collection."""
     assert queries.relevant is not None
     known = set(ids)
@@ -483,10 +557,12 @@ def _with_relevant(store: Store, ids: Sequence[ItemId], queries: _Queries, file:
             del rows_of[item]
     if rows_of:
         item, numbers = next(iter(rows_of.items()))
+        unknown = (
+            f"{len(rows_of)} unknown ids in {len(set().union(*rows_of.values()))} of {len(queries.paths)} rows drawn"
+        )
         raise ConfigProblem(
-            f"{file}: row {numbers[0]} lists {_shown(item)} as relevant, and {store.describe().name} has no such item "
-            f"({len(rows_of)} unknown ids in {len(set().union(*rows_of.values()))} of {len(queries.paths)} rows drawn):"
-            ' correct or remove them; 17 and "17" are two ids'
+            f"{table.file}: {table.place(numbers[0])} lists {_shown(item)} as relevant, and {store.describe().name} "
+            f'has no such item ({unknown}): correct or remove them; 17 and "17" are two ids'
         )
     return known
 
@@ -506,160 +582,143 @@ def _without_own_relevant(queries: _Queries, counts: Counter[str]) -> _Queries:
     return replace(queries, relevant=relevant).at(rows)
 
 
-def label_of(template: str, item: ItemId, payload: Payload) -> str:
-    """The class of an item: the template with payload fields and {id} put in, without spaces around it.
+def tags_of(template: str, item: ItemId, payload: Payload) -> Tags:
+    """The classes of an item: the template with payload fields and {id} put in, once for each value of a list.
 
-    Empty where a field is missing, null, no number (NaN), or a number of thousands of digits.
+    Empty where a field is missing, null, no finite number, or an empty list. Raises `NotText` for a structure.
     """
-    return _filled(template, {**payload, "id": item})
+    return parse(template).fill_each({**payload, "id": item})
 
 
-def _filled(template: str, values: Mapping[str, Any]) -> str:
+def label_of(template: str, item: ItemId, payload: Payload) -> str:
+    """The one class of an item; empty where it has none or several, and for what is no text."""
     try:
-        return (parse(template).fill(values) or "").strip()
+        tags = tags_of(template, item, payload)
     except NotText:
         return ""
-
-
-def _is_nan(value: Any) -> bool:
-    return isinstance(value, float) and math.isnan(value)
+    return tags[0] if len(tags) == 1 else ""
 
 
 # -- the file of queries ------------------------------------------------------------------------------------------
 
 
-def _read_queries(file: Path, segment: str | None) -> tuple[_Queries, str]:
-    """What the file lists, a query for each image, and the file's SHA-256. Raises `ConfigProblem`."""
-    read = {".csv": _read_csv, ".parquet": _read_parquet}.get(file.suffix.lower())
-    if read is None:
-        raise ConfigProblem(f"{file}: queries are read from a .csv or .parquet file: rename or convert it")
-    if not file.is_file():
-        raise ConfigProblem(
-            f"{file}: no such file: set verify.queries to a list of query images with the columns path and label, or "
-            "path and relevant"
-        )
+def _read_queries(file: Path, segment: str | None, images: ImageSource) -> tuple[_Queries, Table]:
+    """What the file lists, a query for each image, and the file as it was read. Raises `ConfigProblem`."""
     named = () if segment is None else parse(segment).fields
-    wanted = ("path", "label", "relevant", "grades", *named)
 
-    def places(header: Sequence[str]) -> dict[str, int]:
-        """Where the columns stand that are read."""
-        twice = [name for name, count in Counter(header).items() if count > 1 and name in wanted]
-        if twice:
-            raise ConfigProblem(f"{file} has two columns {twice[0]}: keep one")
-        has = f"(it has: {_names(header)})"
-        if "path" not in header:
-            raise ConfigProblem(f"{file} has no column path {has}: its first line names the columns path and label")
-        if not {"label", "relevant"}.intersection(header):
-            raise ConfigProblem(
-                f"{file} has no column label and no column relevant {has}: give the class of each query, or the ids of "
-                "its right answers"
-            )
+    def choose(header: Header) -> list[str]:
+        header.require("path", "its first line names the columns path and label")
+        if "label" not in header and "relevant" not in header:
+            raise header.missing(("label", "relevant"), "give the class of each query, or the ids of its right answers")
+        for name in ("label", "relevant", "grades"):
+            if name not in header and header.near(name, cutoff=0.85):
+                raise header.missing((name,), "", cutoff=0.85)
         if "grades" in header and "relevant" not in header:
-            raise ConfigProblem(f"{file} has a column grades and no column relevant {has}: name the graded items there")
-        missing = [name for name in named if name not in header]
-        if missing:
-            raise ConfigProblem(f"{file} has no column {missing[0]}, which verify.segment names {has}")
-        return {name: header.index(name) for name in dict.fromkeys(wanted) if name in header}
+            has = f"(it has: {header.seen})"
+            raise TableProblem(f"{file} has a column grades and no column relevant {has}: name the graded items there")
+        columns = [name for name in ("path", "label", "relevant", "grades") if name in header]
+        return columns + [_column_of(field, header) for field in named]
 
     try:
-        with file.open("rb") as stream:
-            sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
-            stream.seek(0)
-            columns = read(file, stream, places)
-    except (OSError, csv.Error, ValueError, OverflowError) as error:
-        reason = _shown(" ".join(str(error).split()), 200, plain=True)
-        raise ConfigProblem(f"{file} cannot be read: {reason}") from error
-    return _checked(file, columns, segment), sha256
+        table = read_table(file, choose, what="queries", key="verify.queries")
+        return _checked(table, segment, images), table
+    except TableProblem as problem:
+        raise ConfigProblem(str(problem)) from problem
 
 
-def _read_csv(file: Path, stream: IO[bytes], places: Callable[[Sequence[str]], dict[str, int]]) -> dict[str, list[Any]]:
-    with io.TextIOWrapper(stream, "utf-8-sig", newline="") as text:
-        reader = csv.reader(text, strict=True)
-        header = [name.strip() for name in next(reader, [])]
-        where = places(header)
-        columns: dict[str, list[Any]] = {name: [] for name in where}
-        for number, cells in enumerate((cells for cells in reader if cells), start=1):
-            if len(cells) > len(header):
-                raise ConfigProblem(
-                    f"{file}: row {number} has {len(cells)} cells, the first line names {len(header)}: put text with "
-                    'commas in quotes, such as "[17, ""a-9""]"'
-                )
-            for name, place in where.items():
-                columns[name].append(cells[place] if place < len(cells) else None)
-    return columns
+def _column_of(field: str, header: Header) -> str:
+    """The column that holds a field of verify.segment: one with its name, or the structure that it is a field of."""
+    steps = field.split(".")
+    for count in range(len(steps), 0, -1):
+        if (name := ".".join(steps[:count])) in header:
+            return name
+    raise header.missing((field,), "verify.segment names it")
 
 
-def _read_parquet(
-    file: Path, stream: IO[bytes], places: Callable[[Sequence[str]], dict[str, int]]
-) -> dict[str, list[Any]]:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        table = pyarrow.parquet.ParquetFile(stream)
-        names = list(places(table.schema_arrow.names))
-        columns = table.read(columns=names)
-        return {name: columns[name].to_pylist() for name in names}
-    except pyarrow.ArrowException as error:
-        raise ValueError(f"it is no Parquet file: {error}") from error
-
-
-def _checked(file: Path, columns: Mapping[str, list[Any]], segment: str | None) -> _Queries:
+def _checked(table: Table, segment: str | None, images: ImageSource) -> _Queries:
     """One query for each image. An image that is listed again with the same answers counts once."""
+    file, columns = table.file, table.columns
     count = len(columns["path"])
     if not count:
         raise ConfigProblem(f"{file} lists no queries: add rows with a path, and a label or relevant items")
-    paths = _texts(file, "path", columns["path"])
-    labels = _texts(file, "label", columns["label"]) if "label" in columns else None
-    relevant = _relevant(file, columns["relevant"], columns.get("grades")) if "relevant" in columns else None
-    segments = None
-    if segment is not None:
-        names = parse(segment).fields
-        segments = [
-            _filled(segment, dict(zip(names, (_text(cell) or None for cell in cells), strict=True)))
-            for cells in zip(*(columns[name] for name in names), strict=True)
-        ]
-        if not any(segments):
-            raise ConfigProblem(f"{file}: the columns that verify.segment names ({', '.join(names)}) are empty")
-    given = {"label": labels, "relevant": relevant, "segment": segments}
+    paths = [_below_root(path, table, row, images) for row, path in enumerate(table.texts("path"))]
+    tags = _tag_column(table) if "label" in columns else None
+    relevant = _relevant(table) if "relevant" in columns else None
+    segments = None if segment is None else _segments(table, segment)
+    given = {"label": tags, "relevant": relevant, "segment": segments}
     first: dict[str, int] = {}
     for row, path in enumerate(paths):
-        if not is_safe(path):
-            raise ConfigProblem(
-                f"{file}: row {row + 1} has the path {_shown(path)}: write plain paths below images.root, without .. "
-                "and without control characters"
-            )
         earlier = first.setdefault(path, row)
         for name, column in given.items():
             if column is not None and column[earlier] != column[row]:
                 raise ConfigProblem(
-                    f"{file}: row {row + 1} gives {_shown(path)} another {name} than row {earlier + 1} does: keep one"
+                    f"{file}: {table.place(row)} gives {_shown(path)} another {name} than {table.place(earlier)} does: "
+                    "keep one"
                 )
-    return _Queries(paths, labels, segments, [None] * count, relevant, list(range(1, count + 1))).at(first.values())
+    return _Queries(paths, tags, segments, [None] * count, relevant, list(range(count))).at(first.values())
 
 
-def _texts(file: Path, name: str, values: Sequence[Any]) -> list[str]:
-    """A column of which every cell must hold something."""
-    texts = [_text(value) for value in values]
-    missing = [row for row, text in enumerate(texts, start=1) if not text]
-    if missing:
+def _below_root(path: str, table: Table, row: int, images: ImageSource) -> str:
+    try:
+        return images.below_root(path)
+    except ImageProblem as problem:
+        raise ConfigProblem(f"{table.file}: {table.place(row)}: {problem}: correct or remove it") from None
+
+
+def _tag_column(table: Table) -> list[Tags]:
+    """The classes of each query: text or a number, a list of them, or in a CSV file JSON text of a list of texts."""
+    if not any(is_list(cell) or _json_texts(cell) is not None for cell in table.columns["label"]):
+        return [(text,) for text in table.texts("label")]
+    column: list[Tags] = []
+    for row, cell in enumerate(table.columns["label"]):
+        try:
+            column.append(parse("{label}").fill_each({"label": _json_texts(cell) or cell}))
+        except NotText as problem:
+            where = f"{table.file}: {table.place(row)}"
+            raise ConfigProblem(f"{where}: {problem}: write text, or a list of texts") from None
+    table.require_filled("label", column)
+    return column
+
+
+def _json_texts(cell: Any) -> list[str] | None:
+    if not isinstance(cell, str) or not cell.lstrip().startswith("["):
+        return None
+    try:
+        value = json.loads(cell)
+    except (ValueError, RecursionError):
+        return None
+    return value if isinstance(value, list) and all(isinstance(text, str) for text in value) else None
+
+
+def _segments(table: Table, segment: str) -> list[str]:
+    template = parse(segment)
+    names = [name for name in table.columns if name not in ("path", "label", "relevant", "grades")]
+    names += [name for name in template.fields if name in table.columns and name not in names]
+    segments = []
+    for row in range(len(table.columns["path"])):
+        try:
+            values = {name: _trimmed(table.columns[name][row]) for name in names}
+            segments.append((template.fill(values) or "").strip())
+        except NotText as problem:
+            raise ConfigProblem(
+                f"{table.file}: {table.place(row)}: {problem}; a query belongs to one segment"
+            ) from None
+    if not any(segments):
         raise ConfigProblem(
-            f"{file}: {name} missing in {len(missing)} of {len(texts)} rows (first: row {missing[0]}): fill it in with "
-            "text or a number, or remove these rows"
+            f"{table.file}: the columns that verify.segment names ({', '.join(template.fields)}) are empty"
         )
-    return texts
+    return segments
 
 
-def _text(value: Any) -> str:
-    """A cell's text; empty where it is missing, or is bytes or a list."""
-    odd = value is None or isinstance(value, bytes | list | tuple | dict) or _is_nan(value)
-    return "" if odd else str(value).strip()
+def _trimmed(cell: Any) -> Any:
+    return cell.strip() if isinstance(cell, str) else cell
 
 
-def _relevant(file: Path, cells: Sequence[Any], grades: Sequence[Any] | None) -> list[dict[ItemId, float]]:
+def _relevant(table: Table) -> list[dict[ItemId, float]]:
     """The right answers of each row, with their grades."""
+    grades = table.columns.get("grades")
     rows: list[dict[ItemId, float]] = []
-    for number, cell in enumerate(cells, start=1):
+    for row, cell in enumerate(table.columns["relevant"]):
         try:
             items = _list(cell, "relevant", '[17, "a-9"]')
             for item in items:
@@ -667,14 +726,14 @@ def _relevant(file: Path, cells: Sequence[Any], grades: Sequence[Any] | None) ->
                     raise ValueError(f"{_shown(item)} in relevant is no item id: ids are whole numbers or text")
             if len(set(items)) < len(items):
                 raise ValueError(f"relevant lists {_shown(Counter(items).most_common(1)[0][0])} twice: keep one")
-            gains = [1.0] * len(items) if grades is None else _list(grades[number - 1], "grades", "[3, 1]")
+            gains = [1.0] * len(items) if grades is None else _list(grades[row], "grades", "[3, 1]")
             if len(gains) != len(items):
                 raise ValueError(f"{len(gains)} grades for {len(items)} relevant items: give one for each")
             for gain in gains:
                 if isinstance(gain, bool) or not isinstance(gain, int | float) or not 0 < gain <= MOST_GRADE:
                     raise ValueError(f"{_shown(gain)} is no grade: give numbers above 0, up to {MOST_GRADE:.0e}")
         except ValueError as error:
-            raise ConfigProblem(f"{file}: row {number}: {error}") from None
+            raise ConfigProblem(f"{table.file}: {table.place(row)}: {error}") from None
         rows.append({item: float(gain) for item, gain in zip(items, gains, strict=True)})
     return rows
 

@@ -259,9 +259,14 @@ def test_training_items_of_a_file_are_joined_by_path(lost: World) -> None:
     np.testing.assert_allclose(found, lost.vectors()[[9, 2]], atol=1e-6)
     assert [each.path for each in left_out] == ["elsewhere.png"]
 
-    (lost.folder / "train.csv").write_text("path\n./00009.png\n./00002.png\n")
+    (lost.folder / "train.csv").write_text(f"path\n./00009.png\n{lost.images}/00002.png\n")
+    items, found, _ = items_of(lost, "train.csv")
+    assert items.paths == ("00009.png", "00002.png")
+    np.testing.assert_allclose(found, lost.vectors()[[9, 2]], atol=1e-6)
+
+    (lost.folder / "train.csv").write_text("path\nnew/00009.png\nnew/00002.png\n")
     with pytest.raises(
-        Refused, match=r"none of the 2 training images, for instance './00009.png', is an item of faiss"
+        Refused, match=r"none of the 2 training images, for instance 'new/00009.png', is an item of faiss"
     ):
         items_of(lost, "train.csv")
 

@@ -83,7 +83,7 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     with pytest.raises(TrainingProblem, match="not a readable Parquet"):
         read_items(write_csv(tmp_path / "items.parquet", "path,label\na,1\n"))
     (tmp_path / "folder.csv").mkdir()
-    with pytest.raises(TrainingProblem, match="is a folder: set train.items to"):
+    with pytest.raises(TrainingProblem, match=r"is a folder: set train\.items to"):
         read_items(tmp_path / "folder.csv")
 
 

@@ -8,10 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from sklearn.metrics import average_precision_score, ndcg_score
+from sklearn.preprocessing import MultiLabelBinarizer
 
 from migrator import config
 from migrator.verify import metrics
-from migrator.verify.metrics import Relevance, graded_relevance, parse_metric, relevance, summarise
+from migrator.verify.metrics import Relevance, graded_relevance, parse_metric, relevance, summarise, tag_relevance
 from migrator.verify.ranking import rank
 
 
@@ -27,6 +28,37 @@ def test_relevance_by_hand():
 def test_labels_may_be_numbers_and_differ_from_their_text():
     ranking = np.array([[0, 1]], dtype=np.int32)
     assert relevance(np.array([7]), [7, "7"], ranking).hits.tolist() == [[True, False]]
+
+
+TAGS = st.lists(st.lists(st.sampled_from("abcd"), max_size=3, unique=True), min_size=1, max_size=7)
+
+
+@settings(max_examples=150, deadline=None)
+@given(TAGS, TAGS, st.integers(0, 99), st.integers(1, 9))
+def test_shared_tags_make_an_item_relevant(queries, items, seed, cells):
+    random = np.random.default_rng(seed)
+    ranking = np.stack([np.append(random.permutation(len(items)), -1) for _ in queries])
+    own = random.integers(-1, len(items), len(queries))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(metrics, "_CELLS", cells)  # so that queries are compared in several blocks
+        found = tag_relevance(queries, items, ranking, exclude=own)
+    binarizer = MultiLabelBinarizer(classes=list("abcd"))
+    shared = binarizer.fit_transform(queries) @ binarizer.transform(items).T > 0
+    shared[np.arange(len(queries))[own >= 0], own[own >= 0]] = False
+    assert found.total.tolist() == shared.sum(axis=1).tolist()
+    assert found.hits[:, :-1].tolist() == np.take_along_axis(shared, ranking[:, :-1], axis=1).tolist()
+    assert not found.hits[:, -1].any(), "the padding"
+
+
+def test_one_tag_each_is_a_label():
+    random = np.random.default_rng(0)
+    queries, items = (random.choice(list("abc"), n).tolist() for n in (20, 30))
+    ranking, own = random.integers(-1, 30, (20, 10)), random.integers(-1, 30, 20)
+    ranking[ranking == own[:, None]] = -1
+    tags = tag_relevance([[tag] for tag in queries], [[tag] for tag in items], ranking, exclude=own)
+    labels = relevance(queries, items, ranking, exclude=own)
+    assert np.array_equal(tags.hits, labels.hits)
+    assert np.array_equal(tags.total, labels.total)
 
 
 def test_graded_relevance_by_hand():

@@ -267,7 +267,7 @@ def test_a_file_with_labels(desk: Desk) -> None:
     )
     drawn = desk.draw(queries=file, label="{kind}", segment="in {shop}")
     assert drawn.kind == "labels"
-    assert drawn.paths == ["new/1.png", "./3.png", "new/2.png"]
+    assert drawn.paths == ["new/1.png", "3.png", "new/2.png"]
     assert drawn.labels == ["a", "b", "b"]
     assert drawn.own == [None, 3, None]
     assert drawn.segments == ["in x", "", "in y"]
@@ -374,6 +374,132 @@ def test_without_labels_items_look_for_themselves(desk: Desk) -> None:
     assert drawn.counts["items_without_path"] == 1
 
 
+# -- several classes ------------------------------------------------------------------------------------------------
+
+
+def tagged_shelf() -> Shelf:
+    tags: list[Any] = [
+        ["red", "shoes"], ["red", "shoes"], ["blue", "shoes"], ["blue", "hats"], ["hats"], ["only here"], [], None,
+        "hats",
+    ]  # fmt: skip
+    return Shelf({row: {"path": f"{row}.png", "tags": value, "shop": ["x"]} for row, value in enumerate(tags)})
+
+
+def test_lists_of_classes_are_relevant_by_what_they_share(desk: Desk) -> None:
+    desk.shelf = tagged_shelf()
+    drawn = desk.draw(label="{tags}")
+    assert drawn.kind == "labels"
+    assert drawn.gallery_labels is None
+    assert drawn.gallery_tags is not None
+    assert drawn.gallery_tags[0] == ["red", "shoes"]
+    assert drawn.own == [0, 1, 2, 3, 4, 8], "that whose tag nobody shares is counted, and those without any"
+    assert drawn.counts["queries_without_answer"] == 1
+    assert drawn.counts["classes_without_answer"] == 1
+    assert drawn.counts["items_without_label"] == 2
+    assert drawn.labels == ["red", "red", "blue", "blue", "hats", "hats"], "each by its rarest"
+    judged = whole(drawn).judge(np.array([[1, 2, 3, 4, 5, 6]] * 6, np.int32))
+    rows = [[bool({*drawn.gallery_tags[own]} & {*drawn.gallery_tags[row]}) and row != own for row in (1, 2, 3, 4, 5, 6)]
+            for own in (0, 1, 2, 3, 4, 8)]  # fmt: skip
+    assert judged.hits.tolist() == rows
+    assert judged.total.tolist() == [2, 2, 3, 3, 2, 2]
+    assert whole(drawn).clusters().tolist() == [2, 2, 0, 0, 1, 1]  # type: ignore[union-attr]
+
+
+def test_a_tag_that_all_items_have_does_not_count(desk: Desk, caplog: pytest.LogCaptureFixture) -> None:
+    desk.shelf = Shelf(
+        {row: {"path": f"{row}.png", "tags": ["all", "ab"[row % 2], "c"][: 2 + row // 5]} for row in range(6)}
+    )
+    drawn = desk.draw(label="{tags}")
+    assert drawn.gallery_tags == [["a"], ["b"], ["a"], ["b"], ["a"], ["b", "c"]]
+    assert whole(drawn).judge(np.arange(6, dtype=np.int32)[None].repeat(6, 0)).total.tolist() == [2] * 6
+    assert "every one of the 6 items drawn has the tag all: it does not count" in caplog.text
+
+
+def test_rare_tags_are_drawn_as_often_as_common_ones(desk: Desk) -> None:
+    desk.shelf = Shelf(
+        {row: {"path": f"{row}.png", "tags": ["common", *(["rare"] if row < 4 else [])]} for row in range(60)}
+        | {row: {"path": f"{row}.png", "tags": ["other"]} for row in range(60, 70)}
+    )
+    drawn = desk.draw(label="{tags}", sample=12)
+    assert Counter(drawn.labels) == {"common": 4, "rare": 4, "other": 4}
+
+
+def test_frozen_tags_come_back_and_other_sets_keep_their_hash(desk: Desk) -> None:
+    desk.shelf = tagged_shelf()
+    first = desk.freeze(label="{tags}")
+    assert read_frozen(desk.project(), desk.migration) == first
+    assert module.replace(first, gallery_tags=[[]] * len(first.gallery)).sha256 != first.sha256
+    desk.shelf = Shelf(shelf({"a": 3, "b": 3}))
+    body = module._body(desk.draw(label="{kind}"))
+    assert not {"tags", "gallery_tags"} & body.keys()
+
+
+@pytest.mark.parametrize("form", ["csv", "parquet"])
+def test_a_file_with_lists_of_classes(desk: Desk, form: str) -> None:
+    desk.shelf = tagged_shelf()
+    rows = [("q1.png", ["red", "hats"]), ("./q2.png", ["blue"]), ("q3.png", ["nobody's"])]
+    if form == "csv":
+        file = desk.csv([("path", "label"), *((path, json.dumps(tags)) for path, tags in rows)])
+    else:
+        file = "queries.parquet"
+        pq.write_table(pa.table({"path": [r[0] for r in rows], "label": [r[1] for r in rows]}), desk.folder / file)
+    drawn = desk.draw(queries=file, label="{tags}")
+    assert drawn.paths == ["q1.png", "q2.png"]
+    assert drawn.tags == [["red", "hats"], ["blue"]]
+    assert whole(drawn).judge(np.array([[0, 4, 5], [0, 2, 3]], np.int32)).total.tolist() == [5, 2]
+
+
+def test_plain_labels_of_a_file_meet_lists_of_the_items(desk: Desk) -> None:
+    desk.shelf = tagged_shelf()
+    drawn = desk.draw(queries=desk.csv([("path", "label"), ("q.png", "red"), ("r.png", "hats")]), label="{tags}")
+    assert drawn.tags == [["red"], ["hats"]]
+    assert whole(drawn).judge(np.array([[0], [0]], np.int32)).hits.tolist() == [[True], [False]]
+
+
+def test_labels_that_are_the_same_value_are_the_same_label(desk: Desk) -> None:
+    desk.shelf = Shelf({row: {"path": f"{row}.png", "kind": value} for row, value in enumerate((3, 3.0, 4, 4.0))})
+    pq.write_table(pa.table({"path": ["a.png", "b.png"], "label": [3.0, 4.0]}), desk.folder / "queries.parquet")
+    drawn = desk.draw(queries="queries.parquet", label="{kind}")
+    assert drawn.labels == ["3", "4"]
+    assert drawn.gallery_labels == ["3", "3", "4", "4"]
+    desk.csv([("path", "label"), ("a.png", "3"), ("b.png", "4")])
+    assert desk.draw(queries="queries.csv", label="{kind}").labels == ["3", "4"]
+
+
+def test_classes_that_can_be_none(desk: Desk) -> None:
+    image = {"bytes": None, "path": "x.png"}
+    desk.shelf = Shelf({row: {"path": f"{row}.png", "image": image, "tags": ["all", str(row % 2)]} for row in range(4)})
+    message = refusal(lambda: desk.draw(label="{image}"), ConfigProblem)
+    assert "verify.label: item 0: field 'image' is a structure with the fields bytes, path: name one of them" in message
+    assert "{image.bytes}" in message
+    message = refusal(lambda: desk.draw(label="{image.path}", segment="{tags}"), ConfigProblem)
+    assert "verify.segment: item 0: field 'tags' is a list of several values; a query belongs to one segment" in message
+    message = refusal(lambda: desk.draw(label="{tagz}"), ConfigProblem)
+    assert 'payloads have image.bytes, image.path, path, tags; did you mean "{tags}"?' in message
+
+
+def test_segments_of_nested_columns(desk: Desk) -> None:
+    meta = [{"shop": "x"}, {"shop": None}, {"shop": "y"}]
+    table = pa.table({"path": ["q.png", "r.png", "s.png"], "label": ["a", "b", "a"], "meta": meta})
+    pq.write_table(table, desk.folder / "queries.parquet")
+    drawn = desk.draw(queries="queries.parquet", label="{kind}", segment="{meta.shop}")
+    assert drawn.segments == ["x", "", "y"]
+    file = desk.csv([("path", "label", "meta.shop"), ("q.png", "a", " z "), ("r.png", "b", "")])
+    assert desk.draw(queries=file, label="{kind}", segment="{meta.shop}").segments == ["z", ""]
+
+
+def test_one_image_has_one_path(desk: Desk) -> None:
+    root = desk.folder / "images"
+    file = desk.csv([("path", "label"), (f"{root}/3.png", "a"), (f"file://{root}/1.png", "b"), ("x//y.png", "c")])
+    drawn = desk.draw(queries=file, label="{kind}")
+    assert drawn.paths == ["3.png", "1.png", "x/y.png"]
+    assert drawn.own == [3, 1, None]
+    same = desk.csv([("path", "label"), ("./x.png", "a"), ("x.png", "b")])
+    assert "line 3 gives 'x.png' another label than line 2 does" in refusal(
+        lambda: desk.draw(queries=same, label="{kind}"), ConfigProblem
+    )
+
+
 # -- what is refused ----------------------------------------------------------------------------------------------
 
 
@@ -383,49 +509,53 @@ def test_without_labels_items_look_for_themselves(desk: Desk) -> None:
         ("", "no column path (it has: none)"),
         ("\n\n", "no column path"),
         ("path,label\n", "lists no queries: add rows"),
-        ("name,label\na.png,a\n", "no column path (it has: label, name)"),
-        ("path,class\na.png,a\n", "no column label and no column relevant (it has: class, path)"),
-        ("path,path,label\na,b,c\n", "two columns path: keep one"),
+        ("name,label\na.png,a\n", "no column path (it has: name, label)"),
+        ("path,class\na.png,a\n", "no column label and no column relevant (it has: path, class)"),
+        ("path,path,label\na,b,c\n", "two columns path (it has: path, path, label): keep one"),
         ("path,label,grades\na.png,a,[1]\n", "a column grades and no column relevant"),
-        ("path,label\na.png,a\n,b\n", "path missing in 1 of 2 rows (first: row 2)"),
-        ("path,label\na.png,a\nb.png\nc.png, \n", "label missing in 2 of 3 rows (first: row 2)"),
-        ("path,label\n../a.png,a\nb.png,b\n", "row 1 has the path '../a.png': write plain paths below images.root"),
-        ("path,label\n/etc/passwd,a\nb.png,b\n", "row 1 has the path '/etc/passwd'"),
-        ('path,label\nb.png,b\n"a\nb.png",a\n', "row 2 has the path 'a\\nb.png'"),
-        ("path,label\nx.png,a\ny.png,b\nx.png,b\n", "row 3 gives 'x.png' another label than row 1 does: keep one"),
+        ("path,label\na.png,a\n,b\n", "path missing in 1 of 2 rows (first: line 3)"),
+        ("path,label\na.png,a\nb.png\nc.png, \n", "label missing in 2 of 3 rows (first: line 3)"),
+        (
+            "path,label\n../a.png,a\nb.png,b\n",
+            "line 2: image path '../a.png' leads out of images.root: correct or remove it",
+        ),
+        ("path,label\n/etc/passwd,a\nb.png,b\n", "line 2: image path '/etc/passwd' is not below images.root"),
+        ('path,label\nb.png,b\n"a\nb.png",a\n', "line 3: image path 'a\\nb.png' holds control characters"),
+        ("path,label\nx.png,a\ny.png,b\nx.png,b\n", "line 4 gives 'x.png' another label than line 2 does: keep one"),
         (
             "path,label\nx.png,a\ny.png,a\n",
             "every query has the class a, and with one class alone nothing can be wrong",
         ),
         ("path,label\nx.png,A\ny.png,B\n", "queries have A, B, items a, b, c"),
-        ("path,label\n" + "a" * 200_000 + ",a\n", "cannot be read: field larger than field limit"),
-        ('path,label\n"x.png,a\n', "cannot be read: unexpected end of data"),
-        (b"path,label\n\xff.png,a\n", "cannot be read: 'utf-8' codec"),
-        ("path,relevant\nx.png,[1, 2]\n", "row 1 has 3 cells, the first line names 2: put text with commas in quotes"),
-        ("path,relevant\nx.png,\n", "row 1: relevant is no JSON list such as [17, \"a-9\"]: ''"),
-        ("path,relevant\nx.png,17\n", "row 1: relevant is no JSON list such as [17, \"a-9\"]: '17'"),
-        ('path,relevant\nx.png,"{""a"": 1}"\n', "row 1: relevant is no JSON list"),
-        ("path,relevant\nx.png," + "[" * 5000 + "\n", "row 1: relevant is no JSON list"),
-        ("path,relevant\nx.png,[1.0]\n", "row 1: 1.0 in relevant is no item id: ids are whole numbers or text"),
+        ("path,label\n" + "a" * 200_000 + ",a\n", "line 2: image path 'aaa"),
+        ("path,label\n" + "a" * ((1 << 24) + 1) + ",a\n", "line 2 cannot be read: field larger than field limit"),
+        ('path,label\ny.png,b\n\n"x.png,a\n', "begins on line 4 cannot be read: unexpected end of data"),
+        (b"path,label\n\xff.png,a\n", "line 2 is not UTF-8 text: save it as UTF-8"),
+        ("path,relevant\nx.png,[1, 2]\n", "line 2 has 3 cells, the first line names 2: put text with commas in quotes"),
+        ("path,relevant\nx.png,\n", "line 2: relevant is no JSON list such as [17, \"a-9\"]: ''"),
+        ("path,relevant\nx.png,17\n", "line 2: relevant is no JSON list such as [17, \"a-9\"]: '17'"),
+        ('path,relevant\nx.png,"{""a"": 1}"\n', "line 2: relevant is no JSON list"),
+        ("path,relevant\nx.png," + "[" * 5000 + "\n", "line 2: relevant is no JSON list"),
+        ("path,relevant\nx.png,[1.0]\n", "line 2: 1.0 in relevant is no item id: ids are whole numbers or text"),
         ("path,relevant\nx.png,[true]\n", "True in relevant is no item id"),
         ("path,relevant\nx.png,[[1]]\n", "[1] in relevant is no item id"),
         ("path,relevant\nx.png,[100000000000000000000]\n", "100000000000000000000 in relevant is no item id"),
-        ("path,relevant\nx.png,[" + "1" * 5000 + "]\n", "row 1: relevant is no JSON list"),
-        ('path,relevant\nx.png,"[1, ""1"", 1]"\n', "row 1: relevant lists 1 twice: keep one"),
-        ('path,relevant,grades\nx.png,"[1, 2]",[1]\n', "row 1: 1 grades for 2 relevant items: give one for each"),
-        ("path,relevant,grades\nx.png,[1],[0]\n", "row 1: 0 is no grade: give numbers above 0"),
-        ("path,relevant,grades\nx.png,[1],[-1]\n", "row 1: -1 is no grade"),
-        ("path,relevant,grades\nx.png,[1],[NaN]\n", "row 1: nan is no grade"),
-        ("path,relevant,grades\nx.png,[1],[Infinity]\n", "row 1: inf is no grade"),
-        ("path,relevant,grades\nx.png,[1],[true]\n", "row 1: True is no grade"),
-        ('path,relevant,grades\nx.png,[1],"[""3""]"\n', "row 1: '3' is no grade"),
-        ("path,relevant,grades\nx.png,[1],\n", "row 1: grades is no JSON list such as [3, 1]: ''"),
-        ("path,relevant\nx.png,[1]\nx.png,[2]\n", "row 2 gives 'x.png' another relevant than row 1 does"),
+        ("path,relevant\nx.png,[" + "1" * 5000 + "]\n", "line 2: relevant is no JSON list"),
+        ('path,relevant\nx.png,"[1, ""1"", 1]"\n', "line 2: relevant lists 1 twice: keep one"),
+        ('path,relevant,grades\nx.png,"[1, 2]",[1]\n', "line 2: 1 grades for 2 relevant items: give one for each"),
+        ("path,relevant,grades\nx.png,[1],[0]\n", "line 2: 0 is no grade: give numbers above 0"),
+        ("path,relevant,grades\nx.png,[1],[-1]\n", "line 2: -1 is no grade"),
+        ("path,relevant,grades\nx.png,[1],[NaN]\n", "line 2: nan is no grade"),
+        ("path,relevant,grades\nx.png,[1],[Infinity]\n", "line 2: inf is no grade"),
+        ("path,relevant,grades\nx.png,[1],[true]\n", "line 2: True is no grade"),
+        ('path,relevant,grades\nx.png,[1],"[""3""]"\n', "line 2: '3' is no grade"),
+        ("path,relevant,grades\nx.png,[1],\n", "line 2: grades is no JSON list such as [3, 1]: ''"),
+        ("path,relevant\nx.png,[1]\nx.png,[2]\n", "line 3 gives 'x.png' another relevant than line 2 does"),
         ("path,relevant\nx.png,[]\n", "no query lists a relevant item other than itself"),
         ("path,relevant\n3.png,[3]\n", "no query lists a relevant item other than itself"),
         (
             'path,relevant\nx.png,[1]\ny.png,"[2, ""2"", ""gone""]"\nz.png,"[99, ""2""]"\n',
-            "row 2 lists '2' as relevant, and shelf has no such item (3 unknown ids in 2 of 3 rows drawn)",
+            "line 3 lists '2' as relevant, and shelf has no such item (3 unknown ids in 2 of 3 rows drawn)",
         ),
     ],
 )
@@ -438,7 +568,14 @@ def test_a_file_that_cannot_be_used(desk: Desk, content: str | bytes, words: str
 @pytest.mark.parametrize(
     ("columns", "words"),
     [
-        ({"path": [b"x.png"], "label": ["a"]}, "path missing in 1 of 1 rows"),
+        ({"path": [b"\xff.png"], "label": ["a"]}, "row 1: path is 5 bytes that are not text"),
+        ({"path": [["x.png"]], "label": ["a"]}, "row 1: path is a list of several values: write one value"),
+        (
+            {"path": [{"bytes": b"", "path": "x.png"}], "label": ["a"]},
+            "row 1: path is a structure with the fields bytes, path: write one value",
+        ),
+        ({"path": ["x.png"], "label": [{"name": "a"}]}, "row 1: label is a structure with the fields name"),
+        ({"path": ["x.png"], "label": [[["a"]]]}, "row 1: field 'label' is a list of several values: write text, or"),
         ({"path": ["x.png"], "label": [None]}, "label missing in 1 of 1 rows"),
         ({"path": ["x.png", "y.png"], "label": [1.5, float("nan")]}, "label missing in 1 of 2 rows (first: row 2)"),
         ({"path": ["x.png"], "relevant": [[1.0]]}, "1.0 in relevant is no item id"),
@@ -458,20 +595,21 @@ def test_files_that_are_none(desk: Desk) -> None:
     def message(name: str) -> str:
         return refusal(lambda: desk.draw(queries=name, label="{kind}"), ConfigProblem)
 
-    assert "no such file: set verify.queries to a list of query images" in message("queries.csv")
+    assert "no such file: set verify.queries to a .csv or .parquet file that lists queries" in message("queries.csv")
     assert "from a .csv or .parquet file: rename or convert it" in message("queries.xlsx")
-    assert "it is no Parquet file" in message(desk.text("PAR1 or not", "queries.parquet"))
+    assert "is not a readable Parquet file" in message(desk.text("PAR1 or not", "queries.parquet"))
     (desk.folder / "folder.csv").mkdir()
-    assert "no such file" in message("folder.csv")
+    assert "is a folder: set verify.queries" in message("folder.csv")
 
 
 def test_segments_that_are_not_there(desk: Desk) -> None:
     file = desk.csv([("path", "label", "shop"), ("x.png", "a", ""), ("y.png", "b", "")])
     draw = lambda segment, **more: refusal(lambda: desk.draw(label="{kind}", segment=segment, **more), ConfigProblem)  # noqa: E731
-    assert "no column size, which verify.segment names (it has: label, path, shop)" in draw("{size}", queries=file)
+    assert "no column size (it has: path, label, shop): verify.segment names it" in draw("{size}", queries=file)
     assert "the columns that verify.segment names (shop) are empty" in draw("{shop}", queries=file)
-    assert "verify.segment: '{size}' names a payload field that the items do not have; they have kind, path" in draw(
-        "{size}"
+    assert (
+        "verify.segment: '{size}' names a payload field that the items do not have: payloads have kind, path"
+        in draw("{size}")
     )
 
 
@@ -481,7 +619,7 @@ def test_a_file_of_labels_needs_those_of_the_items(desk: Desk) -> None:
     assert "migrations.toys.verify.label is not set" in message
     assert "or give the file a column relevant" in message
     message = refusal(lambda: desk.draw(queries=file, label="{category}"), ConfigProblem)
-    assert "'{category}' names a payload field that the items do not have; they have kind, path, shop" in message
+    assert "'{category}' names a payload field that the items do not have: payloads have kind, path, shop" in message
 
 
 def test_collections_that_give_nothing_to_ask(desk: Desk) -> None:
@@ -490,7 +628,7 @@ def test_collections_that_give_nothing_to_ask(desk: Desk) -> None:
         return refusal(lambda: desk.draw(**verify), kind)
 
     assert "holds no items" in message({}, Refused)
-    assert "they have none" in message({1: {}}, ConfigProblem, label="{kind}")
+    assert "payloads have no fields" in message({1: {}}, ConfigProblem, label="{kind}")
     assert "every query has the class a" in message(shelf({"a": 5, "b": 1}), ConfigProblem, label="{kind}")
     assert "no two items of one" in message(shelf({"a": 1, "b": 1}), Refused, label="{kind}")
     nowhere: Items = {item: {"path": "", "kind": "a"} for item in range(3)}
