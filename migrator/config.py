@@ -1079,8 +1079,11 @@ def load_config(path: Path) -> Config:
         config = Config.model_validate(raw, context={"folder": absolute.parent})
     except ValidationError as error:
         for detail in error.errors(include_url=False, include_input=False):
-            at = tuple(part for part in detail["loc"] if part != "[key]" and not str(part).startswith("<"))
-            tag = next((str(part) for part in detail["loc"] if part in _STORES), None)
+            # The last place of an unknown key is the key, which may look like the tag of a union.
+            end = len(detail["loc"]) - (detail["type"] == "extra_forbidden")
+            above, key = detail["loc"][:end], detail["loc"][end:]
+            at = (*(part for part in above if part != "[key]" and not str(part).startswith("<")), *key)
+            tag = next((str(part) for part in above if part in _STORES), None)
             document.report(at, _wording(detail["type"], detail["msg"], at, tag))
     if document.problems:
         raise ConfigProblem("\n".join(text for _, text in sorted(document.problems.values())))

@@ -681,3 +681,9 @@ def test_reading_a_configuration_loads_nothing_heavy():
     heavy = {"torch", "numpy", "sqlalchemy", "timm", "faiss"}
     code = f"import sys, migrator.config; print(sorted({heavy} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+@pytest.mark.parametrize("key", ["<", "<faiss>", "[key]"])
+def test_an_unknown_key_may_look_like_anything(tmp_path, key):
+    (found,) = problems(tmp_path, EXAMPLE.replace("migrations:", f'"{key}": 1\nmigrations:', 1))
+    assert f"{key}: unknown key; known are version, ledger" in found
