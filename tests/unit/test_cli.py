@@ -216,6 +216,7 @@ def test_help_and_status_load_nothing_heavy(arguments, folder, halfway):
         (ItemProblem(7, "c"), 2),
         (trainer_errors.ImagesUnavailable("c"), 4),
         (trainer_errors.ImageProblem("c"), 2),
+        (trainer_errors.TableProblem("c"), 2),
         (trainer_errors.EncoderProblem("c"), 2),
         (trainer_errors.EncoderMismatch("c"), 3),
         (trainer_errors.TrainingProblem("c"), 2),
