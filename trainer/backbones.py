@@ -275,7 +275,8 @@ class Program(nn.Module):
     """A network in a .pt2 or .onnx file. It has no parameters here: it runs, and is not trained.
 
     forward: (n, 3, H, W) normalised float32 -> (n, d) float32 on the same device. A program made for a fixed number of
-    pictures gets them in parts of that size. Raises EncoderProblem where it fails.
+    pictures gets them in parts of that size; one whose input's shape ends in 3, channels last; one that takes uint8,
+    bytes, if the preprocessing leaves them whole. Raises EncoderProblem where it fails.
     """
 
     def __init__(self, path: Path, *, image_size: int | tuple[int, int], device: torch.device) -> None:
@@ -293,14 +294,18 @@ class Program(nn.Module):
         opened = _open_exported if path.suffix == ".pt2" else _open_onnx
         self._run, shape, self._dtype, limits = opened(data, self.named, device)
         height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
-        expected = (3, height, width)
-        if len(shape) != 4 or any(isinstance(n, int) and n != m for n, m in zip(shape[1:], expected, strict=True)):
+        self._channels_last = not _takes(shape, 3, height, width) and _takes(shape, height, width, 3)
+        if not self._channels_last and not _takes(shape, 3, height, width):
             raise EncoderProblem(
-                f"{self.named} takes an input of shape {_shape(shape)}, not (n, 3, {height}, {width}): "
-                "set image_size to its own, or export it for this one"
+                f"{self.named} takes an input of shape {_shape(shape)}, not (n, 3, {height}, {width}) or (n, {height}, "
+                f"{width}, 3): {_other_shape(shape)}"
             )
         if self._dtype is None:
-            raise EncoderProblem(f"{self.named} does not take floating-point numbers: export it with a float32 input")
+            raise EncoderProblem(
+                f"{self.named} takes neither floating-point numbers nor bytes: export it with a float32 or uint8 input"
+            )
+        said = isinstance(shape[1], int) or isinstance(shape[3], int)
+        self._hint = "" if said else "; if it takes channels last, export it with the input's shape (n, H, W, 3) in it"
         self._least, self._most = limits
         self._require_rows_apart(height, width)
 
@@ -316,11 +321,13 @@ class Program(nn.Module):
         n = len(images)
         padded = torch.cat([images, images[-1:].expand(self._least - n, -1, -1, -1)]) if n < self._least else images
         try:
-            outputs = self._run(padded.to(self.device, self._dtype).contiguous())
-        except torch.OutOfMemoryError:
+            outputs = self._run(self._as_input(padded.to(self.device)).contiguous())
+        except (torch.OutOfMemoryError, EncoderProblem):
             raise
         except Exception as error:  # whatever a foreign program's kernels and guards raise
-            raise EncoderProblem(f"{self.named} fails on {len(padded)} pictures: {one_line(error)}") from error
+            raise EncoderProblem(
+                f"{self.named} fails on {len(padded)} pictures: {one_line(error)}{self._hint}"
+            ) from error
         rows = [output for output in outputs if output.ndim == 2] if len(outputs) > 1 else outputs
         if len(rows) != 1 or rows[0].ndim != 2 or len(rows[0]) != len(padded):
             raise EncoderProblem(
@@ -329,10 +336,24 @@ class Program(nn.Module):
             )
         return rows[0][:n].float()
 
+    def _as_input(self, images: Tensor) -> Tensor:
+        """Pictures in the program's own order of axes and type."""
+        if self._dtype == torch.uint8:
+            whole = images.round()
+            if float((images - whole).abs().max()) > 0.01 or float(whole.min()) < 0 or float(whole.max()) > 255:
+                raise EncoderProblem(
+                    f"{self.named} takes bytes from 0 to 255: set mean to [0, 0, 0] and std to [0.003921569, "
+                    "0.003921569, 0.003921569], which leaves them as they are"
+                )
+            images = whole
+        return (images.permute(0, 2, 3, 1) if self._channels_last else images).to(self._dtype)
+
     def _require_rows_apart(self, height: int, width: int) -> None:
         """Refuses a program whose row depends on its neighbours or on chance, as one exported while training does."""
         generator = torch.Generator().manual_seed(0)
         images = torch.randn(3, 3, height, width, generator=generator)
+        if self._dtype == torch.uint8:
+            images = (images * 50 + 128).round().clamp(0, 255)
         with torch.no_grad():
             alone, among = self(images[:1]), self(images)[:1]
         if float((alone - among).norm()) > 0.01 * float(among.norm()):
@@ -340,6 +361,20 @@ class Program(nn.Module):
                 f"{self.named} gives a picture another vector when it comes with others: export it from a model in "
                 "evaluation mode, model.eval()"
             )
+
+
+def _takes(shape: Sequence[Any], *sides: int) -> bool:
+    """Whether an input of this shape, in which any side may be open, takes pictures of these sides."""
+    return len(shape) == 4 and not any(isinstance(n, int) and n != m for n, m in zip(shape[1:], sides, strict=True))
+
+
+def _other_shape(shape: Sequence[Any]) -> str:
+    """What to do about an input of another shape."""
+    if len(shape) == 4 and 3 in (shape[1], shape[3]):
+        return "set image_size to its own, or export it for this one"
+    if len(shape) == 4 and {1, 4} & {shape[1], shape[3]}:
+        return "pictures have three channels here: export it with a first layer that turns RGB into its own"
+    return "export it for a batch of RGB pictures"
 
 
 def _open_exported(
@@ -390,7 +425,7 @@ def _open_exported(
         leaves = torch.utils._pytree.tree_leaves(network(images))
         return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
 
-    return run, shape, dtype if dtype.is_floating_point else None, (least, most)
+    return run, shape, dtype if dtype.is_floating_point or dtype == torch.uint8 else None, (least, most)
 
 
 def _operators(archive: zipfile.ZipFile) -> list[tuple[str, str]]:
@@ -415,7 +450,12 @@ def _quiet(*loggers: str) -> Iterator[None]:
             logger.setLevel(level)
 
 
-_ONNX_TYPES = {"tensor(float)": torch.float32, "tensor(float16)": torch.float16, "tensor(double)": torch.float64}
+_ONNX_TYPES = {
+    "tensor(float)": torch.float32,
+    "tensor(float16)": torch.float16,
+    "tensor(double)": torch.float64,
+    "tensor(uint8)": torch.uint8,
+}
 
 
 def _open_onnx(

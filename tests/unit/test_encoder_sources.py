@@ -1,6 +1,7 @@
 """Encoders that are not timm's: factories, exported programs, ONNX models, maps behind them, timm's preprocessing."""
 
 import dataclasses
+import re
 import shutil
 import subprocess
 import sys
@@ -425,13 +426,13 @@ def test_programs_of_another_input_are_refused(exported: Path, tmp_path: Path) -
         def forward(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
             return (a + b).mean((2, 3))
 
-    class Bytes(nn.Module):
+    class Long(nn.Module):
         def forward(self, images: torch.Tensor) -> torch.Tensor:
             return images.float().mean((2, 3))
 
     one = torch.zeros(1, 3, SIZE, SIZE)
     torch.export.save(torch.export.export(Pair(), (one, one)), tmp_path / "pair.pt2")
-    torch.export.save(torch.export.export(Bytes(), (one.byte(),)), tmp_path / "bytes.pt2")
+    torch.export.save(torch.export.export(Long(), (one.long(),)), tmp_path / "long.pt2")
     for spec, said in (
         (
             dataclasses.replace(program(exported), preprocessing=Preprocessing(20)),
@@ -439,7 +440,7 @@ def test_programs_of_another_input_are_refused(exported: Path, tmp_path: Path) -
         ),
         (program(exported, dim=7), "the exported program gives 6-d features .* set dim to 6"),
         (program(tmp_path / "pair.pt2"), "takes 2 inputs"),
-        (program(tmp_path / "bytes.pt2"), "does not take floating-point numbers"),
+        (program(tmp_path / "long.pt2"), "takes neither floating-point numbers nor bytes"),
     ):
         with pytest.raises(EncoderProblem, match=said) as caught:
             load_encoder(spec)
@@ -463,7 +464,7 @@ def test_onnx_models_that_do_not_fit_are_refused(tmp_path: Path, monkeypatch: py
     path = tmp_path / "network.onnx"
     for wrong, said in (
         ({"pooled": False}, r"gives \(1, 3, 1, 1\) for 1 pictures"),
-        ({"kind": 7}, "cannot be loaded|does not take floating-point"),
+        ({"kind": 7}, "cannot be loaded|takes neither floating-point"),
         ({"elsewhere": True}, r"save it in one file \(external_data=False\)"),
     ):
         onnx_file(path, **wrong)
@@ -471,6 +472,68 @@ def test_onnx_models_that_do_not_fit_are_refused(tmp_path: Path, monkeypatch: py
         with pytest.raises(EncoderProblem, match=said) as caught:
             load_encoder(program(path))
         one_line(caught)
+
+
+def channels_last_file(path: Path, *shape: int | str, kind: int = 1) -> None:
+    """Writes the mean over the two sides of a picture that comes channels last, as an ONNX model of this input."""
+
+    def value(name: str, kind: int, *shape: int | str) -> bytes:
+        dims = [(1, message((1, n) if isinstance(n, int) else (2, n))) for n in shape]
+        return message((1, name), (2, message((1, message((1, kind), (2, message(*dims)))))))
+
+    cast = message((1, "images"), (2, "floats"), (4, "Cast"), (5, message((1, "to"), (3, 1), (20, 2))))
+    axes = message((1, "axes"), (8, 1), (8, 2), (20, 7)), message((1, "keepdims"), (3, 0), (20, 2))
+    mean = message((1, "floats"), (2, "means"), (4, "ReduceMean"), *((5, attribute) for attribute in axes))
+    same = message((1, "means"), (1, "identity"), (2, "vectors"), (4, "MatMul"))
+    identity = message((1, 3), (1, 3), (2, 1), (8, "identity"), (9, np.eye(3, dtype=np.float32).tobytes()))
+    inputs, outputs = value("images", kind, "n", *shape), value("vectors", 1, "n", 3)
+    graph = message((1, cast), (1, mean), (1, same), (2, "g"), (5, identity), (11, inputs), (12, outputs))
+    path.write_bytes(message((1, 8), (8, message((2, 17))), (7, graph)))
+
+
+@pytest.mark.parametrize("shape", [(SIZE, SIZE, 3), ("h", "w", 3), (SIZE, "w", 3)])
+def test_an_onnx_model_with_channels_last_gets_them_so(tmp_path: Path, shape: tuple[int | str, ...]) -> None:
+    pytest.importorskip("onnxruntime")
+    channels_last_file(tmp_path / "last.onnx", *shape)
+    encoder = load_encoder(program(tmp_path / "last.onnx", dim=3))
+    assert np.abs(encoder.encode(pictures()) - expected(lambda x: x.mean((2, 3)), pictures())).max() < 1e-5  # type: ignore[arg-type]
+
+
+def test_programs_of_bytes_get_bytes(tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime")
+
+    class Bytes(nn.Module):
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            return images.float().mean((2, 3))
+
+    channels_last_file(tmp_path / "bytes.onnx", SIZE, SIZE, 3, kind=2)
+    example = (torch.zeros(1, 3, SIZE, SIZE).byte(),)
+    torch.export.save(torch.export.export(Bytes(), example), tmp_path / "bytes.pt2")
+    wanted = F.normalize(torch.tensor(pictures()).float().mean((2, 3))).numpy()
+    for name in ("bytes.onnx", "bytes.pt2"):
+        with pytest.raises(EncoderProblem, match=r"takes bytes from 0 to 255: set mean to .* and std to") as caught:
+            load_encoder(program(tmp_path / name, dim=3))
+        values = [float(number) for number in re.findall(r"0\.\d+", one_line(caught))]  # the advice, as it is given
+        whole = Preprocessing(SIZE, mean=(0, 0, 0), std=tuple(values))
+        encoder = load_encoder(dataclasses.replace(program(tmp_path / name, dim=3), preprocessing=whole))
+        assert np.abs(encoder.encode(pictures()) - wanted).max() < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("shape", "said"),
+    [
+        ((20, 20, 3), r"shape \(n, 20, 20, 3\), not \(n, 3, 16, 16\) or \(n, 16, 16, 3\): set image_size to its own"),
+        ((SIZE, SIZE, 1), "three channels here"),
+        ((SIZE * SIZE, 3), "export it for a batch of RGB pictures"),
+        (("c", "h", "w"), r"if it takes channels last, export it with the input's shape \(n, H, W, 3\)"),
+    ],
+)
+def test_onnx_inputs_that_do_not_fit_say_what_to_do(tmp_path: Path, shape: tuple[int | str, ...], said: str) -> None:
+    pytest.importorskip("onnxruntime")
+    channels_last_file(tmp_path / "last.onnx", *shape)
+    with pytest.raises(EncoderProblem, match=said) as caught:
+        load_encoder(program(tmp_path / "last.onnx", dim=3))
+    one_line(caught)
 
 
 def test_without_onnxruntime_its_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
