@@ -168,16 +168,23 @@ _unused: dict[Factory, nn.Module] = {}
 _lock = threading.Lock()
 
 
-def call_factory(place: str, folder: Path | None) -> nn.Module:
-    """The module that `package.module:factory` returns, as float32; a transform beside it is not looked at.
+def call_factory(place: str, folder: Path | None, *, with_transform: bool = False) -> nn.Module:
+    """The module that `package.module:factory` returns, as float32. It is called without arguments.
 
-    Raises EncoderProblem where it is not there, fails, or returns something else.
+    Its module is looked for in `folder` first, then among the installed packages. This runs the factory's code.
+    Raises EncoderProblem where it is not there, fails, or returns something else; also for a pair (module, transform)
+    where the encoder's preprocessing is not that transform.
     """
     factory = _find_factory(place, folder)
     with _lock:
         module = _unused.pop(factory, None)
     if module is None:
         returned = _called(factory, place)
+        if _is_pair(returned) and not with_transform:
+            raise EncoderProblem(
+                f"factory {place!r} returns a module and a transform, but the encoder is declared with image_size: "
+                "remove image_size, mean, std and resize to use the transform, or let it return the module alone"
+            )
         module = returned[0] if _is_pair(returned) else returned
     if not isinstance(module, nn.Module):
         raise EncoderProblem(f"factory {place!r} returns a {type(module).__name__}: it must return a torch.nn.Module")

@@ -39,6 +39,7 @@ from trainer.files import write_whole
 from trainer.maps import POST_HOC, Map
 from trainer.preprocessing import Preprocessing as Preprocessing
 from trainer.preprocessing import fingerprint_image
+from trainer.transforms import open_transform
 from trainer.weights_file import read_weights
 
 if TYPE_CHECKING:
@@ -445,12 +446,16 @@ def _probe_vector(
 
 
 def _create_backbone(spec: EncoderSpec, device: torch.device, *, classes: int = 0) -> nn.Module:
+    transform = spec.preprocessing.transform
+    if transform is not None:
+        open_transform(transform, spec.folder)
     size = spec.preprocessing.image_size
     if spec.arch in PROGRAMS:
         assert spec.weights is not None  # _require_program
         return Program(spec.weights.with_suffix(PROGRAMS[spec.arch]), image_size=size, device=device)
     if spec.arch.startswith(MODULE):
-        return call_factory(spec.arch.removeprefix(MODULE), spec.folder)
+        place = spec.arch.removeprefix(MODULE)
+        return call_factory(place, spec.folder, with_transform=transform in (spec.arch, place))
     pretrained = spec.pretrained and not spec.weights
     return timm_backbone(spec.arch, image_size=size, classes=classes, pretrained=pretrained)
 

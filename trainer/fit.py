@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from trainer import run_folder, validation
 from trainer.augment import augmented, draw_views
-from trainer.cache import open_pixels
+from trainer.cache import open_pixels, pixel_key
 from trainer.data import LeftOut, TrainingItems, batches_ahead, epoch_rows
 from trainer.encoder import (
     Card,
@@ -48,6 +48,7 @@ from trainer.maps import POST_HOC, Map, fit_map
 from trainer.old_space import StoredVectors, measure_old_space
 from trainer.processes import accelerator, gathered, share_batch_statistics
 from trainer.settings import FitSettings
+from trainer.transforms import open_transform
 
 __all__ = ["FitResult", "FitSettings", "Progress", "fit", "follow"]
 
@@ -153,6 +154,8 @@ def fit(
     """
     settings = _settled(items, settings)
     _check(items, old, spec, settings)
+    if spec.preprocessing.transform is not None:
+        open_transform(spec.preprocessing.transform, spec.folder)
     handle = accelerator(settings.device, trackers=settings.trackers, folder=out)
     with run_folder.locked(out), torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         try:
@@ -684,6 +687,8 @@ def _fingerprint(
     new = asdict(spec)
     del new["preprocessing"]
     new.update(spec.preprocessing.declared())
+    if spec.preprocessing.transform is not None:  # its name does not tell what it does today
+        new["transform's output"] = pixel_key(spec.preprocessing)
     del new["folder"]
     for key in ("head", "checkpoint_key"):
         if new[key] is None:  # runs from before these keys existed can be resumed

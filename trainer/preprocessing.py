@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from trainer.conversion import Convert, Exif, to_rgb
 from trainer.errors import EncoderProblem, ImageProblem
+from trainer.image_roots import one_line, shown
 from trainer.resizing import WITHOUT_ANTIALIAS, Interpolation, Span, resized, scaled_size
 
 if TYPE_CHECKING:
@@ -126,7 +127,7 @@ class Preprocessing:
         try:
             return to_rgb(image, exif=self.exif, alpha=self.alpha, convert=self.convert)
         except Exception as error:  # over a forged file Pillow may raise anything
-            raise image_problem(image, f"cannot be converted: {error}") from error
+            raise _problem(image, "cannot be converted", error) from error
 
     def prepare(self, image: Image.Image) -> NDArray[np.uint8] | NDArray[np.float32]:
         """A decoded picture, as `ImageSource.load` or `PIL.Image.open` gives it, as a model's input.
@@ -138,7 +139,10 @@ class Preprocessing:
         if self.transform is not None:
             from trainer.transforms import transformed
 
-            return transformed(self.transform, picture, self.size)
+            try:
+                return transformed(self.transform, picture, self.size)
+            except ValueError as error:
+                raise _problem(image, "cannot be used", error) from error
         pixels = np.asarray(self._resized(picture)).transpose(2, 0, 1)
         return np.ascontiguousarray(pixels[::-1] if self.channels == "bgr" else pixels)
 
@@ -163,12 +167,10 @@ class Preprocessing:
         return tuple(min(255, max(0, round(255 * value))) for value in mean)
 
 
-def image_problem(image: Image.Image, problem: str) -> ImageProblem:
-    """A problem with a decoded picture, in one line, by the name of its file where it is known."""
+def _problem(image: Image.Image, what: str, error: Exception) -> ImageProblem:
+    """By the name of the picture's file, where it is known."""
     name = getattr(image, "filename", "")
-    text = " ".join(problem.split())
-    named = f"image {name!r}" if name else "image"
-    return ImageProblem(f"{named} {text if len(text) <= 300 else text[:300] + '...'}")
+    return ImageProblem(f"image {shown(name) + ' ' if name else ''}{what}: {one_line(error)}")
 
 
 def fingerprint_image() -> Image.Image:

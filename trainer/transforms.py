@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trainer.errors import EncoderProblem
+from trainer.image_roots import one_line
 from trainer.preprocessing import LARGEST_IMAGE, Preprocessing, fingerprint_image
 
 if TYPE_CHECKING:
@@ -25,12 +26,13 @@ if TYPE_CHECKING:
 def learn_transform(name: str, folder: Path | None, **given: Any) -> Preprocessing:
     """The preprocessing of a factory's transform, with the size of input that it makes; `given` are further fields.
 
-    Unless `given`, what it gets is `Image.open(file).convert("RGB")`, which such transforms are written for. Its module
-    is looked for in `folder` first. Raises EncoderProblem where the factory fails, or its transform does not give one
-    and the same finite float tensor (3, height, width) for each picture.
+    By default it gets `Image.open(file).convert("RGB")`, which such transforms are written for. Its module is looked
+    for in `folder` first. Raises EncoderProblem where the factory fails, or its transform does not give a finite float
+    tensor (3, height, width) of one size for every picture, and the same one for the same picture.
     """
-    given = {"exif": "ignore", "convert": "pil", **given}
-    declared = Preprocessing(given.pop("image_size", None) or 1, transform=name, **given)
+    size = given.pop("image_size", None)
+    loader = {"exif": "ignore", "convert": "scaled" if "alpha" in given else "pil"}
+    declared = Preprocessing(size or 1, transform=name, **{**loader, **given})
     open_transform(name, folder)
     pictures = [fingerprint_image(), fingerprint_image(), fingerprint_image().resize((80, 60))]
     results = []
@@ -38,7 +40,7 @@ def learn_transform(name: str, folder: Path | None, **given: Any) -> Preprocessi
         try:
             results.append(_result(name, declared.to_rgb(picture)))
         except ValueError as problem:
-            raise EncoderProblem(str(problem)) from problem
+            raise EncoderProblem(one_line(problem)) from problem
     first, again, other = results
     if not np.array_equal(first, again):
         raise EncoderProblem(
@@ -50,7 +52,7 @@ def learn_transform(name: str, folder: Path | None, **given: Any) -> Preprocessi
             "cut each to one size"
         )
     learnt = replace(declared, image_size=first.shape[1:])
-    if "image_size" in declared.declared() and declared.size not in ((1, 1), learnt.size):
+    if size is not None and learnt.size != declared.size:
         raise EncoderProblem(
             f"transform {name!r} gives {learnt.size[0]} x {learnt.size[1]} pixels, but image_size says "
             f"{declared.image_size}: remove image_size"
