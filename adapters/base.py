@@ -292,6 +292,15 @@ def with_further(store: Store, page: Page) -> Page:
     return page if read is None else dataclasses.replace(page, further=read(page.ids))
 
 
+@runtime_checkable
+class Approximates(Protocol):
+    """What a store has besides, if its index keeps approximations and the index itself can make them."""
+
+    def approximations(self, vectors: Vectors) -> Vectors:
+        """(n, dim) -> (n, dim): what `read` would give back of `vectors`, if they were in the index."""
+        ...
+
+
 def same_value(one: Any, other: Any) -> bool:
     """Whether two payload values, or two payloads, are equal; NaN equals NaN, at any depth."""
     if isinstance(one, Mapping) and isinstance(other, Mapping):

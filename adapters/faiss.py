@@ -537,6 +537,12 @@ class FaissStore:
             kept.append(row_scores[answered].tolist())
         return Hits(ids, kept)
 
+    def approximations(self, vectors: Vectors) -> Vectors:
+        """(n, dim) -> (n, dim): what the index would give back of `vectors`, as it is trained now."""
+        with self._lock:
+            index = self._current().index
+            return index.approximations(as_batch(vectors, index.dim))
+
     # -- writing --------------------------------------------------------------------------------------------------
 
     def write_vectors(

@@ -218,6 +218,14 @@ class Index:
         scaled = (np.abs(lengths - 1) > UNIT) & (lengths > 0) & np.isfinite(lengths)
         return np.where(scaled, vectors / np.where(scaled, lengths, 1), vectors).astype(np.float32)
 
+    def approximations(self, vectors: Vectors) -> Vectors:
+        """(m, dim) -> (m, dim): what `vectors` would be read back as, if they were in this index; as they are while it
+        is untrained, and holds none."""
+        if len(vectors) == 0 or not self._body.is_trained:
+            return vectors
+        with translated_faiss(self._where, "encode vectors", f"build the index again; {parts.INSTEAD}"):
+            return self._outward(parts.coded(self._read_leaf, self._inward(vectors)))
+
     @cached_property
     def checksums(self) -> NDArray[np.uint64]:
         """`row_checksums` of all vectors, by position."""

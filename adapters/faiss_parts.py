@@ -260,16 +260,15 @@ def _lists_name(index: Any) -> str:
 
 def _transform_name(transform: Any, pq: Any) -> str:
     this = kind(transform)
-    turned = "" if transform.d_out == transform.d_in else str(transform.d_out)
     if this == NORMALISING:
         return "L2norm"
     if this == "PCAMatrix":
         whitened = "W" if transform.eigen_power else ""
         return f"PCA{whitened}{'R' if transform.random_rotation else ''}{transform.d_out}"
     if is_opq(transform, pq):
-        return f"OPQ{pq.M}" + (f"_{turned}" if turned else "")
-    words = {"RandomRotationMatrix": "RR", "RemapDimensionsTransform": "Pad", "HadamardRotation": "HR"}
-    return f"{words[this]}{turned}" if this in words else this
+        return f"OPQ{pq.M}" + ("" if transform.d_out == transform.d_in else f"_{transform.d_out}")
+    words = {"RandomRotationMatrix": "RR", "RemapDimensionsTransform": "Pad"}
+    return f"{words[this]}{transform.d_out}" if this in words else {"HadamardRotation": "HR"}.get(this, this)
 
 
 # -- training ---------------------------------------------------------------------------------------------------------
@@ -409,6 +408,18 @@ def reverse(transform: Any, vectors: Vectors) -> Vectors:
 def _inverse(matrix: NDArray[np.float32]) -> NDArray[np.float32]:
     rotated = np.allclose(matrix @ matrix.T, np.eye(len(matrix)), atol=1e-4)
     return matrix.T if rotated else np.linalg.pinv(matrix).astype(np.float32)
+
+
+def coded(leaf: Any, vectors: Vectors) -> Vectors:
+    """(n, d) -> (n, d): what a trained leaf keeps of `vectors`."""
+    vectors = np.ascontiguousarray(vectors, np.float32)
+    if kind(leaf) in HNSW:
+        leaf = downcast(leaf.storage)
+    if kind(leaf) in FLAT or kind(leaf) == "IndexIVFFlat":
+        return vectors
+    if kind(leaf) == "IndexPQFastScan":  # it has no codec of its own
+        return np.asarray(leaf.pq.decode(leaf.pq.compute_codes(vectors)), np.float32)
+    return np.asarray(leaf.sa_decode(leaf.sa_encode(vectors)), np.float32)
 
 
 # -- an empty index of the same kind ----------------------------------------------------------------------------------

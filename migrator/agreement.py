@@ -14,14 +14,14 @@ from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from migrator.errors import Refused
 from migrator.retrying import patiently
 from trainer.errors import ImageProblem, TrainerError
 
 if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
+    from adapters.base import Store
     from trainer.encoder import Encoder, EncoderSpec
     from trainer.images import ImageSource
 
@@ -150,11 +150,31 @@ class Disagreement(Refused):
         return {"declared": self.declared.as_json(), "best": best, "tried": [each.as_json() for each in tried[:SHOWN]]}
 
 
-def cosines(stored: NDArray[np.float32], made: NDArray[np.float32]) -> NDArray[np.float64]:
-    """Row by row: stored vectors (n, d) of any length, and made ones (n, d) of unit length -> (n,)."""
-    lengths = np.linalg.norm(stored.astype(np.float64), axis=1)
+AsKept = Callable[[NDArray[np.float32]], NDArray[np.float32]]
+"""(n, d) -> (n, d): what a store that keeps approximations makes of vectors."""
+
+
+def as_kept_by(store: Store) -> AsKept | None:
+    """What `store` makes of the vectors that are written to it; None where it keeps them, or cannot tell."""
+    return None if store.capabilities.exact_vectors else getattr(store, "approximations", None)
+
+
+def cosines(
+    stored: NDArray[np.float32], made: NDArray[np.float32], as_kept: AsKept | None = None
+) -> NDArray[np.float64]:
+    """Row by row: stored vectors (n, d) of any length, and made ones (n, d) of unit length -> (n,).
+
+    Approximations are compared with the approximation of what was made, too, and the better of the two counts: the
+    coarsest index gives the same code to the same vector.
+    """
+    lengths = np.maximum(np.linalg.norm(stored.astype(np.float64), axis=1), np.finfo(np.float64).tiny)
     found: NDArray[np.float64] = np.einsum("nd,nd->n", stored.astype(np.float64), made.astype(np.float64)) / lengths
-    return found
+    if as_kept is None or len(made) == 0:
+        return found
+    kept = as_kept(made).astype(np.float64)
+    kept /= np.maximum(np.linalg.norm(kept, axis=1, keepdims=True), np.finfo(np.float64).tiny)
+    of_kept: NDArray[np.float64] = np.einsum("nd,nd->n", stored.astype(np.float64), kept) / lengths
+    return np.maximum(found, of_kept)
 
 
 def check_agreement(
@@ -166,6 +186,7 @@ def check_agreement(
     made: NDArray[np.float32],
     *,
     exact: bool,
+    as_kept: AsKept | None = None,
     images_per_second: float,
     threads: int,
     retry_for: float,
@@ -175,15 +196,16 @@ def check_agreement(
     made of them, and a sentence where another declaration fits better still.
 
     `stored` (n, dim) may have any length, `made` (n, dim) is of unit length; `exact` tells that the store gives vectors
-    back as they were written. Raises `Disagreement` where the encoder, declared as `spec`, did not make the stored
-    vectors, or another declaration explains those that it did not make. Raises `ImagesUnavailable`.
+    back as they were written, `as_kept` what it makes of vectors where it does not. Raises `Disagreement` where the
+    encoder, declared as `spec`, did not make the stored vectors, or another declaration explains those that it did not
+    make. Raises `ImagesUnavailable`.
     """
-    declared = Tried({}, cosines(stored, made))
+    declared = Tried({}, cosines(stored, made, as_kept))
     if declared.agreeing == len(paths) and (declared.median >= EXACT or not exact):
         return declared.cosines, None
     rows = _choose(declared.cosines, images_per_second=images_per_second)
     with ThreadPoolExecutor(threads, "image") as pool:
-        trial = _Trial(images, paths, stored, pool, retry_for, report)
+        trial = _Trial(images, paths, stored, as_kept, pool, retry_for, report)
         found, best = _search(trial, _Variant(spec, encoder), rows)
     card = _card_of(spec)
     explains = best is not None and best.agreeing > declared.agreeing
@@ -346,18 +368,20 @@ class _Trial:
         images: ImageSource,
         paths: Sequence[str],
         stored: NDArray[np.float32],
+        as_kept: AsKept | None,
         pool: ThreadPoolExecutor,
         retry_for: float,
         report: Report,
     ) -> None:
-        self._images, self._paths, self._stored = images, paths, stored
+        self._images, self._paths, self._stored, self._as_kept = images, paths, stored, as_kept
         self._pool, self._retry_for, self._report = pool, retry_for, report
         self._files: dict[str, bytes] = {}
 
     def part(self, rows: NDArray[np.int64]) -> _Trial:
         """The same with fewer images."""
         paths = [self._paths[row] for row in rows.tolist()]
-        return _Trial(self._images, paths, self._stored[rows], self._pool, self._retry_for, self._report)
+        stored = self._stored[rows]
+        return _Trial(self._images, paths, stored, self._as_kept, self._pool, self._retry_for, self._report)
 
     def measure(self, variants: Sequence[_Variant]) -> list[Tried]:
         """The cosines of each variant; none where it cannot take these images."""
@@ -380,7 +404,7 @@ class _Trial:
                 same = (id(variant.encoder.model), preprocessing.mean, preprocessing.std, batch.shape, batch.tobytes())
                 try:
                     if same not in made:
-                        made[same] = cosines(stored, variant.encoder.encode(batch))
+                        made[same] = cosines(stored, variant.encoder.encode(batch), self._as_kept)
                     of_one.append(made[same])
                 except TrainerError:
                     found[number] = None

@@ -14,12 +14,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from adapters.base import ItemId, Store
-from migrator.agreement import SAME_ENCODER
+from migrator.agreement import SAME_ENCODER, as_kept_by, cosines
 from migrator.config import FLIPS
 from migrator.encoding import embed, locate
 from migrator.ledger import Migration
 from migrator.project import Project
-from migrator.stored_encoder import unit
 from migrator.verify.answers import read_answers
 from migrator.verify.curve import expected
 from migrator.verify.gate import Measured, gate
@@ -107,9 +106,9 @@ def _read_back(
     paths = locate(images, [(page.ids[row], page.payloads[row]) for row in ours])
     found = embed(images, paths, [encoder], **project.loading())
     rows = [ours[row] for row in found.rows.tolist()]
-    cosines = np.einsum("nd,nd->n", unit(page.vectors[rows]), found.vectors[0])
-    wrong = [page.ids[rows[at]] for at in np.flatnonzero(cosines < SAME_ENCODER).tolist()]
-    worst = float(cosines.min()) if len(cosines) else None
+    agreement = cosines(page.vectors[rows], found.vectors[0], as_kept_by(store))
+    wrong = [page.ids[rows[at]] for at in np.flatnonzero(agreement < SAME_ENCODER).tolist()]
+    worst = float(agreement.min()) if len(agreement) else None
     detail = {
         "checked": len(rows),
         "wrong": len(wrong),
