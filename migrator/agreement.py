@@ -269,8 +269,12 @@ def _greedy(trial: _Trial, declared: _Variant) -> Search:
     every[best.label] = best
     ranked = sorted(every.values(), key=lambda tried: (-round(float(tried.cosines.mean()), 4), len(tried.keys)))
     # A key that changes nothing here is no row of its own.
-    different = {round(float(tried.cosines.mean()), 6): tried for tried in reversed(ranked)}
+    different = {_mean(tried): tried for tried in reversed(ranked) if _mean(tried) != _mean(start)}
     return Search(start, list(different.values())[::-1], best, best_variant)
+
+
+def _mean(tried: Tried) -> float:
+    return round(float(tried.cosines.mean()), 6)
 
 
 def _refined(trial: _Trial, declared: _Variant, best: Tried, variant: _Variant) -> tuple[Tried, _Variant]:
@@ -317,13 +321,22 @@ class _Variant:
 def _alternatives(base: _Variant) -> Iterator[_Variant]:
     """Everything that differs from `base` in keys that are not changed yet."""
     seen = [base.spec]
-    for change in (*PIXELS, *MODELS):
+    for change in (*PIXELS, *MODELS, *_other_weights(base)):
         if change.keys() & base.keys.keys():
             continue
         variant = _changed(base, change)
         if variant is not None and variant.spec not in seen:
             seen.append(variant.spec)
             yield variant
+
+
+def _other_weights(base: _Variant) -> list[Keys]:
+    """Other weights in the same file, where it has some: without a key only one of them fits."""
+    from trainer.encoder import checkpoint_keys
+
+    if base.spec.checkpoint_key is None:
+        return []
+    return [{"checkpoint_key": key} for key in checkpoint_keys(base.spec)]
 
 
 def _changed(base: _Variant, change: Keys) -> _Variant | None:

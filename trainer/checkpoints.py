@@ -148,6 +148,11 @@ def find_weights(path: Path, content: Mapping[Any, Any], network: Network, key: 
     return found[0]
 
 
+def places(content: Mapping[Any, Any], network: Network) -> list[str]:
+    """Every place in a file's content where `network` is, with different numbers, as `checkpoint_key` names it."""
+    return [found.place for found in _places(state_dicts(content), network)]
+
+
 def _places(parts: Mapping[str, State], network: Network) -> list[Found]:
     return _distinct(_fits(parts, network)) or _distinct(_renamed(parts, network))
 

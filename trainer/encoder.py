@@ -33,7 +33,7 @@ from trainer.backbones import (
     timm_backbone,
     timm_layout,
 )
-from trainer.checkpoints import Network, advice, find_weights, is_needed, kind, state_dicts
+from trainer.checkpoints import Network, advice, find_weights, is_needed, kind, places, state_dicts
 from trainer.errors import EncoderMismatch, EncoderProblem
 from trainer.files import write_whole
 from trainer.maps import POST_HOC, Map
@@ -526,6 +526,16 @@ def _load_model(
         return _stateful_model(spec, found.state, parts, device, any_dim=any_dim), str(found) or None
     except EncoderProblem as problem:
         raise EncoderProblem(f"{problem}; {advice(content, found)}") from problem
+
+
+def checkpoint_keys(spec: EncoderSpec) -> list[str]:
+    """The values of `checkpoint_key` that pick weights of this architecture from the file.
+
+    Raises EncoderProblem as `load_encoder` does.
+    """
+    if spec.weights is None or spec.arch in PROGRAMS:
+        return []
+    return places(read_weights(spec.weights), _parts(spec, torch.device("cpu")).network)
 
 
 @dataclass(frozen=True)

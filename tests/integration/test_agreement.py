@@ -413,3 +413,27 @@ def test_pooled_features_are_found_where_the_classifier_is_as_wide(gallery: Gall
     keys, _ = gallery.refused()
     assert keys == {"head": "none"}
     gallery.follow(keys)
+
+
+def test_the_other_weights_of_a_checkpoint_are_found(gallery: Gallery) -> None:
+    import torch
+
+    from trainer.torchvision_cpu import import_timm
+
+    def network(seed: int) -> Any:
+        torch.manual_seed(seed)
+        return import_timm().create_model("test_resnet", num_classes=DIM).eval()
+
+    averaged = network(5)
+    both = {"epoch": 3, "state_dict": network(4).state_dict(), "state_dict_ema": averaged.state_dict()}
+    torch.save(both, gallery.world.folder / "checkpoint.pth.tar")
+    gallery.world.configure(
+        old_encoder={
+            "arch": "test_resnet", "weights": "checkpoint.pth.tar", "checkpoint_key": "state_dict", "dim": DIM,
+            "image_size": SIZE,
+        }
+    )  # fmt: skip
+    gallery.fill(pictures(), ".png", lambda file: normalised(squashed(plain(file))), averaged)
+    keys, _ = gallery.refused()
+    assert keys == {"checkpoint_key": "state_dict_ema"}
+    gallery.follow(keys)
