@@ -479,7 +479,7 @@ def refusal(declared: Tried, found: Search | None, best: Tried | None, *, card: 
     else:
         advice = (
             "no other preprocessing brings them near: the weights or the images are other ones, or the loader does "
-            "what no key says, then give it as old_encoder.transform"
+            "what no key says (then give it as old_encoder.transform)"
         )
     lines = [f"{what}; {advice}"]
     if found is not None:
@@ -497,10 +497,9 @@ def hint(declared: Tried, best: Tried, *, card: str | None) -> str:
 
 
 def _advice(keys: Keys, card: str | None) -> str:
-    told = [f"set {' and '.join(f'old_encoder.{key} to {_written(value)}' for key, value in keys.items())}"]
-    if card is not None:
-        told.append(f"move {card} away, which records the other declaration")
-    return ", and ".join(told)
+    *others, last = [f"old_encoder.{key} to {_written(value)}" for key, value in keys.items()]
+    told = f"set {', '.join(others)} and {last}" if others else f"set {last}"
+    return told if card is None else f"{told}, and move {card} away, which records the other declaration"
 
 
 def _table(found: Search) -> list[str]:
