@@ -123,7 +123,7 @@ class _State:
         self.carried = np.zeros(len(self.ids), bool)
         """Vectors that only a rebuild of a quantised index has changed since the original."""
         self.replaced = np.zeros(len(self.ids), bool)
-        """Vectors that the application has replaced in the index alone: their originals are of the past."""
+        """Vectors that the application has replaced in the index alone: their originals no longer hold."""
         self.unbalanced = False
         self.changes = Changes()
         self._written: Vectors | None = None
@@ -369,13 +369,11 @@ class FaissStore:
         folder = self._folder
         problems = folder.missing()
         if problems:
-            readers: list[Callable[[], object]] = (
-                [lambda: folder.read_index(folder.index)] if folder.index.is_file() else []
-            )
-            readers += [folder.read_items] if folder.item_files() else []
-            readers += [folder.read_originals]
-            for reader in readers:
-                _attempt(problems, reader)
+            if folder.index.is_file():
+                _attempt(problems, lambda: folder.read_index(folder.index))
+            if folder.item_files():
+                _attempt(problems, folder.read_items)
+            _attempt(problems, folder.read_originals)
             raise StoreRejected(listed(problems))
 
     def _current(self) -> _State:
@@ -399,7 +397,7 @@ class FaissStore:
         """What this kind of index allows."""
         with self._lock:
             state = self._current()
-            index, outlived = state.index, self._folder.vectors_outlived()
+            index, outdated = state.index, self._folder.vectors_outdated()
         return Capabilities(
             update_in_place=index.updates_in_place,
             visible="on_publish" if index.updates_in_place else "at_cutover",
@@ -409,7 +407,7 @@ class FaissStore:
             normalises=index.normalises,
             partial_update=True,
             aliases=self._folder.is_folder,
-            notes=tuple(_notes(state, outlived=outlived)),
+            notes=tuple(_notes(state, outdated=outdated)),
         )
 
     def describe(self) -> CollectionInfo:
@@ -782,8 +780,8 @@ class FaissStore:
                         "the old ones, before the migration is forgotten"
                     )
                 folder = self._folder
-                if state.originals is not None and state.stamps.any():
-                    folder.outlive_vectors()
+                if state.vector_files is not None and state.stamps.any():
+                    folder.mark_vectors_outdated()
                     state.originals = state.vector_files = None
                 folder.remove([*folder.stamp_files(), *folder.segment_files(), folder.original])
                 state.stamps[:] = 0
@@ -866,8 +864,8 @@ class FaissStore:
                 self._held = None
 
 
-def _notes(state: _State, *, outlived: bool) -> Iterator[str]:
-    """What follows from the kind of index, for the plan. `outlived`: the files of store.vectors are too old."""
+def _notes(state: _State, *, outdated: bool) -> Iterator[str]:
+    """What follows from the kind of index, for the plan. `outdated`: the files of store.vectors are too old."""
     index = state.index
     if index.goes_out_of_balance:
         yield (
@@ -887,8 +885,8 @@ def _notes(state: _State, *, outlived: bool) -> Iterator[str]:
     if index.exact_vectors:
         return
     kept = f"{index.name} keeps approximations: vectors read from it differ from those that were added"
-    if outlived:
-        yield f"{kept}; the files of store.vectors are of before the last migration and not used: leave them away"
+    if outdated:
+        yield f"{kept}; the files of store.vectors are older than the last migration and not used: remove the key"
     elif state.originals is None:
         yield f"{kept}; where you have the exact ones as .npy files, name them as store.vectors"
     else:

@@ -128,7 +128,7 @@ class Folder:
         self.segments = self.ours / "segments"
         self.stamps = self.ours / "stamps"
         self.original = self.ours / "original.faiss"
-        self._outlived = self.ours / "vectors.json"
+        self._outdated = self.ours / "vectors.json"
         self._numbers: dict[Path, int] = {}
 
     def opened_as(self, local: str) -> Folder:
@@ -158,7 +158,7 @@ class Folder:
         if not self.index.is_file():
             problems.append(f"{_absent(self.named_index)}: {self._advice()}")
         for patterns, advice in ((self._items, self._advice()), (self._vectors, "save them as .npy, or name others")):
-            problems += [f"{_absent(Path(pattern))}: {advice}" for pattern in patterns if not _files([pattern])]
+            problems += [f"{_nothing(pattern)}: {advice}" for pattern in patterns if not _files([pattern])]
         return problems
 
     def _advice(self) -> str:
@@ -171,7 +171,7 @@ class Folder:
             pattern = "metadata/*.parquet" if tables else "..."
             return (
                 f"this folder is laid out otherwise: in place of store.path give store.index ({self.path / named}) "
-                f"and store.items ({self.path / pattern})"
+                f"and store.items ({Path(glob.escape(str(self.path)), pattern)})"
             )
         return (
             "a FAISS store is a folder with index.faiss and items.parquet; where they have other names, give "
@@ -209,26 +209,26 @@ class Folder:
         return read_items(self.item_files(), self._live_files())
 
     def read_originals(self) -> Originals | None:
-        """The exact vectors; None where there are none, or where those that there are belong to the past."""
+        """The exact vectors; None where there are none, or only outdated ones."""
         files = self.vector_files()
-        return read_originals(files, self._live_files()) if files and not self.vectors_outlived() else None
+        return read_originals(files, self._live_files()) if files and not self.vectors_outdated() else None
 
-    def vectors_outlived(self) -> bool:
+    def vectors_outdated(self) -> bool:
         """Whether the files of vectors are those of before a migration that was finished."""
         try:
-            outlived = json.loads(self._outlived.read_bytes())
+            outdated = json.loads(self._outdated.read_bytes())
         except FileNotFoundError:
             return False
-        return bool(outlived == self._vectors_seen())
+        return bool(outdated == self._vectors_seen())
 
     def _vectors_seen(self) -> list[list[Any]]:
         return [[str(file), list(identity(file.stat()))] for file in self.vector_files()]
 
-    def outlive_vectors(self) -> None:
+    def mark_vectors_outdated(self) -> None:
         """Writes down that the files of vectors are not those of the index any more."""
         if self.vector_files():
-            with translated(self._outlived):
-                self._write(self._outlived, lambda file: file.write(json.dumps(self._vectors_seen()).encode()))
+            with translated(self._outdated):
+                self._write(self._outdated, lambda file: file.write(json.dumps(self._vectors_seen()).encode()))
 
     # -- the lock -------------------------------------------------------------------------------------------------
 
@@ -614,6 +614,12 @@ def _absent(file: Path) -> str:
         return f"{file} is a symbolic link to {os.path.realpath(file)}, which does not exist"
     if file.is_dir():
         return f"{file} is a folder, not a file"
-    if _MAGIC.search(str(file)):
-        return f"no file is called {_spelled([str(file)])}"
     return f"{file} does not exist"
+
+
+def _nothing(pattern: str) -> str:
+    """Why a name or pattern stands for no file."""
+    there = Path(pattern).is_dir() or Path(pattern).is_symlink()
+    return (
+        f"no file is called {_spelled([pattern])}" if _MAGIC.search(pattern) and not there else _absent(Path(pattern))
+    )

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import glob
 import json
 import os
 import re
@@ -687,3 +688,46 @@ def test_reading_a_configuration_loads_nothing_heavy():
 def test_an_unknown_key_may_look_like_anything(tmp_path, key):
     (found,) = problems(tmp_path, EXAMPLE.replace("migrations:", f'"{key}": 1\nmigrations:', 1))
     assert f"{key}: unknown key; known are version, ledger" in found
+
+
+STORE = "{kind: faiss, path: ./gallery}"
+
+
+@pytest.mark.parametrize(
+    ("store", "problem"),
+    [
+        ("{kind: faiss}", "path: missing: the folder with index.faiss and items.parquet, or give index and items"),
+        ("{kind: faiss, index: a.index}", "path: missing, and so is items: give path alone, or both index and items"),
+        ("{kind: faiss, items: m/*.parquet}", "path: missing, and so is index: give path alone, or both"),
+        ("{kind: faiss, path: g, index: a.index}", "path: is a folder, and index and items name files: keep the one"),
+        ("{kind: faiss, path: g, items: m/*.parquet}", "path: is a folder, and index and items name files"),
+        ("{kind: faiss, index: a, items: []}", "items: must be the path of a local file or folder"),
+        ("{kind: faiss, index: a, items: [3]}", "items: must be the path of a local file or folder"),
+        (
+            "{kind: faiss, index: a, items: 's3://b/*.parquet'}",
+            "items: must be a local path; a URL cannot be read here",
+        ),
+        ("{kind: faiss, path: g, vectors: true}", "vectors: must not be true or false"),
+    ],
+)
+def test_a_faiss_store_is_a_folder_or_files(tmp_path: Path, store: str, problem: str) -> None:
+    (line,) = problems(tmp_path, edited(STORE, store))
+    assert line.startswith(f"migrations.yaml:6: migrations.digits-v2.store.{problem}")
+
+
+def test_patterns_start_from_the_folder_of_the_file_whatever_it_is_called(tmp_path: Path) -> None:
+    folder = tmp_path / "shop [old]"
+    (folder / "metadata").mkdir(parents=True)
+    (folder / "metadata" / "metadata_0.parquet").touch()
+    store = '{kind: faiss, index: clip/image.index, items: "./metadata/*.parquet", vectors: [a.npy, "emb/*.npy"]}'
+    migration = load_config(write(folder, edited(STORE, store))).migrations["digits-v2"]
+    found = migration.store.settings()
+    assert found.keys() == {"kind", "index", "items", "vectors"}
+    assert found["index"] == str(folder / "clip" / "image.index")
+    (pattern,) = found["items"]
+    assert glob.glob(pattern) == [str(folder / "metadata" / "metadata_0.parquet")]  # noqa: PTH207 - a pattern
+    assert found["vectors"][0] == str(folder / "a.npy")
+    absolute = edited(STORE, store.replace("./metadata", "/srv/metadata"))
+    assert load_config(write(folder, absolute)).migrations["digits-v2"].store.settings()["items"] == [
+        "/srv/metadata/*.parquet"
+    ]
