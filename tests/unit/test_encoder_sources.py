@@ -485,8 +485,9 @@ def channels_last_file(path: Path, *shape: int | str, kind: int = 1) -> None:
     axes = message((1, "axes"), (8, 1), (8, 2), (20, 7)), message((1, "keepdims"), (3, 0), (20, 2))
     mean = message((1, "floats"), (2, "means"), (4, "ReduceMean"), *((5, attribute) for attribute in axes))
     same = message((1, "means"), (1, "identity"), (2, "vectors"), (4, "MatMul"))
-    identity = message((1, 3), (1, 3), (2, 1), (8, "identity"), (9, np.eye(3, dtype=np.float32).tobytes()))
-    inputs, outputs = value("images", kind, "n", *shape), value("vectors", 1, "n", 3)
+    c = shape[-1] if isinstance(shape[-1], int) else 3
+    identity = message((1, c), (1, c), (2, 1), (8, "identity"), (9, np.eye(c, dtype=np.float32).tobytes()))
+    inputs, outputs = value("images", kind, "n", *shape), value("vectors", 1, "n", c)
     graph = message((1, cast), (1, mean), (1, same), (2, "g"), (5, identity), (11, inputs), (12, outputs))
     path.write_bytes(message((1, 8), (8, message((2, 17))), (7, graph)))
 
@@ -524,7 +525,7 @@ def test_programs_of_bytes_get_bytes(tmp_path: Path) -> None:
     [
         ((20, 20, 3), r"shape \(n, 20, 20, 3\), not \(n, 3, 16, 16\) or \(n, 16, 16, 3\): set image_size to its own"),
         ((SIZE, SIZE, 1), "three channels here"),
-        ((SIZE * SIZE, 3), "export it for a batch of RGB pictures"),
+        ((SIZE, SIZE, 3, 1), "export it for a batch of RGB pictures"),
         (("c", "h", "w"), r"if it takes channels last, export it with the input's shape \(n, H, W, 3\)"),
     ],
 )
