@@ -233,7 +233,12 @@ def _distinct(found: Iterator[Found]) -> list[Found]:
 
 
 def _same(a: State, b: State) -> bool:
-    return a.keys() == b.keys() and all(kind(a[name]) == kind(b[name]) and torch.equal(a[name], b[name]) for name in a)
+    return a.keys() == b.keys() and all(
+        kind(a[name]) == kind(b[name])
+        and a[name].layout == b[name].layout == torch.strided
+        and torch.equal(a[name], b[name])
+        for name in a
+    )
 
 
 def state_dicts(content: Mapping[Any, Any], place: str = "", depth: int = 0) -> dict[str, State]:
@@ -283,9 +288,13 @@ _ELSEWHERE = (
 """Names by which a state dict of another library is recognised."""
 
 
-def advice(content: Mapping[Any, Any], found: Found) -> str:
+def advice(content: Mapping[Any, Any], found: Found, network: Network) -> str:
     """What to do about a file in which no state dict fits: whose names these are, what else is there."""
     parts = state_dicts(content)
+    if all(name in found.state for name in network.tensors if is_needed(name)) and all(
+        name in network.tensors or network.may_have(name) for name in found.state
+    ):
+        return "all names fit, so these are weights for another image_size, or of another variant of the architecture"
     for pattern, library in _ELSEWHERE:
         if any(re.match(pattern, name) for tensors in parts.values() for name in tensors):
             return f"its names look like those of {library}: give a module whose factory builds that model and loads it"

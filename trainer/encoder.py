@@ -314,7 +314,7 @@ def _checked(
     """The model on its device, once it has shown that it is what the card says. Without a card one is made."""
     if card is not None and model.head != card.head:
         raise EncoderMismatch(
-            f"encoder {card.id}: its embedding is declared as head {model.head}, but its card says {card.head}: "
+            f"encoder {card.id}: its embedding is declared as head {model.head}, but its manifest says {card.head}: "
             f"set head to {card.head}, or declare this as a new encoder"
         )
     digest = _weights_sha256(model)
@@ -515,6 +515,8 @@ def _load_model(
         )
     content = read_weights(spec.weights)
     if "map.linear.weight" in content and all(str(name).startswith(("base.", "map.")) for name in content):
+        if spec.checkpoint_key is not None:
+            raise EncoderProblem(f"weights {_named(spec)} are one encoder with its map: remove checkpoint_key")
         return _mapped_model(spec, state_dicts(content)[""], device), None
     if spec.arch in PROGRAMS:
         raise EncoderProblem(f"weights {_named(spec)} hold no map to follow {spoken(spec.arch)}: name that file itself")
@@ -525,7 +527,7 @@ def _load_model(
     try:
         return _stateful_model(spec, found.state, parts, device, any_dim=any_dim), str(found) or None
     except EncoderProblem as problem:
-        raise EncoderProblem(f"{problem}; {advice(content, found)}") from problem
+        raise EncoderProblem(f"{problem}; {advice(content, found, parts.network)}") from problem
 
 
 def checkpoint_keys(spec: EncoderSpec) -> list[str]:

@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import pathlib
 import pickle
+import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -265,6 +266,77 @@ def test_weights_of_something_else_are_told_with_what_the_file_holds(tmp_path: P
     ):
         torch.save({name: torch.ones(4) for name in names}, path)
         refused(spec(path), f"its names look like those of {library}: give a module")
+
+
+def test_weights_for_another_image_size_say_so(tmp_path: Path) -> None:
+    torch.save(network(arch="test_vit").state_dict(), tmp_path / "a.pt")  # for 160 pixels
+    declared = EncoderSpec("test_vit", 64, Preprocessing(96), tmp_path / "a.pt")
+    refused(declared, "backbone.pos_embed (1, 101, 64) instead of (1, 37, 64)", "for another image_size")
+
+
+# --- names of an older timm, and of the authors of an architecture
+
+
+def in_clips_names(model: nn.Module) -> dict[str, Any]:
+    """The state dict of timm's model as OpenAI's CLIP names it, a text tower beside it."""
+    names = {
+        "patch_embed.proj": "conv1", "norm_pre": "ln_pre", "blocks.": "transformer.resblocks.",
+        "attn.qkv.": "attn.in_proj_", "attn.proj": "attn.out_proj", "mlp.fc1": "mlp.c_fc", "mlp.fc2": "mlp.c_proj",
+        "norm1": "ln_1", "norm2": "ln_2",
+    }  # fmt: skip
+    state = dict(model.state_dict())
+    found = {"visual.proj": state.pop("head.weight").T.contiguous(), "logit_scale": torch.tensor(1.0)}
+    found["visual.class_embedding"] = state.pop("cls_token")[0, 0]
+    found["visual.positional_embedding"] = state.pop("pos_embed")[0]
+    found["token_embedding.weight"] = torch.ones(8, 8)
+    del state["head.bias"]
+    for name, tensor in state.items():
+        renamed = name.replace("norm.", "ln_post.") if name.startswith("norm.") else name
+        for timms, clips in names.items():
+            renamed = renamed.replace(timms, clips)
+        found[f"visual.{renamed}"] = tensor
+    return found
+
+
+@pytest.mark.parametrize("prefix", ["", "module."])
+def test_the_visual_tower_of_clip_is_loaded_into_timms_model_of_it(tmp_path: Path, prefix: str) -> None:
+    arch, size, dim = "vit_xsmall_patch16_clip_224", 224, 24
+    model: Any = network(dim, arch=arch)
+    with torch.no_grad():
+        model.head.bias.zero_()  # CLIP's projection has none
+    torch.save({"state_dict": prefixed(in_clips_names(model), prefix)}, tmp_path / "clip.pt")
+    encoder = load_encoder(EncoderSpec(arch, dim, Preprocessing(size), tmp_path / "clip.pt"))
+    mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (PREPROCESSING.mean, PREPROCESSING.std))
+    with torch.no_grad():
+        wanted = F.normalize(model((torch.tensor(pictures(size, 1)) / 255 - mean) / std)).numpy()
+    assert np.abs(encoder.encode(pictures(size, 1)) - wanted).max() < 1e-5
+    assert encoder.card.head == "classifier"
+    assert encoder.taken == "state_dict, with names changed as timm does for this architecture"
+
+
+def test_names_of_convnexts_authors_and_buffers_of_an_older_timm_are_known(tmp_path: Path) -> None:
+    model = network(arch="test_convnext")
+    renamed = {}
+    for name, tensor in model.state_dict().items():
+        found = re.sub(r"stem\.(\d)", r"downsample_layers.0.\1", name)
+        found = re.sub(r"stages\.(\d+)\.downsample\.(\d+)", r"downsample_layers.\1.\2", found)
+        found = re.sub(r"stages\.(\d+)\.blocks\.(\d+)", r"stages.\1.\2", found)
+        for timms, authors in (("conv_dw", "dwconv"), ("mlp.fc", "pwconv"), ("head.norm", "norm"), ("head.fc", "head")):
+            found = found.replace(timms, authors)
+        renamed[found] = tensor
+    torch.save({"model": renamed}, tmp_path / "convnext.pth")
+    wanted = pooled(model, pictures(64))
+    declared = EncoderSpec("test_convnext", wanted.shape[1], Preprocessing(64), tmp_path / "convnext.pth")
+    assert np.abs(load_encoder(declared).encode(pictures(64)) - wanted).max() < 1e-5
+    arch, size = "swin_tiny_patch4_window7_224", 224
+    swin = network(0, arch=arch)
+    buffers = {"layers.0.blocks.1.attn_mask": torch.zeros(64, 49, 49)}
+    for name in swin.state_dict():
+        if name.endswith("relative_position_bias_table"):
+            buffers[name.replace("bias_table", "index")] = torch.zeros(49, 49, dtype=torch.long)
+    torch.save({**swin.state_dict(), **buffers}, tmp_path / "swin.pt")
+    encoder = load_encoder(EncoderSpec(arch, swin.num_features, Preprocessing(size), tmp_path / "swin.pt"))  # type: ignore[arg-type]
+    assert encoder.taken == "with names changed as timm does for this architecture"
 
 
 # --- files that are not state dicts

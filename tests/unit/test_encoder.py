@@ -319,7 +319,9 @@ def test_where_classifier_and_features_are_of_one_length_head_chooses(tmp_path: 
         again = dataclasses.replace(declared, weights=tmp_path / "again.safetensors", head=head)  # type: ignore[arg-type]
         assert load_encoder(again).id == encoder.id
         assert load_encoder(dataclasses.replace(again, head=None)).id == encoder.id  # the manifest says it
-    with pytest.raises(EncoderMismatch, match=r"declared as head classifier, but its card says none: set head to none"):
+    with pytest.raises(
+        EncoderMismatch, match=r"declared as head classifier, but its manifest says none: set head to none"
+    ):
         load_encoder(dataclasses.replace(declared, head="classifier"), expected=encoder.card)
     torch.save(model.state_dict(), tmp_path / "bare.pt")  # its classifier was taken away above
     with pytest.raises(EncoderProblem, match="hold no classifier: set head to none for the pooled features") as caught:
