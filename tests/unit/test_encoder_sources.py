@@ -267,7 +267,13 @@ def message(*fields: tuple[int, Any]) -> bytes:
 
 
 def onnx_file(
-    path: Path, *, batch: int | None = None, kind: int = 1, pooled: bool = True, elsewhere: bool = False
+    path: Path,
+    *,
+    batch: int | None = None,
+    kind: int = 1,
+    pooled: bool = True,
+    elsewhere: bool = False,
+    size: tuple[int, int] = (SIZE, SIZE),
 ) -> np.ndarray:
     """Writes mean over the picture, times a matrix (3, WIDTH), as an ONNX model; gives the matrix."""
     matrix = np.random.default_rng(0).normal(size=(3, WIDTH)).astype(np.float32)
@@ -292,7 +298,7 @@ def onnx_file(
         *((1, node) for node in nodes),
         (2, "g"),
         (5, message(*tensor)),
-        (11, value("images", batch or "n", 3, SIZE, SIZE)),
+        (11, value("images", batch or "n", 3, *size)),
         (12, output),
     )
     path.write_bytes(message((1, 8), (8, message((2, 17))), (7, graph)))
