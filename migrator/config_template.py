@@ -34,9 +34,12 @@ migrations:
       image_size: 224
       # mean: [0.485, 0.456, 0.406]       # ImageNet's unless given
       # std: [0.229, 0.224, 0.225]
-      # resize: squash                    # or crop: scale the shorter side, cut out the centre
+      # resize: squash                    # or crop, letterbox, border, which keep the shape
       # crop_pct: 1.0                     # scale to image_size / crop_pct first
-      # interpolation: bilinear           # or bicubic
+      # interpolation: bilinear           # or nearest, bicubic, lanczos, box, hamming
+      # exif: apply                       # or ignore, as Image.open(file).convert("RGB") does
+      # alpha: white                      # below transparent pixels; or drop, as convert("RGB") does
+      # antialias: true                   # or false, as cv2.resize does
 
     # The encoder to move to. It has the same dim. Without weights, `migrator train` makes them.
     new_encoder:

@@ -312,6 +312,19 @@ def test_without_antialias_pixels_are_opencvs(
     assert np.abs(ours.transpose(1, 2, 0).astype(int) - theirs).max() <= 1
 
 
+@pytest.mark.parametrize(
+    ("interpolation", "width", "height", "most"),
+    [("hamming", 640, 480, 1.0), ("hamming", 301, 457, 1.0), ("box", 448, 672, 0.5)],
+)
+def test_opencvs_area_is_near_to_what_the_docs_name(interpolation: Any, width: int, height: int, most: float) -> None:
+    import cv2
+
+    pixels = smooth(width, height)
+    theirs = cv2.resize(pixels, (224, 224), interpolation=cv2.INTER_AREA)
+    ours = Preprocessing(224, interpolation=interpolation).prepare(Image.fromarray(pixels)).transpose(1, 2, 0)
+    assert np.abs(ours.astype(int) - theirs).mean() < most
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     width=st.integers(10, 200),
