@@ -89,8 +89,11 @@ class Qdrant:
         return m.CollectionExistence(exists=self.client.collection_exists(collection))
 
     def collection(self, collection: str) -> m.CollectionInfo:
-        """Local mode forgets the settings that only a server has; here they are kept."""
+        """Local mode forgets the settings that only a server has; here they are kept, or have the server's defaults."""
         info = self.client.get_collection(collection)
+        for setting, field in m.CollectionParams.model_fields.items():
+            if getattr(info.config.params, setting) is None:
+                setattr(info.config.params, setting, field.default)
         name = self._behind(collection)
         indexes = {
             field: m.PayloadIndexInfo(
