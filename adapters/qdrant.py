@@ -244,6 +244,10 @@ def _translated(where: str, call: Callable[[], T]) -> T:
         raise _of_status(where, error.status_code or 500, error.content, error.headers.get("Retry-After")) from error
     except ResponseHandlingException as error:
         if isinstance(error.source, ValidationError):
+            if unknown := _unknown_setting(error.source):
+                raise StoreRejected(
+                    f"{where} has the setting {unknown}, which this qdrant-client does not know: upgrade qdrant-client"
+                ) from error
             raise _Foreign(f"{where} answered with something that is not Qdrant's: is it a Qdrant?") from error
         raise StoreUnavailable(f"{where} did not answer: {one_line(error.source)}") from error
     except QdrantException as error:
@@ -264,6 +268,16 @@ def _translated(where: str, call: Callable[[], T]) -> T:
         raise _BadRequest(f"{where} refused: {one_line(error)}") from error
     except OSError as error:
         raise StoreUnavailable(f"{where} did not answer: {one_line(error)}") from error
+
+
+def _unknown_setting(error: Any) -> str | None:
+    """The setting in a collection's description that the client has no name for, if that is what is wrong."""
+    places = [each["loc"] for each in error.errors() if each["type"] == "extra_forbidden"]
+    deepest = max(places, key=len, default=())  # where a value may be of several types, the others complain earlier
+    for part in ("config", "payload_schema"):
+        if part in deepest:
+            return ".".join(str(name) for name in deepest[deepest.index(part) + 1 :])
+    return None
 
 
 def _of_status(where: str, status: int, content: bytes, retry_after: str | None) -> Exception:
@@ -314,8 +328,8 @@ class QdrantStore:
         self._local_name, self._alias = self._resolve(collection)
         self._name, self._params = self._vector(vector)
         self._named = bool(self._name)
-        self._has_further = bool(self._further_names())
-        self._which: Any = [self._name] if self._named or self._has_further else True
+        self._further = tuple(sorted(self._further_names()))
+        self._which: Any = [self._name] if self._named or self._further else True
         self._indexed = False
 
     # -- facts ----------------------------------------------------------------------------------------------------
@@ -402,8 +416,15 @@ class QdrantStore:
             )
         if self._connection.exposed:
             notes.append("the api key travels over http, where others can read it: use https")
+        if self._further:
+            names = ", ".join(map(repr, self._further))
+            notes.append(f"the vectors {names} stay as they are: in place they are not touched, a shadow has them too")
         if local:
             notes.append("a local folder is open in one process at a time: stop the application for each run")
+            notes.append(
+                "a local folder keeps vectors, payloads and metadata, but neither index settings nor payload indexes: "
+                "nor does a shadow in it"
+            )
         return Capabilities(
             update_in_place=True,
             visible="at_once",
@@ -1059,7 +1080,7 @@ class QdrantStore:
         self._must_write()
         assert page.vectors is not None
         assert page.payloads is not None
-        if page.further is None and self._has_further:
+        if page.further is None and self._further:
             raise StoreRejected(f"points of {self._where()} have further vectors, which are not given")
         vectors = as_batch(page.vectors, self._params.size, page.ids)
         rejected = unusable(page.ids, vectors)

@@ -384,8 +384,9 @@ class EdgeStore:
         return int(self._params["size"])
 
     @property
-    def _has_more_vectors(self) -> bool:
-        return len(self._shard.config["vectors"]) > 1 or bool(self._shard.config.get("sparse_vectors"))
+    def _further_names(self) -> list[str]:
+        config = self._shard.config
+        return [name for name in [*config["vectors"], *(config.get("sparse_vectors") or {})] if name != self._name]
 
     @property
     def capabilities(self) -> Capabilities:
@@ -400,11 +401,20 @@ class EdgeStore:
             partial_update=True,  # in effect: whole points are written, but nobody else can write meanwhile
             aliases=True,
             notes=(
+                *self._notes_of_further(),
                 "one process at a time has the collection open: stop the application for each run",
                 "an application that replaces a vector with update_vectors, and does not upsert the point, keeps the "
                 "stamp: let it delete the payload key _migrator too, or such a change is not found",
                 "a new vector is searched without the HNSW index until the cutover, which builds it anew",
             ),
+        )
+
+    def _notes_of_further(self) -> tuple[str, ...]:
+        names = ", ".join(map(repr, sorted(self._further_names)))
+        return (
+            (f"the vectors {names} stay as they are: in place they are not touched, a shadow has them too",)
+            if names
+            else ()
         )
 
     def describe(self) -> CollectionInfo:
@@ -543,7 +553,7 @@ class EdgeStore:
             yield list(ids[start : start + size])
 
     def _per_part(self) -> int:
-        most = PART_ITEMS_WHOLE if self._has_more_vectors else PART_ITEMS
+        most = PART_ITEMS_WHOLE if self._further_names else PART_ITEMS
         return max(1, min(most, PART_BYTES // (4 * self._dim)))
 
     def count(self, *, stamp: str | None = None) -> int:
@@ -596,7 +606,7 @@ class EdgeStore:
         rejected = {} if stamp is None else unusable(ids, batch)
         rows = {item: row for row, item in enumerate(ids)}
         before = None if made_from is None else contents(made_from)
-        whole = self._has_more_vectors
+        whole = bool(self._further_names)
         which: Any = True if whole else [self._name] if before is not None else False
         written: list[ItemId] = []
         gone: list[ItemId] = []
@@ -754,10 +764,9 @@ class EdgeStore:
 
     def read_further(self, ids: Sequence[ItemId]) -> list[FurtherVectors] | None:
         """What points have besides the vector that is migrated; None if the collection has no such vectors."""
-        if not self._has_more_vectors:
+        names = self._further_names
+        if not names:
             return None
-        config = self._shard.config
-        names = [name for name in [*config["vectors"], *(config.get("sparse_vectors") or {})] if name != self._name]
         found: dict[ItemId, FurtherVectors] = {}
         for part in self._parts(ids):
             for item, record in self._fetch(part, False, names).items():
@@ -770,7 +779,7 @@ class EdgeStore:
         self._must_write()
         assert page.vectors is not None
         assert page.payloads is not None
-        if page.further is None and self._has_more_vectors:
+        if page.further is None and self._further_names:
             raise StoreRejected(f"points of collection {self._local_name} have further vectors, which are not given")
         vectors = as_batch(page.vectors, self._dim, page.ids)
         rejected = unusable(page.ids, vectors)

@@ -161,6 +161,7 @@ def test_no_setting_of_the_client_is_left_out_here() -> None:
 def test_everything_in_the_description_is_carried_over(place: Place) -> None:
     place.create()
     store = place.open()
+    assert any("'other', 'tokens', 'words' stay as they are" in note for note in store.capabilities.notes)
     for _ in range(2):  # a call that was killed is repeated
         store.create_like("e", dim=8).close()
     old, new = place.client.get_collection("d"), place.client.get_collection("e")
@@ -259,6 +260,24 @@ def test_a_setting_of_a_later_server_is_refused_before_anything_is_made(rest: Pl
     with pytest.raises(StoreRejected, match=r"the setting (\w+\.)*vaults, .*upgrade qdrant-client, or use .*in_place"):
         store.check_create_like(dim=8)
     assert not any(request.startswith("PUT /collections/e") for request in rest.front.requests)
+
+
+@pytest.mark.parametrize("part", ["vectors", "index"])
+def test_a_setting_of_a_later_server_that_the_client_cannot_read(rest: Place, part: str) -> None:
+    rest.create()
+
+    def later(info: Any) -> Any:
+        found = info.model_dump(mode="json")
+        if part == "vectors":
+            found["config"]["params"]["vectors"]["image"]["vaults"] = 3
+        else:
+            found["payload_schema"]["shop"]["params"]["vaults"] = 3
+        return found
+
+    assert rest.front is not None
+    rest.front.fail("spoiled", path="GET /collections/d$", times=99, spoil=later)
+    with pytest.raises(StoreRejected, match=r"has the setting .*vaults, which .* does not know: upgrade qdrant-client"):
+        rest.open()
 
 
 def test_custom_shards_are_refused(rest: Place) -> None:
@@ -378,6 +397,24 @@ def test_a_page_without_further_vectors_is_refused(place: Place) -> None:
     with pytest.raises(StoreRejected, match="further vectors, which are not given"):
         store.insert(Page(IDS, OLD, [{}] * 8, [None] * 8))
     assert store.count() == 0
+
+
+def test_nan_in_a_payload_is_refused_where_it_would_be_lost(place: Place) -> None:
+    """The client sends null over REST, and a text over gRPC."""
+    place.create(vectors=models.VectorParams(size=DIM, distance="Dot"), sparse_vectors=None, strict_mode_config=None)
+    store = place.open(vector=None)
+    payloads = [{"a": 1.0}, {"a": float("nan")}, {"a": [{"b": float("inf")}]}, {"a": "NaN"}]
+    report = store.insert(Page(IDS[:4], OLD[:4], payloads, [None] * 4))
+    if place.front is None:
+        assert list(report.written) == IDS[:4]
+        assert repr(place.client.retrieve("d", [1])[0].payload) == "{'a': nan}"
+        page = store.read(IDS[:4], vectors=True, payload=True)
+        assert list(store.write_vectors(IDS[:4], NEW[:4], "new", made_from=page).written) == IDS[:4]
+        assert list(store.write_vectors(IDS[:4], NEW[:4], "new", made_from=page).changed) == []
+    else:
+        assert (list(report.written), set(report.rejected)) == ([0, 3], {1, 2})
+        assert "NaN or infinity" in report.rejected[1]
+        assert [record.payload for record in place.client.retrieve("d", IDS)] == [{"a": 1.0}, {"a": "NaN"}]
 
 
 def test_large_further_vectors_go_in_several_requests(rest: Place, monkeypatch: pytest.MonkeyPatch) -> None:
