@@ -932,12 +932,23 @@ class MilvusStore:
                 self._must_fit(local, dim)
             like.complete(self._call, local, want)
             self._must_be(local, want)
-            self._call("load_collection", local, **self._replicas())
+            self._load(local)
             return self.sibling(local)
         except StoreRejected:
             if made:
                 like.drop(self._call, local)
             raise
+
+    def _load(self, local: str) -> None:
+        replicas = self._replicas()
+        try:
+            self._call("load_collection", local, **replicas)
+        except StoreRejected as refusal:
+            number = replicas.get("replica_number", 1)
+            raise StoreRejected(
+                f"there is no room to load a second collection like {self._local_name}, with {number} replicas: "
+                f"{refusal}: give the server more query nodes, then again"
+            ) from refusal
 
     def _must_fit(self, local: str, dim: int) -> None:
         fields = self._describe(local)["fields"]

@@ -151,16 +151,16 @@ def difference(want: Description, found: Description) -> str | None:
 
     Properties that a server adds by itself do no harm: of the source's own none may be missing or changed.
     """
-    mine, its = _facts(want), _facts(found)
-    for what in sorted(mine.keys() | its.keys()):
-        if what not in its:
+    expected, actual = _facts(want), _facts(found)
+    for what in sorted(expected.keys() | actual.keys()):
+        if what not in actual:
             return f"{what} is missing in one made like it"
-        if what not in mine:
+        if what not in expected:
             if what.startswith("property "):
                 continue
             return f"{what} is in one made like it, but not in the collection"
-        for name in sorted(mine[what].keys() | its[what].keys()):
-            one, other = mine[what].get(name), its[what].get(name)
+        for name in sorted(expected[what].keys() | actual[what].keys()):
+            one, other = expected[what].get(name), actual[what].get(name)
             if one != other:
                 value = f"{what} {name}".rstrip()
                 return f"{value} is {_shown(one)} in the collection and {_shown(other)} in one made like it"

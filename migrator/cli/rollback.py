@@ -64,5 +64,5 @@ def command(name: str | None, config_path: Path, as_json: bool, yes: bool) -> in
         if result.kept_shadow:
             click.echo(f"{result.kept_shadow} is kept, for it alone holds items: take them over, then delete it")
         for item, why in problems.items():
-            click.echo(f"item {item} could not be embedded with the old encoder: {why}")
+            click.echo(f"item {item} could not be brought back: {why}")
     return 3 if problems or result.stale else 0

@@ -509,8 +509,6 @@ def test_on_a_server_what_is_not_ready(server: MilvusServer, server_client: Milv
     assert "not loaded" in refusal_of({"uri": server.uri, "collection": "bare"})
     make(server_client, "idle", FLOAT)
     assert "collection idle is not loaded: load it" in refusal_of({"uri": server.uri, "collection": "idle"})
-    make(server_client, "auto", FLOAT, more={"auto_id": True})
-    assert "makes its own keys" in refusal_of({"uri": server.uri, "collection": "auto"})
     server_client.load_collection("idle")
     fill(server_client, "idle")
     with closing(open_store({"kind": "milvus", "uri": server.uri, "collection": "idle"}, write=True)) as store:

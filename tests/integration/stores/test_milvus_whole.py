@@ -16,6 +16,7 @@ from pymilvus.client.types import LoadState
 
 from adapters.base import Page, StoreRejected
 from adapters.milvus import Connection, _plain
+from adapters.milvus_collection import Description, create, difference, wanted
 from adapters.registry import open_store
 from tests.integration.stores.contract import DIM, unit_vectors
 from tests.integration.stores.test_milvus import drop_new
@@ -81,7 +82,7 @@ def make(
 OWN = {"collection_name", "collection_id", "created_timestamp", "update_timestamp", "aliases", "schema_version"}
 
 
-def told(client: MilvusClient, name: str, *, dim: int) -> dict[str, Any]:
+def described(client: MilvusClient, name: str, *, dim: int) -> dict[str, Any]:
     """What pymilvus tells of a collection, with `dim` in the place of its own one."""
     found = {key: value for key, value in client.describe_collection(name).items() if key not in OWN}
     found["fields"] = [
@@ -112,7 +113,7 @@ def assert_carried(client: MilvusClient, uri: str, name: str, *, dim: int = 2 * 
     with opened(uri, name, **more) as store:
         for _ in range(2):  # the second time as after a kill
             store.create_like(f"{name}_copy", dim=dim).close()
-    assert told(client, f"{name}_copy", dim=dim) == told(client, name, dim=dim)
+    assert described(client, f"{name}_copy", dim=dim) == described(client, name, dim=dim)
     assert client.get_load_state(f"{name}_copy")["state"] == LoadState.Loaded
 
 
@@ -402,6 +403,71 @@ def test_vectors_of_bytes_go_back_as_the_client_gives_them(kind: DataType, value
     assert packed(_plain(row["other"], field)) == first
 
 
+# -- what no server here has ----------------------------------------------------------------------------------------
+
+
+def test_what_newer_servers_have_is_asked_for_again() -> None:
+    """pymilvus describes a collection, and what is asked for in its turn is the same message, but for the dimension."""
+    from pymilvus.client.abstract import CollectionSchema as Described
+    from pymilvus.client.prepare import Prepare
+    from pymilvus.grpc_gen import milvus_pb2
+
+    schema = MilvusClient.create_schema(enable_dynamic_field=True, description="pictures")
+    schema.add_field("id", DataType.VARCHAR, is_primary=True, max_length=50, description="the key")
+    schema.add_field("embedding", DataType.FLOAT_VECTOR, dim=8, mmap_enabled=True)
+    schema.add_field("price", DataType.DOUBLE, is_clustering_key=True, nullable=True, default_value=0.0)
+    schema.add_field("bits", DataType.BINARY_VECTOR, dim=16, nullable=True)
+    schema.add_field("half", DataType.FLOAT16_VECTOR, dim=4)
+    schema.add_field(
+        "text",
+        DataType.VARCHAR,
+        max_length=100,
+        enable_analyzer=True,
+        enable_match=True,
+        analyzer_params={"type": "english", "stop_words": ["of"]},
+        mmap_enabled=False,
+    )
+    schema.add_field("sparse", DataType.SPARSE_FLOAT_VECTOR)
+    schema.add_field("made", DataType.FLOAT_VECTOR, dim=4)
+    schema.add_function(
+        Function("words", FunctionType.BM25, ["text"], ["sparse"], description="full text", params={"k": "1"})
+    )
+    schema.add_function(
+        Function("model", FunctionType.TEXTEMBEDDING, ["text"], ["made"], params={"provider": "p", "model_name": "m"})
+    )
+    part = MilvusClient.create_struct_field_schema()
+    part.add_field("label", DataType.VARCHAR, max_length=20)
+    part.add_field("box", DataType.FLOAT_VECTOR, dim=4)
+    schema.add_field(
+        "parts", DataType.ARRAY, element_type=DataType.STRUCT, struct_schema=part, max_capacity=9, nullable=True
+    )
+    message = Prepare.get_schema_from_collection_schema("c", schema)
+    answer = milvus_pb2.DescribeCollectionResponse(schema=message, collection_name="c", shards_num=3)
+    answer.properties.add(key="collection.ttl.seconds", value="60")
+    source = Description(Described(answer).dict(), [], ["_default"])
+
+    asked: dict[str, Any] = {}
+    want = wanted(source, vector="embedding", dim=24)
+    create(lambda method, name, **options: asked.update(options, method=method, name=name), "d", want)
+    assert (asked["method"], asked["num_shards"]) == ("create_collection", 3)
+    assert asked["properties"] == {"collection.ttl.seconds": "60"}
+    sent = Prepare.get_schema_from_collection_schema("c", asked["schema"])
+    for parameter in message.fields[1].type_params:
+        if parameter.key == "dim":
+            parameter.value = "24"
+    assert sent == message
+    answer.schema.CopyFrom(sent)
+    assert difference(want, Description(Described(answer).dict(), [], ["_default"])) is None
+    answer.schema.struct_array_fields[0].fields[0].type_params[0].value = "10"
+    answer.schema.functions[0].params[0].value = "2"
+    found = difference(want, Description(Described(answer).dict(), [], ["_default"]))
+    assert found == "field 'parts': field 'label' max_length is '20' in the collection and '10' in one made like it"
+    answer.schema.CopyFrom(sent)
+    answer.schema.functions[0].params[0].value = "2"
+    found = difference(want, Description(Described(answer).dict(), [], ["_default"]))
+    assert found == "function 'words' k is '1' in the collection and '2' in one made like it"
+
+
 # -- a real server ------------------------------------------------------------------------------------------------
 
 
@@ -410,8 +476,8 @@ def test_what_a_server_tells_is_carried(
     server: MilvusServer, server_client: MilvusClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     make_with_everything(server_client, "all", scalar_index="Trie")
-    described = server_client.describe_collection("all")
-    assert (described["num_shards"], described["num_partitions"], described["description"]) == (
+    found = server_client.describe_collection("all")
+    assert (found["num_shards"], found["num_partitions"], found["description"]) == (
         2,
         7,
         "pictures of products",
@@ -438,3 +504,16 @@ def test_on_a_server_a_partition_that_is_not_loaded_is_named(server: MilvusServe
     with opened(server.uri, "parted", write=False) as store:
         store.check_create_like(dim=DIM)
     assert server_client.list_collections() == ["parted"]
+
+
+@ON_THE_SERVER
+def test_on_a_server_a_copy_that_cannot_be_loaded_is_removed(
+    server: MilvusServer, server_client: MilvusClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As many replicas as the collection has are asked for; here there is room for one."""
+    make(server_client, "one")
+    describe = MilvusClient.describe_replica
+    monkeypatch.setattr(MilvusClient, "describe_replica", lambda *words, **more: describe(*words, **more) * 2)
+    with opened(server.uri, "one") as store, pytest.raises(StoreRejected, match="like one, with 2 replicas: "):
+        store.create_like("one_copy", dim=DIM)
+    assert server_client.list_collections() == ["one"]
