@@ -37,6 +37,7 @@ def to_rgb(
     An animation gives its first frame, and colour profiles are ignored. Raises ValueError for pixels that are not
     finite numbers, and for a picture that is transparent everywhere when `alpha` is a colour.
     """
+    image.load()  # Pillow turns a TIFF then, and forgets its orientation
     if convert == "none":
         picture = image
     elif convert == "pil":

@@ -155,6 +155,8 @@ def test_exif(tmp_path: Path, kind: str, orientation: int) -> None:
     kept = np.asarray(Preprocessing(SIZE, exif="ignore").to_rgb(image))
     assert np.array_equal(kept, by_pillow(data))  # Pillow turns a TIFF when it opens it
     turned = Preprocessing(SIZE).to_rgb(image)
+    opened = Preprocessing(SIZE).to_rgb(Image.open(io.BytesIO(data)))  # not loaded yet
+    assert np.array_equal(np.asarray(opened), np.asarray(turned))
     upright = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
     assert np.array_equal(np.asarray(turned), np.asarray(upright))
     again = Preprocessing(SIZE).to_rgb(turned)
