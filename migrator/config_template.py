@@ -14,8 +14,8 @@ artifacts: ./artifacts
 migrations:
   # The migration's name, used on the command line: a-z, 0-9, dot, underscore, hyphen.
   my-collection-v2:
-    # Where the vectors lie. A FAISS collection is a folder with index.faiss and items.parquet
-    # (column id, and any payload columns).
+    # Where the vectors lie. A FAISS collection is a folder with index.faiss and items.parquet (column id, else the row
+    # number is the id, and any payload columns); for files of other names give index and items in place of path.
     store:
       kind: faiss
       path: ./gallery

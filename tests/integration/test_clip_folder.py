@@ -65,7 +65,8 @@ class ClipFolder:
         index = faiss.index_factory(DIM, factory, faiss.METRIC_INNER_PRODUCT)
         exact = self.embeddings()
         if not index.is_trained:
-            index.train(exact)
+            more = np.random.default_rng(0).standard_normal((300, DIM)).astype(np.float32)
+            index.train(np.concatenate([exact, more / np.linalg.norm(more, axis=1, keepdims=True)]))
         index.add(exact)
         faiss.write_index(index, str(self.index_file))
 
@@ -103,18 +104,20 @@ def assert_holds(file: Path, vectors: np.ndarray, factory: str) -> None:
     """An index read by faiss alone holds these vectors, as well as one of its kind can."""
     index = faiss.read_index(str(file))
     if "IVF" in factory:
-        index.make_direct_map()
+        faiss.extract_index_ivf(index).make_direct_map()
     found = index.reconstruct_n(0, len(vectors))
-    ideal = faiss.index_factory(DIM, factory, faiss.METRIC_INNER_PRODUCT)
-    ideal.train(vectors)
+    ideal = faiss.read_index(str(file))  # trained as it is
+    ideal.reset()
     ideal.add(vectors)
     if "IVF" in factory:
-        ideal.make_direct_map()
+        faiss.extract_index_ivf(ideal).make_direct_map()
     least = np.square(ideal.reconstruct_n(0, len(vectors)) - vectors).mean()
     assert np.square(found - vectors).mean() <= 1.2 * least + 1e-9
 
 
-@pytest.mark.parametrize("factory", ["Flat", "IVF4,Flat", "HNSW16", "PQ8x4np"])
+@pytest.mark.parametrize(
+    "factory", ["Flat", "IVF4,Flat", "HNSW16", "L2norm,Flat", "OPQ8_24,IVF4_HNSW8,PQ8x4np"]
+)
 def test_in_place_and_back(clip: ClipFolder, migrator: Migrator, factory: str) -> None:
     clip.write(factory)
     clip.configure()
@@ -163,15 +166,20 @@ def test_finished_in_place(clip: ClipFolder, migrator: Migrator, capsys: pytest.
     assert json.loads(capsys.readouterr().out)["state"] == "finished"
 
 
-def test_a_coarse_index_needs_the_exact_vectors(
+def test_the_plan_says_where_old_vectors_are_read(
     clip: ClipFolder, migrator: Migrator, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    clip.write("PQ4x4np")
-    clip.configure(vectors=False)
-    assert migrator("plan") != 0
-    capsys.readouterr()
-    clip.configure()
-    assert migrator("plan") == 0
+    clip.write("PQ8x4np")
+    said = {}
+    for vectors in (False, True):
+        clip.configure(vectors=vectors)
+        capsys.readouterr()
+        assert migrator("plan", "--json") == 0
+        said[vectors] = " ".join(json.loads(capsys.readouterr().out)["capabilities"])
+    assert "name them as store.vectors" in said[False]
+    assert "restores every vector bit for bit" not in said[False]
+    assert "old vectors are read from the files of store.vectors" in said[True]
+    assert "restores every vector bit for bit" in said[True]
 
 
 @pytest.mark.parametrize("factory", ["HNSW16", "PQ8x4np"])

@@ -400,11 +400,11 @@ def test_a_part_taken_back_is_rebuilt_from_the_exact_vectors(files: Files) -> No
 
 def test_what_the_application_writes_into_the_index_meanwhile_is_seen(files: Files) -> None:
     files.write("SQ8")
-    theirs = vectors().astype(np.float16).astype(np.float32)
-    theirs[5] = vectors(seed=3)[5]
+    newer = vectors().astype(np.float16).astype(np.float32)
+    newer[5] = vectors(seed=3)[5]
     with closing(files.open(write=True)) as store:
         page = store.read([4, 5], vectors=True, payload=True)
-        files.put_index(built("SQ8", theirs))
+        files.put_index(built("SQ8", newer))
         report = store.write_vectors([4, 5], vectors(2, seed=1), "new", made_from=page)
         assert (list(report.written), list(report.changed)) == ([4], [5])
 
