@@ -207,17 +207,17 @@ def check_agreement(
     with ThreadPoolExecutor(threads, "image") as pool:
         trial = _Trial(images, paths, stored, as_kept, pool, retry_for, report)
         found, best = _search(trial, _Variant(spec, encoder), rows)
-    card = _card_of(spec)
+    manifest = _manifest_of(spec)
     explains = best is not None and best.agreeing > declared.agreeing
     if declared.median < SAME_ENCODER or explains:
         good = best is not None and best.median >= SAME_ENCODER
-        raise refusal(declared, found, best if good else None, card=card)
+        raise refusal(declared, found, best if good else None, manifest=manifest)
     if best is not None and best.median >= EXACT > declared.median:
-        return declared.cosines, hint(declared, best, card=card)
+        return declared.cosines, hint(declared, best, manifest=manifest)
     return declared.cosines, None
 
 
-def _card_of(spec: EncoderSpec) -> str | None:
+def _manifest_of(spec: EncoderSpec) -> str | None:
     """Name of the file beside the weights that records how the encoder was declared."""
     from trainer.encoder import read_card
 
@@ -452,11 +452,11 @@ class _Trial:
 # -- what is said -------------------------------------------------------------------------------------------------
 
 
-def refusal(declared: Tried, found: Search | None, best: Tried | None, *, card: str | None) -> Disagreement:
+def refusal(declared: Tried, found: Search | None, best: Tried | None, *, manifest: str | None) -> Disagreement:
     """What `plan` says where the old encoder as declared is not the one that made the vectors, or not all of them.
 
-    `declared` and `best` are of the whole sample, `found` of a part. `card` is the file beside the weights, if there is
-    one, that records another declaration.
+    `declared` and `best` are of the whole sample, `found` of a part. `manifest` is the file beside the weights, if
+    there is one, that records another declaration.
     """
     count = len(declared.cosines)
     if declared.median < SAME_ENCODER:
@@ -470,7 +470,9 @@ def refusal(declared: Tried, found: Search | None, best: Tried | None, *, card: 
         )
     if best is not None:
         of = f"all {count}" if best.agreeing == count else f"{best.agreeing} of {count}"
-        advice = f"with {best.label} the median cosine is {best.median:.3f} and {of} agree: {_advice(best.keys, card)}"
+        advice = (
+            f"with {best.label} the median cosine is {best.median:.3f} and {of} agree: {_advice(best.keys, manifest)}"
+        )
     elif found is not None and found.best.median > max(NEAR, declared.median + GAIN):
         advice = (
             f"{found.best.label} comes nearest, with {found.best.median:.2f}, but the loader does something else too: "
@@ -488,18 +490,18 @@ def refusal(declared: Tried, found: Search | None, best: Tried | None, *, card: 
     return Disagreement("\n".join(lines), declared, found, best)
 
 
-def hint(declared: Tried, best: Tried, *, card: str | None) -> str:
+def hint(declared: Tried, best: Tried, *, manifest: str | None) -> str:
     """What a plan that passes says of an alternative that fits better."""
     return (
         f"the old encoder as declared gives a median cosine of {declared.median:.4f}, with {best.label} it is "
-        f"{best.median:.4f}: {_advice(best.keys, card)}, so that queries meet vectors prepared as they are"
+        f"{best.median:.4f}: {_advice(best.keys, manifest)}, so that queries meet vectors prepared as they are"
     )
 
 
-def _advice(keys: Keys, card: str | None) -> str:
+def _advice(keys: Keys, manifest: str | None) -> str:
     *others, last = [f"old_encoder.{key} to {_written(value)}" for key, value in keys.items()]
     told = f"set {', '.join(others)} and {last}" if others else f"set {last}"
-    return told if card is None else f"{told}, and move {card} away, which records the other declaration"
+    return told if manifest is None else f"{told}, and move {manifest} away, which records the other declaration"
 
 
 def _table(found: Search) -> list[str]:
