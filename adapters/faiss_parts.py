@@ -40,6 +40,9 @@ INSTEAD = (
     "refinement and an ID map"
 )
 
+_OPQ_BITS = 8
+_ROWS, _STACK = 48, 256  # rows multiplied at once, and how many times that
+
 # What FAISS keeps as one `char` each.
 _CLUSTERS, _TRAINS_ALONE, _CLUSTERS_APART = "\x00", "\x01", "\x02"
 
@@ -351,7 +354,9 @@ def _train_transform(transform: Any, vectors: Vectors, pq: Any) -> None:
     faiss = _faiss()
     if is_opq(transform, pq):
         rotation = faiss.OPQMatrix(transform.d_in, pq.M, transform.d_out)
-        codes = faiss.ProductQuantizer(transform.d_out, pq.M, pq.nbits)
+        # FAISS's factory trains it for codes of 8 bits, whatever those behind it have.
+        bits = _OPQ_BITS if len(vectors) >= 1 << _OPQ_BITS else pq.nbits
+        codes = faiss.ProductQuantizer(transform.d_out, pq.M, bits)
         codes.cp.min_points_per_centroid = 1  # FAISS prints a warning below 39
         rotation.pq = codes
         rotation.train(vectors)
@@ -395,14 +400,30 @@ def reverse(transform: Any, vectors: Vectors) -> Vectors:
     """(n, d_out) -> (n, d_in): what `transform` was given, as nearly as can be told.
 
     FAISS's own reversal is right for rotations only: where a matrix scales (whitening), its pseudo-inverse is taken.
+    A row comes out bit for bit the same whatever rows it is reversed with: checksums are taken of it.
     """
-    if kind(transform) not in LINEAR:
+    if kind(transform) not in (*LINEAR, "HadamardRotation"):
         return np.asarray(transform.reverse_transform(np.ascontiguousarray(vectors)), np.float32)
     faiss = _faiss()
-    matrix = faiss.vector_to_array(transform.A).reshape(transform.d_out, transform.d_in)
-    if transform.have_bias:
-        vectors = vectors - faiss.vector_to_array(transform.b)
-    return np.ascontiguousarray(vectors @ _inverse(matrix).T, np.float32)
+    if kind(transform) == "HadamardRotation":  # FAISS reverses it only where no dimension is padded
+        matrix = transform.apply(np.eye(transform.d_in, dtype=np.float32)).T
+    else:
+        matrix = faiss.vector_to_array(transform.A).reshape(transform.d_out, transform.d_in)
+        if transform.have_bias:
+            vectors = vectors - faiss.vector_to_array(transform.b)
+    return _times(vectors, _inverse(matrix).T)
+
+
+def _times(vectors: Vectors, matrix: NDArray[np.float32]) -> Vectors:
+    """(n, a) times (a, b), each row by itself: BLAS rounds by the shape, so it gets one shape, in double precision."""
+    found = np.empty((len(vectors), matrix.shape[1]), np.float32)
+    wide = matrix.astype(np.float64)
+    for start in range(0, len(vectors), _ROWS * _STACK):
+        part = vectors[start : start + _ROWS * _STACK]
+        stack = np.zeros((-(-len(part) // _ROWS), _ROWS, len(matrix)))
+        stack.reshape(-1, len(matrix))[: len(part)] = part
+        found[start : start + len(part)] = (stack @ wide).reshape(-1, matrix.shape[1])[: len(part)]
+    return found
 
 
 def _inverse(matrix: NDArray[np.float32]) -> NDArray[np.float32]:

@@ -12,6 +12,7 @@ import pytest
 from adapters import faiss_parts as parts
 from adapters.base import StoreRejected, StoreUnavailable
 from adapters.faiss_index import Index, read_index
+from tests.faiss_facts import facts, innermost, layers
 
 DIM, N = 16, 400
 
@@ -126,11 +127,27 @@ def test_vectors_come_back_as_near_as_faiss_gives_them(factory: str) -> None:
     np.testing.assert_allclose(scores[:, 0], truth[:, 0], atol=0.1 if "fs" in factory else 0.02)
 
 
+def test_a_rotation_that_pads_is_reversed() -> None:
+    content = vectors(dim=12)
+    index = opened(built("HR,Flat", content))
+    assert index._read_leaf.d == 16
+    np.testing.assert_allclose(index.vectors(np.arange(N)), content, atol=1e-5)
+
+
 def test_a_whitening_that_faiss_cannot_reverse_is_reversed() -> None:
     content = vectors()
     raw = faiss.deserialize_index(faiss.serialize_index(built("PCAW16,Flat", content)))
     assert np.abs(raw.reconstruct_n(0, N) - content).max() > 0.1
     np.testing.assert_allclose(opened(raw).vectors(np.arange(N)), content, atol=1e-4)
+
+
+@pytest.mark.parametrize("factory", CHAINS)
+def test_a_vector_is_read_bit_for_bit_the_same_with_whichever_others(factory: str) -> None:
+    index = opened(built(factory, vectors()))
+    everything = index.vectors(np.arange(N))
+    for size in (1, 2, 7, 47, 49, 131):
+        positions = np.random.default_rng(size).permutation(N)[:size]
+        np.testing.assert_array_equal(index.vectors(positions), everything[positions])
 
 
 @pytest.mark.parametrize("factory", CHAINS)
@@ -169,54 +186,6 @@ def tune(raw: Any) -> None:
     for layer in layers(raw):
         if isinstance(layer, faiss.IndexRefine):
             layer.k_factor = 4.0
-
-
-def layers(raw: Any) -> list[Any]:
-    found = [faiss.downcast_index(raw)]
-    while True:
-        layer = found[-1]
-        if isinstance(layer, faiss.IndexRefine):
-            found.append(faiss.downcast_index(layer.base_index))
-        elif isinstance(layer, (faiss.IndexPreTransform, faiss.IndexIDMap)):
-            found.append(faiss.downcast_index(layer.index))
-        else:
-            return found
-
-
-def innermost(raw: Any) -> Any:
-    return layers(raw)[-1]
-
-
-def facts(raw: Any) -> dict[str, Any]:
-    """What must be the same whatever the dimension, read by FAISS's own means."""
-    found: dict[str, Any] = {}
-    for depth, layer in enumerate(layers(raw)):
-        kind = type(layer).__name__
-        found[f"{depth}"] = "IndexFlat" if kind.startswith("IndexFlat") else kind
-        found[f"{depth} metric"] = layer.metric_type
-        if isinstance(layer, faiss.IndexRefine):
-            found["k_factor"] = layer.k_factor
-            refine = type(faiss.downcast_index(layer.refine_index)).__name__
-            found["refine"] = "IndexFlat" if refine.startswith("IndexFlat") else refine
-    inner = innermost(raw)
-    for name in ("nlist", "nprobe", "by_residual", "search_type", "polysemous_ht", "bbs"):
-        if hasattr(inner, name):
-            found[name] = getattr(inner, name)
-    if hasattr(inner, "pq"):
-        found["pq"] = (inner.pq.M, inner.pq.nbits)
-    if hasattr(inner, "sq"):
-        found["sq"] = inner.sq.qtype
-    graph = inner if isinstance(inner, faiss.IndexHNSW) else None
-    if hasattr(inner, "quantizer"):
-        quantizer = faiss.downcast_index(inner.quantizer)
-        kind = type(quantizer).__name__
-        found["quantizer"] = "IndexFlat" if kind.startswith("IndexFlat") else kind
-        graph = quantizer if isinstance(quantizer, faiss.IndexHNSW) else None
-        if hasattr(quantizer, "pq"):
-            found["quantizer pq"] = (quantizer.pq.M, quantizer.pq.nbits)
-    if graph is not None:
-        found["hnsw"] = (graph.hnsw.nb_neighbors(1), graph.hnsw.efConstruction, graph.hnsw.efSearch)
-    return found
 
 
 @pytest.mark.parametrize("factory", CHAINS)
