@@ -189,7 +189,8 @@ def _check_leaf(index: Any, where: str, called: str) -> None:
         lists = kind(faiss.downcast_InvertedLists(index.invlists))
         if lists not in ("ArrayInvertedLists", "BlockInvertedLists"):
             raise StoreRejected(
-                f"{where} keeps its inverted lists in another file: only lists in the index are understood"
+                f"{where} keeps its inverted lists in another file: copy them into an index that holds them itself, "
+                "by faiss's index.copy_subset_to"
             )
         if index.is_trained and index.quantizer.ntotal != index.nlist:
             raise StoreRejected(
@@ -199,8 +200,8 @@ def _check_leaf(index: Any, where: str, called: str) -> None:
 
 def _not_understood(where: str, called: str) -> str:
     return (
-        f"{where} is {called}, whose vectors migrator cannot replace safely: build it again from your vectors as a "
-        f"kind that it can; {INSTEAD}"
+        f"{where} is {called}, whose vectors cannot be replaced safely: build it again from your vectors as a kind "
+        f"that can be; {INSTEAD}"
     )
 
 

@@ -115,9 +115,7 @@ def assert_holds(file: Path, vectors: np.ndarray, factory: str) -> None:
     assert np.square(found - vectors).mean() <= 1.2 * least + 1e-9
 
 
-@pytest.mark.parametrize(
-    "factory", ["Flat", "IVF4,Flat", "HNSW16", "L2norm,Flat", "OPQ8_24,IVF4_HNSW8,PQ8x4np"]
-)
+@pytest.mark.parametrize("factory", ["Flat", "IVF4,Flat", "HNSW16", "L2norm,Flat", "OPQ8_24,IVF4_HNSW8,PQ8x4np"])
 def test_in_place_and_back(clip: ClipFolder, migrator: Migrator, factory: str) -> None:
     clip.write(factory)
     clip.configure()

@@ -113,7 +113,7 @@ def test_a_shadow_of_another_dimension(world: World, migrator: Migrator, factory
 @pytest.mark.parametrize(
     ("factory", "words"),
     [
-        ("RQ2x4", "index.faiss is IndexResidualQuantizer, whose vectors migrator cannot replace safely"),
+        ("RQ2x4", "index.faiss is IndexResidualQuantizer, whose vectors cannot be replaced safely"),
         ("IVF8,PQ8x4fs", 'add a refinement ("IVF8,PQ8x4fs,RFlat")'),
         ("ITQ16,Flat", "index.faiss is ITQTransform,Flat, whose"),
     ],

@@ -109,7 +109,7 @@ REFUSED = {
 @pytest.mark.parametrize("factory", REFUSED)
 def test_kinds_that_could_be_harmed_are_refused(factory: str) -> None:
     index = faiss.index_factory(DIM, factory, faiss.METRIC_L2)
-    with pytest.raises(StoreRejected, match=r"^here is \w.*, whose vectors migrator cannot replace safely") as refusal:
+    with pytest.raises(StoreRejected, match=r"^here is \w.*, whose vectors cannot be replaced safely") as refusal:
         Index(index, "here")
     assert str(refusal.value).startswith(f"here is {REFUSED[factory]}, ")
     assert "\n" not in str(refusal.value)
@@ -168,8 +168,11 @@ def test_lists_on_disk_are_refused(tmp_path: Path) -> None:
     lists = faiss.OnDiskInvertedLists(4, index.code_size, str(tmp_path / "lists"))
     index.replace_invlists(lists, False)
     index.add(vectors(20))
-    with pytest.raises(StoreRejected, match="another file"):
+    with pytest.raises(StoreRejected, match=r"another file: copy them .*by faiss's index\.copy_subset_to$"):
         Index(index, "here")
+    held = faiss.IndexIVFFlat(index.quantizer, DIM, index.nlist, index.metric_type)
+    index.copy_subset_to(held, faiss.InvertedLists.SUBSET_TYPE_ID_RANGE, 0, 20)
+    assert reread(Index(held, "here")).count == 20
 
 
 @pytest.mark.parametrize("factory", ["Flat", "IVF4,Flat", "HNSW8", "IDMap2,SQ8"])
