@@ -191,9 +191,9 @@ def check_agreement(
     threads: int,
     retry_for: float,
     report: Report = lambda *_: None,
-) -> tuple[NDArray[np.float64], str | None]:
+) -> tuple[NDArray[np.float64], list[str]]:
     """Cosines (n,) between the vectors that lie in the store for the images at `paths` (n,) and those that `encoder`
-    made of them, and a sentence where another declaration fits better still.
+    made of them, and the risks that they show, as sentences.
 
     `stored` (n, dim) may have any length, `made` (n, dim) is of unit length; `exact` tells that the store gives vectors
     back as they were written, `as_kept` what it makes of vectors where it does not. Raises `Disagreement` where the
@@ -202,7 +202,7 @@ def check_agreement(
     """
     declared = Tried({}, cosines(stored, made, as_kept))
     if declared.agreeing == len(paths) and (declared.median >= EXACT or not exact):
-        return declared.cosines, None
+        return declared.cosines, []
     rows = _choose(declared.cosines, images_per_second=images_per_second)
     with ThreadPoolExecutor(threads, "image") as pool:
         trial = _Trial(images, paths, stored, as_kept, pool, retry_for, report)
@@ -212,9 +212,12 @@ def check_agreement(
     if declared.median < SAME_ENCODER or explains:
         good = best is not None and best.median >= SAME_ENCODER
         raise refusal(declared, found, best if good else None, manifest=manifest)
+    risks = []
+    if declared.agreeing < len(paths):
+        risks.append(_odd_items(declared, found))
     if best is not None and best.median >= EXACT > declared.median:
-        return declared.cosines, hint(declared, best, manifest=manifest)
-    return declared.cosines, None
+        risks.append(hint(declared, best, manifest=manifest))
+    return declared.cosines, risks
 
 
 def _manifest_of(spec: EncoderSpec) -> str | None:
@@ -488,6 +491,25 @@ def refusal(declared: Tried, found: Search | None, best: Tried | None, *, manife
         lines += _table(found)
     lines.append("  without a model: old_encoder: stored goes on with the vectors as they lie there")
     return Disagreement("\n".join(lines), declared, found, best)
+
+
+def _odd_items(declared: Tried, found: Search | None) -> str:
+    """What a plan that passes says of the items that do not agree."""
+    count = len(declared.cosines)
+    told = (
+        f"{count - declared.agreeing} of {count} sampled items hold a vector that the old encoder does not give for "
+        "their image today, and "
+    )
+    if found is not None:
+        odd = found.declared.cosines < SAME_ENCODER
+        agreeing = [int((tried.cosines[odd] >= SAME_ENCODER).sum()) for tried in found.tried]
+        most = int(np.argmax(agreeing)) if agreeing else 0
+        if agreeing and 2 * agreeing[most] > odd.sum():
+            return told + (
+                f"{agreeing[most]} of the {odd.sum()} of them that were tried agree with {found.tried[most].label}: "
+                "the gallery was filled in two ways, and no declaration fits both"
+            )
+    return told + "no other declaration of the encoder explains it: the image may have changed since"
 
 
 def hint(declared: Tried, best: Tried, *, manifest: str | None) -> str:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from adapters.base import Capabilities, CollectionInfo, ItemId, Store, StoreRejected
-from migrator.agreement import SAME_ENCODER, as_kept_by, check_agreement
+from migrator.agreement import as_kept_by, check_agreement
 from migrator.config import POST_HOC, OldEncoder
 from migrator.encoding import embed, locate
 from migrator.errors import ConfigProblem, Refused
@@ -473,9 +473,10 @@ def _measure_sample(
     stored = page.vectors[seen.rows]
     check_directions([page.ids[row] for row in seen.rows.tolist()], stored)
     info = store.describe()
-    cosines, hint = None, None
+    cosines: NDArray[np.float64] | None = None
+    seen_risks: list[str] = []
     if old is not None:
-        cosines, hint = check_agreement(
+        cosines, seen_risks = check_agreement(
             project.old_spec(),
             old,
             images,
@@ -495,7 +496,7 @@ def _measure_sample(
         0 if cosines is None else len(cosines),
         None if cosines is None else float(np.median(cosines)),
         by_new.images_per_second,
-        (*_risks(page.ids, seen.problems, cosines, new), *([] if hint is None else [hint])),
+        (*_risks(page.ids, seen.problems, new), *seen_risks),
     )
 
 
@@ -535,19 +536,13 @@ def _check_lengths(info: CollectionInfo, vectors: NDArray[np.float32], *, exact:
     )
 
 
-def _risks(ids: Any, problems: Mapping[int, str], cosines: NDArray[np.float64] | None, new: _New) -> tuple[str, ...]:
+def _risks(ids: Any, problems: Mapping[int, str], new: _New) -> tuple[str, ...]:
     risks = []
     if problems:
         row, why = next(iter(problems.items()))
         risks.append(
             f"{len(problems)} of {len(ids)} sampled images cannot be embedded, for instance item {ids[row]!r}: {why}. "
             "Such items keep their old vector and are listed by `migrator failures`"
-        )
-    odd = 0 if cosines is None else int((cosines < SAME_ENCODER).sum())
-    if odd and cosines is not None:
-        risks.append(
-            f"{odd} of {len(cosines)} sampled items hold a vector that the old encoder does not give for their image "
-            "today, and no other declaration of the encoder explains it: the image may have changed since"
         )
     if new.untrained:
         risks.append("the new encoder is not trained yet; its speed was measured with untrained weights")

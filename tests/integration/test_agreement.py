@@ -334,6 +334,23 @@ def test_images_that_were_replaced_are_a_risk_and_no_refusal(gallery: Gallery) -
     assert "no other declaration of the encoder explains it" in risk
 
 
+def test_a_gallery_that_was_filled_in_two_ways_is_said_to_be(gallery: Gallery) -> None:
+    from torchvision.transforms import v2
+
+    crop = v2.Compose([v2.Resize(SIZE), v2.CenterCrop(SIZE)])
+
+    def load(file: Path) -> Any:
+        image = plain(file)
+        return normalised(squashed(image) if int(file.stem) % 3 else crop(image))
+
+    gallery.fill(pictures(), ".png", load)
+    code, found, err = gallery.plan()
+    assert code == 0, err
+    (risk,) = [risk for risk in found["risks"] if "old encoder" in risk]
+    assert risk.startswith("16 of 48 sampled items hold a vector")
+    assert "16 of the 16 of them that were tried agree with resize: crop: the gallery was filled in two ways" in risk
+
+
 def test_a_loader_that_no_key_describes_is_not_explained_away(gallery: Gallery) -> None:
     gallery.fill(pictures(), ".png", lambda file: normalised(ImageOps.flip(squashed(plain(file)))))
     keys, first = gallery.refused()
