@@ -839,6 +839,18 @@ class Migration(Section):
 
     @field_validator("train")
     @classmethod
+    def _folders_are_local(cls, train: Train | None, info: ValidationInfo) -> Train | None:
+        images = info.data.get("images")
+        of_folders = train is not None and isinstance(train.items, ItemsFrom) and train.items.source == "folders"
+        if of_folders and images is not None and "://" in images.root.removeprefix("file://"):
+            raise ValueError(
+                "items {from: folders}: only folders of this machine can be walked, and images.root is a URL: list the "
+                "images in a file"
+            )
+        return train
+
+    @field_validator("train")
+    @classmethod
     def _weights_from_somewhere(cls, train: Train | None, info: ValidationInfo) -> Train | None:
         new = info.data.get("new_encoder")
         if new is None or new.weights is not None or new.module is not None:

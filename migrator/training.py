@@ -112,7 +112,7 @@ def _items(project: Project, config: Train) -> tuple[TrainingItems, NDArray[np.f
     if not isinstance(config.items, ItemsFrom):
         items = read_items(config.items, project.images(), need_labels=False)
     elif config.items.source == "folders":
-        items = folder_items(_local_root(project))
+        items = folder_items(Path(project.settings.images.root.removeprefix("file://")))
         _tell_skipped(items)
     else:
         items = _items_of_store(project, config.items.label)
@@ -142,16 +142,6 @@ def _tell_skipped(items: TrainingItems) -> None:
     if items.skipped:
         total = sum(one.count for one in items.skipped)
         log.warning("%d images in folders; skipped %d: %s", len(items), total, "; ".join(map(str, items.skipped)))
-
-
-def _local_root(project: Project) -> Path:
-    root = project.settings.images.root.removeprefix("file://")
-    if "://" in root:
-        raise ConfigProblem(
-            f"{project.config.path}: migrations.{project.name}.train.items: only folders of this machine can be "
-            f"walked, and images.root is {root}: list the images in a file"
-        )
-    return Path(root)
 
 
 def _items_of_store(project: Project, label: str | None) -> TrainingItems:
