@@ -174,17 +174,38 @@ def _under(parts: Mapping[str, State], key: str) -> dict[str, State]:
 
 def _fits(parts: Mapping[str, State], network: Network) -> Iterator[Found]:
     for place, tensors in parts.items():
-        anchor = max(filter(is_needed, network.tensors), key=len, default="")
-        prefixes = {name.removesuffix(anchor) for name in tensors if f".{name}".endswith(f".{anchor}")}
         own = _unwrapped(tensors)
         if not any(network.fits(below) for below in (own, tensors)) and is_own(own):
             yield Found(place, own)
             continue
-        for prefix in sorted(prefixes):
-            below = {name.removeprefix(prefix): tensors[name] for name in tensors if name.startswith(prefix)}
-            if network.fits(below):
-                beside = tuple(name for name in tensors if not name.startswith(prefix))
-                yield Found(_dotted(place, prefix.rstrip(".")), below, beside)
+        for outer in _outer(network):
+            found = list(_below(place, tensors, network, outer))
+            yield from found
+            if found:
+                break
+
+
+def _below(place: str, tensors: State, network: Network, outer: str) -> Iterator[Found]:
+    """Where the network is in one state dict, whose names lack those of the modules `outer` around the network."""
+    anchor = max(filter(is_needed, network.tensors), key=len, default="").removeprefix(outer)
+    prefixes = {name.removesuffix(anchor) for name in tensors if f".{name}".endswith(f".{anchor}")}
+    for prefix in sorted(prefixes):
+        below = {outer + name.removeprefix(prefix): tensors[name] for name in tensors if name.startswith(prefix)}
+        if network.fits(below):
+            beside = tuple(name for name in tensors if not name.startswith(prefix))
+            yield Found(_dotted(place, prefix.rstrip(".")), below, beside)
+
+
+def _outer(network: Network) -> list[str]:
+    """The beginnings that all of a network's names share, such as those of a factory that wraps a model of timm."""
+    outer = [""]
+    first = next(iter(network.tensors), "")
+    for part in first.split(".")[:-1]:
+        longer = f"{outer[-1]}{part}."
+        if not all(name.startswith(longer) for name in network.tensors):
+            break
+        outer.append(longer)
+    return outer
 
 
 def _renamed(parts: Mapping[str, State], network: Network) -> Iterator[Found]:
@@ -298,7 +319,7 @@ def advice(content: Mapping[Any, Any], found: Found, network: Network) -> str:
     for pattern, library in _ELSEWHERE:
         if any(re.match(pattern, name) for tensors in parts.values() for name in tensors):
             return f"its names look like those of {library}: give a module whose factory builds that model and loads it"
-    if found.place or len(parts) > 1:
+    if len(parts) > 1:
         return f"the file holds {contents(content)}: set checkpoint_key to the part that is the network"
     return "name the architecture that these are weights of, or give a module whose factory builds the network"
 

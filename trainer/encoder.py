@@ -592,7 +592,7 @@ def _stateful_model(
     if backbone is not None and {name for name in backbone.state_dict() if is_needed(name)} <= state.keys():
         # A factory's module may have layers of any name: if all of its own are there, these are its weights.
         _refuse_head(spec)
-        model = _bare(backbone, spec, any_dim=any_dim)
+        model = _bare(backbone, spec, any_dim=True)
         state = {f"backbone.{name}": tensor for name, tensor in state.items()}
     elif "projection.weight" in state:
         _refuse_head(spec)
@@ -607,6 +607,8 @@ def _stateful_model(
         plain = {name.removeprefix("backbone."): tensor for name, tensor in state.items()}
         model, state = _plain_model(spec, plain, parts, device, any_dim=any_dim)
     _require_fit(model, state, spec)
+    if not any_dim:
+        _require_features(model.dim, spec)
     try:
         model.load_state_dict(state)
     except Exception as error:  # exotic tensors (sparse, quantised, without storage)
@@ -630,7 +632,7 @@ def _plain_model(
     if parts.timm is not None and head == "classifier":
         classes = _classes(spec, parts.timm.outputs(state), any_dim=any_dim)
     backbone = parts.module or _create_backbone(spec, device, classes=classes)
-    model = _bare(backbone, spec, head=head, any_dim=any_dim)
+    model = _bare(backbone, spec, head=head, any_dim=True)
     return model, {f"backbone.{name}": tensor for name, tensor in state.items()}
 
 
@@ -676,7 +678,11 @@ def _bare(backbone: nn.Module, spec: EncoderSpec, *, head: Head = "none", any_di
 
 
 def _require_fit(model: nn.Module, state: Mapping[str, torch.Tensor], spec: EncoderSpec) -> None:
-    needed = model.state_dict()
+    needed: Mapping[str, torch.Tensor] = model.state_dict()
+    if isinstance(model, EmbeddingNet) and model.head != "projection":  # names as their own model has them
+        needed, state = (
+            {name.removeprefix("backbone."): tensor for name, tensor in tensors.items()} for tensors in (needed, state)
+        )
     problems = {
         "missing": [name for name in needed if name not in state and is_needed(name)],
         "unknown": [name for name in state if name not in needed],
@@ -686,7 +692,7 @@ def _require_fit(model: nn.Module, state: Mapping[str, torch.Tensor], spec: Enco
             if name in state and kind(state[name]) != kind(needed[name])
         ],
     }
-    found = [f"{len(names)} {what} ({', '.join(names[:3])})" for what, names in problems.items() if names]
+    found = [f"{len(names)} {what} ({', '.join(names[:2])})" for what, names in problems.items() if names]
     if found:
         raise EncoderProblem(f"weights {_named(spec)} do not fit {spoken(spec.arch)}: {one_line('; '.join(found))}")
 

@@ -184,6 +184,23 @@ def test_migrators_own_weights_within_data_parallel(tmp_path: Path) -> None:
     assert (again.id, again.card.head) == (card.id, "projection")
 
 
+def test_weights_of_the_model_that_a_factory_wraps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a factory is written that adds a norm to timm's model, and wants the weights of that model."""
+    (tmp_path / "wraps.py").write_text(
+        "import timm, torch\n"
+        "class Wraps(torch.nn.Module):\n"
+        "    def __init__(self):\n"
+        "        super().__init__()\n"
+        f"        self.tower = timm.create_model({ARCH!r}, num_classes=0)\n"
+        "    def forward(self, images): return torch.nn.functional.normalize(self.tower(images))\n"
+    )
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    declared = dataclasses.replace(spec(tmp_path / "a.pt"), arch="module:wraps:Wraps", folder=tmp_path)
+    for state in (network(0).state_dict(), {"model": prefixed(network(0).state_dict(), "module.")}):
+        torch.save(state, tmp_path / "a.pt")
+        assert np.abs(load_encoder(declared).encode(pictures()) - pooled(network(0), pictures())).max() < 1e-5
+
+
 # --- several networks in one file
 
 
@@ -254,9 +271,11 @@ def test_a_classifier_that_someone_replaced_is_not_dropped_without_a_word(tmp_pa
 
 def test_weights_of_something_else_are_told_with_what_the_file_holds(tmp_path: Path) -> None:
     path = tmp_path / "a.pt"
-    torch.save({"state_dict": prefixed(network(arch="test_vit").state_dict(), "model."), "epoch": 3}, path)
-    message = refused(spec(path), "do not fit architecture 'test_resnet'", "missing", "unknown", "set checkpoint_key")
-    assert "the file holds state_dict with " in message
+    vit = prefixed(network(arch="test_vit").state_dict(), "model.")
+    torch.save({"state_dict": vit, "epoch": 3}, path)
+    refused(spec(path), "do not fit architecture 'test_resnet'", "missing", "unknown", "name the architecture")
+    torch.save({"state_dict": vit, "ema": vit, "epoch": 3}, path)
+    refused(spec(path), "(conv1.0.weight", "the file holds state_dict with ", ", epoch: set checkpoint_key to")
     for names, library in (
         (["vision_model.encoder.layers.0.self_attn.q_proj.weight"], "transformers"),
         (["vit.embeddings.cls_token", "vit.encoder.layer.0.attention.attention.query.weight"], "transformers"),
@@ -271,7 +290,7 @@ def test_weights_of_something_else_are_told_with_what_the_file_holds(tmp_path: P
 def test_weights_for_another_image_size_say_so(tmp_path: Path) -> None:
     torch.save(network(arch="test_vit").state_dict(), tmp_path / "a.pt")  # for 160 pixels
     declared = EncoderSpec("test_vit", 64, Preprocessing(96), tmp_path / "a.pt")
-    refused(declared, "backbone.pos_embed (1, 101, 64) instead of (1, 37, 64)", "for another image_size")
+    refused(declared, "pos_embed (1, 101, 64) instead of (1, 37, 64)", "for another image_size")
 
 
 # --- names of an older timm, and of the authors of an architecture
