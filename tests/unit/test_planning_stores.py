@@ -25,6 +25,7 @@ PLAIN = Capabilities(
         ({"stamps": False}, True, "in_place", "half the space"),
         ({"stamps": False, "normalises": True}, True, "shadow", "stamps"),
         ({"partial_update": False}, True, "shadow", "whole items"),
+        ({"in_place_refusal": "makes its own keys"}, True, "shadow", "no vector of this collection can be replaced"),
     ],
 )
 def test_the_strategy_follows_from_what_the_store_can_do(change, same_dim, strategy, why):
@@ -38,6 +39,8 @@ def test_a_shadow_that_would_be_refused_is_not_recommended():
     coarse = replace(PLAIN, update_in_place=False, exact_vectors=False, visible="at_cutover")
     assert recommend(coarse, same_dim=True)[0] == "shadow"
     assert recommend(coarse, same_dim=True, lost=lost)[0] == "in_place"
+    neither = replace(PLAIN, update_in_place=False, in_place_refusal="makes its own keys")
+    assert recommend(neither, same_dim=True, lost=lost)[0] == "shadow"
     assert describe_capabilities(coarse, lost=lost)[-1] == f"a shadow is refused here: {lost}"
 
 

@@ -185,6 +185,30 @@ def test_a_setting_that_is_none(file: str, lite: MilvusClient) -> None:
         opened(file, auto_id_in_shadow="on")
 
 
+@pytest.mark.parametrize("more", [{}, {"auto_id": True}, {"id_type": "string", "max_length": 40}], ids=str)
+def test_what_the_client_makes_in_one_call(lite: MilvusClient, file: str, more: dict[str, Any]) -> None:
+    """`create_collection(name, dimension=...)`, pymilvus' quick set-up, and what LangChain lays into it."""
+    lite.create_collection("quick", dimension=DIM, **more)
+    vectors = unit_vectors(3) * 5
+    keys: list[Any] = [f"k{row}" for row in range(3)] if "id_type" in more else list(range(3))
+    rows = [{"vector": vectors[row], "text": "t", "metadata": {"source": f"{row}.png"}} for row in range(3)]
+    if not more.get("auto_id"):
+        rows = [{"id": key, **row} for key, row in zip(keys, rows, strict=True)]
+    keys = list(lite.insert("quick", rows)["ids"])
+    with opened(file, "quick", auto_id_in_shadow="keep_keys") as store:
+        page = store.scan(after=None, limit=10)
+        assert (list(page.ids), [payload["metadata"]["source"] for payload in page.payloads]) == (
+            keys,
+            ["0.png", "1.png", "2.png"],
+        )
+        store.check_create_like(dim=4)
+        report = store.write_vectors(keys, unit_vectors(3, seed=1), "new", made_from=page)
+        assert list(report.written) == keys
+        with closing(store.create_like("quick_b", dim=4)) as copy:
+            assert list(copy.insert(new_page(store, 4)).written) == keys
+    assert lite.describe_index("quick_b", "vector")["index_type"] == "AUTOINDEX"
+
+
 # -- servers that are not here ----------------------------------------------------------------------------------------
 
 
