@@ -368,6 +368,9 @@ class Images(Section):
     """Local folder or fsspec URL. Nothing outside it is read."""
     max_pixels: Annotated[int, Field(ge=1)] = 100_000_000
     """Larger images are refused before they are decoded."""
+    timeout: Annotated[int, Field(ge=1, le=3600)] = 30
+    """Seconds without a byte after which an HTTP or S3 server counts as unavailable. Over HTTP a whole file may take
+    ten times as long."""
 
 
 _PREPROCESSING = {
@@ -639,8 +642,8 @@ class Train(Section):
     lr: Positive | None = None
     """Learning rate."""
     seed: Seed = 0
-    validation: Annotated[float, Field(gt=0, le=0.5)] = 0.1
-    """Share of the images that is held out."""
+    validation: Annotated[float, Field(ge=0, le=0.5)] = 0.1
+    """Share of the images that is held out; with 0 none is, and the last epoch is kept."""
     upper_bound: Annotated[float, Field(gt=0, le=1)] | None = None
     """mAP@100 of an independent encoder's self-test, if known: P_1, which chooses the best epoch, is measured by it."""
     pseudo_classes: Annotated[int, Field(ge=2, le=10_000_000)] | None = None

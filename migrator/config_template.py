@@ -23,7 +23,7 @@ migrations:
     # Where the images lie. uri is filled from each item's payload, and {id}; nothing outside root is read.
     images:
       uri: "{path}"
-      root: ./images            # a folder, or an fsspec URL such as s3://bucket/products
+      root: ./images            # a folder, https://host/products/, or an fsspec URL such as s3://bucket/products
 
     # The encoder that made the stored vectors: a timm architecture, its weights and its preprocessing.
     # Where there is no model of it any more, the one word `stored` in place of all this.

@@ -335,7 +335,7 @@ def bound_facts(project: Project, info: CollectionInfo, old_encoder_id: str) -> 
     return {
         "artifacts": document["artifacts"],
         "store": settings["store"],
-        "images": settings["images"],
+        "images": {key: value for key, value in settings["images"].items() if key != "timeout"},
         "old_encoder": {**_of_model(settings["old_encoder"]), "id": old_encoder_id},
         "new_encoder": settings["new_encoder"],
         "rollout": {"strategy": settings["rollout"]["strategy"]},

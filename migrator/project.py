@@ -147,7 +147,7 @@ class Project:
         from trainer.images import ImageSource
 
         images = self.settings.images
-        return ImageSource(images.root, images.uri, max_pixels=images.max_pixels)
+        return ImageSource(images.root, images.uri, max_pixels=images.max_pixels, timeout=images.timeout)
 
     @property
     def old_is_stored(self) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
@@ -29,17 +30,12 @@ def _wait(state: RetryCallState) -> float:
     return max(_backoff(state), advised or 0.0)
 
 
-def _say(state: RetryCallState) -> None:
-    """A line for whoever watches, once the waiting gets noticeable."""
-    if state.next_action is not None and state.next_action.sleep >= NOTICEABLE and state.outcome is not None:
-        log.warning("%s; trying again in %.0f s", state.outcome.exception(), state.next_action.sleep)
-
-
 def patiently(call: Callable[[], T], *, seconds: float) -> T:
-    """Calls until it works; gives up when the next try would come after `seconds`.
+    """Calls until it works; gives up when the next try would come after `seconds`, the first call included.
 
-    What is not a passing fault is raised at once.
+    What is not a passing fault is raised at once. Once the waiting gets noticeable a line tells of it.
     """
+    began = time.monotonic()
     try:
         return call()  # nearly always: the machinery below costs more than many a call
     except PASSING_FAULTS as error:
@@ -52,11 +48,17 @@ def patiently(call: Callable[[], T], *, seconds: float) -> T:
             raise first.pop()
         return call()
 
+    def tell(state: RetryCallState) -> None:
+        if state.next_action is None or state.outcome is None:
+            return
+        if max(state.next_action.sleep, time.monotonic() - began) >= NOTICEABLE:
+            log.warning("%s; trying again in %.0f s", state.outcome.exception(), state.next_action.sleep)
+
     return Retrying(
-        before_sleep=_say,
+        before_sleep=tell,
         retry=retry_if_exception_type(PASSING_FAULTS),
         wait=_wait,
-        stop=stop_before_delay(seconds),
+        stop=stop_before_delay(max(0.0, seconds - (time.monotonic() - began))),
         reraise=True,
     )(again)
 

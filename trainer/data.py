@@ -267,7 +267,7 @@ def held_out_split(
     if not held_out.any():
         raise TrainingProblem(
             f"of {len(labels)} images none can be held out for validation: give more images of each class, "
-            "or set validation to 0"
+            "or set train.validation to 0"
         )
     return np.flatnonzero(~held_out), np.flatnonzero(held_out)
 

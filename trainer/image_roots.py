@@ -26,7 +26,6 @@ TIMEOUT = 30.0
 PATIENCE = 10
 """A whole file may take this many timeouts."""
 MAX_REDIRECTS = 5
-CHUNK = 1 << 20
 EXTRAS = {"s3": "s3", "s3a": "s3", "http": "http", "https": "http"}
 """Scheme -> the extra that brings what reads it."""
 
@@ -275,7 +274,7 @@ class HttpFolder:
         length = response.headers.get("Content-Length", "")
         _require_size(int(length) if length.isdecimal() else 0, path, max_bytes)
         data = bytearray()
-        for chunk in response.iter_bytes(CHUNK):
+        for chunk in response.iter_bytes():
             data += chunk
             _require_size(len(data), path, max_bytes)
             if time.monotonic() > deadline:

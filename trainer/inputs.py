@@ -149,9 +149,10 @@ def load_inputs(
         raise TrainingProblem(f"the {len(labels)} readable training images are all of one class: add another")
     train, held_out = held_out_split(labels, validation, seed=seed)
     if len(train) < batch_size:
+        smaller = f" or set train.batch_size to {len(train)} or less" if len(train) > 1 else ""
         raise TrainingProblem(
             f"{len(train)} images are left to train on ({len(held_out)} held out, {len(items) - len(labels)} left "
-            f"out), fewer than a batch of {batch_size}: add images or set train.batch_size to {len(train)} or less"
+            f"out), fewer than a batch of {batch_size}: add images{smaller}"
         )
     random = np.random.default_rng(seed)
     return Inputs(

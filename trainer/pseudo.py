@@ -29,10 +29,10 @@ def pseudo_classes(vectors: NDArray[np.float32], k: int, *, seed: int) -> NDArra
     numbered without gaps. Raises TrainingProblem where k does not suit n, or faiss is not installed.
     """
     if not 2 <= k <= len(vectors):
-        raise TrainingProblem(
-            f"{len(vectors)} images cannot be made into {k} pseudo-classes: set train.pseudo_classes to a number from "
-            f"2 to {len(vectors)}, better {default_k(len(vectors))}"
-        )
+        advice = "add images"
+        if len(vectors) > 1:
+            advice = f"set train.pseudo_classes to a number from 2 to {len(vectors)}, better {default_k(len(vectors))}"
+        raise TrainingProblem(f"{len(vectors)} images cannot be made into {k} pseudo-classes: {advice}")
     try:
         import faiss
     except ImportError as error:
