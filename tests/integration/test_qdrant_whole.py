@@ -14,9 +14,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from adapters.base import StoreRejected
 from migrator.project import Project
 from tests.integration.test_stores import expected, prepared_shadow, to_prepared
-from tests.kinds import QdrantEdge, QdrantFolder, QdrantOverRest
+from tests.kinds import FaissFolder, Kind, QdrantEdge, QdrantFolder, QdrantOverRest
 from tests.qdrant_front import qdrant_front
 from tests.qdrant_grpc import grpc_door
 from tests.world import DIM, World, embed_images
@@ -363,6 +364,28 @@ def test_a_stage_that_is_refused_leaves_no_collection(
     assert several.exists(shadow)
     assert migrator("rollback") == 0
     assert not several.exists(shadow)
+
+
+@pytest.mark.parametrize("kind_of", [QdrantFolder, QdrantEdge, FaissFolder])
+def test_a_store_that_refuses_half_way_keeps_no_collection(
+    kind_of: type[Kind], world: World, migrator: Call, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever an adapter leaves behind, the stage cleans up."""
+    kind = kind_of(world)
+    kind.use()
+    shadow = prepared_shadow(world, migrator)
+    create_like = kind.adapter().create_like
+
+    def half(store: Any, local: str, *, dim: int) -> Any:
+        create_like(store, local, dim=dim).close()
+        raise StoreRejected("an index cannot be made")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(kind.adapter(), "create_like", half)
+        assert migrator("rollout", "--stage", "backfill") == 2
+    assert not kind.exists(shadow)
+    assert migrator("rollout", "--stage", "backfill") == 0
+    assert kind.exists(shadow)
 
 
 def test_a_route_that_moved_meanwhile_leaves_no_collection(

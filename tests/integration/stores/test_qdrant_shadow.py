@@ -150,7 +150,7 @@ def place(request: pytest.FixtureRequest) -> Place:
 # -- settings -----------------------------------------------------------------------------------------------------
 
 
-def test_no_setting_of_the_client_is_left_out_here() -> None:
+def test_these_are_all_settings_that_the_client_has() -> None:
     """A later client has more: then they belong into these tests."""
     assert SETTINGS.keys() == models.CreateCollection.model_fields.keys()
     assert LATE.keys() == models.CollectionParamsDiff.model_fields.keys() - models.CreateCollection.model_fields.keys()
