@@ -55,7 +55,7 @@ def images(digits: tuple[Path, np.ndarray]) -> ImageSource:
 
 
 def items_of(digits: tuple[Path, np.ndarray], rows: range) -> TrainingItems:
-    return training_items([f"{row}.png" for row in rows], [digits[1][row] for row in rows], source="digits")
+    return training_items([f"{row}.png" for row in rows], [str(digits[1][row]) for row in rows], source="digits")
 
 
 @pytest.fixture(scope="module")
