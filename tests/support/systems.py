@@ -95,7 +95,7 @@ class System(ABC):
 
     def encoder(self, which: str) -> dict[str, Any]:
         """The section `old_encoder` or `new_encoder` that its owner writes."""
-        return {"module": f"models:{which}", "dim": DIM}
+        return {"module": f"models:{which}", "dim": DIM, "convert": "none"}
 
     @abstractmethod
     def build(self) -> None:
@@ -116,13 +116,6 @@ class System(ABC):
     def changes(self) -> dict[str, Any]:
         """Further keys of the migration that its owner sets: rollout__strategy="shadow"."""
         return {}
-
-    def served(self, collection: str) -> str | None:
-        """What `vectors` takes for the collection that the route names."""
-        return collection
-
-    floor: ClassVar[float] = 0.999
-    """Least median cosine between what the store gives back after the cutover and the new network's vectors."""
 
     @contextmanager
     def running(self) -> Iterator[None]:
@@ -177,7 +170,7 @@ class ClipRetrieval(System):
     def vectors(self, collection: str | None = None) -> np.ndarray:
         import faiss
 
-        index = faiss.read_index(collection or str(self.folder / "output" / "image.index"))
+        index = faiss.read_index(index_file(collection, self.folder / "output" / "image.index"))
         return index.reconstruct_n(0, index.ntotal)
 
     def snapshot(self) -> object:
@@ -195,6 +188,12 @@ class ClipRetrievalFlat(ClipRetrieval):
 
     def init(self) -> list[str]:
         return super().init()[:6]
+
+
+def index_file(collection: str | None, own: Path) -> str:
+    """The index of a collection that the route names: the system's own file, or a folder that migrator has made."""
+    folder = Path(collection or own)
+    return str(folder / "index.faiss" if folder.is_dir() else folder)
 
 
 def hidden(file: Path) -> bool:
@@ -233,7 +232,7 @@ class HuggingFace(System):
     def vectors(self, collection: str | None = None) -> np.ndarray:
         import faiss
 
-        index = faiss.read_index(collection or str(self.folder / "image.faiss"))
+        index = faiss.read_index(index_file(collection, self.folder / "image.faiss"))
         return index.reconstruct_n(0, index.ntotal)
 
     def snapshot(self) -> object:
@@ -286,6 +285,7 @@ class MilvusBootcamp(System):
 
     def rows(self, collection: str | None = None) -> list[dict[str, Any]]:
         with self.client() as client:
+            client.load_collection(collection or "image_embeddings")
             rows = client.query(collection or "image_embeddings", "id != 0", output_fields=["*"], limit=10_000)
         return sorted(rows, key=lambda row: str(row["filename"]))
 
