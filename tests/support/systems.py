@@ -95,7 +95,7 @@ class System(ABC):
 
     def encoder(self, which: str) -> dict[str, Any]:
         """The section `old_encoder` or `new_encoder` that its owner writes."""
-        return {"module": f"models:{which}", "dim": DIM, "convert": "none"}
+        return {"module": f"models:{which}", "dim": DIM}
 
     @abstractmethod
     def build(self) -> None:
