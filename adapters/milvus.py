@@ -891,13 +891,26 @@ class MilvusStore:
         self._must_write()
         if not self._dynamic:
             return
+        # Milvus Lite keeps an emptied stamp as a field without a value, which `exists` does not find.
+        carrying = "" if self._connection.lite else f"exists {STAMP}"
         after: ItemId | None = None
-        while ids := self._keys(f"exists {STAMP}", after, None, LITE_PAGE):
+        while ids := self._keys(carrying, after, None, LITE_PAGE):
             for part in self._parts(ids):
-                page = self.read(part, vectors=True, payload=False)
-                assert page.vectors is not None
-                self.write_vectors(page.ids, page.vectors, None)
+                if self._connection.lite:
+                    self._take_field_away(part)
+                else:
+                    page = self.read(part, vectors=True, payload=False)
+                    assert page.vectors is not None
+                    self.write_vectors(page.ids, page.vectors, None)
             after = ids[-1]
+
+    def _take_field_away(self, ids: list[ItemId]) -> None:
+        """Replaces those rows of a Milvus Lite that have the field of the stamp by the same rows without it."""
+        rows = [row for row in self._rows(ids, ["*"]).values() if STAMP in row]
+        with self._known.held() as known:
+            refused = self._write_whole([{name: row[name] for name in row if name != STAMP} for row in rows])
+            if known:
+                self._known.inserted({row[self._key]: None for row in rows if row[self._key] not in refused})
 
     # -- a second collection ----------------------------------------------------------------------------------------
 
@@ -1023,7 +1036,7 @@ class MilvusStore:
                 stamp = page.stamps[row]
                 payload = {name: value for name, value in page.payloads[row].items() if name not in self._made}
                 fields: Row = {**payload, self._key: item, self._vector: vectors[row]}
-                if self._dynamic and (stamp is not None or self._connection.lite):
+                if self._dynamic and stamp is not None:
                     fields[STAMP] = self._as_value(stamp, vectors[row])
                 rows.append(fields)
             with self._known.held() as known:
@@ -1035,6 +1048,9 @@ class MilvusStore:
 
     def _write_whole(self, rows: list[Row]) -> dict[ItemId, str]:
         """Upserts rows with their keys, by the request that this server takes them with."""
+        if self._connection.lite:
+            # Its upsert keeps dynamic fields that a row had before; its insert replaces the row of the same key.
+            return self._send("insert", rows)
         if not self._auto_id or (how := self._given_keys.written_by) == "upsert":
             return self._upsert(rows, partial=False)
         if how is None:
