@@ -65,13 +65,19 @@ class Asked:
         """Which answers of `ranking` (q, k), rows among the g, are right."""
         if self.relevant is not None:
             return graded_relevance(self.relevant, ranking)
-        questions = self.questions
-        if questions.tags is not None and questions.gallery_tags is not None:
-            tags = at_rows(questions.tags, self.rows), at_rows(questions.gallery_tags, self.gallery)
-            return tag_relevance(*tags, ranking, exclude=self.own)
+        if self.tags is not None:
+            return tag_relevance(*self.tags, ranking, exclude=self.own)
         assert self.query_codes is not None
         assert self.gallery_codes is not None
         return relevance(self.query_codes, self.gallery_codes, ranking, exclude=self.own)
+
+    @property
+    def tags(self) -> tuple[list[list[str]], list[list[str]]] | None:
+        """The classes of each query and of each item, where one may have several."""
+        questions = self.questions
+        if questions.tags is None or questions.gallery_tags is None:
+            return None
+        return at_rows(questions.tags, self.rows), at_rows(questions.gallery_tags, self.gallery)
 
     @property
     def labels(self) -> list[str] | None:

@@ -10,10 +10,13 @@ import difflib
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+
+if TYPE_CHECKING:
+    from scipy.sparse import csr_array
 
 Floats: TypeAlias = NDArray[np.float64]
 Bools: TypeAlias = NDArray[np.bool_]
@@ -54,6 +57,21 @@ def relevance(
     return Relevance(hits, total)
 
 
+def tag_matrices(*sides: Sequence[Sequence[str]]) -> list[csr_array]:
+    """For each side, n rows of several labels each: 1 where a row has a label, (n, labels of all sides)."""
+    from scipy.sparse import csr_array
+
+    known: dict[str, int] = {}
+    codes = [[known.setdefault(tag, len(known)) for tags in side for tag in tags] for side in sides]
+    return [
+        csr_array(
+            (np.ones(len(columns), np.int32), columns, np.append(0, np.cumsum([len(tags) for tags in side]))),
+            (len(side), len(known)),
+        )
+        for side, columns in zip(sides, codes, strict=True)
+    ]
+
+
 def tag_relevance(
     query_tags: Sequence[Sequence[str]],
     gallery_tags: Sequence[Sequence[str]],
@@ -61,18 +79,8 @@ def tag_relevance(
     exclude: NDArray[np.integer] | None = None,
 ) -> Relevance:
     """As `relevance`, where each query (q) and item (g) has several labels: one in common makes an item relevant."""
-    from scipy.sparse import csr_array
-
-    known: dict[str, int] = {}
-
-    def matrix(rows: Sequence[Sequence[str]]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        codes = np.array([known.setdefault(tag, len(known)) for tags in rows for tag in tags], np.int64)
-        return codes, np.append(0, np.cumsum([len(tags) for tags in rows], dtype=np.int64))
-
-    (query_codes, query_ends), (item_codes, item_ends) = matrix(query_tags), matrix(gallery_tags)
-    shape = len(known)
-    queries = csr_array((np.ones(len(query_codes), np.int32), query_codes, query_ends), (len(query_tags), shape))
-    items = csr_array((np.ones(len(item_codes), np.int32), item_codes, item_ends), (len(gallery_tags), shape)).T
+    queries, gallery = tag_matrices(query_tags, gallery_tags)
+    items = gallery.T
     hits = np.zeros(ranking.shape, np.bool_)
     total = np.zeros(len(query_tags), np.int64)
     step = max(1, _CELLS // (len(gallery_tags) + 1))

@@ -44,7 +44,7 @@ from migrator.verify.metrics import (
 )
 from migrator.verify.questions import Questions, Tags, frozen_questions, tags_of
 from migrator.verify.ranking import rank
-from migrator.verify.scores import draw_listed_pairs, draw_pairs, score_histograms, score_pairs, shift
+from migrator.verify.scores import draw_listed_pairs, draw_pairs, draw_tag_pairs, score_histograms, score_pairs, shift
 from migrator.verify.standing import look_of
 from migrator.verify.statistics import Interval, Sure, bootstrap
 from migrator.verify.views import altered
@@ -518,6 +518,8 @@ def _score_facts(tests: _Tests, *, seed: int) -> dict[str, Any]:
     asked = tests.asked
     if asked.relevant is not None:
         pairs = draw_listed_pairs(asked.relevant, len(asked.gallery), own=asked.own, seed=seed)
+    elif asked.tags is not None:
+        pairs = draw_tag_pairs(*asked.tags, own=asked.own, seed=seed)
     else:
         assert asked.query_codes is not None
         assert asked.gallery_codes is not None

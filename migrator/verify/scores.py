@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from migrator.verify.metrics import tag_matrices
 from migrator.verify.ranking import pair_scores
 
 LIMIT = 50_000
@@ -145,6 +146,34 @@ def draw_pairs(
 
     sizes = len(query_codes), len(gallery_codes)
     return Pairs(_without_own(positives, own), _negatives(sizes, relevant, own, limit, random))
+
+
+def draw_tag_pairs(
+    query_tags: Sequence[Sequence[str]],
+    gallery_tags: Sequence[Sequence[str]],
+    *,
+    own: NDArray[np.integer] | None = None,
+    limit: int = LIMIT,
+    seed: int = 0,
+) -> Pairs:
+    """As `draw_pairs`, where each query (q) and item (g) has several labels: one in common makes an item relevant.
+
+    A positive that shares several labels is drawn more easily, and counts once.
+    """
+    random = np.random.default_rng(seed)
+    queries, items = tag_matrices(query_tags, gallery_tags)
+    # A row of a tag each, so that the positives of one class are those of a tag.
+    (query, query_code), (item, item_code) = queries.nonzero(), items.nonzero()
+    shared = draw_pairs(query_code, item_code, limit=limit, seed=seed).positives
+    positives = np.unique(np.stack([query[shared[:, 0]], item[shared[:, 1]]], axis=1).astype(np.int64), axis=0)
+
+    def relevant(pairs: NDArray[np.int64]) -> NDArray[np.bool_]:
+        in_common = queries[pairs[:, 0]].multiply(items[pairs[:, 1]]).sum(axis=1)
+        found: NDArray[np.bool_] = np.asarray(in_common).ravel() > 0
+        return found
+
+    negatives = _negatives((len(query_tags), len(gallery_tags)), relevant, own, limit, random)
+    return Pairs(_without_own(positives, own), negatives)
 
 
 def draw_listed_pairs(

@@ -16,6 +16,7 @@ from migrator.verify.scores import (
     Scores,
     draw_listed_pairs,
     draw_pairs,
+    draw_tag_pairs,
     score_histograms,
     score_pairs,
     shift,
@@ -222,3 +223,16 @@ def test_the_threshold_is_the_highest_that_1_percent_of_the_negatives_reach(nega
     at_least = int(0.1 * len(negatives))
     assert (negatives >= found.threshold).sum() >= at_least
     assert (negatives > found.threshold).sum() < at_least
+
+
+@given(
+    queries=st.lists(st.lists(st.sampled_from("abc"), max_size=3, unique=True), max_size=5),
+    items=st.lists(st.lists(st.sampled_from("abcd"), max_size=3, unique=True), max_size=6),
+    seed=st.integers(0, 99),
+)
+def test_pairs_of_tags_are_those_that_share_one(queries: list[list[str]], items: list[list[str]], seed: int) -> None:
+    own = np.random.default_rng(seed).integers(-1, max(1, len(items)), len(queries))
+    pairs = draw_tag_pairs(queries, items, own=own, limit=2000, seed=seed)
+    every = {(query, item) for query in range(len(queries)) for item in range(len(items)) if own[query] != item}
+    right = {(query, item) for query, item in every if {*queries[query]} & {*items[item]}}
+    assert as_sets(pairs) == (right, every - right)
