@@ -61,6 +61,7 @@ MESSAGE_BYTES = 16 << 20  # the server takes 64 MiB
 ROWS = 10_000  # in one request
 WHOLE_ROWS = 5_000  # read and at once written anew: fewer take longer, more leave others more time in between
 PAGE = 16_000  # the server gives 16,384
+LITE_VERSION = "milvus_lite-"  # what the version of Milvus Lite begins with
 LITE_PAGE = 100_000  # in Milvus Lite every page costs as much as the whole collection
 LOADING = 3600  # seconds, for Milvus Lite, which builds the index then if a kill left it without
 METRICS: Mapping[str, Metric] = {"COSINE": "cosine", "IP": "ip", "L2": "l2"}
@@ -329,7 +330,7 @@ class MilvusStore:
     def _can_update_fields(self) -> bool:
         """Milvus changes single fields of a row from 2.6 on, Milvus Lite from 3 on."""
         version = self._version()
-        digits = version.removeprefix("milvus_lite-").removeprefix("v").split("-")[0].split(".")
+        digits = version.removeprefix(LITE_VERSION).removeprefix("v").split("-")[0].split(".")
         return self._connection.lite or [int(part) for part in digits[:2] if part.isdigit()] >= [2, 6]
 
     def _version(self) -> str:
@@ -1048,7 +1049,7 @@ class MilvusStore:
 
     def _write_whole(self, rows: list[Row]) -> dict[ItemId, str]:
         """Upserts rows with their keys, by the request that this server takes them with."""
-        if self._connection.lite:
+        if self._version().startswith(LITE_VERSION):
             # Its upsert keeps dynamic fields that a row had before; its insert replaces the row of the same key.
             return self._send("insert", rows)
         if not self._auto_id or (how := self._given_keys.written_by) == "upsert":

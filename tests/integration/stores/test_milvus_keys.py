@@ -224,6 +224,7 @@ class Newer:
             MilvusClient.insert,
             MilvusClient.upsert,
         )
+        monkeypatch.setattr(MilvusClient, "get_server_version", lambda *_, **__: "v2.6.0")
         monkeypatch.setattr(MilvusClient, "insert", lambda client, *words, **more: self.insert(client, *words, **more))
         monkeypatch.setattr(MilvusClient, "upsert", lambda client, *words, **more: self.upsert(client, *words, **more))
 
