@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from adapters.base import Capabilities, CollectionInfo, ItemId, Store, StoreRejected
+from adapters.base import Capabilities, CollectionInfo, ItemId, Payload, Store, StoreRejected
 from migrator.agreement import as_kept_by, check_agreement
-from migrator.config import POST_HOC, OldEncoder
+from migrator.config import POST_HOC, ItemsFrom, OldEncoder
 from migrator.encoding import embed, locate
 from migrator.errors import ConfigProblem, Refused
+from migrator.labels import training_label
 from migrator.ledger import Plan, now
 from migrator.project import Project
 from migrator.stored_encoder import SAME, StoredEncoder
@@ -436,6 +437,15 @@ class _Sample:
     risks: tuple[str, ...]
 
 
+def _check_training_labels(project: Project, ids: Sequence[ItemId], payloads: Sequence[Payload]) -> None:
+    """Refuses labels that no training could take, before anything is embedded."""
+    train = project.settings.train
+    if train is None or not isinstance(train.items, ItemsFrom) or train.items.label is None:
+        return
+    for item, payload in zip(ids, payloads, strict=True):
+        training_label(project, train.items.label, item, payload)
+
+
 def _measure_sample(
     project: Project, store: Store, old: Encoder | None, new: _New, report: Callable[..., None]
 ) -> _Sample:
@@ -447,6 +457,7 @@ def _measure_sample(
     page = store.read(ids, vectors=True, payload=True)
     assert page.vectors is not None
     assert page.payloads is not None
+    _check_training_labels(project, page.ids, page.payloads)
     images = project.images()
     paths = locate(images, zip(page.ids, page.payloads, strict=True))
     total = (1 if old is None else 2) * len(paths)

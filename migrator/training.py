@@ -13,11 +13,12 @@ import numpy as np
 from migrator.backfill.transfer import walk
 from migrator.config import ItemsFrom, Train
 from migrator.errors import ConfigProblem, Refused
+from migrator.labels import training_label
 from migrator.old_vectors import old_vectors, payloads
 from migrator.planning import check_fresh
 from migrator.project import Project
 from trainer.errors import ImageProblem
-from trainer.templates import MAX_FIELDS, NotText, field_advice, fields_of, parse
+from trainer.templates import MAX_FIELDS, field_advice, fields_of
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -165,13 +166,7 @@ def _items_of_store(project: Project, label: str | None) -> TrainingItems:
             if label is None:
                 paths.append(path)
                 continue
-            try:
-                text = (parse(label).fill({**payload, "id": item}) or "").strip()
-            except NotText as problem:
-                raise ConfigProblem(
-                    f"{key}: item {item!r}: {problem}; training needs one class for each item: name a field with one "
-                    "value, or list path and label in a file"
-                ) from None
+            text = training_label(project, label, item, payload)
             if text:
                 paths.append(path)
                 labels.append(text)

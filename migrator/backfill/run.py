@@ -17,10 +17,10 @@ from migrator.backfill.pipeline import ChunkFailed, Finished, Pipeline
 from migrator.backfill.throttle import Throttle
 from migrator.backfill.transfer import Transfer, open_transfer
 from migrator.errors import Refused, Unavailable
+from migrator.labels import label_of
 from migrator.ledger import BACKFILL_STAGES, Chunk, Ledger, Migration, this_process
 from migrator.planning import check_fresh
 from migrator.project import Project
-from migrator.verify.questions import label_of
 from migrator.verify.watch import look
 from trainer.errors import ImagesUnavailable
 

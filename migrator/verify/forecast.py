@@ -16,10 +16,11 @@ import numpy as np
 from adapters.base import ItemId, Store, order_key
 from migrator.backfill.order import worst_first
 from migrator.encoding import embed, locate
+from migrator.labels import Tags
 from migrator.project import Project
 from migrator.stored_encoder import unit
 from migrator.verify.metrics import parse_metric, relevance, summarise, tag_relevance
-from migrator.verify.questions import Tags, tags_or_refuse
+from migrator.verify.questions import tags_or_refuse
 from migrator.verify.ranking import mixtures, rank
 
 if TYPE_CHECKING:

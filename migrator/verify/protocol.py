@@ -20,6 +20,7 @@ from adapters.base import ItemId, Payload, Store
 from migrator.config import FLIPS, Gate
 from migrator.encoding import embed, locate
 from migrator.errors import Refused
+from migrator.labels import Tags, tags_of
 from migrator.ledger import Migration
 from migrator.old_vectors import old_vectors
 from migrator.planning import check_fresh
@@ -42,7 +43,7 @@ from migrator.verify.metrics import (
     positive_flips,
     summarise,
 )
-from migrator.verify.questions import Questions, Tags, frozen_questions, tags_of
+from migrator.verify.questions import Questions, frozen_questions
 from migrator.verify.ranking import rank
 from migrator.verify.scores import draw_listed_pairs, draw_pairs, draw_tag_pairs, score_histograms, score_pairs, shift
 from migrator.verify.standing import look_of

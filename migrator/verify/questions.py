@@ -22,6 +22,7 @@ from adapters.base import ItemId, Payload, Store, order_key
 from migrator.backfill.files import LogFiles
 from migrator.encoding import locate
 from migrator.errors import ConfigProblem, Refused
+from migrator.labels import Tags, tags_of
 from migrator.ledger import Migration, now
 from migrator.project import Project
 from trainer.errors import ImageProblem, TableProblem
@@ -227,10 +228,6 @@ def _sha256_of(file: Path) -> str | None:
 
 
 # -- drawn --------------------------------------------------------------------------------------------------------
-
-
-Tags: TypeAlias = tuple[str, ...]
-"""The classes of a query or an item: one, none, or where the field holds a list several."""
 
 
 def _several(tags: Iterable[Tags]) -> bool:
@@ -580,23 +577,6 @@ def _without_own_relevant(queries: _Queries, counts: Counter[str]) -> _Queries:
     rows = [row for row, right in enumerate(relevant) if right]
     counts["queries_without_answer"] += len(relevant) - len(rows)
     return replace(queries, relevant=relevant).at(rows)
-
-
-def tags_of(template: str, item: ItemId, payload: Payload) -> Tags:
-    """The classes of an item: the template with payload fields and {id} put in, once for each value of a list.
-
-    Empty where a field is missing, null, no finite number, or an empty list. Raises `NotText` for a structure.
-    """
-    return parse(template).fill_each({**payload, "id": item})
-
-
-def label_of(template: str, item: ItemId, payload: Payload) -> str:
-    """The one class of an item; empty where it has none or several, and for what is no text."""
-    try:
-        tags = tags_of(template, item, payload)
-    except NotText:
-        return ""
-    return tags[0] if len(tags) == 1 else ""
 
 
 # -- the file of queries ------------------------------------------------------------------------------------------

@@ -74,8 +74,8 @@ def test_items_that_share_a_tag_are_relevant_in_every_measurement(
 @pytest.mark.parametrize(
     ("label", "words"),
     [
-        ("{tags}", "train.items.label: item 0: field 'tags' is a list of several values; training needs one class"),
-        ("{image}", "train.items.label: item 0: field 'image' is a structure with the fields bytes, path: name one"),
+        ("{tags}", "field 'tags' is a list of several values; training needs one class"),
+        ("{image}", "field 'image' is a structure with the fields bytes, path: name one"),
         ("{knd}", "no item with an image has a value for '{knd}': payloads have image.bytes, image.path, kind, path"),
     ],
 )
@@ -88,9 +88,12 @@ def test_labels_that_training_cannot_take(
     document["migrations"]["toys"]["new_encoder"].pop("weights")
     document["migrations"]["toys"]["train"] = {"items": {"from": "store", "label": label}}
     world.config.write_text(yaml.safe_dump(document))
-    assert migrator("plan") == 0
-    capsys.readouterr()
-    assert migrator("train") == 2
+    if label == "{knd}":
+        assert migrator("plan") == 0
+        capsys.readouterr()
+        assert migrator("train") == 2
+    else:
+        assert migrator("plan") == 2, "what no training could take is known before one begins"
     message = told(capsys)
     assert words in message
     if label == "{knd}":

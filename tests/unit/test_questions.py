@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 from adapters.base import ItemId, Page, Store, order_key
 from migrator.config import find_migration, load_config
 from migrator.errors import ConfigProblem, MigratorError, Refused
+from migrator.labels import label_of
 from migrator.ledger import Migration
 from migrator.project import Project
 from migrator.verify import questions as module
@@ -32,7 +33,6 @@ from migrator.verify.questions import (
     draw_questions,
     even_draw,
     frozen_questions,
-    label_of,
     read_frozen,
 )
 from trainer.images import ImageSource

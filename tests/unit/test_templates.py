@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from qdrant_client import QdrantClient, models
 
-from migrator.verify.questions import label_of
+from migrator.labels import label_of
 from trainer.errors import ImageProblem
 from trainer.images import ImageSource
 from trainer.templates import NotText, fields_of, lookup, parse, text_of
