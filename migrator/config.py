@@ -703,6 +703,9 @@ class Threshold(Section):
     segment: Text | None = None
     """The segment whose queries are meant, as `verify.segment` makes them; `*` for each of them. All queries unless
     given."""
+    test: Literal["cross", "self", "lowest"] | None = None
+    """The search that is bounded: at the canary, after the backfill, or at the lowest point of the backfill. The one
+    that queries meet first where it is not given: `cross` in place, `self` with a shadow."""
 
     @field_validator("min_ratio")
     @classmethod
@@ -718,6 +721,39 @@ class Threshold(Section):
         return ratio
 
 
+_Gain = Annotated[float, Field(ge=-1, le=1)]
+
+
+class MinGain(Section):
+    """The least gain of each test, where one number for all of them does not do."""
+
+    cross: _Gain | None = None
+    """At the canary. 0 where it is not given."""
+    self: _Gain | None = None
+    """After the backfill. 0 where it is not given."""
+    lowest: _Gain | None = None
+    """At the lowest point of the backfill, whose ends are the cross-test and the self-test: the lower of these two
+    where it is not given."""
+
+    @field_validator("lowest")
+    @classmethod
+    def _lowest_is_lowest(cls, lowest: float | None, info: ValidationInfo) -> float | None:
+        ends = min(info.data.get("cross") or 0.0, info.data.get("self") or 0.0)
+        if lowest is not None and lowest > ends:
+            raise ValueError(
+                f"is {lowest:g}, and the lowest point of the backfill is never above its ends, for which {ends:g} is "
+                f"enough: remove it, or give at most {ends:g}"
+            )
+        return lowest
+
+    def of(self, test: str) -> float:
+        """The least gain of `cross`, `lowest` or `self`."""
+        given: dict[str, float | None] = self.model_dump()
+        ends = min(given["cross"] or 0.0, given["self"] or 0.0)
+        found = given[test]
+        return found if found is not None else ends if test == "lowest" else 0.0
+
+
 class Gate(Section):
     """What the new encoder must show before queries are moved to it."""
 
@@ -726,8 +762,12 @@ class Gate(Section):
     confidence: Annotated[float, Field(ge=0.5, lt=1)] = 0.95
     """Of the two-sided bootstrap interval, over all looks: each further question set or encoder that is verified gets
     a smaller part of what is left to 1."""
-    min_gain: Annotated[float, Field(ge=-1, le=1)] = 0.0
-    """The least gain over today's search, in the metric's own unit; negative accepts a loss."""
+    min_gain: Annotated[
+        Annotated[_Gain, Tag("<number>")] | Annotated[MinGain, Tag("<each>")],
+        Discriminator(lambda value: "<each>" if isinstance(value, Mapping | MinGain) else "<number>"),
+    ] = 0.0
+    """The least gain over today's search, in the metric's own unit; negative accepts a loss. A number for every test,
+    or a mapping of tests."""
     min_queries: Annotated[int, Field(ge=10)] = 30
     """With fewer the result is inconclusive."""
     resamples: Annotated[int, Field(ge=100, le=1_000_000)] = 10_000
@@ -736,6 +776,10 @@ class Gate(Section):
     queries, where the classes are all there are."""
     thresholds: Annotated[list[Threshold], Field(max_length=100)] = []
     """Further bounds; all must hold."""
+
+    def least_gain(self, test: str) -> float:
+        """The least gain of `cross`, `lowest` or `self`."""
+        return self.min_gain.of(test) if isinstance(self.min_gain, MinGain) else self.min_gain
 
 
 class Verify(Section):
@@ -837,6 +881,26 @@ class Migration(Section):
             raise ValueError(
                 f"new_encoder gives {new.dim}-d vectors but old_encoder {old.dim}-d ones, and in_place keeps the "
                 f"collection's length: set new_encoder.dim to {old.dim}, or rollout.strategy to shadow"
+            )
+        return rollout
+
+    @field_validator("rollout")
+    @classmethod
+    def _tests_that_a_shadow_has(cls, rollout: Rollout, info: ValidationInfo) -> Rollout:
+        old, new, verify = (info.data.get(key) for key in ("old_encoder", "new_encoder", "verify"))
+        if rollout.strategy != "shadow" or verify is None:
+            return rollout
+        gains = verify.gate.min_gain
+        if isinstance(gains, MinGain) and (gains.cross is not None or gains.lowest is not None):
+            raise ValueError(
+                "with a shadow no query meets a gallery that is not whole: of verify.gate.min_gain give self alone, "
+                "or one number"
+            )
+        named = {threshold.test for threshold in verify.gate.thresholds} - {None, "self"}
+        if named and isinstance(old, OldEncoder) and new is not None and old.dim != new.dim:
+            raise ValueError(
+                f"verify.gate.thresholds names the test {min(map(str, named))}, which compares {new.dim}-d with "
+                f"{old.dim}-d vectors: with encoders of two lengths give test: self"
             )
         return rollout
 
@@ -1057,7 +1121,9 @@ def _known_keys(at: Place, tag: str | None) -> list[str]:
     if tag in _STORES:
         return list(_STORES[tag].model_fields)
     for key in at[2:]:
-        inner = section.model_fields[str(key)].annotation
+        if isinstance(key, int):  # a place in a list
+            continue
+        inner = section.model_fields[key].annotation
         members = (get_args(member)[0] if get_args(member) else member for member in get_args(inner))  # of a union
         section = next(kind for kind in (inner, *members) if isinstance(kind, type) and issubclass(kind, Section))
     return [field.alias or name for name, field in section.model_fields.items()]

@@ -68,7 +68,7 @@ migrations:
       gate:
         metric: map@100                   # or recall@k, precision@k, ndcg@k, mrr@k
         confidence: 0.95
-        min_gain: 0.0                     # least gain over today's search
+        min_gain: 0.0                     # over today; {lowest: -0.03} accepts a loss during the backfill only
         # thresholds: [{metric: recall@1, min: 0.9}, {metric: map@100, min_gain: -0.02, segment: "*"}]
 
     # Percent of the queries on the new encoder, step by step.

@@ -21,7 +21,7 @@ from migrator.labels import training_label
 from migrator.ledger import Plan, now
 from migrator.project import Project
 from migrator.stored_encoder import SAME, StoredEncoder
-from migrator.verify.forecast import expected_quality, forecast
+from migrator.verify.forecast import expected_quality, forecast, loss_risks
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -124,6 +124,7 @@ def make_plan(project: Project, report: Callable[..., None] = lambda *_: None) -
     risks = [*(STORED_RISKS[strategy] if old is None else ()), *sample.risks]
     if old is None and not capabilities.exact_vectors:
         risks.append("the index keeps approximations, and these stand for the old encoder in training and verify")
+    risks += loss_risks(quality, settings.verify.gate)
     can = describe_capabilities(capabilities, lost=lost)
     recommended, why = recommend(capabilities, same_dim=info.dim == new.encoder.dim, lost=lost)
     median = None if sample.median_cosine is None else round(sample.median_cosine, 4)
@@ -134,6 +135,7 @@ def make_plan(project: Project, report: Callable[..., None] = lambda *_: None) -
         "strategy": strategy,
         "recommended": {"strategy": recommended, "why": why},
         "capabilities": can,
+        "shadow_refused": lost,
         "collection": {
             "name": info.name,
             "local": info.local,

@@ -7,7 +7,9 @@ from typing import Any
 
 from migrator.ledger import Counts, Migration, Route
 from migrator.project import Project
-from migrator.verify.standing import looks, why_not
+from migrator.verify.standing import gallery_of, looks, why_not
+from migrator.verify.verdicts import losses, state_of
+from migrator.verify.ways_on import situation_of, ways_on
 
 RATE_RUNS = 5
 """The last runs from which the rate is taken."""
@@ -28,6 +30,12 @@ class Status:
     old_encoder: str | None
     new_encoder: str | None
     verification: str | None
+    """Of a verification that counts: pass, accepted, fail or inconclusive. `accepted` passes with a significant loss
+    that the gate allows."""
+    losses: list[str]
+    """Those of an accepted one, as sentences."""
+    ways_on: list[str]
+    """Where it did not pass: what can be done about it."""
     paused: str | None
     epoch: int | None
     canary_percent: float | None
@@ -40,7 +48,7 @@ class Status:
     items_per_second: float | None
     eta_seconds: int | None
     search: dict[str, Any] | None
-    """What the last look after a backfill run gave: metric, value, forecast, share, outcome."""
+    """What the last look after a backfill run gave: metric, value, forecast, share, outcome, note."""
     mixed_space: bool
     """Vectors of both encoders may lie in the collection: only new-encoder queries are right."""
     old_kept: bool
@@ -59,17 +67,18 @@ def status_of(project: Project) -> Status:
     if migration is None:
         return Status(
             migration=name, collection=None, strategy=None, shadow=None, stage="none", state="none", plan=None,
-            old_encoder=None, new_encoder=None,
-            verification=None, paused=None, epoch=None, canary_percent=None, items_total=0, items_done=0,
-            items_failed=0, items_gone=0, catch_up_passes=0, chunks={}, items_per_second=None, eta_seconds=None,
-            search=None, mixed_space=False, old_kept=False, next_command=f"migrator plan {name}",
+            old_encoder=None, new_encoder=None, verification=None, losses=[], ways_on=[], paused=None, epoch=None,
+            canary_percent=None, items_total=0, items_done=0, items_failed=0, items_gone=0, catch_up_passes=0,
+            chunks={}, items_per_second=None, eta_seconds=None, search=None, mixed_space=False, old_kept=False,
+            next_command=f"migrator plan {name}",
         )  # fmt: skip
     counts = ledger.counts(migration.id)
     plan = ledger.latest_plan(migration.id)
     route = ledger.route(migration.collection)
     verification = ledger.latest_verification(migration.id)
     current = why_not(verification, migration, plan, project.settings.verify.max_age) is None
-    outcome = verification.outcome if verification is not None and current else None
+    results = verification.results if verification is not None and current else {}
+    outcome = state_of(results)
     rate = _rate(project, migration)
     left = counts.planned - counts.done
     return Status(
@@ -83,6 +92,8 @@ def status_of(project: Project) -> Status:
         old_encoder=migration.old_encoder_id,
         new_encoder=migration.new_encoder_id,
         verification=outcome,
+        losses=losses(results) if outcome == "accepted" else [],
+        ways_on=ways_on(results, situation_of(project)),
         paused=migration.paused,
         epoch=route.epoch if route else None,
         canary_percent=route.canary_percent if route else None,
@@ -95,20 +106,10 @@ def status_of(project: Project) -> Status:
         items_per_second=rate,
         eta_seconds=round(left / rate) if rate and left and migration.stage == "backfill" else None,
         search=_last_look(project, migration),
-        mixed_space=is_mixed(migration, counts),
+        mixed_space=gallery_of(migration, counts) == "mixed",
         old_kept=migration.old_kept,
         next_command=next_command(name, migration, route, counts, outcome),
     )
-
-
-def is_mixed(migration: Migration, counts: Counts) -> bool:
-    """Whether vectors of both encoders may lie side by side. A shadow keeps them apart."""
-    if migration.strategy == "shadow":
-        return False
-    if migration.state == "rolling_back":
-        return True
-    begun = counts.passes > 0 and migration.state in ("active", "finished")
-    return begun and (migration.stage == "backfill" or counts.open_failures > 0)
 
 
 def _rate(project: Project, migration: Migration) -> float | None:
@@ -121,8 +122,10 @@ def _last_look(project: Project, migration: Migration) -> dict[str, Any] | None:
     seen = looks(project.ledger.events(migration.id))
     if not seen:
         return None
+    detail = seen[-1].detail
     keys = ("metric", "value", "forecast", "share", "outcome")
-    return {"at": seen[-1].at.isoformat(timespec="seconds"), **{key: seen[-1].detail[key] for key in keys}}
+    found = {"at": seen[-1].at.isoformat(timespec="seconds"), **{key: detail[key] for key in keys}}
+    return {**found, "note": detail.get("note")}
 
 
 def next_command(
@@ -140,7 +143,10 @@ def next_command(
     if migration.stage == "planned":
         if migration.new_encoder_id is None:
             return f"migrator train {name}"
-        return f"migrator rollout {name} --stage prepare" if verified == "pass" else f"migrator verify {name}"
+        if verified in ("pass", "accepted"):
+            return f"migrator rollout {name} --stage prepare"
+        # To verify the same encoder on the same queries again gives the same answer: the ways on say what helps.
+        return f"migrator verify {name}" if verified is None else None
     rollout = f"migrator rollout {name} --stage"
     full = route is not None and route.canary_percent >= 100
     if migration.strategy == "in_place" and migration.stage in ("prepare", "canary"):

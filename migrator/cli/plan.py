@@ -15,6 +15,7 @@ from migrator.cli.common import (
     print_json,
     progress,
 )
+from migrator.verify.verdicts import amount
 from migrator.words import duration, size, when
 
 
@@ -98,8 +99,13 @@ def _expected(forecast: dict[str, Any]) -> list[tuple[str, str]]:
     if forecast["points"][0]["value"] is None:
         return [("expected", f"{today}; plan again once the new encoder is trained")]
     lines = [
-        f"{point['value']:.4f} with {point['share']:.0%} embedded anew"
+        f"{point['value']:.4f} with {point['share']:.0%} embedded{_loss(point.get('gain'))}"
         + ("" if point["at"] is None else f", {when(point['at'])} UTC if it began now")
         for point in forecast["points"]
     ]
     return [("expected", today), *(("", line) for line in lines)]
+
+
+def _loss(gain: dict[str, float] | None) -> str:
+    """A significant loss, told beside its value."""
+    return "" if gain is None or gain["high"] >= 0 else f" (worse than today by {amount(gain['mean'])})"

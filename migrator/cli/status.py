@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from migrator.cli.common import json_option, migration_options, open_project, print_facts
 from migrator.words import duration
+
+if TYPE_CHECKING:
+    from migrator.status import Status
 
 
 @click.command("status")
@@ -40,7 +43,7 @@ def command(name: str | None, config_path: Path, as_json: bool) -> None:
             ("plan", status.plan),
             ("old encoder", status.old_encoder),
             ("new encoder", status.new_encoder),
-            ("verification", status.verification),
+            *_verification(status),
             ("route", route),
             ("items", done if status.chunks else None),
             ("failed", status.items_failed if status.chunks else None),
@@ -52,9 +55,18 @@ def command(name: str | None, config_path: Path, as_json: bool) -> None:
             ("search", _search(status.search)),
             ("mixed space", "yes: only new-encoder queries are right" if status.mixed_space else "no"),
             ("old vectors", "kept: `migrator rollback` is possible" if status.old_kept else None),
-            ("next", status.next_command or "nothing is left to do"),
+            ("next", status.next_command or ("one of the ways on" if status.ways_on else "nothing is left to do")),
         ]
     )
+
+
+def _verification(status: Status) -> list[tuple[str, str | None]]:
+    """How it came out, and what follows, as lines; a loss that the gate allows is no success."""
+    if status.verification == "accepted":
+        first, *others = status.losses
+        return [("verification", click.style(f"accepted: {first}", fg="yellow")), *(("", each) for each in others)]
+    ways = [("ways on" if number == 0 else "", way) for number, way in enumerate(status.ways_on)]
+    return [("verification", status.verification), *ways]
 
 
 def _search(look: dict[str, Any] | None) -> str | None:
@@ -62,4 +74,5 @@ def _search(look: dict[str, Any] | None) -> str | None:
     if look is None:
         return None
     forecast = "" if look["forecast"] is None else f", forecast {look['forecast']:.4f}"
-    return f"{look['metric']} {look['value']:.4f}{forecast} at {look['share']:.0%} ({look['outcome']}, {look['at']})"
+    outcome = look["outcome"] if look["note"] is None else f"{look['outcome']}: {look['note']}"
+    return f"{look['metric']} {look['value']:.4f}{forecast} at {look['share']:.0%} ({outcome}, {look['at']})"

@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from migrator.cli.common import json_option, migration_options, open_project, print_json, print_table, progress
+from migrator.verify.verdicts import finding_state, state_of, summary
 
 MEANING = {
     "old": "old query, old gallery: today's search",
@@ -24,7 +25,11 @@ GROUPS = 3
 @click.command("verify")
 @migration_options
 @click.option("--mixed", is_flag=True, help="Ask the collection as it is now, with the new encoder; no verdict.")
-@click.option("--live", is_flag=True, help="Also ask through the store's own index, and measure that index's recall.")
+@click.option(
+    "--live",
+    is_flag=True,
+    help="Also search through the store's own index, and measure its recall; after the cutover, no verdict.",
+)
 @click.option("--new-questions", is_flag=True, help="Draw questions anew, which counts as a further look at the data.")
 @json_option
 def command(name: str | None, config_path: Path, mixed: bool, live: bool, new_questions: bool, as_json: bool) -> int:
@@ -33,7 +38,7 @@ def command(name: str | None, config_path: Path, mixed: bool, live: bool, new_qu
     Exit code 0 if the gate passes, 3 if it fails or the queries cannot decide. The questions are drawn once and then
     kept, so that a later verification asks the same ones.
     """
-    from migrator.verify.protocol import measure_mixed, verify
+    from migrator.verify.protocol import is_served_by_new, measure_mixed, verify
 
     if mixed and new_questions:
         raise click.UsageError("--new-questions is for a verification, and --mixed is none")
@@ -42,22 +47,30 @@ def command(name: str | None, config_path: Path, mixed: bool, live: bool, new_qu
         def report(what: str, done: int, total: int) -> None:
             advance(done, total, what)
 
-        if mixed:
+        as_is = mixed or (live and not new_questions and is_served_by_new(project))
+        if as_is:
             found = measure_mixed(project, report, live=live)
         else:
             verified = verify(project, report, new_questions=new_questions, live=live)
-    if mixed:
+    if as_is:
         if as_json:
             print_json({"migration": project.name, **found})
         else:
-            _print_tests({"mixed": found["mixed"]}, "map@100")
-            _print_live(found.get("live"), "map@100")
+            _show_as_is(found, project.settings.verify.gate.metric)
         return 0
     if as_json:
         print_json({"migration": project.name, **verified.results})
     else:
         _show(project.name, verified.results)
     return 0 if verified.verdict.outcome == "pass" else 3
+
+
+def _show_as_is(found: dict[str, Any], metric: str) -> None:
+    """What the collection gives now; beside it today's search of the verification, for the same queries."""
+    test = {"old": "cross", "new": "self"}.get(found["gallery"], "mixed")
+    before = {} if found["today"] is None else {"old": found["today"]}
+    _print_tests({**before, test: found["mixed"]}, metric)
+    _print_live(found.get("live"), metric)
 
 
 def _shown(metric: str) -> list[str]:
@@ -68,7 +81,10 @@ def _print_tests(tests: dict[str, dict[str, float]], metric: str) -> None:
     metrics = _shown(metric)
     print_table(
         ("test", *metrics),
-        [(f"{test}: {MEANING[test]}", *(f"{of[name]:.4f}" for name in metrics)) for test, of in tests.items()],
+        [
+            (f"{test}: {MEANING[test]}", *(f"{of[name]:.4f}" if name in of else "-" for name in metrics))
+            for test, of in tests.items()
+        ],
     )
 
 
@@ -114,9 +130,14 @@ def _show(name: str, results: dict[str, Any]) -> None:
         click.echo(f"scores: {results['shift']}")
     if results["scores"]:
         click.echo(", ".join(f"{score} {value:.4f}" for score, value in results["scores"].items()))
-    for finding in results["findings"][1:]:
-        click.echo(f"{finding['outcome']}: {finding['reason']}")
-    click.echo(f"verdict: {results['outcome']}: {'; '.join(results['reasons'])}")
+    for finding in results["findings"]:
+        click.echo(f"{finding_state(finding)}: {finding['reason']}")
+    verdict = f"verdict: {summary(results)}"
+    click.echo(click.style(verdict, fg="yellow") if state_of(results) == "accepted" else verdict)
+    if results["ways_on"]:
+        click.echo("ways on:")
+    for way in results["ways_on"]:
+        click.echo(f"  - {way}")
     if results["outcome"] == "pass":
         click.echo(f"next: migrator rollout {name} --stage prepare")
 

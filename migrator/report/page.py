@@ -18,6 +18,7 @@ from migrator.report import charts
 from migrator.report.facts import facts_of
 from migrator.report.thumbnails import Thumbnail, thumbnails
 from migrator.report.verdict import is_moved, meaning
+from migrator.verify.verdicts import TITLES, finding_state, state_of
 from trainer.files import write_whole
 
 if TYPE_CHECKING:
@@ -116,6 +117,8 @@ def render(facts: Mapping[str, Any], pictures: Mapping[str, Thumbnail]) -> str:
         tests={test: told for test, told in TESTS.items() if test in tests},
         stages=STAGES[facts["status"]["strategy"]],
         findings=_findings(results),
+        state=state_of(results) or verification.get("outcome"),
+        titles=TITLES,
         groups=[
             (name, results[key]) for key, name in (("classes", "class"), ("segments", "segment")) if results.get(key)
         ],
@@ -257,16 +260,16 @@ def _answered_by(facts: Mapping[str, Any]) -> str:
 
 
 def _findings(results: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """The gate's findings; of an older verification its verdict and reasons."""
+    """The gate's findings, each with its `state`; of an older verification its verdict and reasons."""
     if results.get("findings"):
-        found: list[Mapping[str, Any]] = results["findings"]
-        return found
+        return [{**finding, "state": finding_state(finding)} for finding in results["findings"]]
     if "outcome" not in results:
         return []
     return [
         {
             "metric": results.get("metric"),
             "outcome": results["outcome"],
+            "state": state_of(results),
             "interval": results.get("interval"),
             "queries": results.get("queries"),
             "reason": "; ".join(map(str, results.get("reasons") or [])),

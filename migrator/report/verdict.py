@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from migrator.verify.verdicts import losses, main_loss
 from migrator.words import is_number, metric_name, number, percent, sentence, shown, signed
 
 _MEANING = {
@@ -14,6 +15,7 @@ _MEANING = {
     "ndcg": "1 means that the best answers come first",
     "mrr": "1 means that the first answer is always right",
 }
+_TILES = {"cross": "canary", "lowest": "lowest of the backfill", "self": "after the backfill"}
 _NEW_ANSWERS = {"in_place": ("backfill", "cutover", "finalize"), "shadow": ("cutover", "finalize")}
 
 
@@ -28,11 +30,53 @@ def meaning(metric: str) -> str:
 
 
 def verdict(facts: Mapping[str, Any]) -> dict[str, Any]:
-    """From the other facts: `answer` (yes, no, open or back), a `headline`, and `sentences` that give the reasons."""
+    """From the other facts: `answer` (yes, accepted, no, open or back), a `headline`, `sentences` with the reasons, the
+    `ways_on` where it did not pass, and `tiles`: today's search, and the new one at each point that users meet.
+
+    `accepted` is a yes to a search that is worse than today's, by leave of the gate.
+    """
     answer, headline = _headline(facts)
     verification = facts["verification"]
     sentences = [] if verification is None else _evidence(verification)
-    return {"answer": answer, "headline": headline, "sentences": [*sentences, *_during_backfill(facts)]}
+    return {
+        "answer": answer,
+        "headline": headline,
+        "sentences": [*sentences, *_during_backfill(facts)],
+        "ways_on": [shown(str(way)) for way in facts["status"].get("ways_on") or []],
+        "tiles": [] if verification is None else tiles(verification["results"]),
+    }
+
+
+def tiles(results: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """`title`, `value`, and where known the `gain` over today (mean, low, high) and `state`: better, same or worse."""
+    metric, served = results.get("metric") or "map@100", results.get("served") or "cross"
+    tests, lowest = results.get("tests") or {}, (results.get("curve") or {}).get("lowest") or {}
+    values = {test: (tests.get(test) or {}).get(metric) for test in ("cross", "self")} | {"lowest": lowest.get("value")}
+    found: list[dict[str, Any]] = [{"title": "today", "value": (tests.get("old") or {}).get(metric)}]
+    for test in ("cross", "lowest", "self") if served == "cross" else ("self",):
+        gain = _gain_in(results, test, metric)
+        state = "worse" if gain and gain["high"] < 0 else "better" if gain and gain["low"] > 0 else "same"
+        title = _TILES[test]
+        if test == "lowest" and is_number(lowest.get("share")):
+            title += f" ({percent(lowest['share'])})"
+        found.append({"title": title, "value": values[test], "gain": gain, "state": state if gain else None})
+    return [tile for tile in found if is_number(tile["value"])]
+
+
+def _gain_in(results: Mapping[str, Any], test: str, metric: str) -> dict[str, float] | None:
+    """The difference from today as the gate had it; of an earlier version as it was measured."""
+    findings = results.get("findings") or []
+    gains = [
+        at.get("gain")
+        for at in findings
+        if (at.get("test"), at.get("metric"), at.get("segment")) == (test, metric, None)
+    ]
+    if test == "lowest":
+        gains.append(((results.get("curve") or {}).get("lowest") or {}).get("gain"))
+    else:
+        gains.append(((results.get("differences") or {}).get(test) or {}).get(metric))
+    known = (gain for gain in gains if gain and all(is_number(gain.get(end)) for end in ("mean", "low", "high")))
+    return next(known, None)
 
 
 def _during_backfill(facts: Mapping[str, Any]) -> list[str]:
@@ -40,7 +84,7 @@ def _during_backfill(facts: Mapping[str, Any]) -> list[str]:
     value, read_back = last_with(facts, "value"), last_with(facts, "read_back")
     if value is not None and is_number(value["value"]):
         sentences.append(
-            f"When it was last measured, with {percent(value.get('share'))} of the collection embedded anew, search "
+            f"When it was last measured, with {percent(value.get('share'))} of the collection embedded again, search "
             f"scored {number(value['value'])}."
         )
     if read_back is not None and read_back["read_back"].get("wrong"):
@@ -63,7 +107,11 @@ def _headline(facts: Mapping[str, Any]) -> tuple[str, str]:
         return "back", "Taken back: the old encoder answers every query again."
     if state == "rolling_back":
         return "back", "Being taken back: the old vectors are being restored."
+    results = {} if verification is None else verification["results"]
+    loss = main_loss(results) if results.get("outcome") == "pass" else None
     if state == "finished":
+        if loss is not None:
+            return "accepted", f"Done. {sentence(shown(loss))}"
         return "yes", "Done: the new encoder answers every query."
     if last is not None and last["outcome"] == "below the gate":
         return "no", "Stop: when it was last measured, search was below the gate."
@@ -74,7 +122,10 @@ def _headline(facts: Mapping[str, Any]) -> tuple[str, str]:
     outcome, lapsed = verification["outcome"], verification["why_not"]
     moved = is_moved(status)
     if outcome == "pass" and lapsed and not moved:
-        return "open", f"It passed, but that no longer counts: the migration {lapsed}. Again: `migrator verify {name}`."
+        how = "passed" if loss is None else "was accepted with a loss"
+        return "open", f"It {how}, but that no longer counts: the migration {lapsed}. Again: `migrator verify {name}`."
+    if outcome == "pass" and loss is not None:
+        return "accepted", sentence(shown(loss))
     if outcome == "pass":
         doing = "answers queries, as the verification allows" if moved else "may answer queries"
         return "yes", f"Yes: the new encoder {doing}."
@@ -86,6 +137,7 @@ def _headline(facts: Mapping[str, Any]) -> tuple[str, str]:
 def _evidence(verification: Mapping[str, Any]) -> list[str]:
     results = verification["results"]
     sentences = [*_gain(results), *_losers(results)]
+    sentences += [sentence(shown(loss)) for loss in losses(results) if loss != main_loss(results)]
     if verification["outcome"] != "pass":
         sentences += [sentence(shown(str(reason))) for reason in (results.get("reasons") or [])[:3]]
     if isinstance(evidence := results.get("evidence"), str):
@@ -98,6 +150,7 @@ def _gain(results: Mapping[str, Any]) -> list[str]:
     tests = results.get("tests") or {}
     today, new = (tests.get(test) or {} for test in ("old", served))
     interval = results.get("interval") or {}
+    when = {"cross": " at the canary", "self": " after the backfill"}.get(served, "")
     sentences = []
     if is_number(today.get(metric)) and is_number(new.get(metric)):
         gain = new[metric] - today[metric]
@@ -106,12 +159,12 @@ def _gain(results: Mapping[str, Any]) -> list[str]:
         )
         sentences.append(
             f"Over {results.get('queries', 'the')} test queries, search scores {number(new[metric])} with the new "
-            f"encoder and {number(today[metric])} today: {verb} ({metric_name(metric)}; {meaning(metric)})."
+            f"encoder{when} and {number(today[metric])} today: {verb} ({metric_name(metric)}; {meaning(metric)})."
         )
     if is_number(interval.get("low")) and is_number(interval.get("high")):
         sure = results.get("confidence")
         sentences.append(
-            f"How sure: the true difference lies between {signed(interval['low'])} and {signed(interval['high'])}"
+            f"How sure: the true difference{when} lies between {signed(interval['low'])} and {signed(interval['high'])}"
             + (f", with {percent(sure)} confidence." if is_number(sure) else ".")
         )
     return sentences

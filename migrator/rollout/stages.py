@@ -21,6 +21,7 @@ from migrator.project import Project
 from migrator.rollout import shadow
 from migrator.rollout.route import initial_route
 from migrator.verify.standing import why_not
+from migrator.verify.verdicts import losses
 
 READ_BACK = 256
 """Items read over a fresh connection after the cutover's publication, to see that what was written is there."""
@@ -52,7 +53,15 @@ def step(project: Project, stage: str, options: Options) -> Step:
         raise Refused(f"{project.name} is being rolled back: finish with `migrator rollback {project.name}`")
     if migration.state == "rolled_back":
         raise Refused(f"{project.name} was rolled back: begin anew with `migrator plan {project.name}`")
-    return _STEPS[stage](project, migration, options)
+    change = _STEPS[stage](project, migration, options)
+    accepted = _accepted_losses(project, migration)
+    return Step(f"{change.says}{accepted}", lambda: f"{change.make()}{accepted}") if accepted else change
+
+
+def _accepted_losses(project: Project, migration: Migration) -> str:
+    """What is said beside every stage of a migration that makes search worse, by leave of its gate."""
+    found = project.ledger.latest_verification(migration.id)
+    return "" if found is None else "".join(f"; search {loss}" for loss in losses(found.results))
 
 
 def _prepare(project: Project, migration: Migration, _: Options) -> Step:
@@ -100,7 +109,10 @@ def check_verified(project: Project, migration: Migration, plan: Plan) -> None:
     if found is None or reason is not None:
         raise Refused(f"{name} {reason}: `migrator verify {name}`")
     if found.outcome != "pass":
-        raise Refused(f"the verification of {name} came out as {found.outcome}: {'; '.join(found.results['reasons'])}")
+        raise Refused(
+            f"the verification of {name} came out as {found.outcome}: {'; '.join(found.results['reasons'])}: "
+            f"`migrator status {name}` lists the ways on"
+        )
 
 
 def _check_encoders(project: Project, store: Store) -> None:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from migrator.backfill.order import worst_first
+from migrator.config import FLIPS
 from migrator.errors import UsageProblem
-from migrator.verify.metrics import backfill_auc, parse_metric, summarise
+from migrator.verify.metrics import Relevance, backfill_auc, negative_flips, parse_metric, summarise
 from migrator.verify.ranking import mixtures
-from migrator.verify.statistics import Sure, bootstrap
+from migrator.verify.statistics import Interval, Sure, bootstrap
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -22,56 +24,85 @@ if TYPE_CHECKING:
 SHARES = tuple(share / 10 for share in range(11))
 
 
-def backfill_curve(
+@dataclass(frozen=True, slots=True)
+class BackfillCurve:
+    """New queries against the gallery at each of `SHARES` of the backfill."""
+
+    order: str
+    """The one that the backfill uses."""
+    orders: dict[str, dict[str, NDArray[np.float64]]]
+    """Order -> metric -> value of each query at each share, (shares, q)."""
+
+    @property
+    def chosen(self) -> dict[str, NDArray[np.float64]]:
+        """Of the backfill's own order: what the test `lowest` is about."""
+        return self.orders[self.order]
+
+
+def measure_curve(
     asked: Asked,
-    today: NDArray[np.float64],
+    today: Relevance,
     queries: NDArray[np.float32],
     gallery_old: NDArray[np.float32],
     gallery_new: NDArray[np.float32],
     *,
     order: str,
-    clusters: NDArray[np.int64] | None,
-    metric: str,
-    sure: Sure,
-) -> dict[str, Any]:
-    """Means of `metric` at each of `SHARES`, in both orders, with the area under each; JSON-able.
+    metrics: Sequence[str],
+    seed: int,
+) -> BackfillCurve:
+    """Searches the gallery at each share, in both orders.
 
-    `today` (q,) is what each query is worth in today's search. `lowest` is the point of the chosen order where search
-    is worst, with its gain over today: vectors of two encoders side by side can be worse than either alone. `worth` is
-    the area that worst_first gains over id, per query, with its interval; without labels and faiss that order is left
-    out.
+    Queries are (q, dim) by the new encoder, galleries (g, dim). `metrics` are the gate's, the first of them measured in
+    both orders, the others, `negative_flips` too, in the chosen one. `today` is today's search, for the flips.
+    Without labels and faiss worst_first is not measured, and refused where it is chosen.
     """
-    measure = parse_metric(metric)
     orders = {"id": np.arange(len(gallery_old))}  # the gallery lies in the store's order
     try:
-        orders["worst_first"] = worst_first(gallery_old, asked.gallery_labels, seed=sure.seed)
+        orders["worst_first"] = worst_first(gallery_old, asked.gallery_labels, seed=seed)
     except UsageProblem:  # neither labels nor faiss are here: it is no choice
         if order == "worst_first":
             raise
-    curves: dict[str, Any] = {}
-    areas = {}
-    lowest: dict[str, Any] = {}
+    depth = max(parse_metric(metric).k for metric in metrics if metric != FLIPS)
+    measured: dict[str, dict[str, NDArray[np.float64]]] = {}
     for name, rows in orders.items():
-        mixed = mixtures(queries, gallery_old, gallery_new, rows, SHARES, measure.k, exclude=asked.own)
-        values = np.stack([measure.per_query(asked.judge(ranking)) for ranking in mixed])  # (shares, q)
-        means = [summarise(at).or_zero for at in values]
-        curves[name] = {"values": means, "auc": backfill_auc(SHARES, means)}
-        if name == order:
-            at = int(np.argmin(means))
-            gain = bootstrap((values[at] - today)[:, None], clusters, **sure._asdict()).interval(0)
-            lowest = {"share": SHARES[at], "value": means[at], "gain": gain.as_json()}
-        areas[name] = np.asarray(np.trapezoid(values, SHARES, axis=0))
+        mixed = mixtures(queries, gallery_old, gallery_new, rows, SHARES, depth, exclude=asked.own)
+        judged = [asked.judge(ranking) for ranking in mixed]
+        wanted = metrics if name == order else metrics[:1]
+        measured[name] = {metric: np.stack([_values(metric, today, at) for at in judged]) for metric in wanted}
+    return BackfillCurve(order, measured)
+
+
+def _values(metric: str, today: Relevance, judged: Relevance) -> NDArray[np.float64]:
+    return negative_flips(today, judged) if metric == FLIPS else parse_metric(metric).per_query(judged)
+
+
+def curve_facts(
+    curve: BackfillCurve, *, metric: str, gain: Interval | None, clusters: NDArray[np.int64] | None, sure: Sure
+) -> dict[str, Any]:
+    """Means of `metric` at each of `SHARES`, in both orders, with the area under each; JSON-able.
+
+    `lowest` is the point of the chosen order where search is worst: vectors of two encoders side by side can be worse
+    than either alone. `gain` is what the gate found there, over today. `worth` is the area that worst_first gains over
+    id, per query, with its interval.
+    """
+    means = {name: [summarise(at).or_zero for at in of[metric]] for name, of in curve.orders.items()}
+    areas = {name: np.asarray(np.trapezoid(of[metric], SHARES, axis=0)) for name, of in curve.orders.items()}
     worth = None
     if "worst_first" in areas:
         drawn = bootstrap((areas["worst_first"] - areas["id"])[:, None], clusters, **sure._asdict())
         worth = drawn.interval(0).as_json()
+    at = int(np.argmin(means[curve.order]))
     return {
         "metric": metric,
         "shares": list(SHARES),
-        "order": order,
-        "orders": curves,
+        "order": curve.order,
+        "orders": {name: {"values": of, "auc": backfill_auc(SHARES, of)} for name, of in means.items()},
         "worth": worth,
-        "lowest": lowest,
+        "lowest": {
+            "share": SHARES[at],
+            "value": means[curve.order][at],
+            "gain": None if gain is None else gain.as_json(),
+        },
     }
 
 

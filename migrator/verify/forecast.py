@@ -22,10 +22,13 @@ from migrator.stored_encoder import unit
 from migrator.verify.metrics import parse_metric, relevance, summarise, tag_relevance
 from migrator.verify.questions import tags_or_refuse
 from migrator.verify.ranking import mixtures, rank
+from migrator.verify.statistics import Interval, bootstrap
+from migrator.verify.verdicts import MOMENTS, Test, amount
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from migrator.config import Gate
     from trainer.encoder import Encoder
     from trainer.images import ImageSource
 
@@ -35,6 +38,8 @@ ITEMS = 256
 LOOKED_AT = 5_000
 """Items whose payloads are read to find classes with several items."""
 SEED = 0
+RESAMPLES = 2_000
+"""At most: the forecast decides nothing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +52,8 @@ class Quality:
     values: tuple[float, ...] | None
     """New queries against the gallery at each of `SHARES`; None where there is no new encoder to compare with."""
     sampled: int
+    gains: tuple[Interval, ...] | None = None
+    """Over today, of `values`; of a shadow the last alone."""
 
 
 def expected_quality(
@@ -83,25 +90,67 @@ def expected_quality(
     metric = project.settings.verify.gate.metric
     depth = parse_metric(metric).k
     own = np.arange(len(rows))
+    several = any(len(some) > 1 for some in tags)
 
-    def value(ranking: NDArray[np.int32]) -> float:
-        several = any(len(some) > 1 for some in tags)
+    def per_query(ranking: NDArray[np.int32]) -> NDArray[np.float64]:
         judged = tag_relevance(tags, tags, ranking, own) if several else relevance(classes, classes, ranking, own)
-        return summarise(parse_metric(metric).per_query(judged)).mean
+        return parse_metric(metric).per_query(judged)
 
-    today = value(rank(by_old, by_old, depth, exclude=own))
+    before = per_query(rank(by_old, by_old, depth, exclude=own))
+    today = summarise(before).mean
     if np.isnan(today):
         return None
-    values = None
-    if by_new is not None and by_new.shape[1] == by_old.shape[1] and project.settings.rollout.strategy == "in_place":
+    if by_new is None:
+        return Quality(metric, today, None, len(rows))
+    if project.settings.rollout.strategy == "in_place" and by_new.shape[1] == by_old.shape[1]:
         order = own
         if project.settings.backfill.order == "worst_first":
             order = worst_first(by_old, classes, seed=SEED)
-        mixed = mixtures(by_new, by_old, by_new, order, SHARES, depth, exclude=own)
-        values = tuple(value(ranking) for ranking in mixed)
-    elif by_new is not None:  # a shadow: today's search until it is whole, then the new one
-        values = (*[today] * (len(SHARES) - 1), value(rank(by_new, by_new, depth, exclude=own)))
-    return Quality(metric, today, values, len(rows))
+        after = [per_query(ranking) for ranking in mixtures(by_new, by_old, by_new, order, SHARES, depth, exclude=own)]
+        values = tuple(summarise(at).mean for at in after)
+    else:  # a shadow: today's search until it is whole, then the new one
+        after = [per_query(rank(by_new, by_new, depth, exclude=own))]
+        values = (*[today] * (len(SHARES) - 1), summarise(after[0]).mean)
+    gate = project.settings.verify.gate
+    clusters = np.unique(classes, return_inverse=True)[1] if gate.cluster == "class" and not several else None
+    drawn = bootstrap(
+        np.stack(after, axis=1) - before[:, None], clusters,
+        confidence=1 - (1 - gate.confidence) / len(after), resamples=min(gate.resamples, RESAMPLES), seed=SEED,
+    )  # fmt: skip
+    gains = tuple(drawn.interval(column) for column in range(len(after)))
+    return Quality(metric, today, values, len(rows), gains)
+
+
+def loss_risks(quality: Quality | None, gate: Gate) -> list[str]:
+    """The forecast's losses, as risks: at the canary, at the lowest point, and after the backfill.
+
+    A loss that the sample shows significantly and the gate allows is said to be accepted.
+    """
+    if quality is None or quality.gains is None:
+        return []
+    gains = quality.gains
+    found: dict[Test, Interval] = {"self": gains[-1]}
+    if len(gains) > 1:
+        found = {"cross": gains[0], "lowest": min(gains, key=lambda gain: gain.mean), **found}
+        if found["lowest"] in (gains[0], gains[-1]):
+            del found["lowest"]  # an end, which is told
+    risks = []
+    for test, gain in found.items():
+        if round(gain.mean, 4) >= 0:
+            continue
+        known = gain.as_json() is not None
+        between = f" (between {gain.low:+.4f} and {gain.high:+.4f})" if known else ""
+        begin = f"forecast {MOMENTS[test]}: {quality.metric} worse by {amount(gain.mean)}{between}"
+        limit = gate.least_gain(test)
+        if not known or gain.high >= 0:
+            risks.append(
+                f"{begin}; the sample of {quality.sampled} items is too small to be sure, verify measures more"
+            )
+        elif gain.low >= limit:
+            risks.append(f"{begin}; accepted by your gate (min_gain {limit:g})")
+        else:
+            risks.append(f"{begin}; verify will probably not pass with min_gain {limit:g}")
+    return risks
 
 
 def _sample(project: Project, store: Store) -> dict[ItemId, Tags]:
@@ -139,12 +188,22 @@ def forecast(
     known: Sequence[float | None] = [None] * len(SHARES)
     if quality is not None and quality.values is not None:
         known = quality.values
+    gains: list[Interval | None] = [None] * len(SHARES)
+    if quality is not None and quality.gains is not None:
+        gains[-len(quality.gains) :] = quality.gains
     points = []
-    for share, value in zip(SHARES, known, strict=True):
+    for share, value, gain in zip(SHARES, known, gains, strict=True):
         at = None
         if items_per_second > 0:
             at = (begin + dt.timedelta(seconds=share * items / items_per_second)).isoformat(timespec="seconds")
-        points.append({"share": share, "value": None if value is None else round(value, 4), "at": at})
+        points.append(
+            {
+                "share": share,
+                "value": None if value is None else round(value, 4),
+                "gain": None if gain is None else gain.as_json(),
+                "at": at,
+            }
+        )
     return {
         "metric": metric,
         "today": None if quality is None else round(quality.today, 4),

@@ -9,7 +9,8 @@ at this moment, with new queries.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -29,7 +30,7 @@ from migrator.stored_encoder import unit
 from migrator.verify.answers import Answers, write_answers
 from migrator.verify.asked import Asked, at_rows
 from migrator.verify.breakdown import examples, worst_groups
-from migrator.verify.curve import backfill_curve
+from migrator.verify.curve import SHARES, BackfillCurve, curve_facts, measure_curve
 from migrator.verify.gate import Measured, Verdict, gate
 from migrator.verify.live import Live, ask_live
 from migrator.verify.metrics import (
@@ -46,9 +47,11 @@ from migrator.verify.metrics import (
 from migrator.verify.questions import Questions, frozen_questions
 from migrator.verify.ranking import rank
 from migrator.verify.scores import draw_listed_pairs, draw_pairs, draw_tag_pairs, score_histograms, score_pairs, shift
-from migrator.verify.standing import look_of
+from migrator.verify.standing import Gallery, gallery_of, look_of
 from migrator.verify.statistics import Interval, Sure, bootstrap
+from migrator.verify.verdicts import Test
 from migrator.verify.views import altered
+from migrator.verify.ways_on import situation_of, ways_on
 from trainer.templates import NotText
 
 if TYPE_CHECKING:
@@ -61,8 +64,8 @@ METRICS = ("map@100", "recall@1", "recall@5", "recall@10", "precision@10", "ndcg
 """Always measured, beside those that the gate names."""
 TESTS = ("old", "cross", "self", "reverse")
 OVERLAP_AT = 10
-UNMIXED = {"in_place": ("planned", "prepare", "canary"), "shadow": ("planned", "prepare", "backfill", "canary")}
-"""The stages in which every stored vector is the old encoder's: a shadow is filled beside the collection."""
+DEFAULT_TESTS: dict[str, tuple[Test, ...]] = {"cross": ("cross", "lowest", "self"), "self": ("self",)}
+"""What `gate.min_gain` bounds, by the test that is served."""
 
 Report = Callable[[str, int, int], None]
 """Called with what is being done, how far it is and how far it goes."""
@@ -86,11 +89,7 @@ def verify(
     store's own index. Raises `Refused` once the collection is mixed, and where no image can be read.
     """
     migration = project.migration()
-    if migration.stage not in UNMIXED[migration.strategy]:
-        raise Refused(
-            f"{project.name} is at stage {migration.stage}, its collection already mixed: "
-            f"`migrator verify {project.name} --mixed` asks it as it is"
-        )
+    check_old_gallery(project, migration)
     with project.store() as store:
         plan = check_fresh(project, store)
         tests = _run_tests(project, migration, store, report, new_questions=new_questions)
@@ -105,9 +104,10 @@ def verify(
     verdict = gate(tests.measured(), project.settings.verify.gate, look=look, seed=project.settings.verify.seed)
     results = {
         **_told(verdict),
-        **_results(project, tests, verdict.confidence, report),
+        **_results(project, tests, verdict),
         "live": None if seen is None else seen.as_json(),
     }
+    results["ways_on"] = ways_on(results, situation_of(project))
     # The encoder may have been made elsewhere; from here on the migration is bound to it.
     project.ledger.set_new_encoder(migration.id, new_id)
     today = tests.judged["old"]
@@ -130,20 +130,38 @@ def verify(
     return Verified(verdict, results)
 
 
+def check_old_gallery(project: Project, migration: Migration) -> None:
+    """Refuses a gallery without which there is no search of today to compare with."""
+    gallery = gallery_of(migration, project.ledger.counts(migration.id))
+    if gallery == "mixed":
+        raise Refused(
+            f"{project.name} is at stage {migration.stage}, its collection already mixed, and today's search cannot be "
+            f"compared with: `migrator verify {project.name} --mixed` measures it as it is, with --live through its "
+            "own index"
+        )
+    if gallery == "new":
+        raise Refused(
+            f"{project.name} is at stage {migration.stage}, queries meet the new encoder's vectors alone, and the old "
+            f"search cannot be compared with: `migrator verify {project.name} --live` measures what is served"
+        )
+
+
 @dataclass(frozen=True, slots=True)
 class _Tests:
     """The tests, run: each a pair of vectors, its ranking, and what every query is worth in it."""
 
     asked: Asked
     new_encoder_id: str
-    served: str
-    """The test that stands for the new search: `cross` in place, `self` with a shadow."""
+    served: Test
+    """The test that queries meet first: `cross` in place, `self` with a shadow."""
     pairs: dict[str, tuple[NDArray[np.float32], NDArray[np.float32]]]
     """Test -> vectors of the queries (q, dim) and of the items (g, dim)."""
     rankings: dict[str, NDArray[np.int32]]
     judged: dict[str, Relevance]
     values: dict[str, dict[str, NDArray[np.float64]]]
     """Test -> metric -> value of each query."""
+    curve: BackfillCurve | None
+    """None where no query meets a mixed gallery, and no threshold asks about one."""
     without_old_vector: int
     gone: int
     unreadable: dict[str, str]
@@ -155,12 +173,24 @@ class _Tests:
         return negative_flips(self.judged["old"], self.judged[self.served])
 
     def measured(self) -> Measured:
-        """For the gate."""
+        """For the gate. What users meet on the way is tested by default: in place all of it, of a shadow the end."""
+        sides: dict[Test, dict[str, NDArray[np.float64]]] = {
+            test: {**self.values[test], FLIPS: negative_flips(self.judged["old"], self.judged[test])}
+            for test in ("cross", "self")
+            if test in self.values
+        }
+        if self.curve is not None:
+            sides["lowest"] = self.curve.chosen
+        new = sides.pop(self.served)
         return Measured(
             old=self.values["old"],
-            new={**self.values[self.served], FLIPS: self.lost},
+            new=new,
             clusters=self.asked.clusters(),
             segments=self.asked.segments,
+            served=self.served,
+            others=sides,
+            default_tests=DEFAULT_TESTS[self.served],
+            shares=SHARES,
         )
 
 
@@ -197,15 +227,19 @@ def _run_tests(project: Project, migration: Migration, store: Store, report: Rep
         found = rank(queries, pairs[asks[0]][1], _depth(metrics), exclude=np.tile(asked.own, len(asks)))
         rankings |= dict(zip(asks, np.split(found, len(asks)), strict=True))
     judged = {test: asked.judge(ranking) for test, ranking in rankings.items()}
+    # In place, new queries meet old vectors; beside a shadow they only ever meet new ones.
+    served: Test = "cross" if migration.strategy == "in_place" else "self"
+    report("backfill curve", 0, 1)
+    curve = _curve(project, asked, judged["old"], pairs, served)
     return _Tests(
         asked=asked,
         new_encoder_id=new.id,
-        # In place, new queries meet old vectors; beside a shadow they only ever meet new ones.
-        served="cross" if migration.strategy == "in_place" else "self",
+        served=served,
         pairs=pairs,
         rankings=rankings,
         judged=judged,
         values={test: _values(found, metrics) for test, found in judged.items()},
+        curve=curve,
         without_old_vector=len(questions.paths) - len(asking),
         gone=len(questions.gallery) - len(gallery),
         unreadable=embedded.unreadable,
@@ -213,16 +247,40 @@ def _run_tests(project: Project, migration: Migration, store: Store, report: Rep
     )
 
 
+def _curve(
+    project: Project,
+    asked: Asked,
+    today: Relevance,
+    pairs: Mapping[str, tuple[NDArray[np.float32], NDArray[np.float32]]],
+    served: Test,
+) -> BackfillCurve | None:
+    """The backfill curve, where queries meet a mixed gallery or a threshold names the lowest point of one."""
+    settings = project.settings.verify
+    named = [threshold.metric for threshold in settings.gate.thresholds if threshold.test == "lowest"]
+    if "cross" not in pairs or not (served == "cross" or named):
+        return None
+    queries, gallery = pairs["cross"]
+    return measure_curve(
+        asked, today, queries, gallery, pairs["self"][1],
+        order=project.settings.backfill.order, metrics=tuple(dict.fromkeys([settings.gate.metric, *named])),
+        seed=settings.seed,
+    )  # fmt: skip
+
+
 def _told(verdict: Verdict) -> dict[str, Any]:
     """What the gate decided, JSON-able."""
     return {
         "outcome": verdict.outcome,
+        "accepted": verdict.accepted,
         "reasons": list(verdict.reasons),
         "interval": _interval(verdict.interval),
         "confidence": verdict.confidence,
         "look": verdict.look,
         "minimum_detectable": verdict.findings[0].minimum_detectable,
-        "findings": [{**asdict(finding), "interval": _interval(finding.interval)} for finding in verdict.findings],
+        "findings": [
+            {**asdict(finding), "interval": _interval(finding.interval), "gain": _interval(finding.gain)}
+            for finding in verdict.findings
+        ],
     }
 
 
@@ -230,13 +288,13 @@ def _interval(interval: Interval | None) -> dict[str, float] | None:
     return None if interval is None else interval.as_json()
 
 
-def _results(project: Project, tests: _Tests, confidence: float, report: Report) -> dict[str, Any]:
-    """All that was measured, JSON-able: what `migrator report` draws. Every interval is at `confidence`."""
+def _results(project: Project, tests: _Tests, verdict: Verdict) -> dict[str, Any]:
+    """All that was measured, JSON-able: what `migrator report` draws. Every interval is at the verdict's confidence."""
     settings = project.settings.verify
     asked, questions, values = tests.asked, tests.asked.questions, tests.values
     clusters = asked.clusters() if settings.gate.cluster == "class" else None
     metric, served = settings.gate.metric, tests.served
-    sure = Sure(confidence, settings.gate.resamples, settings.seed)
+    sure = Sure(verdict.confidence, settings.gate.resamples, settings.seed)
     means = {test: {name: _mean(found) for name, found in of.items()} for test, of in values.items()}
     ways = {"old": values["old"][metric], "new": values[served][metric], FLIPS: tests.lost}
     classes = segments = None
@@ -245,12 +303,12 @@ def _results(project: Project, tests: _Tests, confidence: float, report: Report)
     if asked.segments is not None:
         segments = worst_groups(asked.segments, ways, sure=sure)
     curve = None
-    if served == "cross":
-        report("backfill curve", 0, 1)
-        curve = backfill_curve(
-            asked, values["old"][metric], tests.pairs["cross"][0], tests.pairs["cross"][1], tests.pairs["self"][1],
-            clusters=clusters, order=project.settings.backfill.order, metric=metric, sure=sure,
-        )  # fmt: skip
+    if tests.curve is not None:
+        lowest = next(
+            (at for at in verdict.findings if (at.test, at.metric, at.segment) == ("lowest", metric, None)), None
+        )
+        gain = None if lowest is None else lowest.gain
+        curve = curve_facts(tests.curve, metric=metric, gain=gain, clusters=clusters, sure=sure)
     overlap = overlap_at_k(tests.rankings["old"], tests.rankings[served], OVERLAP_AT)
     counted = tests.judged["old"].total > 0
     return {
@@ -324,22 +382,62 @@ def firsts_right(judged: Relevance) -> NDArray[np.float64]:
     return np.where(judged.total > 0, judged.hits[:, 0].astype(np.float64), np.nan)
 
 
-def measure_mixed(project: Project, report: Report = lambda *_: None, *, live: bool = False) -> dict[str, Any]:
-    """The metrics of new queries against the collection as it is at this moment, whatever its vectors came from.
+def is_served_by_new(project: Project) -> bool:
+    """Whether queries meet the new encoder's vectors alone: then the search that is served can only be measured."""
+    migration = project.migration()
+    return gallery_of(migration, project.ledger.counts(migration.id)) == "new"
 
-    With `live` also through the store's own index. What was found goes to the audit log.
+
+def measure_mixed(project: Project, report: Report = lambda *_: None, *, live: bool = False) -> dict[str, Any]:
+    """The metrics of new queries against the served collection as it is at this moment, whatever made its vectors.
+
+    After a shadow's cutover that is the shadow. With `live` also through the store's own index. What was found goes to
+    the audit log. Raises `Refused` where the new encoder's queries cannot search it.
     """
     migration = project.migration()
+    gallery = gallery_of(migration, project.ledger.counts(migration.id))
     new, images = project.new_encoder(), project.images()
-    with project.store() as store:
+    with _served(project, migration, gallery) as store:
+        info = store.describe()
+        if info.dim != new.dim:
+            raise Refused(
+                f"{info.name} holds {info.dim}-d vectors, which the new encoder's {new.dim}-d queries cannot search "
+                f"before the cutover: `migrator status {project.name}` names the next command"
+            )
         questions = frozen_questions(project, migration, store, images)
         rows, by_new, _ = embed_queries(project, images, questions, np.arange(len(questions.paths)), [new], report)
         mixed = ask_as_is(project, store, questions, rows, by_new[0])
-        found: dict[str, Any] = {"mixed": mixed.means, "queries": len(rows)}
+        found: dict[str, Any] = {
+            "gallery": gallery,
+            "mixed": mixed.means,
+            "queries": len(rows),
+            "today": _today(project, migration, questions),
+        }
         if live:
-            found["live"] = _live(project, store, mixed.asked, {"mixed": by_new[0]}, report).as_json()
+            test = "self" if gallery == "new" else "mixed"
+            found["live"] = _live(project, store, mixed.asked, {test: by_new[0]}, report).as_json()
     project.ledger.note(migration, "measured", found)
     return found
+
+
+@contextmanager
+def _served(project: Project, migration: Migration, gallery: Gallery) -> Iterator[Store]:
+    """The collection that queries meet."""
+    with project.store() as store:
+        if migration.shadow is None or gallery != "new":
+            yield store
+        else:
+            with closing(store.sibling(migration.shadow)) as beside:
+                yield beside
+
+
+def _today(project: Project, migration: Migration, questions: Questions) -> dict[str, float] | None:
+    """What the old search gave for the same queries before the migration, by the last verification that has them."""
+    for verification in reversed(project.ledger.verifications(migration.id)):
+        if verification.queries_sha256 == questions.sha256:
+            found: dict[str, float] = verification.results["tests"]["old"]
+            return found
+    return None
 
 
 # -- vectors ------------------------------------------------------------------------------------------------------

@@ -1,11 +1,18 @@
-"""Whether a verification still counts: it was made for this plan and these encoders, after both, and not long ago."""
+"""Whether a verification still counts: it was made for this plan and these encoders, and not long ago.
+
+And of which encoder the vectors are that queries meet, which decides what can be measured.
+"""
 
 from __future__ import annotations
 
 import datetime as dt
 from collections.abc import Sequence
+from typing import Literal, TypeAlias
 
-from migrator.ledger import Migration, Plan, StageEvent, Verification, now
+from migrator.ledger import Counts, Migration, Plan, StageEvent, Verification, now
+from migrator.verify.verdicts import covers_tests
+
+Gallery: TypeAlias = Literal["old", "mixed", "new"]
 
 
 def why_not(
@@ -13,7 +20,8 @@ def why_not(
 ) -> str | None:
     """The reason, as the end of a sentence about the migration, why a verification does not count; None if it does.
 
-    Its outcome is another matter.
+    A plan that was made again from the same facts has the same fingerprint, and keeps it. Its outcome is another
+    matter.
     """
     if verification is None:
         return "has not been verified"
@@ -24,9 +32,25 @@ def why_not(
         return f"was verified under another plan ({verification.plan_fingerprint})"
     if now() - verification.created_at > max_age:
         return f"was verified on {verification.created_at:%Y-%m-%d}, longer ago than verify.max_age"
-    if verification.created_at < plan.created_at:
-        return f"was verified on {verification.created_at:%Y-%m-%d %H:%M}, and planned again since"
+    if not covers_tests(verification.results):
+        return "was verified by an earlier version, whose gate did not cover the backfill and the end state"
     return None
+
+
+def gallery_of(migration: Migration, counts: Counts) -> Gallery:
+    """Whose vectors queries meet: the old encoder's, the new one's, or, in place and meanwhile, those of both.
+
+    A shadow keeps them apart. Items that failed in place keep their old vector after the cutover.
+    """
+    moved = migration.stage in ("cutover", "finalize") and migration.state in ("active", "finished")
+    if migration.strategy == "shadow":
+        return "new" if moved else "old"
+    if migration.state == "rolling_back":
+        return "mixed"
+    begun = counts.passes > 0 and migration.state in ("active", "finished")
+    if begun and (migration.stage == "backfill" or counts.open_failures > 0):
+        return "mixed"
+    return "new" if moved else "old"
 
 
 def look_of(earlier: Sequence[Verification], *, new_encoder_id: str, questions_sha256: str) -> int:

@@ -15,16 +15,17 @@ import numpy as np
 
 from adapters.base import ItemId, Store
 from migrator.agreement import SAME_ENCODER, as_kept_by, cosines
-from migrator.config import FLIPS
+from migrator.config import FLIPS, Gate
 from migrator.encoding import embed, locate
 from migrator.ledger import Migration
 from migrator.project import Project
 from migrator.verify.answers import read_answers
 from migrator.verify.curve import expected
-from migrator.verify.gate import Measured, gate
+from migrator.verify.gate import Measured, Verdict, gate
 from migrator.verify.protocol import ask_as_is
 from migrator.verify.questions import read_frozen
 from migrator.verify.standing import looks
+from migrator.verify.verdicts import Test, amount
 
 if TYPE_CHECKING:
     from trainer.encoder import Encoder
@@ -143,17 +144,20 @@ def _measure(
         return {}, f"verify.gate names {', '.join(sorted(unknown))}, which was not verified; nothing was asked", []
     lost = np.where(np.isnan(mixed.firsts_right), np.nan, (answers.firsts_right == 1) & (mixed.firsts_right == 0))
     number = len(looks(project.ledger.events(migration.id))) + 1
+    served: Test = "self" if migration.strategy == "shadow" or share == 1 else "lowest"
     verdict = gate(
         Measured(
             old=answers.old,
             new={**mixed.values, FLIPS: lost},
             clusters=mixed.asked.clusters(),
             segments=mixed.asked.segments,
+            served=served,
         ),
-        settings,
+        _bounds_of(settings, served),
         look=number,
         seed=project.settings.verify.seed,
     )
+    note = _loss(verdict)
     value = mixed.means[settings.metric]
     verification = project.ledger.latest_verification(migration.id)
     curve = None if verification is None else verification.results.get("curve")
@@ -165,9 +169,11 @@ def _measure(
         "interval": None if verdict.interval is None else verdict.interval.as_json(),
         "look": number,
         "forecast": forecast,
-        "outcome": "below the gate" if verdict.outcome == "fail" else "ok",
+        "outcome": "below the gate" if verdict.outcome == "fail" else "ok" if note is None else "accepted",
+        "note": note,
     }
     says = f"{settings.metric} {value:.4f}" + ("" if forecast is None else f", forecast {forecast:.4f}")
+    says += "" if note is None else f"; {note}"
     if verdict.outcome != "fail":
         return detail, says, []
     failed = [finding.reason for finding in verdict.findings if finding.outcome == "fail"]
@@ -177,3 +183,29 @@ def _measure(
         f"`migrator resume {project.name}` goes on all the same"
     )
     return detail, says, [reason]
+
+
+def _bounds_of(settings: Gate, served: Test) -> Gate:
+    """The gate for what is served now: the lowest point, whose limit holds for every share, or the end state."""
+    applies = {None, served, "lowest"}
+    return settings.model_copy(
+        update={
+            "thresholds": [
+                threshold.model_copy(update={"test": None})
+                for threshold in settings.thresholds
+                if threshold.test in applies
+            ]
+        }
+    )
+
+
+def _loss(verdict: Verdict) -> str | None:
+    """What is said of a significant loss that is not below the gate; None where there is none."""
+    if verdict.outcome == "fail":
+        return None
+    for finding in verdict.findings:
+        if finding.note is not None:
+            return finding.note
+        if finding.gain is not None and finding.gain.high < 0:
+            return f"worse by {amount(finding.gain.mean)}; not shown to be below your gate ({finding.bound})"
+    return None

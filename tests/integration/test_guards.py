@@ -205,15 +205,20 @@ def test_an_old_verification_does_not_count(world: World, migrator: Migrator, re
     assert "max_age" in refused(3, "rollout", "--stage", "prepare")
 
 
-def test_a_verification_older_than_the_plan_does_not_count(
+def test_a_plan_of_the_same_facts_keeps_the_verification_and_one_of_others_does_not(
     world: World, migrator: Migrator, refused: Callable[..., str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     to_stage(migrator, "planned")
     assert migrator("plan") == 0
-    assert "planned again since: `migrator verify" in refused(3, "rollout", "--stage", "prepare")
+    assert migrator("status") == 0
+    assert capsys.readouterr().out.endswith(f"migrator rollout {NAME} --stage prepare\n")
+    world.configure(backfill__chunk_size=20)
+    assert migrator("plan") == 0
+    assert "was verified under another plan" in refused(3, "rollout", "--stage", "prepare")
     assert migrator("status") == 0
     assert capsys.readouterr().out.endswith(f"migrator verify {NAME}\n")
-    assert migrator("verify") == 0
+    world.configure(backfill__chunk_size=10)  # the facts are again those of the first plan, and so is the verification
+    assert migrator("plan") == 0
     assert migrator("rollout", "--stage", "prepare") == 0
 
 

@@ -78,7 +78,14 @@ def test_the_four_tests_are_what_plain_loops_give_and_the_questions_stay(
     assert curve["lowest"]["value"] == min(curve["orders"]["id"]["values"])
     today = first["tests"]["old"]["map@100"]
     assert curve["lowest"]["gain"]["mean"] == pytest.approx(curve["lowest"]["value"] - today)
-    assert (first["look"], first["confidence"], first["kind"]) == (1, 0.975, "labels")
+    # Three tests share what the first look may err.
+    assert (first["look"], first["confidence"], first["kind"]) == (1, pytest.approx(1 - 0.025 / 3), "labels")
+    findings = {finding["test"]: finding for finding in first["findings"]}
+    assert list(findings) == ["cross", "lowest", "self"]
+    for test in ("cross", "self"):
+        assert findings[test]["interval"]["mean"] == pytest.approx(first["tests"][test]["map@100"] - today)
+    assert findings["lowest"]["gain"] == curve["lowest"]["gain"]
+    assert findings["lowest"]["share"] == curve["lowest"]["share"]
     # 60 queries have 39 right answers each, without themselves.
     for counts in first["histograms"]["tests"].values():
         assert sum(counts["positives"]) == 60 * 39
@@ -94,7 +101,7 @@ def test_the_four_tests_are_what_plain_loops_give_and_the_questions_stay(
     assert "--new-questions" in err
     code, other, _ = told("verify", "--new-questions")
     assert other["questions"]["sha256"] != first["questions"]["sha256"]
-    assert (other["look"], other["confidence"]) == (2, pytest.approx(1 - 0.05 / 6))
+    assert (other["look"], other["confidence"]) == (2, pytest.approx(1 - 0.05 / 6 / 3))
 
 
 def questions_file(world: World) -> Path:
@@ -115,18 +122,31 @@ def test_thresholds_and_segments_decide(world: World, migrator: Migrator, told: 
             {"metric": "ndcg@5", "min": 0.9},
             {"metric": "mrr@10", "min_gain": -1.0, "segment": "*"},
             {"metric": "recall@10", "min_gain": -1.0, "segment": "it"},
+            {"metric": "negative_flips", "max": 1.0, "test": "lowest"},
+            {"metric": "ndcg@5", "min": 0.0, "test": "self"},
         ],
     )
     assert migrator("plan") == 0
     code, found, _ = told("verify")
     assert (code, found["outcome"], found["kind"]) == (3, "fail", "relevant")
     outcomes = [(finding["metric"], finding["segment"], finding["outcome"]) for finding in found["findings"]]
-    assert outcomes == [
+    assert outcomes[:2] == [("map@100", None, "pass")] * 2
+    assert [finding["test"] for finding in found["findings"]] == [
+        "cross",
+        "lowest",
+        "self",
+        *["cross"] * 4,
+        "lowest",
+        "self",
+    ]
+    assert outcomes[2:] == [
         ("map@100", None, "pass"),
         ("ndcg@5", None, "fail"),
         ("mrr@10", "de", "pass"),
         ("mrr@10", "fr", "pass"),
         ("recall@10", "it", "inconclusive"),
+        ("negative_flips", None, "pass"),
+        ("ndcg@5", None, "pass"),
     ]
     assert found["segments"]["count"] == 2
     assert {group["name"]: group["queries"] for group in found["segments"]["worst"]} == {"de": 40, "fr": 40}

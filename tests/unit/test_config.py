@@ -189,11 +189,60 @@ def test_every_gate_metric_can_be_computed():
         ({"metric": "recall@1", "min": 0.9, "min_gain": 0}, "one bound"),
         ({"metric": "recall@1", "min": 0.9, "min_ratio": 0.9}, "one bound"),
         ({"metric": "negative_flips", "min_gain": 0}, "give max"),
+        ({"metric": "recall@1", "min": 0.9, "test": "reverse"}, "test: must be 'cross', 'self' or 'lowest'"),
+        ({"metric": "recall@1", "min": 0.9, "tset": "self"}, 'tset: unknown key; did you mean "test"?'),
     ],
 )
 def test_a_threshold_has_one_bound_that_makes_sense(tmp_path, threshold, problem):
     gate = f"gate: {{thresholds: [{json.dumps(threshold)}], "
     (found,) = problems(tmp_path, edited("gate: {", gate))
+    assert problem in found
+
+
+@pytest.mark.parametrize(
+    ("given", "problem"),
+    [
+        ("{slef: -0.05}", 'min_gain.slef: unknown key; did you mean "self"?'),
+        (
+            "{self: -0.05, lowest: 0}",
+            "min_gain.lowest: is 0, and the lowest point of the backfill is never above its ends",
+        ),
+        ("{lowest: 0.1}", "give at most 0"),
+        ("{self: 2}", "min_gain.self: must be less than or equal to 1"),
+        ("much", "min_gain: must be a valid number"),
+    ],
+)
+def test_a_least_gain_is_a_number_or_one_for_each_test(tmp_path, given, problem):
+    (found,) = problems(tmp_path, edited("min_gain: 0.0", f"min_gain: {given}"))
+    assert problem in found
+
+
+@pytest.mark.parametrize(
+    ("given", "gains"),
+    [
+        (-0.1, (-0.1, -0.1, -0.1)),
+        ({}, (0, 0, 0)),
+        ({"lowest": -0.1}, (0, -0.1, 0)),
+        ({"self": -0.1}, (0, -0.1, -0.1)),
+        ({"cross": -0.2, "self": 0.1}, (-0.2, -0.2, 0.1)),
+        ({"cross": 0.2, "self": 0.1}, (0.2, 0.1, 0.1)),
+    ],
+)
+def test_the_least_gain_of_each_test(given, gains):
+    gate = Gate(min_gain=given)
+    assert tuple(gate.least_gain(test) for test in ("cross", "lowest", "self")) == gains
+
+
+@pytest.mark.parametrize(
+    ("gate", "problem"),
+    [
+        ("{min_gain: {lowest: -0.1}}", "of verify.gate.min_gain give self alone, or one number"),
+        ("{thresholds: [{metric: map@100, min: 0.1, test: cross}]}", "which compares 64-d with 128-d vectors"),
+    ],
+)
+def test_a_shadow_has_no_way_of_mixed_galleries(tmp_path, gate, problem):
+    text = edited("gate: {metric: map@100, min_gain: 0.0}", f"gate: {gate}").replace("in_place", "shadow")
+    (found,) = problems(tmp_path, text.replace("resnet18, dim: 128", "resnet18, dim: 64"))
     assert problem in found
 
 

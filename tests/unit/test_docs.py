@@ -36,6 +36,7 @@ SECTIONS = {  # heading in docs/configuration.md -> definitions of the JSON Sche
     "train": ["Train"],
     "verify": ["Verify"],
     "verify.gate": ["Gate"],
+    "verify.gate.min_gain": ["MinGain"],
     "verify.gate.thresholds": ["Threshold"],
     "rollout": ["Rollout"],
     "backfill": ["Backfill"],

@@ -30,7 +30,17 @@ from migrator.report import charts, page
 from migrator.report.facts import facts_of, finite, read_epochs
 from migrator.report.thumbnails import SIDE, Thumbnail, thumbnails
 from migrator.report.verdict import verdict
-from tests.reported import STRANGE, fill_ledger, hostile, measurement, plan_world, results, save_verification
+from tests.reported import (
+    STRANGE,
+    before_tests,
+    fill_ledger,
+    hostile,
+    measurement,
+    plan_world,
+    results,
+    save_verification,
+    with_loss,
+)
 from tests.world import NAME, World
 from trainer.errors import ImageProblem, ImagesUnavailable
 
@@ -209,12 +219,12 @@ def test_what_is_missing_is_said_in_a_sentence(planned):
 def test_everything_that_is_known_is_told(facts):
     told = Page(page.render(facts, {})).text
     for known in (
-        "Over 300 test queries, search scores 0.923 with the new encoder and 0.647 today: 0.276 better",
+        "search scores 0.923 with the new encoder at the canary and 0.647 today: 0.276 better",
         "between +0.251 and +0.301, with 97.5 % confidence", "1 % of the queries the first answer was right",
         "The class that loses most is “kind 0”: −0.040 over 30 queries.", "migrator backfill toys",
-        "P_up 0.490, P_comp 0.710, P_1 0.580", "12 queries are too few to say: about 210 would do", "gain >= 0.0",
+        "P_up 0.490, P_comp 0.710, P_1 0.580", "12 queries are too few to say: about 210 would do", "gain >= 0",
         "worth +0.010 mAP@100", "24 checked", "70 %", "Right pairs are 0.12 more similar",
-            "Search is worst at 20 %: 0.602, −0.011 over today", "98 %", "Index recall is the share of the first 10",
+            "Search is worst at 20 %: 0.917, +0.270 over today", "98 %", "Index recall is the share of the first 10",
         "mAP@100 on images held out", "ab" * 32, "2 queries without a right answer", "4 queries without answer",
         "broken.png", "look number 2", facts["plan"]["fingerprint"], "0.953",
     ):  # fmt: skip
@@ -260,11 +270,86 @@ def test_a_loss_is_called_a_loss(facts):
     given = plain(facts, tests=tests, interval={"mean": -0.1, "low": -0.12, "high": -0.08}, reasons=["too low"])
     given["verification"]["outcome"] = "fail"
     told = " ".join(verdict(given)["sentences"])
-    assert "scores 0.600 with the new encoder and 0.700 today: 0.100 worse" in told
+    assert "scores 0.600 with the new encoder at the canary and 0.700 today: 0.100 worse" in told
     assert "between −0.120 and −0.080" in told
     assert "Too low." in told
     same = plain(facts, tests={"old": tests["old"], "cross": tests["old"]})
     assert "0.700 today: the same" in " ".join(verdict(same)["sentences"])
+
+
+def of_loss(facts, **status):
+    """The facts of a migration that a gate let through with a loss."""
+    given = plain(
+        facts,
+        **with_loss({"tests": {"old": {"map@100": 0.66}, "cross": {"map@100": 0.663}, "self": {"map@100": 0.611}}}),
+    )
+    given["verification"]["results"]["curve"] = {"lowest": {"share": 0.6, "value": 0.596}}
+    given["status"] |= {"stage": "planned", "state": "planned", **status}
+    return {**given, "verdict": verdict(given)}
+
+
+@pytest.mark.parametrize(
+    ("status", "begins"),
+    [
+        ({}, "After the"),
+        ({"stage": "cutover", "state": "active"}, "After the"),
+        ({"state": "finished"}, "Done. After the"),
+    ],
+)
+def test_a_loss_that_the_gate_allows_is_no_success_at_any_stage(facts, status, begins):
+    given = of_loss(facts, **status)
+    assert given["verdict"]["answer"] == "accepted"
+    assert given["verdict"]["headline"].startswith(begins)
+    assert "backfill: worse by 0.049; accepted by your gate (min_gain -0.07)." in given["verdict"]["headline"]
+    html = page.render(given, {})
+    assert '<section id="verdict" class="verdict accepted">' in html
+    top = html[html.index('<section id="verdict"') : html.index('<section id="now"')]
+    assert "✓" not in top
+    told = Page(top).text
+    tiles = [
+        " ".join(tile.split())
+        for tile in re.findall(r"<div[^>]*>(.*?)</div>", re.sub(r"<(?!/?div)[^>]*>", " ", top), re.S)
+    ]
+    assert tiles[:4] == [
+        "today 0.660",
+        "canary 0.663 +0.030 ( +0.005 to +0.055 )",
+        "lowest of the backfill (60 %) 0.596 −0.064 ( −0.089 to −0.039 )",
+        "after the backfill 0.611 −0.049 ( −0.074 to −0.024 )",
+    ]
+    assert "At the lowest point of the backfill: worse by 0.049; accepted" in told
+    gate = html[html.index('<section id="gate"') : html.index('<section id="backfill"')]
+    assert re.findall(r'class="badge (\w+)"><span aria-hidden="true">(.)</span> (\w+)', gate) == [
+        ("open", "!", "accepted"), ("good", "✓", "pass"), ("open", "!", "accepted"), ("open", "!", "accepted"),
+    ]  # fmt: skip
+
+
+def test_a_loss_that_an_earlier_versions_gate_did_not_look_at_is_told(facts):
+    document = before_tests(facts["verification"]["results"])
+    document["differences"] = {"self": {"map@100": {"mean": -0.049, "low": -0.062, "high": -0.036}}}
+    given = plain(facts)
+    given["verification"]["results"] = document
+    given["status"] |= {"state": "finished"}
+    found = verdict(given)
+    assert found["answer"] == "accepted"
+    assert found["headline"].startswith("Done. After the backfill: worse by 0.049; the gate of the version")
+    assert found["tiles"][-1]["state"] == "worse"
+    # And one whose own bound allowed it, as for a shadow.
+    allowed = {"metric": "map@100", "bound": "gain >= -0.5", "segment": None, "outcome": "pass", "queries": 300}
+    allowed["interval"] = {"mean": -0.232, "low": -0.25, "high": -0.21}
+    given["verification"]["results"] = {**document, "served": "self", "findings": [allowed]}
+    assert (
+        verdict(given)["headline"] == "Done. After the backfill: worse by 0.232; accepted by your gate (min_gain -0.5)."
+    )
+
+
+def test_the_ways_on_are_on_the_page(facts):
+    given = plain(facts)
+    given["verification"]["outcome"] = "fail"
+    given["status"] |= {"stage": "planned", "state": "planned", "next_command": None}
+    given["status"]["ways_on"] = ["Train with another method: `migrator train toys --method bct --restart`."]
+    html = page.render({**given, "verdict": verdict(given)}, {})
+    assert "<li>Train with another method: <code>migrator train toys --method bct --restart</code>.</li>" in html
+    assert "one of the ways on above" in Page(html).text
 
 
 def test_items_that_do_not_hold_their_vector_are_told(facts):
