@@ -21,6 +21,7 @@ import os
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
@@ -350,7 +351,7 @@ class MilvusStore:
 
     # -- facts ----------------------------------------------------------------------------------------------------
 
-    @property
+    @cached_property
     def capabilities(self) -> Capabilities:
         """What this server, and this collection, allow."""
         lite = self._connection.lite
