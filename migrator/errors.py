@@ -31,6 +31,10 @@ class Refused(MigratorError):
     exit_code = 3
 
 
+class InUse(Refused):
+    """Another process holds what the command needs, and lets go of it by itself."""
+
+
 class Unavailable(MigratorError):
     """A store, the ledger or an image source could not be reached; the same command may work later."""
 

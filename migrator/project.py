@@ -18,6 +18,7 @@ from migrator.errors import ConfigProblem, Refused
 from migrator.ledger import Ledger, Migration
 from migrator.retrying import patient
 from migrator.stored_encoder import StoredEncoder, is_stored
+from migrator.training_runs import DEFAULT_RUN, encoder_of, folder_of, list_runs
 
 if TYPE_CHECKING:
     from adapters.base import ItemId, Store
@@ -73,15 +74,15 @@ class Project:
 
     # -- folders ----------------------------------------------------------------------------------------------------
 
-    def training_folder(self) -> Path:
-        """Where training keeps its checkpoints and leaves the encoder. Artifacts must be local for that."""
+    def training_folder(self, run: str = DEFAULT_RUN) -> Path:
+        """Where a training run keeps its checkpoints and leaves the encoder. Artifacts must be local for that."""
         artifacts = self.config.artifacts.removeprefix("file://")
         if not self._keeps_artifacts_here():
             raise ConfigProblem(
                 f"{self.config.path}: training needs a local folder, artifacts is {artifacts}: train with a local "
                 "one, then set new_encoder.weights to the encoder.safetensors it made"
             )
-        return Path(artifacts) / self.name / "training"
+        return folder_of(Path(artifacts) / self.name / "training", run)
 
     def _keeps_artifacts_here(self) -> bool:
         return "://" not in self.config.artifacts.removeprefix("file://")
@@ -194,12 +195,43 @@ class Project:
         return self._spec(new, new.weights, pretrained=new.pretrained)
 
     def _trained(self) -> Path | None:
-        """The encoder that `train` has left, if it has."""
+        """The encoder that `train` has left, if it has: of several runs that of the candidate, else of the default run,
+        else of the one that was finished last."""
         new = self.settings.new_encoder
         if self.settings.train is None or (new.weights is not None and not self._keeps_artifacts_here()):
             return None
-        trained = self.training_folder() / "encoder.safetensors"
-        return trained if trained.is_file() else None
+        runs = [run for run in list_runs(self.training_folder()) if (run.folder / "encoder.safetensors").is_file()]
+        migration = self.ledger.migration(self.name) if len(runs) > 1 else None
+        candidate = None if migration is None else migration.new_encoder_id
+        weights = [run.folder / "encoder.safetensors" for run in runs if run.encoder == candidate]
+        weights += [run.folder / "encoder.safetensors" for run in runs if run.run == DEFAULT_RUN]
+        by_time = [run.folder / "encoder.safetensors" for run in runs]
+        weights += sorted(by_time, key=lambda path: path.stat().st_mtime, reverse=True)
+        return weights[0] if weights else None
+
+    def choose_run(self, run: str) -> None:
+        """Makes the encoder of a training run the candidate. Refused where it has none, or a migration is under way."""
+        from trainer.encoder import read_card
+
+        folder = self.training_folder(run)
+        if self.settings.train is None or encoder_of(folder) is None:
+            raise Refused(
+                f"run {run} of {self.name} has no encoder: `migrator runs {self.name}` lists the runs, "
+                f"`migrator train {self.name} --run {run}` trains this one"
+            )
+        card = read_card(folder / "encoder.safetensors")
+        migration = self.migration()
+        assert card is not None
+        if card.id == migration.new_encoder_id:
+            return
+        if migration.state != "planned":
+            raise Refused(
+                f"{self.name} is at stage {migration.stage} ({migration.state}) with encoder "
+                f"{migration.new_encoder_id}: to take run {run} instead, first `migrator rollback {self.name}` and "
+                f"`migrator plan {self.name}`"
+            )
+        self.ledger.save_encoder(card.id, card.to_json())
+        self.ledger.set_new_encoder(migration.id, card.id)
 
     @staticmethod
     def _is_mapped(weights: Path) -> bool:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import datetime as dt
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from migrator.ledger import Counts, Migration, Route
+from migrator.ledger import BACKFILL_STAGES, Counts, Migration, Route
 from migrator.project import Project
 from migrator.verify.standing import gallery_of, looks, why_not
 from migrator.verify.verdicts import losses, state_of
 from migrator.verify.ways_on import situation_of, ways_on
 
 RATE_RUNS = 5
-"""The last runs from which the rate is taken."""
+"""The last runs from which the rate is taken, of those that worked on the first pass."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +81,12 @@ def status_of(project: Project) -> Status:
     current = why_not(verification, migration, plan, project.settings.verify.max_age) is None
     results = verification.results if verification is not None and current else {}
     outcome = state_of(results)
-    rate = _rate(project, migration)
+    rate = _rate(project, migration) if migration.state in ("active", "finished") else None
+    is_running = (
+        migration.state == "active"
+        and migration.stage in BACKFILL_STAGES[migration.strategy]
+        and migration.paused is None
+    )
     left = counts.planned - counts.done
     return Status(
         migration=name,
@@ -104,7 +111,7 @@ def status_of(project: Project) -> Status:
         catch_up_passes=max(counts.passes - 1, 0),
         chunks=dict(counts.by_state),
         items_per_second=rate,
-        eta_seconds=round(left / rate) if rate and left and migration.stage == "backfill" else None,
+        eta_seconds=round(left / rate) if rate and left > 0 and is_running else None,
         search=_last_look(project, migration),
         mixed_space=gallery_of(migration, counts) == "mixed",
         old_kept=migration.old_kept,
@@ -113,9 +120,24 @@ def status_of(project: Project) -> Status:
 
 
 def _rate(project: Project, migration: Migration) -> float | None:
-    runs = [run for run in project.ledger.runs(migration.id) if run.items][-RATE_RUNS:]
-    seconds = sum((run.seen_at - run.started_at).total_seconds() for run in runs)
-    return round(sum(run.items for run in runs) / seconds, 1) if seconds > 0 else None
+    """Items of the first pass per second, while runs worked on it: from a run's start to its last chunk of that pass.
+
+    A catch-up pass reads the whole collection for a few items, and says nothing of how long the rest will take.
+    """
+    spans, items = project.ledger.first_pass_work(migration.id, runs=RATE_RUNS)
+    seconds = _covered(spans)
+    return round(items / seconds, 1) if seconds > 0 else None
+
+
+def _covered(spans: Sequence[tuple[dt.datetime, dt.datetime]]) -> float:
+    """Seconds that lie in at least one of the spans: what runs side by side did counts once in time."""
+    total, until = 0.0, None
+    for start, end in sorted(spans):
+        begin = start if until is None else max(start, until)
+        if end > begin:
+            total += (end - begin).total_seconds()
+        until = end if until is None else max(until, end)
+    return total
 
 
 def _last_look(project: Project, migration: Migration) -> dict[str, Any] | None:

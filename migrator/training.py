@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from migrator.labels import training_label
 from migrator.old_vectors import old_vectors, payloads
 from migrator.planning import check_fresh
 from migrator.project import Project
+from migrator.training_runs import DEFAULT_RUN, run_with
 from trainer.errors import ImageProblem
 from trainer.templates import MAX_FIELDS, field_advice, fields_of
 
@@ -33,13 +35,16 @@ def train(
     project: Project,
     *,
     method: str | None = None,
-    resume: bool,
-    restart: bool,
+    run: str = DEFAULT_RUN,
+    restart: bool = False,
+    finish: bool = False,
+    stop: threading.Event | None = None,
     report: Callable[[Progress], None] = lambda _: None,
 ) -> FitResult | None:
-    """Trains the new encoder of a planned migration; it becomes the migration's new encoder.
+    """Trains the new encoder of a planned migration; it becomes the candidate unless that is of another run.
 
-    `method` stands in for `train.method`; `resume` goes on after a kill, `restart` throws an earlier run away.
+    `method` stands in for `train.method`. A run that was cut off is continued; `restart` throws it away, `finish` takes
+    the encoder of its best epoch, `stop` cuts it off after a checkpoint.
     Under `torchrun` or `accelerate launch` every process calls this: the first one reads, writes and gives the result,
     the others train along and give None.
     Raises `TrainingProblem` for data or settings that cannot be used, `TrainingFailed` if training diverged.
@@ -59,7 +64,7 @@ def train(
         )
     settings = _fit_settings(project, config, chosen)
     spec = project.base_spec() if chosen in POST_HOC else project.untrained_spec()
-    folder = project.training_folder()
+    folder = project.training_folder(run)
     if not is_first_process():
         if chosen not in POST_HOC:
             follow(spec, settings, folder)
@@ -76,7 +81,7 @@ def train(
             project.check_old_encoder(store)
     items, vectors, without_vector = _items(project, config)
     old = project.old_encoder() if vectors is None else stored_vectors(vectors)
-    run = project.ledger.start_training(
+    training = project.ledger.start_training(
         migration.id,
         method=settings.method,
         settings=settings.plain(),
@@ -84,14 +89,22 @@ def train(
     )
     try:
         result = fit(
-            items, project.images(), old, spec, settings, folder, resume=resume, restart=restart, report=report
-        )
+            items, project.images(), old, spec, settings, folder,
+            restart=restart, finish=finish, stop=stop, report=report,
+        )  # fmt: skip
     except BaseException as error:
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        project.ledger.finish_training(run, encoder_id=None, validation=None, error=reason)
+        project.ledger.finish_training(training, encoder_id=None, validation=None, error=reason)
         raise
     project.ledger.save_encoder(result.card.id, result.card.to_json())
-    project.ledger.finish_training(run, encoder_id=result.card.id, validation=result.validation, error=None)
+    other = run_with(project.training_folder(), project.migration().new_encoder_id)
+    project.ledger.finish_training(
+        training,
+        encoder_id=result.card.id,
+        validation=result.validation,
+        error=None,
+        is_candidate=other is None or other.run == run,
+    )
     return replace(result, left_out=[*without_vector, *result.left_out])
 
 
@@ -99,7 +112,7 @@ def _fit_settings(project: Project, config: Train, method: str | None) -> FitSet
     from trainer.fit import FitSettings
 
     given: dict[str, Any] = config.model_dump(exclude={"items"}, exclude_none=True)
-    given.setdefault("cache", project.training_folder().parent.parent / "images")
+    given.setdefault("cache", project.training_folder().parent.parent / "images")  # shared by all runs
     return FitSettings(**{**given, "method": method, "trackers": tuple(config.trackers)})
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import datetime as dt
+import re
+import textwrap
 import unicodedata
 from typing import Any, TypeGuard
 
@@ -25,6 +27,25 @@ def _visible(character: str) -> str:
     if kind in ("Cc", "Cs", "Co", "Cn") or (kind == "Cf" and character not in _JOINERS):
         return f"[U+{ord(character):04X}]"
     return character
+
+
+_UNBROKEN = "\ue000"  # stands for a space inside a command while lines are broken
+
+
+def wrapped(text: str, width: int, *, hanging: str = "") -> str:
+    """Text in lines of at most `width`, broken between words and not inside `a command`; a longer word stays whole.
+
+    Lines that follow a line are indented like it, and by `hanging`.
+    """
+    lines = []
+    for line in text.split("\n"):
+        unbroken = re.sub(r"`[^`]*`", lambda command: command[0].replace(" ", _UNBROKEN), line)
+        indent = line[: len(line) - len(line.lstrip())]
+        found = textwrap.wrap(
+            unbroken, width, subsequent_indent=indent + hanging, break_long_words=False, break_on_hyphens=False
+        )
+        lines.append("\n".join(found).replace(_UNBROKEN, " "))
+    return "\n".join(lines)
 
 
 def sentence(text: str, *, capital: bool = True) -> str:

@@ -45,5 +45,9 @@ class TrainingProblem(TrainerError):
     """The training data, settings or run folder cannot be used as they are."""
 
 
+class TrainingInterrupted(TrainerError):
+    """The training was asked to stop and has written a checkpoint, from which the same call continues."""
+
+
 class TrainingFailed(TrainerError):
     """The training diverged: a loss or a weight is no longer a finite number."""

@@ -12,6 +12,7 @@ import contextlib
 import json
 import math
 import shutil
+import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -39,7 +40,7 @@ from trainer.encoder import (
     save_encoder,
     save_mapped_encoder,
 )
-from trainer.errors import TrainingFailed, TrainingProblem
+from trainer.errors import TrainingFailed, TrainingInterrupted, TrainingProblem
 from trainer.files import write_whole
 from trainer.images import ImageSource
 from trainer.inputs import Inputs, load_inputs
@@ -136,8 +137,9 @@ def fit(
     settings: FitSettings,
     out: Path,
     *,
-    resume: bool = False,
     restart: bool = False,
+    finish: bool = False,
+    stop: threading.Event | None = None,
     report: Callable[[Progress], None] = lambda progress: None,
 ) -> FitResult:
     """Trains an encoder of `spec` on the images, compatible with `old` if the method is, in run folder `out`.
@@ -145,10 +147,11 @@ def fit(
     Of the methods in `trainer.maps.POST_HOC` nothing is trained but a map from the vectors of `spec`, whose weights
     are there already, to the old space.
 
-    `resume` continues a run that was cut off, at its last good checkpoint, and gives what the uninterrupted run would
-    have given (on the CPU, bit for bit); of a finished run it returns the result; where there is no run it starts one.
-    `restart` throws away what an earlier run left in `out`. In a run of several processes this is for the first one;
-    the others call `follow`.
+    A run that was cut off continues at its last good checkpoint and gives what the uninterrupted run would have given
+    (on the CPU, bit for bit); of a finished run the result is returned; where there is no run one starts. `restart`
+    throws away what an earlier run left in `out`. `finish` trains no further: the best epoch of a run that was cut off
+    becomes its encoder. Once `stop` is set, a checkpoint is written after the step and TrainingInterrupted is raised.
+    In a run of several processes this is for the first one, without `finish` and `stop`; the others call `follow`.
     Raises TrainingProblem for unusable input or a run folder of another run, TrainingFailed when the loss diverges,
     ImagesUnavailable and EncoderProblem as the image source and the encoder do.
     """
@@ -159,8 +162,10 @@ def fit(
     handle = accelerator(settings.device, trackers=settings.trackers, folder=out)
     with run_folder.locked(out), torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         try:
-            run_folder.bind(out, _fingerprint(items, old, spec, settings), resume=resume, restart=restart)
+            run_folder.bind(out, _fingerprint(items, old, spec, settings), restart=restart)
             finished = _read_result(out)
+            if finish and finished is None:
+                run_folder.check_can_finish(out)
             if finished is None and settings.method in POST_HOC:
                 finished = _fit_map(items, images, old, spec, settings, out, report)
             if finished is not None:
@@ -175,7 +180,7 @@ def fit(
         _tell(handle, "train")
         run = setup(inputs, spec, settings, handle)
         baseline = _baseline(run, out)
-        history = train(run, out, report)
+        history = _resume(run, out)[0] if finish else train(run, out, report, stop)
         return _save(out, run, history, baseline)
 
 
@@ -190,7 +195,7 @@ def follow(spec: EncoderSpec, settings: FitSettings, out: Path) -> None:
         with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
             inputs, labelled = shared(out, spec, settings)
             settings = replace(settings, labelled=labelled)
-            train(setup(inputs, spec, settings, handle), out, lambda progress: None)
+            train(setup(inputs, spec, settings, handle), out, lambda progress: None, None)
 
 
 def _settled(items: TrainingItems, settings: FitSettings) -> FitSettings:
@@ -347,10 +352,12 @@ def learning_rate(settings: FitSettings, progress: float) -> float:
     return settings.lr * warm_up * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def train(run: Run, out: Path, report: Callable[[Progress], None]) -> list[dict[str, float]]:
+def train(
+    run: Run, out: Path, report: Callable[[Progress], None], stop: threading.Event | None
+) -> list[dict[str, float]]:
     """From the newest checkpoint, or the start, to the end. Returns the row of each epoch.
 
-    Raises TrainingFailed when a loss or a weight is no longer finite.
+    Raises TrainingFailed when a loss or a weight is no longer finite, TrainingInterrupted after `stop` was set.
     """
     settings = run.settings
     if settings.trackers:
@@ -358,7 +365,9 @@ def train(run: Run, out: Path, report: Callable[[Progress], None]) -> list[dict[
         run.accelerator.init_trackers("migrator", config=config)
     history, epoch = _resume(run, out)
     while epoch.number <= settings.epochs:
-        row = train_epoch(run, epoch, history, out, report)
+        if stop is not None and stop.is_set():
+            raise _interrupted(run, epoch)
+        row = train_epoch(run, epoch, history, out, report, stop)
         history.append(row)
         if run.accelerator.is_main_process:
             if "p1" in row and row["p1"] >= max(r["p1"] for r in history):
@@ -372,8 +381,17 @@ def train(run: Run, out: Path, report: Callable[[Progress], None]) -> list[dict[
     return history
 
 
+def _interrupted(run: Run, epoch: Epoch) -> TrainingInterrupted:
+    return TrainingInterrupted(f"training stopped in epoch {epoch.number} of {run.settings.epochs}, after a checkpoint")
+
+
 def train_epoch(
-    run: Run, epoch: Epoch, history: list[dict[str, float]], out: Path, report: Callable[[Progress], None]
+    run: Run,
+    epoch: Epoch,
+    history: list[dict[str, float]],
+    out: Path,
+    report: Callable[[Progress], None],
+    stop: threading.Event | None,
 ) -> dict[str, float]:
     """What is left of one pass over the training images, then validation. Returns the epoch's row of `metrics.csv`."""
     settings, inputs, handle = run.settings, run.inputs, run.accelerator
@@ -391,7 +409,8 @@ def train_epoch(
         rate = learning_rate(settings, progress)
         pending.append(train_step(run, batch, epoch.number, epoch.step, rate=rate, progress=progress))
         epoch.step += 1
-        due = handle.is_main_process and time.monotonic() - saved > 60 * settings.checkpoint_minutes
+        stopped = stop is not None and stop.is_set()
+        due = handle.is_main_process and (stopped or time.monotonic() - saved > 60 * settings.checkpoint_minutes)
         if len(pending) < REPORT_EVERY and epoch.step < steps and not due:
             continue
         _add_up(epoch, pending, out)
@@ -407,6 +426,8 @@ def train_epoch(
                 _require_finite(run, epoch, out)
                 _checkpoint(run, out, history, epoch)
                 saved = time.monotonic()
+            if stopped:
+                raise _interrupted(run, epoch)
     # A finite loss in the last step does not promise finite weights after it.
     _require_finite(run, epoch, out)
     measured = validate(run) if handle.is_main_process else {}
@@ -589,12 +610,15 @@ def _baseline(run: Run, out: Path) -> dict[str, float]:
 
 
 def _save(out: Path, run: Run, history: list[dict[str, float]], baseline: dict[str, float]) -> FitResult:
-    """Writes the encoder of the best epoch, its classifier and the result."""
+    """Writes the encoder of the best epoch (the latest, without validation), its classifier and the result."""
     best = len(history)
     if "p1" in history[-1]:
         best = max(range(len(history)), key=lambda n: (history[n]["p1"], n)) + 1
-    if best < len(history):
+        # Also where that is the last whole epoch: the checkpoint may be from within the next one.
         state = run_folder.read_state(out / "best.pt")
+        if state is not None and state["epoch"] > len(history):
+            # Killed between the two files of an epoch, and asked to finish.
+            raise TrainingProblem(f"{out}: epoch {state['epoch']} is not complete: run train without --finish first")
         if state is None or state["epoch"] != best:
             raise TrainingProblem(f"{out / 'best.pt'} is damaged or missing: train again with --restart")
         run.learner.encoder.load_state_dict(state["encoder"])

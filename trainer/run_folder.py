@@ -18,6 +18,8 @@ from trainer.errors import TrainingProblem
 from trainer.files import write_whole
 
 _CHECKPOINT = re.compile(r"checkpoint-(\d{5})(?:-(\d{7}))?\.pt")
+LOCK_WAIT = 2.0
+"""Seconds: whoever lists the runs holds a lock for an instant, to see whether a process trains there."""
 _OURS = (
     "result.json", "encoder.json", "encoder.safetensors", "classifier.safetensors", "best.pt", "baseline.json",
     "inputs.json", "old_vectors.npy", "old_vectors_mirrored.npy", "shared.npz", "metrics.csv",
@@ -31,7 +33,7 @@ def locked(out: Path) -> Iterator[None]:
 
     try:
         out.mkdir(parents=True, exist_ok=True)
-        with FileLock(out / ".lock", timeout=0):
+        with FileLock(out / ".lock", timeout=LOCK_WAIT):
             yield
     except Timeout:
         raise TrainingProblem(f"another process is training in {out}: wait for it or choose another folder") from None
@@ -40,15 +42,14 @@ def locked(out: Path) -> Iterator[None]:
     except OSError as error:
         raise TrainingProblem(
             f"run folder {out} cannot be written: {error.strerror or error}: make room or correct its permissions, "
-            "then go on with --resume"
+            "then run the same command again"
         ) from error
 
 
-def bind(out: Path, fingerprint: dict[str, Any], *, resume: bool, restart: bool) -> None:
+def bind(out: Path, fingerprint: dict[str, Any], *, restart: bool) -> None:
     """Binds the folder to the run of this fingerprint, or checks that it is bound to it already.
 
-    Raises TrainingProblem where the folder holds a run and neither `resume` nor `restart` says what to do, or where
-    `resume` meets another run.
+    Raises TrainingProblem where the folder holds a run of another fingerprint that `restart` does not replace.
     """
     noted = out / "run.json"
     finished = (out / "result.json").exists()
@@ -60,9 +61,6 @@ def bind(out: Path, fingerprint: dict[str, Any], *, resume: bool, restart: bool)
             before = {}
     # Before the first checkpoint nothing is lost: who corrects a setting that was refused need not say restart.
     if not restart and (finished or checkpoints(out)):
-        if not resume:
-            state = "a finished" if finished else "an unfinished"
-            raise TrainingProblem(f"{out} holds {state} run: continue with --resume, or replace it with --restart")
         if not before:
             raise TrainingProblem(f"{noted} is damaged or missing: start over with --restart")
         changed = [
@@ -72,12 +70,21 @@ def bind(out: Path, fingerprint: dict[str, Any], *, resume: bool, restart: bool)
         ]
         if changed:
             raise TrainingProblem(
-                f"{out} holds a run with other inputs ({'; '.join(changed)}): put them back or use --restart"
+                f"{out} holds {'a finished' if finished else 'an unfinished'} run with other inputs "
+                f"({'; '.join(changed)}): change them back, train beside it with --run NAME, or replace it with "
+                "--restart"
             )
     if restart or before != fingerprint:
         for path in [*checkpoints(out), *(out / name for name in _OURS)]:
             path.unlink(missing_ok=True)
         write_json(noted, {"format": 1, "fingerprint": fingerprint})
+
+
+def check_can_finish(out: Path) -> None:
+    """Raises TrainingProblem where no whole epoch has been trained, so that there is no best one."""
+    state = load_checkpoint(out)
+    if state is None or not state["history"]:
+        raise TrainingProblem(f"{out} has no trained epoch yet: run train without --finish until one is complete")
 
 
 def checkpoints(out: Path) -> list[Path]:

@@ -21,7 +21,7 @@ from migrator.labels import label_of
 from migrator.ledger import BACKFILL_STAGES, Chunk, Ledger, Migration, this_process
 from migrator.planning import check_fresh
 from migrator.project import Project
-from migrator.verify.watch import look
+from migrator.verify.watch import catch_up_check, is_check_due, look
 from trainer.errors import ImagesUnavailable
 
 if TYPE_CHECKING:
@@ -84,12 +84,17 @@ def backfill(
 
 
 def _look(project: Project, migration: Migration, run: _Run, summary: Summary) -> Summary:
-    """Looks at the collection after a run that wrote something; what it finds may pause the migration."""
-    settings = project.settings.backfill
-    if not summary.items or not (settings.read_back or settings.measure) or run.encoder is None:
+    """Looks at the collection after a run that wrote something; what it finds may pause the migration.
+
+    Also where an earlier run wrote and was killed before it looked.
+    """
+    if run.encoder is None or not is_check_due(project, migration):
         return summary
     try:
-        looked = look(project, migration, run.encoder, run.written.items, run=run.run_id)
+        if summary.items:
+            looked = look(project, migration, run.encoder, run.written.items, run=run.run_id)
+        else:
+            looked = catch_up_check(project, migration, run.encoder)
     except (StoreBusy, StoreUnavailable, ImagesUnavailable, Unavailable) as error:
         # The run is done and in the ledger; another process may just have opened a store that is for one at a time.
         return replace(summary, looked=f"not this time: {error}")

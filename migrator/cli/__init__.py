@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import click
 
 from migrator import __version__
+from migrator.cli.common import say
 from migrator.errors import MigratorError
 
 VERBS = {
@@ -18,6 +19,7 @@ VERBS = {
     "config": "Check the configuration; print it or its JSON Schema.",
     "plan": "Look at the collection and say what the upgrade costs.",
     "train": "Train the new encoder to be comparable with the old one.",
+    "runs": "List the training runs side by side, with their validation and verification.",
     "verify": "Prove on sampled queries that search gets no worse.",
     "rollout": "Open the next stage: prepare, canary, backfill, cutover, finalize.",
     "backfill": "Re-embed stored images in one bounded run, as cron starts it.",
@@ -82,10 +84,10 @@ def run(arguments: Sequence[str]) -> int:
     except click.ClickException as error:
         command = error.ctx.command_path if isinstance(error, click.UsageError) and error.ctx else "migrator"
         message = " ".join(error.format_message().split())
-        click.echo(f"{command}: {message} (see `{command} --help`)", err=True)
+        say(f"{command}: {message} (see `{command} --help`)", err=True)
         return 2
     except (KeyboardInterrupt, click.Abort):
-        click.echo("migrator: interrupted; running the command again continues", err=True)
+        say("migrator: interrupted: run the same command again", err=True)
         return 130
     except Exception as error:
         if "--verbose" in arguments:
@@ -93,9 +95,9 @@ def run(arguments: Sequence[str]) -> int:
         code = exit_code_of(error)
         if code == 1:
             what = " ".join(f"{type(error).__name__}: {error}".split())
-            click.echo(f"migrator: this is a bug: {what} (`migrator --verbose ...` shows where)", err=True)
+            say(f"migrator: this is a bug: {what} (`migrator --verbose ...` shows where)", err=True)
         else:
-            click.echo(f"migrator: {error}", err=True)
+            say(f"migrator: {error}", err=True)
         return code
     return result if isinstance(result, int) else 0
 
@@ -105,12 +107,14 @@ def exit_code_of(error: Exception) -> int:
     if isinstance(error, MigratorError):
         return error.exit_code
     from adapters.base import StoreBusy, StoreError, StoreUnavailable
-    from trainer.errors import EncoderMismatch, ImagesUnavailable, TrainerError, TrainingFailed
+    from trainer.errors import EncoderMismatch, ImagesUnavailable, TrainerError, TrainingFailed, TrainingInterrupted
 
     if isinstance(error, StoreUnavailable | StoreBusy | ImagesUnavailable):
         return 4
     if isinstance(error, EncoderMismatch | TrainingFailed):
         return 3
+    if isinstance(error, TrainingInterrupted):
+        return 130
     if isinstance(error, StoreError | TrainerError):
         return 2
     return 1

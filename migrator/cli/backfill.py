@@ -2,14 +2,8 @@
 
 from __future__ import annotations
 
-import os
-import signal
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from types import FrameType
 
 import click
 
@@ -20,6 +14,8 @@ from migrator.cli.common import (
     open_project,
     print_json,
     progress,
+    say,
+    stop_on_signal,
     yes_option,
 )
 from migrator.words import duration
@@ -45,7 +41,7 @@ def command(
     with open_project(config_path, name) as project:
         migration = check_stage(project)
         confirm(f"re-embed items of {migration.collection} with {migration.new_encoder_id}", yes=yes)
-        with stop_on_signal() as stop, progress("backfill") as advance:
+        with stop_on_signal("chunk") as stop, progress("backfill") as advance:
 
             def report(state: Progress) -> None:
                 advance(state.done, state.total, f"catch-up pass {state.pass_number}" if state.pass_number else "")
@@ -56,35 +52,16 @@ def command(
         print_json({"migration": project.name, **asdict(summary), "next": following})
     else:
         if summary.items or not summary.message:
-            click.echo(
+            say(
                 f"{summary.ended}: {summary.items} items in {summary.chunks} chunks, {summary.failed} failed, "
                 f"{summary.gone} gone, {duration(summary.seconds)}"
             )
         if summary.looked:
-            click.echo(f"looked at the collection: {summary.looked}")
+            say(f"looked at the collection: {summary.looked}")
         if summary.message:
-            click.echo(summary.message)
+            say(summary.message)
         if following:
-            click.echo(f"next: {following}")
+            say(f"next: {following}")
     if summary.ended == "paused" and summary.items:  # by what this run saw, not by somebody before it
         return 3
     return {"interrupted": 130, "stuck": 3}.get(summary.ended, 0)
-
-
-@contextmanager
-def stop_on_signal() -> Iterator[threading.Event]:
-    """An event that the first SIGINT or SIGTERM sets; the second ends the process at once."""
-    stop = threading.Event()
-
-    def handle(number: int, _frame: FrameType | None) -> None:
-        if stop.is_set():
-            os._exit(130)
-        stop.set()
-        click.echo("stopping after this chunk; again to leave at once", err=True)
-
-    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

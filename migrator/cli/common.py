@@ -3,24 +3,43 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from time import sleep
+from types import FrameType
+from typing import TYPE_CHECKING, Any, TextIO, TypeVar
 
 import click
 
-from migrator.errors import Refused, UsageProblem
+from migrator import words
+from migrator.errors import InUse, Refused, UsageProblem
 
 if TYPE_CHECKING:
+    from rich.console import Console, RenderableType
+    from rich.progress import Progress
+
     from migrator.project import Project
 
 F = TypeVar("F", bound=Callable[..., Any])
+T = TypeVar("T")
 
 PLAIN_EVERY = 5.0
 """Seconds between progress lines where there is no terminal."""
+WAIT_STEP = 0.5
+"""Seconds between two tries to get a store that another process holds."""
+PLAIN_WIDTH = 110
+"""Of tables where there is no terminal."""
+NARROW = 100
+"""Below this many characters a line, a table does without its frame."""
+SPEED_PERIOD = 600.0
+"""Seconds over which the speed is measured that the time left is told by."""
 
 
 def migration_options(command: F) -> F:
@@ -49,7 +68,7 @@ def open_project(config_path: Path, name: str | None) -> Project:
 
 def confirm(says: str, *, yes: bool) -> None:
     """Says what is about to happen and asks, unless `yes`. Refuses where nobody can answer."""
-    click.echo(f"About to {says}.", err=True)
+    say(f"About to {says}.", err=True)
     if yes:
         return
     if sys.stdin is None or not sys.stdin.isatty():  # None: started with its input closed
@@ -58,31 +77,104 @@ def confirm(says: str, *, yes: bool) -> None:
         raise Refused("not confirmed, nothing was changed")
 
 
+wait_option = click.option(
+    "--wait",
+    type=click.FloatRange(0),
+    default=0.0,
+    metavar="SECONDS",
+    help="Wait so long for a store that another process holds, such as a backfill run.",
+)
+
+
+def waiting(action: Callable[[], T], *, seconds: float, again: Callable[[], T] | None = None) -> T:
+    """What `action` gives, tried for `seconds` while another process holds the store; from then on `again`, if given.
+
+    Says once that it waits. Raises `StoreBusy` or `InUse` when the time is over.
+    """
+    from adapters.base import StoreBusy
+
+    until = time.monotonic() + seconds
+    told = False
+    while True:
+        try:
+            return action()
+        except (StoreBusy, InUse) as busy:
+            if time.monotonic() >= until:
+                if not seconds:
+                    raise type(busy)(f"{busy}; --wait SECONDS waits for that") from busy
+                raise
+            if not told:
+                say(f"{busy}: waiting up to {words.duration(seconds)}", err=True)
+                told = True
+        action = again or action
+        sleep(WAIT_STEP)
+
+
 def print_json(document: dict[str, Any]) -> None:
     """One JSON document on stdout."""
     click.echo(json.dumps({"format": 1, **document}, indent=2, allow_nan=False))
 
 
+def say(text: str = "", *, err: bool = False, hanging: str = "", colour: str | None = None) -> None:
+    """A sentence on stdout, or stderr: on a terminal with lines broken between words, else as it is, for `grep`."""
+    width = terminal_width(sys.stderr if err else sys.stdout)
+    click.secho(text if width is None else words.wrapped(text, width, hanging=hanging), err=err, fg=colour)
+
+
+def terminal_width(stream: TextIO | None) -> int | None:
+    """Characters in a line of the terminal that `stream` is; None where it is none."""
+    if stream is None or not stream.isatty():
+        return None
+    return shutil.get_terminal_size().columns
+
+
 def print_table(header: Sequence[str], rows: Sequence[Sequence[str]], *, title: str | None = None) -> None:
     """A table on stdout; columns after the first are right-aligned."""
     from rich.console import Console
+
+    console = Console(width=terminal_width(sys.stdout) or PLAIN_WIDTH)
+    console.print(table_of(header, rows, width=console.width, title=title))
+
+
+def table_of(
+    header: Sequence[str], rows: Sequence[Sequence[str]], *, width: int, title: str | None = None
+) -> RenderableType:
+    """A table that fits `width`. Where all of it has no room, texts are wrapped between words; numbers stay whole."""
+    from rich import box
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(title=title, title_justify="left")
+    narrow = width < NARROW
+    table = Table(
+        title=title,
+        title_justify="left",
+        box=box.SIMPLE_HEAD if narrow else box.HEAVY_HEAD,
+        pad_edge=not narrow,
+        padding=(0, 1, 0, 0) if narrow else (0, 1),
+    )
     for number, name in enumerate(header):
-        table.add_column(name, justify="left" if number == 0 else "right", overflow="fold")
+        cells = [name, *(row[number] for row in rows)]
+        values = [cell for cell in cells[1:] if cell]
+        is_text = any(" " in cell for cell in values)
+        longest = max((len(word) for cell in cells for word in cell.split()), default=0)
+        table.add_column(
+            name,
+            justify="left" if number == 0 else "right",
+            overflow="fold",
+            # Down to its longest word, and not further than a third of the line: a path may be longer than that.
+            min_width=min(longest, width // 3) if is_text else longest if longest <= width // 3 else None,
+        )
     for row in rows:
         table.add_row(*(Text(cell) for cell in row))  # Text: a cell's brackets are not markup
-    Console(width=None if sys.stdout.isatty() else 110).print(table)
+    return table
 
 
 def print_facts(facts: Sequence[tuple[str, object]]) -> None:
-    """Name and value, a line each, on stdout; what is None is left out."""
+    """Name and value, a line each, on stdout; what is None is left out. On a terminal values are wrapped."""
     known = [(name, str(value)) for name, value in facts if value is not None]
     width = max(len(name) for name, _ in known)
     for name, value in known:
-        click.echo(f"{name:<{width}}  {value}")
+        say(f"{name:<{width}}  {value}", hanging=" " * (width + 2))
 
 
 Advance = Callable[..., None]
@@ -99,22 +191,40 @@ def progress(what: str) -> Iterator[Advance]:
             yield plain
         return
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    columns = (
-        TextColumn("{task.description}", markup=False),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[text]}", markup=False),
-    )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+    with progress_bar(Console(stderr=True)) as bar:
         task = bar.add_task(what, total=None, text="")
+        known: int | None = None
 
         def advance(done: int, total: int, text: str = "") -> None:
+            nonlocal known
+            if total != known:  # another part of the work: its speed is its own
+                bar.reset(task, total=total)
+                known = total
             bar.update(task, completed=done, total=total, text=text)
 
         yield advance
+
+
+def progress_bar(console: Console) -> Progress:
+    """What is done, a bar, how much of how much, the time left, then a text that gets what is left of the line."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.table import Column
+
+    return Progress(
+        TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=True)),
+        BarColumn(bar_width=min(40, console.width // 5), table_column=Column(no_wrap=True)),
+        MofNCompleteColumn(table_column=Column(no_wrap=True)),
+        TimeRemainingColumn(table_column=Column(no_wrap=True)),
+        TextColumn(
+            "{task.fields[text]}", markup=False, table_column=Column(no_wrap=True, overflow="ellipsis", ratio=1)
+        ),
+        console=console,
+        transient=True,
+        expand=True,
+        # Reports may be minutes apart; from one report in the period no time left can be told.
+        speed_estimate_period=SPEED_PERIOD,
+    )
 
 
 @contextmanager
@@ -138,3 +248,22 @@ def _plain(what: str) -> Iterator[Advance]:
     finally:
         finished.set()
         teller.join()
+
+
+@contextmanager
+def stop_on_signal(after: str) -> Iterator[threading.Event]:
+    """An event that the first SIGINT or SIGTERM sets; the second ends the process at once."""
+    stop = threading.Event()
+
+    def handle(number: int, _frame: FrameType | None) -> None:
+        if stop.is_set():
+            os._exit(130)
+        stop.set()
+        say(f"stopping after this {after}; again to leave at once", err=True)
+
+    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from migrator.cli.common import print_table, yes_option
+from migrator.cli.common import print_table, say, yes_option
 from migrator.words import duration
 
 SHOWN = ("map@100", "recall@1", "ndcg@10")
@@ -36,15 +36,15 @@ def command(folder: Path, store: str, keep_at: str | None, yes: bool) -> None:
 
     began = time.monotonic()
     demo.make_folder(folder, replace=yes)
-    click.echo("Making the old system: images, an encoder trained on few of them, a gallery ...")
+    say("Making the old system: images, an encoder trained on few of them, a gallery ...")
     demo.make_old_system(folder, store)
     demo.walk(folder, keep_at=keep_at, run=run, say=click.echo)
     if keep_at is not None:
         return
-    click.echo()
+    say()
     rows = demo.results(folder)
     print_table(("quality", *SHOWN), [(what, *(f"{found[metric]:.4f}" for metric in SHOWN)) for what, found in rows])
-    click.echo("Checked:")
+    say("Checked:")
     for line in demo.check(folder):
-        click.echo(f"  - {line}")
-    click.echo(f"\nAll of it in {duration(time.monotonic() - began)}. Look around: cd {folder} && migrator status")
+        say(f"  - {line}")
+    say(f"\nAll of it in {duration(time.monotonic() - began)}. Look around: cd {folder} && migrator status")

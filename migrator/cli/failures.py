@@ -14,6 +14,7 @@ from migrator.cli.common import (
     open_project,
     print_json,
     print_table,
+    say,
     yes_option,
 )
 
@@ -53,8 +54,8 @@ def command(name: str | None, config_path: Path, retry: bool, as_json: bool, yes
             [(f"{row.pass_number}/{row.ordinal}", str(row.items), row.error or "") for row in chunks],
         )
     if not failures and not chunks:
-        click.echo("no failures")
+        say("no failures")
     elif retry:
-        click.echo(f"next: migrator backfill {project.name}")
+        say(f"next: migrator backfill {project.name}")
     else:
-        click.echo(f"mend what can be mended, then: migrator failures {project.name} --retry")
+        say(f"mend what can be mended, then: migrator failures {project.name} --retry")

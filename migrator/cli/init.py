@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 
+from migrator.cli.common import say
 from migrator.errors import UsageProblem
 
 PATH_KEYS = ("path", "index", "items", "vectors")
@@ -48,14 +49,14 @@ def command(path: Path, kind: str | None, options: Sequence[str], **given: str |
         from migrator.config_template import TEMPLATE
 
         _write(path, TEMPLATE)
-        click.echo(f"wrote {path}: fill it in, then `migrator config` checks it and `migrator plan` begins")
+        say(f"wrote {path}: fill it in, then `migrator config` checks it and `migrator plan` begins")
         return
     from migrator.config_from_store import draft_config
 
     draft = draft_config(_settings(kind, given, options, path), path)
     _write(path, draft.text)
-    click.echo(f"collection {draft.collection}")
-    click.echo(f"wrote {path}: fill in {', '.join(draft.to_fill_in)}, then `migrator config` checks it")
+    say(f"collection {draft.collection}")
+    say(f"wrote {path}: fill in {', '.join(draft.to_fill_in)}, then `migrator config` checks it")
 
 
 def _settings(kind: str, given: dict[str, str | None], options: Sequence[str], path: Path) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from migrator.cli.common import confirm, migration_options, open_project, yes_option
+from migrator.cli.common import confirm, migration_options, open_project, say, yes_option
 
 
 @click.command("pause")
@@ -19,4 +19,4 @@ def command(name: str | None, config_path: Path, reason: str, yes: bool) -> None
         migration = project.migration()
         confirm(f"pause {project.name}: a running backfill leaves after its chunk, new runs do nothing", yes=yes)
         project.ledger.pause(migration, reason)
-        click.echo(f"{project.name} is paused; lift it with `migrator resume {project.name}`")
+        say(f"{project.name} is paused; lift it with `migrator resume {project.name}`")

@@ -14,6 +14,7 @@ from migrator.cli.common import (
     print_facts,
     print_json,
     progress,
+    say,
 )
 from migrator.verify.verdicts import amount
 from migrator.words import duration, size, when
@@ -79,16 +80,16 @@ def _show(fingerprint: str, plan: dict[str, Any]) -> None:
             ("recommended", f"{plan['recommended']['strategy']}: {plan['recommended']['why']}"),
         ]
     )  # fmt: skip
-    click.echo("\nthis store")
+    say("\nthis store")
     for sentence in plan["capabilities"]:
-        click.echo(f"  - {sentence}")
-    click.echo("\nrisks" if plan["risks"] else "\nno risks found")
+        say(f"  - {sentence}", hanging="  ")
+    say("\nrisks" if plan["risks"] else "\nno risks found")
     for risk in plan["risks"]:
-        click.echo(f"  - {risk}")
-    click.echo("\nstages")
+        say(f"  - {risk}", hanging="  ")
+    say("\nstages")
     for stage, does in plan["stages"]:
-        click.echo(f"  {stage:<25} {does}")
-    click.echo(f"\nnext: migrator {'train' if new['id'] is None else 'verify'} {plan['migration']}")
+        say(f"  {stage:<25} {does}", hanging=" " * 26)
+    say(f"\nnext: migrator {'train' if new['id'] is None else 'verify'} {plan['migration']}")
 
 
 def _expected(forecast: dict[str, Any]) -> list[tuple[str, str]]:

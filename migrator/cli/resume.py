@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from migrator.cli.common import confirm, migration_options, open_project, yes_option
+from migrator.cli.common import confirm, migration_options, open_project, say, yes_option
 from migrator.errors import Refused
 
 
@@ -21,4 +21,4 @@ def command(name: str | None, config_path: Path, yes: bool) -> None:
             raise Refused(f"{project.name} is not paused")
         confirm(f"lift the pause of {project.name} ({migration.paused})", yes=yes)
         project.ledger.pause(migration, None)
-        click.echo(f"{project.name} goes on with the next `migrator backfill {project.name}`")
+        say(f"{project.name} goes on with the next `migrator backfill {project.name}`")

@@ -13,15 +13,19 @@ from migrator.cli.common import (
     open_project,
     print_json,
     progress,
+    say,
+    wait_option,
+    waiting,
     yes_option,
 )
 
 
 @click.command("rollback")
 @migration_options
+@wait_option
 @json_option
 @yes_option
-def command(name: str | None, config_path: Path, as_json: bool, yes: bool) -> int:
+def command(name: str | None, config_path: Path, wait: float, as_json: bool, yes: bool) -> int:
     """Restore every old vector and route queries back.
 
     Possible at every stage, until finalize was told to drop the undo log. Killed midway, run it again.
@@ -38,7 +42,7 @@ def command(name: str | None, config_path: Path, as_json: bool, yes: bool) -> in
             says += "; what was written since the cutover has no model to be embedded with"
         confirm(says, yes=yes)
         with progress("rollback") as advance:
-            result = rollback(project, advance)
+            result = waiting(lambda: rollback(project, advance), seconds=wait)
     problems = {str(item): why for item, why in result.problems.items()}
     if as_json:
         print_json(
@@ -54,15 +58,15 @@ def command(name: str | None, config_path: Path, as_json: bool, yes: bool) -> in
         )
     else:
         removed = f", {result.removed} removed" if result.removed else ""
-        click.echo(f"rolled back: {result.restored} items restored, {result.re_encoded} embedded again{removed}")
+        say(f"rolled back: {result.restored} items restored, {result.re_encoded} embedded again{removed}")
         if result.stale:
             named = ", ".join(map(repr, result.stale[:5])) + (" and more" if len(result.stale) > 5 else "")
-            click.echo(
+            say(
                 f"{len(result.stale)} items written since the cutover have the old vector of before: embed them again "
                 f"if their images changed: {named}"
             )
         if result.kept_shadow:
-            click.echo(f"{result.kept_shadow} is kept, for it alone holds items: take them over, then delete it")
+            say(f"{result.kept_shadow} is kept, for it alone holds items: take them over, then delete it")
         for item, why in problems.items():
-            click.echo(f"item {item} could not be brought back: {why}")
+            say(f"item {item} could not be brought back: {why}")
     return 3 if problems or result.stale else 0

@@ -6,7 +6,17 @@ from pathlib import Path
 
 import click
 
-from migrator.cli.common import confirm, json_option, migration_options, open_project, print_json, yes_option
+from migrator.cli.common import (
+    confirm,
+    json_option,
+    migration_options,
+    open_project,
+    print_json,
+    say,
+    wait_option,
+    waiting,
+    yes_option,
+)
 
 
 @click.command("rollout")
@@ -22,6 +32,7 @@ from migrator.cli.common import confirm, json_option, migration_options, open_pr
     "--accept-failures", type=click.IntRange(0), default=0, help="cutover: go on with up to so many failed items."
 )
 @click.option("--drop-old", is_flag=True, help="finalize: delete the undo log; no rollback after that.")
+@wait_option
 @json_option
 @yes_option
 def command(
@@ -31,6 +42,7 @@ def command(
     percent: int | None,
     accept_failures: int,
     drop_old: bool,
+    wait: float,
     as_json: bool,
     yes: bool,
 ) -> None:
@@ -39,13 +51,15 @@ def command(
     from migrator.status import status_of
 
     with open_project(config_path, name) as project:
-        change = step(project, stage, Options(percent, accept_failures, drop_old))
+        options = Options(percent, accept_failures, drop_old)
+        change = waiting(lambda: step(project, stage, options), seconds=wait)
         confirm(change.says, yes=yes)
-        done = change.make()
+        # Meanwhile another process may have changed what was checked.
+        done = waiting(change.make, seconds=wait, again=lambda: step(project, stage, options).make())
         following = status_of(project)
     if as_json:
         print_json({"migration": project.name, "stage": stage, "done": done, "next": following.next_command})
         return
-    click.echo(done)
+    say(done)
     if following.next_command:
-        click.echo(f"next: {following.next_command}")
+        say(f"next: {following.next_command}")

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from migrator.cli.common import json_option, migration_options, open_project, print_json, print_table, progress
+from migrator.cli.common import json_option, migration_options, open_project, print_json, print_table, progress, say
 from migrator.verify.verdicts import finding_state, state_of, summary
 
 MEANING = {
@@ -25,6 +25,7 @@ GROUPS = 3
 @click.command("verify")
 @migration_options
 @click.option("--mixed", is_flag=True, help="Ask the collection as it is now, with the new encoder; no verdict.")
+@click.option("--run", help="The training run to verify, which becomes the candidate of plan and rollout.")
 @click.option(
     "--live",
     is_flag=True,
@@ -32,7 +33,15 @@ GROUPS = 3
 )
 @click.option("--new-questions", is_flag=True, help="Draw questions anew, which counts as a further look at the data.")
 @json_option
-def command(name: str | None, config_path: Path, mixed: bool, live: bool, new_questions: bool, as_json: bool) -> int:
+def command(
+    name: str | None,
+    config_path: Path,
+    mixed: bool,
+    run: str | None,
+    live: bool,
+    new_questions: bool,
+    as_json: bool,
+) -> int:
     """Prove on sampled queries that search gets no worse.
 
     Exit code 0 if the gate passes, 3 if it fails or the queries cannot decide. The questions are drawn once and then
@@ -42,11 +51,15 @@ def command(name: str | None, config_path: Path, mixed: bool, live: bool, new_qu
 
     if mixed and new_questions:
         raise click.UsageError("--new-questions is for a verification, and --mixed is none")
+    if mixed and run is not None:
+        raise click.UsageError("--run chooses a candidate, and --mixed evaluates the collection as it is")
     with open_project(config_path, name) as project, progress("verify") as advance:
 
         def report(what: str, done: int, total: int) -> None:
             advance(done, total, what)
 
+        if run is not None:
+            project.choose_run(run)
         as_is = mixed or (live and not new_questions and is_served_by_new(project))
         if as_is:
             found = measure_mixed(project, report, live=live)
@@ -106,40 +119,40 @@ def _show(name: str, results: dict[str, Any]) -> None:
     _print_tests(results["tests"], results["metric"])
     _print_live(results["live"], results["metric"])
     questions = results["questions"]
-    click.echo(
+    say(
         f"{results['queries']} queries against {results['gallery']} items; first answers that turned wrong: "
         f"{results['flips']['negative']:.1%}, right: {results['flips']['positive']:.1%}"
     )
-    click.echo(f"questions {questions['sha256'][:12]} of {questions['drawn_at'][:10]}: {results['evidence']}")
+    say(f"questions {questions['sha256'][:12]} of {questions['drawn_at'][:10]}: {results['evidence']}")
     for left_out in _left_out(results):
-        click.echo(left_out)
+        say(left_out)
     for what in ("classes", "segments"):
         groups = results[what]
         losing = [] if groups is None else [group for group in groups["worst"] if group["gain"] < 0][:GROUPS]
         if losing:
             worst = ", ".join(f"{group['name']!r} {group['gain']:+.4f}" for group in losing)
-            click.echo(f"{what} that lose most, of {groups['count']}: {worst}")
+            say(f"{what} that lose most, of {groups['count']}: {worst}")
     curve = results["curve"]
     if curve is not None:
         areas = ", ".join(f"{order} {found['auc']:.4f}" for order, found in curve["orders"].items())
-        click.echo(f"{curve['metric']} over the backfill, on average, by its order: {areas}")
+        say(f"{curve['metric']} over the backfill, on average, by its order: {areas}")
         low = curve["lowest"]
         gain = "" if low["gain"] is None else f", {low['gain']['mean']:+.4f} over today"
-        click.echo(f"lowest on the way: {low['value']:.4f} at {low['share']:.0%} of the backfill{gain}")
+        say(f"lowest on the way: {low['value']:.4f} at {low['share']:.0%} of the backfill{gain}")
     if results["shift"]:
-        click.echo(f"scores: {results['shift']}")
+        say(f"scores: {results['shift']}")
     if results["scores"]:
-        click.echo(", ".join(f"{score} {value:.4f}" for score, value in results["scores"].items()))
+        say(", ".join(f"{score} {value:.4f}" for score, value in results["scores"].items()))
     for finding in results["findings"]:
-        click.echo(f"{finding_state(finding)}: {finding['reason']}")
+        say(f"{finding_state(finding)}: {finding['reason']}")
     verdict = f"verdict: {summary(results)}"
-    click.echo(click.style(verdict, fg="yellow") if state_of(results) == "accepted" else verdict)
+    say(verdict, colour="yellow" if state_of(results) == "accepted" else None)
     if results["ways_on"]:
-        click.echo("ways on:")
+        say("ways on:")
     for way in results["ways_on"]:
-        click.echo(f"  - {way}")
+        say(f"  - {way}", hanging="    ")
     if results["outcome"] == "pass":
-        click.echo(f"next: migrator rollout {name} --stage prepare")
+        say(f"next: migrator rollout {name} --stage prepare")
 
 
 def _left_out(results: dict[str, Any]) -> list[str]:

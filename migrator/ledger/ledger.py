@@ -368,17 +368,23 @@ class Ledger:
             return run.id
 
     def finish_training(
-        self, run_id: int, *, encoder_id: str | None, validation: dict[str, Any] | None, error: str | None
+        self,
+        run_id: int,
+        *,
+        encoder_id: str | None,
+        validation: dict[str, Any] | None,
+        error: str | None,
+        is_candidate: bool = True,
     ) -> None:
-        """Closes a training run; with an encoder, that becomes the migration's new encoder."""
+        """Closes a training run; with an encoder, that becomes the migration's new encoder if it `is_candidate`."""
         with self._write() as session:
             run = session.get_one(TrainingRun, run_id)
             migration = session.get_one(Migration, run.migration_id, with_for_update=True)
-            if encoder_id is not None and migration.state != "planned":
+            if encoder_id is not None and is_candidate and migration.state != "planned":
                 error = f"{migration.name} is under way: its new encoder cannot be exchanged"
             run.state = "finished" if error is None else "failed"
             run.encoder_id, run.validation, run.error, run.finished_at = encoder_id, validation, error, now()
-            if encoder_id is not None and error is None:
+            if encoder_id is not None and error is None and is_candidate:
                 migration.new_encoder_id, migration.changed_at = encoder_id, now()
             detail = {"encoder": encoder_id} if error is None else {"error": error}
             self._note(session, migration, "trained" if error is None else "training failed", detail)
@@ -386,7 +392,7 @@ class Ledger:
             raise Refused(error)
 
     def set_new_encoder(self, migration_id: int, encoder_id: str) -> None:
-        """Takes an encoder that was made elsewhere as the migration's new one, while nothing is under way."""
+        """Takes an encoder of another run, or made elsewhere, as the new one, while nothing is under way."""
         with self._write() as session:
             session.execute(
                 sa.update(Migration)
@@ -394,12 +400,12 @@ class Ledger:
                 .values(new_encoder_id=encoder_id, changed_at=now())
             )
 
-    def latest_training(self, migration_id: int) -> TrainingRun | None:
-        """The newest training run of a migration."""
+    def trainings(self, migration_id: int) -> Sequence[TrainingRun]:
+        """The training runs of a migration, oldest first."""
         with self._read() as session:
             return session.scalars(
-                sa.select(TrainingRun).where(TrainingRun.migration_id == migration_id).order_by(TrainingRun.id.desc())
-            ).first()
+                sa.select(TrainingRun).where(TrainingRun.migration_id == migration_id).order_by(TrainingRun.id)
+            ).all()
 
     def save_verification(
         self,
@@ -832,6 +838,31 @@ class Ledger:
         with self._write() as session:
             run = session.get_one(BackfillRun, run_id)
             run.ended, run.seen_at = reason, now()
+
+    def first_pass_work(self, migration_id: int, *, runs: int) -> tuple[list[tuple[dt.datetime, dt.datetime]], int]:
+        """The last `runs` backfill runs that finished chunks of the first pass: start and last such chunk of each.
+
+        Then the number of items in the first pass's chunks that were finished since the first of these began.
+        """
+        done = (Chunk.migration_id == migration_id) & (Chunk.pass_number == 0) & (Chunk.state == "done")
+        during = Chunk.finished_at.between(BackfillRun.started_at, BackfillRun.seen_at)
+        with self._read() as session:
+            spans = [
+                (began, ended or began)
+                for _, began, ended in session.execute(
+                    sa.select(BackfillRun.id, BackfillRun.started_at, sa.func.max(Chunk.finished_at))
+                    .join(Chunk, done & during)
+                    .where(BackfillRun.migration_id == migration_id)
+                    .group_by(BackfillRun.id, BackfillRun.started_at)
+                    .order_by(BackfillRun.id.desc())
+                    .limit(runs)
+                ).all()
+            ]
+            if not spans:
+                return [], 0
+            since = min(began for began, _ in spans)
+            items = session.scalar(sa.select(sa.func.sum(Chunk.items)).where(done, Chunk.finished_at >= since))
+            return spans, int(items or 0)
 
     def runs(self, migration_id: int) -> Sequence[BackfillRun]:
         """All backfill runs, oldest first."""

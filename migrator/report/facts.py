@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import csv
 import datetime as dt
 import json
 import math
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,13 +14,11 @@ from migrator.project import Project
 from migrator.report.verdict import verdict
 from migrator.rollout.route import describe
 from migrator.status import status_of
+from migrator.training_runs import read_epochs
 from migrator.verify.standing import why_not
 
 MOST_FAILURES = 100
 """Item failures that are listed; the others are counted."""
-MOST_EPOCHS = 10_000
-_METRICS_BYTES = 8 << 20
-_COLUMN = re.compile(r"[A-Za-z][A-Za-z0-9_@.]{0,39}")
 
 
 def facts_of(project: Project) -> dict[str, Any]:
@@ -110,9 +106,11 @@ def _verification(
 
 
 def _training(project: Project, migration: Migration) -> dict[str, Any] | None:
-    run = project.ledger.latest_training(migration.id)
-    if run is None:
+    runs = project.ledger.trainings(migration.id)
+    if not runs:
         return None
+    # That of the candidate; while there is none, the latest.
+    run = next((run for run in reversed(runs) if run.encoder_id == migration.new_encoder_id), runs[-1])
     return {
         "method": run.method,
         "state": run.state,
@@ -123,29 +121,6 @@ def _training(project: Project, migration: Migration) -> dict[str, Any] | None:
         "validation": run.validation,
         "epochs": read_epochs(Path(run.folder) / "metrics.csv"),
     }
-
-
-def read_epochs(file: Path) -> list[dict[str, float]]:
-    """The rows of a training's metrics.csv; none where there is no such file, as with a map, or it is no such table."""
-    try:
-        if not file.is_file() or file.stat().st_size > _METRICS_BYTES:
-            return []
-        lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        return []
-    rows: list[dict[str, float]] = []
-    for line in csv.DictReader(lines[: MOST_EPOCHS + 1]):
-        row: dict[str, float] = {}
-        for name, text in line.items():
-            if not isinstance(text, str) or not _COLUMN.fullmatch(name or ""):
-                continue
-            try:
-                row[name] = float(text)
-            except ValueError:
-                continue
-        if "epoch" in row:
-            rows.append(row)
-    return rows
 
 
 def _when(at: dt.datetime | None) -> str | None:

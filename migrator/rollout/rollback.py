@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from adapters.base import ItemId, StoreBusy
-from migrator.errors import Refused
+from migrator.errors import InUse, Refused
 from migrator.ledger import Migration
 from migrator.planning import check_same_collection
 from migrator.project import Project
@@ -63,14 +63,14 @@ def rollback(project: Project, report: Report = lambda _done, _of: None) -> Roll
             # From here on no backfill run gets or finishes a chunk.
             migration = project.ledger.move(migration, state="rolling_back", event="rollback begins")
         if held := project.ledger.live_leases(migration.id):
-            raise Refused(
+            raise InUse(
                 f"a backfill run ({held[0].lease_owner}) still holds a chunk: it leaves after that one; "
                 f"then again `migrator rollback {project.name}`"
             )
         try:
             result = (_restore if migration.strategy == "in_place" else _take_back)(project, migration, report)
         except StoreBusy as busy:
-            raise Refused(f"{busy}: it leaves after its chunk; then again `migrator rollback {project.name}`") from busy
+            raise InUse(f"{busy}: it leaves after its chunk; then again `migrator rollback {project.name}`") from busy
     route = project.ledger.route(migration.collection)
     assert route is not None
     project.ledger.move(

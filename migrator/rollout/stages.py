@@ -22,6 +22,7 @@ from migrator.rollout import shadow
 from migrator.rollout.route import initial_route
 from migrator.verify.standing import why_not
 from migrator.verify.verdicts import losses
+from migrator.verify.watch import catch_up_check, is_check_due
 
 READ_BACK = 256
 """Items read over a fresh connection after the cutover's publication, to see that what was written is there."""
@@ -157,6 +158,8 @@ def _canary(project: Project, migration: Migration, options: Options) -> Step:
             _check_backfilled(project, migration, options)
 
     def make() -> str:
+        if not in_place and percent > route.canary_percent:
+            _check_what_was_written(project, migration)
         if not in_place and migration.stage == "backfill":
             shadow.publish(project, migration)
         _move_route(
@@ -246,6 +249,15 @@ def _check_backfilled(project: Project, migration: Migration, options: Options) 
     return counts.open_failures
 
 
+def _check_what_was_written(project: Project, migration: Migration) -> None:
+    """Makes the check that comes after a backfill run, where the last run did not come to it. Refused if it fails."""
+    if not is_check_due(project, migration):
+        return
+    checked = catch_up_check(project, migration, project.new_encoder())
+    if checked.pause is not None:
+        raise Refused(f"{project.name} is paused by the check of what the last backfill run wrote: {checked.pause}")
+
+
 def _cutover_in_place(project: Project, migration: Migration, route: Route, failures: int) -> Step:
     name, stamp = project.name, migration.new_encoder_id
     assert stamp is not None
@@ -254,6 +266,7 @@ def _cutover_in_place(project: Project, migration: Migration, route: Route, fail
         _check_all_stamped(name, store.count(), store.count(stamp=stamp), failures)
 
     def make() -> str:
+        _check_what_was_written(project, migration)
         with project.store(write=True) as store:
             store.publish(final=True)
         # A fresh connection must find what was written, counted and sampled, before the route says so.
@@ -288,6 +301,7 @@ def _cutover_shadow(project: Project, migration: Migration, route: Route, failur
     shadow.check_whole(project, migration)
 
     def make() -> str:
+        _check_what_was_written(project, migration)
         shadow.publish(project, migration)
         items = shadow.check_whole(project, migration)
         shadow.point_alias(project, migration, beside)

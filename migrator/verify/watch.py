@@ -80,6 +80,32 @@ def look(project: Project, migration: Migration, encoder: Encoder, written: Sequ
     return Looked("; ".join(says), pause)
 
 
+def is_check_due(project: Project, migration: Migration) -> bool:
+    """Whether a backfill run wrote something and nothing was looked at since: it was killed in between, or could not.
+
+    False where the configuration asks for no check.
+    """
+    settings = project.settings.backfill
+    if not (settings.read_back or settings.measure):
+        return False
+    # `verify --mixed` notes a measurement too, and reads nothing back.
+    checks = [event for event in project.ledger.events(migration.id) if "run" in event.detail]
+    checks = [event for event in checks if event.event == "measured"]
+    return any(
+        all(event.detail["run"] != run.id and event.at < run.seen_at for event in checks)
+        for run in project.ledger.runs(migration.id)
+        if run.items
+    )
+
+
+def catch_up_check(project: Project, migration: Migration, encoder: Encoder) -> Looked:
+    """The check that a run did not come to, with items drawn from all that is stored, under the last run's number."""
+    with _served(project, migration) as store:
+        sample = store.sample(project.settings.backfill.read_back, seed=project.settings.verify.seed)
+    run = max(run.id for run in project.ledger.runs(migration.id) if run.items)
+    return look(project, migration, encoder, sample, run=run)
+
+
 @contextmanager
 def _served(project: Project, migration: Migration) -> Iterator[Store]:
     """Where the new vectors lie, over a connection of its own."""

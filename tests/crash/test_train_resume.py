@@ -56,7 +56,7 @@ def train(folder: Path, run: str, reports: Connection | None = None) -> None:
     # A checkpoint after every step.
     settings = FitSettings(epochs=3, batch_size=20, device="cpu", image_threads=2, checkpoint_minutes=1e-9)
     items, images = read_items(folder / "items.csv"), ImageSource(str(folder))
-    fit(items, images, old, SPEC, settings, folder / run, resume=True, report=report)
+    fit(items, images, old, SPEC, settings, folder / run, report=report)
 
 
 def train_and_kill(context: ForkServerContext, folder: Path, *, stage: str, after: int) -> None:

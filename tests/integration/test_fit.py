@@ -4,11 +4,14 @@ import csv
 import io
 import json
 import os
+import shutil
+import threading
 import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import ANY
 
 import numpy as np
 import PIL.Image
@@ -17,9 +20,10 @@ import torch
 from safetensors.torch import load_file
 from sklearn.datasets import load_digits
 
+from trainer import run_folder
 from trainer.data import TrainingItems, training_items
 from trainer.encoder import Encoder, EncoderSpec, Preprocessing, load_encoder
-from trainer.errors import TrainingFailed, TrainingProblem
+from trainer.errors import TrainingFailed, TrainingInterrupted, TrainingProblem
 from trainer.fit import FitResult, FitSettings, Progress, fit, learning_rate, read_classifier
 from trainer.images import ImageSource
 from trainer.maps import POST_HOC
@@ -156,11 +160,11 @@ def test_resume_gives_the_uninterrupted_result_and_a_finished_run_is_left_alone(
     few: TrainingItems, images: ImageSource, old: Encoder, tmp_path: Path
 ) -> None:
     settings = replace(FAST, epochs=4)
-    whole = fit(few, images, old, SPEC, settings, tmp_path / "whole", resume=True)
+    whole = fit(few, images, old, SPEC, settings, tmp_path / "whole")
     for epoch in (0, 1, 3):
         with pytest.raises(Stop):
-            fit(few, images, old, SPEC, settings, tmp_path / "parts", resume=True, report=stop_after(epoch))
-    parts = fit(few, images, old, SPEC, settings, tmp_path / "parts", resume=True)
+            fit(few, images, old, SPEC, settings, tmp_path / "parts", report=stop_after(epoch))
+    parts = fit(few, images, old, SPEC, settings, tmp_path / "parts")
     assert weights_of(parts) == weights_of(whole)
     assert parts.card == whole.card
     assert parts.validation == whole.validation
@@ -169,7 +173,48 @@ def test_resume_gives_the_uninterrupted_result_and_a_finished_run_is_left_alone(
     def not_again(progress: Progress) -> None:
         raise AssertionError("trained again")
 
-    assert fit(few, images, old, SPEC, settings, tmp_path / "parts", resume=True, report=not_again) == parts
+    assert fit(few, images, old, SPEC, settings, tmp_path / "parts", report=not_again) == parts
+
+
+def test_stop_writes_a_checkpoint_within_the_epoch_and_finish_takes_the_best_whole_one(
+    few: TrainingItems, images: ImageSource, old: Encoder, tmp_path: Path
+) -> None:
+    settings = replace(FAST, epochs=3)
+    whole = fit(few, images, old, SPEC, settings, tmp_path / "whole")
+    with pytest.raises(TrainingProblem, match="no trained epoch yet"):
+        fit(few, images, old, SPEC, settings, tmp_path / "parts", finish=True)
+    stop = threading.Event()
+
+    def at_the_end_of_epoch_two(progress: Progress) -> None:
+        if progress.epoch == 2 and progress.validation:
+            stop.set()
+
+    with pytest.raises(TrainingInterrupted, match="in epoch 3 of 3"):
+        fit(few, images, old, SPEC, settings, tmp_path / "parts", stop=stop, report=at_the_end_of_epoch_two)
+    with pytest.raises(TrainingInterrupted):  # still set: one step further, and a checkpoint within epoch 3
+        fit(few, images, old, SPEC, settings, tmp_path / "parts", stop=AfterOneLook())
+    assert [path.name for path in run_folder.checkpoints(tmp_path / "parts")][-1] == "checkpoint-00002-0000001.pt"
+    shutil.copytree(tmp_path / "parts", tmp_path / "early")
+    early = fit(few, images, old, SPEC, settings, tmp_path / "early", finish=True)
+    p1 = [row["p1"] for row in whole.history]
+    assert early.best_epoch == 1 + int(np.argmax(p1[:2]))
+    assert early.history == [{**row, "images_per_second": ANY} for row in whole.history[:2]]
+    assert {"self", "cross", "old", "reverse"} <= early.validation.keys()
+    assert early.validation["self"] == pytest.approx(whole.history[early.best_epoch - 1]["self"])
+    assert fit(few, images, old, SPEC, settings, tmp_path / "early").card == early.card  # finished, and left alone
+    assert weights_of(fit(few, images, old, SPEC, settings, tmp_path / "parts")) == weights_of(whole)
+
+
+class AfterOneLook(threading.Event):
+    """Set from the second time on that anybody looks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.looks = 0
+
+    def is_set(self) -> bool:
+        self.looks += 1
+        return self.looks > 1
 
 
 def damage_by_cutting(path: Path) -> None:
@@ -201,7 +246,6 @@ def test_a_damaged_checkpoint_is_skipped(
         SPEC,
         settings,
         tmp_path / "parts",
-        resume=True,
         report=lambda progress: epochs.append(progress.epoch),
     )
     assert min(epochs) == 2  # from checkpoint 1
@@ -213,11 +257,11 @@ def test_a_run_folder_is_replaced_only_on_request(few: TrainingItems, images: Im
     with pytest.raises(Stop):
         fit(few, images, None, SPEC, settings, tmp_path, report=stop_after(1))
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(TrainingProblem, match="an unfinished run: continue with --resume, or replace"):
-        fit(few, images, None, SPEC, settings, tmp_path)
+    with pytest.raises(TrainingProblem, match=r"an unfinished run with other inputs .* or replace it with --restart"):
+        fit(few, images, None, SPEC, replace(settings, seed=5), tmp_path)
     first = fit(few, images, None, SPEC, replace(settings, seed=5), tmp_path, restart=True)
     with pytest.raises(TrainingProblem, match="a finished run"):
-        fit(few, images, None, SPEC, replace(settings, seed=5), tmp_path)
+        fit(few, images, None, SPEC, settings, tmp_path)
     before = weights_of(first)
     second = fit(few, images, None, SPEC, replace(settings, seed=6), tmp_path, restart=True)
     assert weights_of(second) != before
@@ -238,20 +282,19 @@ def test_resume_of_another_run_says_what_differs(
 ) -> None:
     settings = replace(FAST, epochs=1)
     fit(few, images, old, SPEC, settings, tmp_path)
-    again: dict[str, Any] = {"resume": True}
     with pytest.raises(TrainingProblem, match=r"\(train\.epochs was 1 and is 2; train\.lr was 0\.002 and is 0\.2\)"):
-        fit(few, images, old, SPEC, replace(settings, epochs=2, lr=0.2), tmp_path, **again)
+        fit(few, images, old, SPEC, replace(settings, epochs=2, lr=0.2), tmp_path)
     with pytest.raises(TrainingProblem, match=r"\(training items was \w+ and is \w+\)"):
-        fit(items, images, old, SPEC, settings, tmp_path, **again)
+        fit(items, images, old, SPEC, settings, tmp_path)
     with pytest.raises(TrainingProblem, match=rf"old encoder was {old.id} and is None; .*train\.method was advbct"):
-        fit(few, images, None, SPEC, replace(settings, method="independent"), tmp_path, **again)
+        fit(few, images, None, SPEC, replace(settings, method="independent"), tmp_path)
     with pytest.raises(TrainingProblem, match=r"new_encoder\.image_size was 16 and is 24"):
-        fit(few, images, old, replace(SPEC, preprocessing=Preprocessing(image_size=24)), settings, tmp_path, **again)
+        fit(few, images, old, replace(SPEC, preprocessing=Preprocessing(image_size=24)), settings, tmp_path)
     # What does not decide the outcome may change.
-    fit(few, images, old, SPEC, replace(settings, image_threads=1, keep_checkpoints=1), tmp_path, **again)
+    fit(few, images, old, SPEC, replace(settings, image_threads=1, keep_checkpoints=1), tmp_path)
     (tmp_path / "run.json").write_text("{")
     with pytest.raises(TrainingProblem, match=r"run\.json is damaged"):
-        fit(few, images, old, SPEC, settings, tmp_path, **again)
+        fit(few, images, old, SPEC, settings, tmp_path)
 
 
 def test_a_second_process_in_the_folder_is_refused(few: TrainingItems, images: ImageSource, tmp_path: Path) -> None:
@@ -259,7 +302,7 @@ def test_a_second_process_in_the_folder_is_refused(few: TrainingItems, images: I
 
     def meanwhile(progress: Progress) -> None:
         with pytest.raises(TrainingProblem, match="another process is training"):
-            fit(few, images, None, SPEC, settings, tmp_path, resume=True)
+            fit(few, images, None, SPEC, settings, tmp_path)
 
     fit(few, images, None, SPEC, settings, tmp_path, report=meanwhile)
 
@@ -320,10 +363,10 @@ def test_a_full_disk_is_a_problem_with_a_name_and_room_is_all_it_takes(
     run = tmp_path / "run"
     run.mkdir()
     (run / "checkpoint-00002.pt.tmp").symlink_to("/dev/full")
-    with pytest.raises(TrainingProblem, match=r"No space left on device: make room .* --resume"):
+    with pytest.raises(TrainingProblem, match=r"No space left on device: make room .* run the same command again"):
         fit(few, images, None, SPEC, settings, run)
     assert not list(run.glob("*.tmp"))  # half a file would keep the room
-    assert weights_of(fit(few, images, None, SPEC, settings, run, resume=True)) == weights_of(whole)
+    assert weights_of(fit(few, images, None, SPEC, settings, run)) == weights_of(whole)
 
 
 @pytest.mark.parametrize("step", [1, 2, 4])
@@ -344,7 +387,7 @@ def test_a_checkpoint_within_an_epoch_is_gone_on_from_to_the_bit(
     assert len(kept) == 2
     if step > 1:
         assert f"checkpoint-00001-{step - 1:07d}.pt" in kept
-    parts = fit(few, images, old, SPEC, settings, tmp_path / "parts", resume=True)
+    parts = fit(few, images, old, SPEC, settings, tmp_path / "parts")
     assert weights_of(parts) == weights_of(whole)
     without_rate = [{k: v for k, v in row.items() if k != "images_per_second"} for row in parts.history]
     assert without_rate == [{k: v for k, v in row.items() if k != "images_per_second"} for row in whole.history]
@@ -445,7 +488,7 @@ def test_a_map_makes_a_finished_encoder_search_the_old_gallery(
     assert result.best_epoch == 0
     mapped = load_encoder(replace(SPEC, weights=result.weights), expected=result.card, device="cpu")
     assert mapped.dim == old.dim
-    again = fit(few, images, old, base, replace(FAST, method=method), tmp_path / "map", resume=True)
+    again = fit(few, images, old, base, replace(FAST, method=method), tmp_path / "map")
     assert again == result
     with pytest.raises(TrainingProblem, match=f"method {method} maps the vectors of an encoder that exists"):
         fit(few, images, old, SPEC, replace(FAST, method=method), tmp_path / "nothing")

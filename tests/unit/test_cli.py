@@ -204,6 +204,7 @@ def test_help_and_status_load_nothing_heavy(arguments, folder, halfway):
         (errors.ConfigProblem("c"), 2),
         (errors.UsageProblem("c"), 2),
         (errors.Refused("c"), 3),
+        (errors.InUse("c"), 3),
         (RouteMoved("c"), 3),
         (LeaseLost("c"), 3),
         (Disagreement("c", Tried({}, np.ones(1)), None), 3),
@@ -221,6 +222,7 @@ def test_help_and_status_load_nothing_heavy(arguments, folder, halfway):
         (trainer_errors.EncoderMismatch("c"), 3),
         (trainer_errors.TrainingProblem("c"), 2),
         (trainer_errors.TrainingFailed("c"), 3),
+        (trainer_errors.TrainingInterrupted("c"), 130),
         (trainer_errors.TrainerError("c"), 2),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, Exception) else "",
@@ -266,7 +268,7 @@ def test_an_interrupt(folder, call, monkeypatch):
     monkeypatch.setattr(status_verb, "open_project", interrupt)
     code, out, err = call("status")
     assert (code, out) == (130, "")
-    assert err.strip() == "migrator: interrupted; running the command again continues"
+    assert err.strip() == "migrator: interrupted: run the same command again"
 
 
 @pytest.mark.parametrize(

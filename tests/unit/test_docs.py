@@ -18,6 +18,7 @@ from pydantic import ValidationError
 
 from migrator.cli import VERBS, cli
 from migrator.config import Section, Verify, load_config, schema
+from migrator.ledger.ledger import SCHEMA
 from migrator.rollout.stages import _STEPS
 from migrator.status import Status
 from trainer.fit import FitSettings
@@ -295,3 +296,8 @@ def test_every_relative_link_leads_somewhere(page: Path) -> None:
 )
 def test_no_path_of_one_machine_is_left(page: Path) -> None:
     assert re.findall(r"(?<![\w./])/(?:work|tmp|root|home)/\S*|\.\./shared\S*", page.read_text()) == []
+
+
+def test_the_schema_that_the_documentation_quotes_is_the_newest() -> None:
+    quoted = [known for page in PAGES for known in re.findall(r"this one knows up to (\d+)", page.read_text())]
+    assert quoted == [SCHEMA]

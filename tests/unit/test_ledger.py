@@ -363,13 +363,13 @@ class LedgerSuite:
     def test_training_gives_the_migration_its_encoder(self, ledger):
         migration = plan(ledger, new=None)
         failed = ledger.start_training(migration.id, method="advbct", settings={"epochs": 1}, folder="f")
-        assert ledger.latest_training(migration.id).state == "running"
+        assert ledger.trainings(migration.id)[-1].state == "running"
         ledger.finish_training(failed, encoder_id=None, validation=None, error="loss is nan")
-        assert ledger.latest_training(migration.id).error == "loss is nan"
+        assert ledger.trainings(migration.id)[-1].error == "loss is nan"
         assert ledger.migration("digits-v2").new_encoder_id is None
         run = ledger.start_training(migration.id, method="advbct", settings={"epochs": 1}, folder="f")
         ledger.finish_training(run, encoder_id=NEW, validation={"self": 0.5}, error=None)
-        found = ledger.latest_training(migration.id)
+        found = ledger.trainings(migration.id)[-1]
         assert (found.state, found.encoder_id, found.validation) == ("finished", NEW, {"self": 0.5})
         assert ledger.migration("digits-v2").new_encoder_id == NEW
         assert events(ledger, migration) == ["plan", "train", "training failed", "train", "trained"]
