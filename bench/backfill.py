@@ -17,7 +17,7 @@ from migrator.ledger import Ledger, Migration
 from migrator.planning import bound_facts, fingerprint_of
 from migrator.project import Project
 from migrator.rollout.rollback import rollback
-from migrator.rollout.route import initial_route
+from migrator.route import initial_route
 
 FASHION = Path("/usr/share/datasets/fashion-mnist/train-images-idx3-ubyte.gz")
 DIM = 128

@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
@@ -21,6 +21,14 @@ if TYPE_CHECKING:
     from trainer.images import ImageSource
 
 
+class Images(Protocol):
+    """Where pictures are loaded from, as `ImageSource` does. Used from many threads."""
+
+    def load(self, path: str) -> Image.Image:
+        """The picture at `path`. Raises ImageProblem, ImagesUnavailable."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class Embedded:
     """Vectors of those images that could be embedded, by one or several encoders."""
@@ -32,7 +40,7 @@ class Embedded:
 
 
 def embed(
-    images: ImageSource,
+    images: Images,
     paths: Iterable[str | ImageProblem],
     encoders: Sequence[Encoder],
     *,

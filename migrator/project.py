@@ -271,12 +271,42 @@ class Project:
 
     def load(self, spec: EncoderSpec, expected_id: str | None = None) -> LoadedEncoder:
         """Loads an encoder and keeps its card in the ledger. Raises `EncoderMismatch` if it is not the expected one."""
+        encoder = self.load_only(spec, expected_id)
+        self.ledger.save_encoder(encoder.id, encoder.card.to_json())
+        return encoder
+
+    def load_only(self, spec: EncoderSpec, expected_id: str | None = None, *, device: str = "auto") -> LoadedEncoder:
+        """Loads an encoder as `load` does and writes nothing."""
         from trainer.encoder import Card, load_encoder
 
         card = self.ledger.encoder_card(expected_id) if expected_id else None
-        encoder = load_encoder(spec, expected=Card.from_json(card) if card else None)
-        self.ledger.save_encoder(encoder.id, encoder.card.to_json())
-        return encoder
+        return load_encoder(spec, expected=Card.from_json(card) if card else None, device=device)
+
+    def declared_encoder(self, which: str | None = None) -> tuple[EncoderSpec, str | None]:
+        """What `old`, `new` or an encoder's id means here: its declaration, and its id where the ledger has one.
+
+        None is the new encoder, or the old one while there is no new one. Refused where there is no such model.
+        """
+        migration = self.ledger.migration(self.name)
+        ids = {} if migration is None else {"old": migration.old_encoder_id, "new": migration.new_encoder_id}
+        if which is None:
+            spec = self.new_spec()
+            return (self.old_spec(), ids.get("old")) if spec is None else (spec, ids.get("new"))
+        if which not in ("old", "new"):
+            known = [f"{encoder} ({side})" for side, encoder in ids.items() if encoder is not None]
+            side = next((side for side, encoder in ids.items() if encoder == which), None)
+            if side is None:
+                raise Refused(
+                    f"{self.name} has no encoder {which}: it has {', '.join(known) or 'none in the ledger yet'}; "
+                    "name old, new or one of these"
+                )
+            which = side
+        if which == "old":
+            return self.old_spec(), ids.get("old")
+        spec = self.new_spec()
+        if spec is None:
+            raise Refused(f"{self.name} has no new encoder yet: `migrator train {self.name}`")
+        return spec, ids.get("new")
 
     def _spec(self, encoder: Encoder, weights: Path | None, *, pretrained: bool = False) -> EncoderSpec:
         from trainer.backbones import MODULE

@@ -375,7 +375,7 @@ def save_encoder(model: EmbeddingNet | MappedNet, spec: EncoderSpec, path: Path)
         if (program := _program(frozen)) is not None:
             _copy_program(program, path.with_suffix(program.path.suffix))
         write_whole(path, save(state, metadata={"format": "pt", "encoder": card.id}))
-        write_whole(_card_path(path), card.to_json().encode())
+        write_whole(card_path(path), card.to_json().encode())
     except OSError as error:
         raise EncoderProblem(f"encoder cannot be written to {str(path)!r}: {error.strerror}") from error
     return card
@@ -383,7 +383,7 @@ def save_encoder(model: EmbeddingNet | MappedNet, spec: EncoderSpec, path: Path)
 
 def read_card(path: Path) -> Card | None:
     """The card beside the weights at `path`, or None where there is none. Raises EncoderProblem for a damaged one."""
-    place = _card_path(path)
+    place = card_path(path)
     if place == path:  # no weights file at all, as reading it will tell
         return None
     try:
@@ -796,7 +796,8 @@ def _device(name: str) -> torch.device:
     return device
 
 
-def _card_path(weights: Path) -> Path:
+def card_path(weights: Path) -> Path:
+    """Where the card of these weights lies: beside them."""
     return weights.with_suffix(".json")
 
 

@@ -9,6 +9,7 @@ import functools
 import importlib
 import io
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trainer.errors import ImageProblem, TrainerError
@@ -98,10 +99,11 @@ class ImageSource:
 
         Raises ImageProblem where it is no picture that can be used.
         """
-        return _decode(data, path, self.max_pixels)
+        return decode(data, path, self.max_pixels)
 
 
-def _decode(data: bytes, path: str, max_pixels: int) -> Image.Image:
+def decode(data: bytes, path: str, max_pixels: int) -> Image.Image:
+    """The picture in an image file's bytes, as `ImageSource.decode` gives it. Raises ImageProblem."""
     if not data:
         raise ImageProblem(f"image {shown(path)} is empty (0 bytes)")
     try:
@@ -114,6 +116,22 @@ def _decode(data: bytes, path: str, max_pixels: int) -> Image.Image:
         return image
     except Exception as error:  # over a forged file a decoder may raise anything
         raise ImageProblem(f"image {shown(path)} cannot be decoded: {one_line(error)}") from error
+
+
+def open_file(path: str | Path, max_pixels: int) -> Image.Image:
+    """The picture in a file of this machine that its user names, wherever it lies: payloads' paths go to ImageSource.
+
+    Raises ImageProblem where it cannot be read, or is no picture that can be used.
+    """
+    name = str(path)
+    try:
+        if not Path(path).is_file():
+            raise ImageProblem(f"image {shown(name)} is {'not a regular file' if Path(path).exists() else 'not there'}")
+        data = Path(path).read_bytes()
+    except (OSError, ValueError) as error:  # ValueError: a path with a null byte
+        reason = getattr(error, "strerror", None) or error
+        raise ImageProblem(f"image {shown(name)} cannot be read: {reason}") from error
+    return decode(data, name, max_pixels)
 
 
 def _open(data: bytes) -> ImageFile.ImageFile:

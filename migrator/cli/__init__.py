@@ -30,6 +30,8 @@ VERBS = {
     "failures": "List items that could not be re-embedded; --retry tries again.",
     "route": "Show which encoder and collection answer queries.",
     "rollback": "Restore every old vector and route queries back.",
+    "embed": "Turn images into vectors, as the backfill does.",
+    "export": "Write an encoder as a .pt2, .onnx or .safetensors file.",
     "schedule": "Print a crontab line or systemd units for the backfill.",
     "demo": "Run a whole migration on scanned digits.",
 }

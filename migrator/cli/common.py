@@ -42,17 +42,19 @@ SPEED_PERIOD = 600.0
 """Seconds over which the speed is measured that the time left is told by."""
 
 
+config_option = click.option(
+    "--config",
+    "config_path",
+    type=click.Path(path_type=Path),
+    default=Path("migrations.yaml"),
+    show_default=True,
+    help="The configuration file.",
+)
+
+
 def migration_options(command: F) -> F:
     """NAME and --config, as every verb on a migration takes them."""
-    command = click.option(
-        "--config",
-        "config_path",
-        type=click.Path(path_type=Path),
-        default=Path("migrations.yaml"),
-        show_default=True,
-        help="The configuration file.",
-    )(command)
-    return click.argument("name", required=False)(command)
+    return click.argument("name", required=False)(config_option(command))
 
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")

@@ -10,7 +10,7 @@ import click
 
 from migrator.cli.common import json_option, migration_options, open_project, print_facts, print_json
 from migrator.ledger import Route
-from migrator.rollout.route import choose, current_route, describe, writes
+from migrator.route import choose, current_route, describe, writes
 
 
 @click.command("route")

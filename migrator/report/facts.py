@@ -12,7 +12,7 @@ from typing import Any
 from migrator.ledger import Migration, Plan, Verification, now
 from migrator.project import Project
 from migrator.report.verdict import verdict
-from migrator.rollout.route import describe
+from migrator.route import describe
 from migrator.status import status_of
 from migrator.training_runs import read_epochs
 from migrator.verify.standing import why_not

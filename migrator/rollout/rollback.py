@@ -11,8 +11,8 @@ from migrator.ledger import Migration
 from migrator.planning import check_same_collection
 from migrator.project import Project
 from migrator.rollout.in_place import Restore
-from migrator.rollout.route import initial_route
 from migrator.rollout.shadow import take_back
+from migrator.route import initial_route
 
 Report = Callable[[int, int], None]
 """Called with how much is done and how much there is."""

@@ -21,7 +21,7 @@ from migrator.encoding import embed, locate
 from migrator.errors import Refused
 from migrator.ledger import Migration, Route
 from migrator.project import Project
-from migrator.rollout.route import initial_route
+from migrator.route import initial_route
 
 if TYPE_CHECKING:
     from trainer.encoder import Encoder

@@ -19,7 +19,7 @@ from migrator.ledger import Migration, Plan, Route
 from migrator.planning import check_fresh, check_shadow, check_unmixed
 from migrator.project import Project
 from migrator.rollout import shadow
-from migrator.rollout.route import initial_route
+from migrator.route import initial_route
 from migrator.verify.standing import why_not
 from migrator.verify.verdicts import losses
 from migrator.verify.watch import catch_up_check, is_check_due

@@ -16,7 +16,7 @@ from time import monotonic
 import pytest
 
 from migrator.project import Project
-from migrator.rollout.route import RouteClient
+from migrator.route import RouteClient
 from tests.integration.test_stores import canary, to_prepared
 from tests.kinds import SHARED, Kind, MilvusOnAServer
 from tests.world import NAME, World, embed_images

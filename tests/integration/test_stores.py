@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from migrator.project import Project
-from migrator.rollout.route import RouteClient
+from migrator.route import RouteClient
 from tests.kinds import KINDS, FaissFolder, Kind, MilvusLite
 from tests.world import NAME, World, embed_images
 

@@ -88,7 +88,7 @@ def test_from_plan_to_finalize(world: World, migrator: Migrator, capsys: pytest.
 def test_the_route_tells_the_application_what_to_do_at_each_stage(
     world: World, migrator: Migrator, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from migrator.rollout.route import RouteClient
+    from migrator.route import RouteClient
 
     to_stage(migrator, "prepare")
     with Project.open(world.config) as project:

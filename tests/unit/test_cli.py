@@ -26,7 +26,7 @@ from migrator.cli import status as status_verb
 from migrator.config import load_config
 from migrator.config_template import TEMPLATE
 from migrator.ledger import Failure, LeaseLost, Ledger, Migration, RouteMoved, this_process
-from migrator.rollout.route import choose, initial_route
+from migrator.route import choose, initial_route
 from trainer import errors as trainer_errors
 
 ROOT = Path(migrator.__file__).parents[1]
@@ -150,11 +150,18 @@ def test_every_verb_explains_itself(verb, call):
     assert out.startswith(f"Usage: migrator {verb} ")
 
 
-@pytest.mark.parametrize("verb", [verb for verb in VERBS if verb not in ("init", "config", "demo")])
+@pytest.mark.parametrize("verb", [verb for verb in VERBS if verb not in ("init", "config", "demo", "embed")])
 def test_every_verb_on_a_migration_takes_its_name_and_the_configuration(verb, call):
     _, out, _ = call(verb, "--help")
     assert f"migrator {verb} [OPTIONS] [NAME]" in out
     assert "--config" in out
+
+
+def test_embed_takes_images_in_place_of_a_name(call):
+    _, out, _ = call("embed", "--help")
+    assert "migrator embed [OPTIONS] [IMAGES]..." in out
+    assert "--config" in out
+    assert "--migration" in out
 
 
 def test_the_help_lists_every_verb_and_its_line(call):

@@ -243,7 +243,9 @@ def commands() -> list[Any]:
         text = page.read_text()
         inline = re.findall(r"`(migrator [^`]+)`", without_code(text))
         blocks = [line for block in code_blocks(text, r"\w*") for line in block.splitlines()]
-        in_blocks = [command for line in blocks for command in re.findall(r"(?<![\w.-])migrator [a-z-].*", line)]
+        in_blocks = [
+            command for line in blocks for command in re.findall(r"(?<![\w.-])(?<!from )migrator [a-z-].*", line)
+        ]
         found |= {" ".join(line.split()): page.name for line in inline + in_blocks}
     return [pytest.param(line, id=f"{page}: {line[:60]}") for line, page in found.items()]
 

@@ -14,10 +14,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from migrator import route as module
 from migrator.errors import MigratorError, Refused, Unavailable
 from migrator.ledger import Ledger, Migration, Route
-from migrator.rollout import route as module
-from migrator.rollout.route import Choice, RouteClient, bucket, choose, current_route, describe, initial_route
+from migrator.route import Choice, RouteClient, bucket, choose, current_route, describe, initial_route
 
 KEYS = [f"user-{number}" for number in range(5_000)]
 
@@ -216,7 +216,7 @@ def test_the_route_of_a_migration(ledger):
 
 def test_the_client_loads_nothing_heavy():
     code = (
-        "import sys; import migrator.rollout.route;"
+        "import sys; import migrator.route;"
         "heavy = {'torch', 'faiss', 'timm', 'pydantic', 'numpy', 'PIL', 'pyarrow', 'fsspec', 'alembic', 'click'};"
         "print(sorted(heavy & set(sys.modules)))"
     )
