@@ -8,11 +8,10 @@ import shutil
 import signal
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from time import sleep
+from time import monotonic, sleep
 from types import FrameType
 from typing import TYPE_CHECKING, Any, TextIO, TypeVar
 
@@ -95,13 +94,13 @@ def waiting(action: Callable[[], T], *, seconds: float, again: Callable[[], T] |
     """
     from adapters.base import StoreBusy
 
-    until = time.monotonic() + seconds
+    until = monotonic() + seconds
     told = False
     while True:
         try:
             return action()
         except (StoreBusy, InUse) as busy:
-            if time.monotonic() >= until:
+            if monotonic() >= until:
                 if not seconds:
                     raise type(busy)(f"{busy}; --wait SECONDS waits for that") from busy
                 raise

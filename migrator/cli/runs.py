@@ -44,13 +44,12 @@ def command(name: str | None, config_path: Path, as_json: bool) -> None:
         say(f"no training run yet: migrator train {project.name}")
         return
     print_table(
-        ("run", "method", "epochs", "best", "P_1", "self", "cross", "old", "verified"),
+        ("run", "method", "epochs", "P_1", "self", "cross", "old", "verified"),
         [
             (
                 f"{run.run}{' (candidate)' if run.encoder is not None and run.encoder == candidate else ''}",
                 run.method or "",
                 _epochs(run),
-                "" if run.best_epoch is None else str(run.best_epoch),
                 "" if run.p1 is None else f"{run.p1:.3f}",
                 *(f"{run.validation[test]:.3f}" if test in run.validation else "" for test in ("self", "cross", "old")),
                 verified.get(run.encoder or "", ""),
@@ -59,7 +58,8 @@ def command(name: str | None, config_path: Path, as_json: bool) -> None:
         ],
     )
     for run in runs:
-        say(f"{run.run}: {run.state}, {run.encoder or 'no encoder yet'}, in {run.folder}")
+        best = f", best epoch {run.best_epoch}" if run.best_epoch else ""
+        say(f"{run.run}: {run.state}{best}, {run.encoder or 'no encoder yet'}, in {run.folder}")
 
 
 def _epochs(run: RunSummary) -> str:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import datetime as dt
 import importlib
 import json
 import os
@@ -25,7 +26,7 @@ from migrator.cli import VERBS, common, run
 from migrator.cli import status as status_verb
 from migrator.config import load_config
 from migrator.config_template import TEMPLATE
-from migrator.ledger import Failure, LeaseLost, Ledger, Migration, RouteMoved, this_process
+from migrator.ledger import BackfillRun, Failure, LeaseLost, Ledger, Migration, RouteMoved, this_process
 from migrator.route import choose, initial_route
 from trainer import errors as trainer_errors
 
@@ -456,6 +457,47 @@ def test_the_route(ledger, halfway, call):
         "format": 1, "key": "user-7", "encoder": chosen.encoder, "collection": chosen.collection, "epoch": 1
     }  # fmt: skip
     assert "new-id" in call("route", "--key", "user-7")[1]
+
+
+def test_a_route_is_printed_in_lines(ledger, halfway, call):
+    out = call("route")[1]
+    assert not set("{}") & set(out)
+    assert {line.partition(" ")[0]: line.partition(" ")[2].strip() for line in out.splitlines()}.items() >= {
+        "collection": "digits [old]",
+        "phase": "old",
+        "queries": "100 %: new-id in digits [old]",
+        "writes": "old-id in digits [old]",
+        "salt": "s",
+    }.items()
+    ledger.move(
+        ledger.migration("digits-v2"), event="canary", route={"epoch": 1, "phase": "canary", "canary_percent": 12.5,
+        "canary_collection": "beside", "write_encoders": ["old-id", "new-id"]},
+    )  # fmt: skip
+    lines = [line.split(None, 1) for line in call("route")[1].splitlines()]
+    assert ["queries", "87.5 %: old-id in digits [old]"] in lines
+    assert ["12.5", "%: new-id in beside"] in lines
+    assert ["writes", "old-id in digits [old]"] in lines
+    assert ["new-id", "in beside"] in lines
+
+
+def test_the_time_left_is_told_only_while_the_backfill_is_open(ledger, halfway, call):
+    def status() -> dict[str, Any]:
+        return json.loads(call("status", "--json")[1])
+
+    with ledger._write() as session:
+        run = session.get_one(BackfillRun, 1)
+        run.started_at -= dt.timedelta(seconds=5)
+    assert status()["items_per_second"] == pytest.approx(2, abs=0.2)
+    assert status()["eta_seconds"] == pytest.approx(10, abs=1)
+    ledger.pause(halfway, "by hand")
+    assert status()["eta_seconds"] is None
+    ledger.pause(halfway, None)
+    back = ledger.move(halfway, state="rolling_back", event="rollback begins")
+    assert (status()["eta_seconds"], status()["items_per_second"]) == (None, None)
+    for chunk in ledger.chunks(halfway.id):
+        ledger.set_restored(chunk)
+    ledger.move(back, state="rolled_back", event="rolled back", old_kept=False)
+    assert (status()["eta_seconds"], status()["items_per_second"]) == (None, None)
 
 
 # --- init, config ----------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from subprocess import PIPE
 from types import ModuleType
@@ -38,7 +38,7 @@ from sqlalchemy import exc
 from sqlalchemy.orm.exc import DetachedInstanceError
 
 from migrator.errors import Refused, Unavailable, UsageProblem
-from migrator.ledger import Chunk, Failure, LeaseLost, Ledger, Migration, RouteMoved, this_process
+from migrator.ledger import BackfillRun, Chunk, Failure, LeaseLost, Ledger, Migration, RouteMoved, this_process
 from migrator.ledger import ledger as module
 from migrator.ledger.ledger import SCHEMA, is_dead, metadata
 from migrator.ledger.models import VERSION_TABLE
@@ -94,6 +94,10 @@ def lease(ledger: Ledger, migration: Migration, owner: str, *, seconds: float = 
 
 def finish(ledger: Ledger, chunk: Chunk, owner: str, run: int, **given: Any) -> None:
     ledger.finish_chunk(chunk, owner, run_id=run, **{"written": [], "gone": 0, "failures": [], **given})
+
+
+def seconds(number: float) -> timedelta:
+    return timedelta(seconds=number)
 
 
 def events(ledger: Ledger, migration: Migration) -> list[str]:
@@ -468,6 +472,37 @@ class LedgerSuite:
         assert ledger.migration("digits-v2").paused is None
         assert lease(ledger, migration, ME).ordinal == 0
         assert events(ledger, migration) == ["plan", "backfill", "pause", "resume"]
+
+    def test_first_pass_work_counts_no_catch_up_and_no_pause(self, ledger):
+        migration = open_backfill(ledger, chunks=4)
+        began = datetime(2026, 3, 2, tzinfo=UTC)
+        assert ledger.first_pass_work(migration.id, runs=5) == ([], 0)
+
+        def work(start: float, ends: list[float], seen: float) -> None:
+            """A run from `start`, with a chunk done at each of `ends`, that was last seen at `seen`."""
+            run = ledger.start_run(migration.id, ME)
+            taken = []
+            for _ in ends:
+                chunk = lease(ledger, migration, ME)
+                finish(ledger, chunk, ME, run)
+                taken.append(chunk.id)
+            ledger.end_run(run, "complete")
+            with ledger._write() as session:
+                row = session.get_one(BackfillRun, run)
+                row.started_at, row.seen_at = began + seconds(start), began + seconds(seen)
+                for number, end in zip(taken, ends, strict=True):
+                    session.get_one(Chunk, number).finished_at = began + seconds(end)
+
+        work(0, [2, 4], 4)
+        assert ledger.first_pass_work(migration.id, runs=5) == ([(began, began + seconds(4))], 20)
+        work(1000, [1003], 1500)  # then it looked for what had changed
+        work(2000, [], 2001)
+        work(3000, [3001], 3001)
+        ledger.add_chunks(migration.id, 1, [(None, 40, 1)])
+        work(4000, [4500], 4500)
+        spans = [(began + seconds(a), began + seconds(b)) for a, b in ((3000, 3001), (1000, 1003), (0, 4))]
+        assert ledger.first_pass_work(migration.id, runs=5) == (spans, 40)
+        assert ledger.first_pass_work(migration.id, runs=2) == (spans[:2], 20)
 
     def test_notes(self, ledger):
         migration = plan(ledger)
