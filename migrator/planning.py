@@ -38,7 +38,7 @@ _TRAIN = ("train", "learn the new encoder against the old one's vectors")
 _FINALIZE = ("rollout --stage finalize", "end the migration; with --drop-old what is old is deleted")
 STAGES = {
     "in_place": (
-        ("verify", "new queries against the old gallery must be at least as good as today"),
+        ("verify", "canary, lowest point of the backfill and end state must be at least as good as today"),
         ("rollout --stage prepare", "claim the collection and write its route: every query to the old encoder"),
         ("rollout --stage canary", "move queries to the new encoder step by step; stored vectors stay"),
         ("rollout --stage backfill", "open the backfill, once every query is with the new encoder"),

@@ -143,9 +143,10 @@ def _show(name: str, results: dict[str, Any]) -> None:
         say(f"scores: {results['shift']}")
     if results["scores"]:
         say(", ".join(f"{score} {value:.4f}" for score, value in results["scores"].items()))
-    for finding in results["findings"]:
-        say(f"{finding_state(finding)}: {finding['reason']}")
     verdict = f"verdict: {summary(results)}"
+    for finding in results["findings"]:
+        if finding["reason"] not in verdict:
+            say(f"{finding_state(finding)}: {finding['reason']}")
     say(verdict, colour="yellow" if state_of(results) == "accepted" else None)
     if results["ways_on"]:
         say("ways on:")

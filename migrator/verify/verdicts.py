@@ -124,5 +124,9 @@ def main_loss(results: Mapping[str, Any]) -> str | None:
 def summary(results: Mapping[str, Any]) -> str:
     """The verdict in one line: `accepted: after the backfill: worse by 0.049; accepted by ...`."""
     state = state_of(results)
-    reasons: Sequence[str] = losses(results) if state == "accepted" else results.get("reasons") or []
+    reasons: Sequence[str] = results.get("reasons") or []
+    if state == "accepted":
+        reasons = losses(results)
+    elif state == "pass" and len(reasons) > 1:
+        reasons = [f"each of the {len(reasons)} bounds holds"]
     return f"{state}: {'; '.join(map(str, reasons))}"

@@ -137,8 +137,11 @@ def _method(situation: Situation) -> str:
     if situation.method is None:
         return f"Try another encoder: {first}put its file into `new_encoder.weights`, `migrator plan {name}`, {verify}."
     labels = ", which needs labels or `train.pseudo_classes`" if situation.labels_needed else ""
-    train = f"`migrator train {name} --method {situation.method} --restart`"
-    return f"Train with another method{labels}: {first}{train}, which replaces the encoder trained before, {verify}."
+    method = situation.method
+    return (
+        f"Train with another method{labels}: {first}`migrator train {name} --method {method} --run {method}`, then "
+        f"`migrator verify {name} --run {method}`."
+    )
 
 
 def _shadow(results: Mapping[str, Any], situation: Situation) -> str | None:
@@ -160,8 +163,8 @@ def _shadow(results: Mapping[str, Any], situation: Situation) -> str | None:
         return None  # the end state of this encoder is as bad beside the collection
     return (
         "Fill a second collection with an encoder that owes nothing to the old one, and may be better for it: "
-        f"{first}{change}, `migrator plan {name}`, `migrator train {name} --method independent --restart`, then "
-        f"`migrator verify {name}`."
+        f"{first}{change}, `migrator plan {name}`, `migrator train {name} --method independent --run independent`, "
+        f"then `migrator verify {name} --run independent`."
     )
 
 

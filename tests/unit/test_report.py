@@ -346,9 +346,9 @@ def test_the_ways_on_are_on_the_page(facts):
     given = plain(facts)
     given["verification"]["outcome"] = "fail"
     given["status"] |= {"stage": "planned", "state": "planned", "next_command": None}
-    given["status"]["ways_on"] = ["Train with another method: `migrator train toys --method bct --restart`."]
+    given["status"]["ways_on"] = ["Train with another method: `migrator train toys --method bct --run bct`."]
     html = page.render({**given, "verdict": verdict(given)}, {})
-    assert "<li>Train with another method: <code>migrator train toys --method bct --restart</code>.</li>" in html
+    assert "<li>Train with another method: <code>migrator train toys --method bct --run bct</code>.</li>" in html
     assert "one of the ways on above" in Page(html).text
 
 
