@@ -8,6 +8,7 @@ import click
 
 from migrator.cli.common import json_option, migration_options, open_project, print_json, print_table, say
 from migrator.training_runs import RunSummary, list_runs
+from migrator.verify.verdicts import state_of
 
 
 @click.command("runs")
@@ -24,7 +25,9 @@ def command(name: str | None, config_path: Path, as_json: bool) -> None:
         migration = project.ledger.migration(project.name)
         found = [] if migration is None else project.ledger.verifications(migration.id)
     candidate = None if migration is None else migration.new_encoder_id
-    verified = {each.new_encoder_id: each.outcome for each in found}  # the latest of each encoder
+    verified = {
+        each.new_encoder_id: state_of(each.results) or each.outcome for each in found
+    }  # the latest of each encoder
     if as_json:
         print_json(
             {

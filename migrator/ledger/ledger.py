@@ -432,7 +432,8 @@ class Ledger:
                     created_at=now(),
                 )
             )
-            self._note(session, session.get_one(Migration, migration.id), "verify", {"outcome": outcome})
+            detail = {"outcome": outcome} | ({"accepted": True} if results.get("accepted") else {})
+            self._note(session, session.get_one(Migration, migration.id), "verify", detail)
 
     def verifications(self, migration_id: int) -> Sequence[Verification]:
         """All verifications of a migration, oldest first."""

@@ -16,6 +16,7 @@ from migrator.route import describe
 from migrator.status import status_of
 from migrator.training_runs import read_epochs
 from migrator.verify.standing import why_not
+from migrator.verify.verdicts import state_of
 
 MOST_FAILURES = 100
 """Item failures that are listed; the others are counted."""
@@ -97,6 +98,7 @@ def _verification(
     return {
         "at": _when(verification.created_at),
         "outcome": verification.outcome,
+        "state": state_of(verification.results) or verification.outcome,
         "why_not": why_not(verification, migration, plan, project.settings.verify.max_age),
         "old_encoder": verification.old_encoder_id,
         "new_encoder": verification.new_encoder_id,
