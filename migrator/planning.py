@@ -406,6 +406,12 @@ def _check_collection(project: Project, info: CollectionInfo) -> None:
             f"{where}.new_encoder.dim: collection {info.name} holds {info.dim}-d vectors but encoder {new.named} "
             f"gives {new.dim}: set new_encoder.dim to {info.dim} or rollout.strategy to shadow"
         )
+    named = {threshold.test for threshold in project.settings.verify.gate.thresholds} - {None, "self"}
+    if info.dim != new.dim and named:  # the configuration alone cannot know it where the old encoder is stored
+        raise ConfigProblem(
+            f"{where}.verify.gate.thresholds: the test {min(map(str, named))} compares {new.dim}-d queries with the "
+            f"{info.dim}-d vectors of {info.name}: give test: self"
+        )
 
 
 @dataclass(frozen=True, slots=True)

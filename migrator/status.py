@@ -9,7 +9,7 @@ from typing import Any
 
 from migrator.ledger import BACKFILL_STAGES, Counts, Migration, Route
 from migrator.project import Project
-from migrator.verify.standing import gallery_of, looks, why_not
+from migrator.verify.standing import EARLIER_VERSION, gallery_of, looks, why_not
 from migrator.verify.verdicts import losses, state_of
 from migrator.verify.ways_on import situation_of, ways_on
 
@@ -34,6 +34,8 @@ class Status:
     verification: str | None
     """Of a verification that counts: pass, accepted, fail or inconclusive. `accepted` passes with a significant loss
     that the gate allows."""
+    verification_invalid: str | None
+    """Why the latest verification opens no further stage, where one does: the end of a sentence about the migration."""
     losses: list[str]
     """Those of an accepted one, as sentences."""
     ways_on: list[str]
@@ -69,17 +71,17 @@ def status_of(project: Project) -> Status:
     if migration is None:
         return Status(
             migration=name, collection=None, strategy=None, shadow=None, stage="none", state="none", plan=None,
-            old_encoder=None, new_encoder=None, verification=None, losses=[], ways_on=[], paused=None, epoch=None,
-            canary_percent=None, items_total=0, items_done=0, items_failed=0, items_gone=0, catch_up_passes=0,
-            chunks={}, items_per_second=None, eta_seconds=None, search=None, mixed_space=False, old_kept=False,
-            next_command=f"migrator plan {name}",
+            old_encoder=None, new_encoder=None, verification=None, verification_invalid=None, losses=[], ways_on=[],
+            paused=None, epoch=None, canary_percent=None, items_total=0, items_done=0, items_failed=0, items_gone=0,
+            catch_up_passes=0, chunks={}, items_per_second=None, eta_seconds=None, search=None, mixed_space=False,
+            old_kept=False, next_command=f"migrator plan {name}",
         )  # fmt: skip
     counts = ledger.counts(migration.id)
     plan = ledger.latest_plan(migration.id)
     route = ledger.route(migration.collection)
     verification = ledger.latest_verification(migration.id)
-    current = why_not(verification, migration, plan, project.settings.verify.max_age) is None
-    results = verification.results if verification is not None and current else {}
+    reason = why_not(verification, migration, plan, project.settings.verify.max_age)
+    results = verification.results if verification is not None and reason in (None, EARLIER_VERSION) else {}
     outcome = state_of(results)
     rate = _rate(project, migration) if migration.state in ("active", "finished") else None
     is_running = (
@@ -88,6 +90,8 @@ def status_of(project: Project) -> Status:
         and migration.paused is None
     )
     left = counts.planned - counts.done
+    gallery = gallery_of(migration, counts)
+    opens = verification is not None and gallery == "old" and migration.state in ("planned", "active")
     return Status(
         migration=name,
         collection=migration.collection,
@@ -99,6 +103,7 @@ def status_of(project: Project) -> Status:
         old_encoder=migration.old_encoder_id,
         new_encoder=migration.new_encoder_id,
         verification=outcome,
+        verification_invalid=reason if opens else None,
         losses=losses(results) if outcome == "accepted" else [],
         ways_on=ways_on(results, situation_of(project)),
         paused=migration.paused,
@@ -113,9 +118,9 @@ def status_of(project: Project) -> Status:
         items_per_second=rate,
         eta_seconds=round(left / rate) if rate and left > 0 and is_running else None,
         search=_last_look(project, migration),
-        mixed_space=gallery_of(migration, counts) == "mixed",
+        mixed_space=gallery == "mixed",
         old_kept=migration.old_kept,
-        next_command=next_command(name, migration, route, counts, outcome),
+        next_command=next_command(name, migration, route, counts, outcome if reason is None else None),
     )
 
 

@@ -62,11 +62,16 @@ def command(name: str | None, config_path: Path, as_json: bool) -> None:
 
 def _verification(status: Status) -> list[tuple[str, str | None]]:
     """How it came out, and what follows, as lines; a loss that the gate allows is no success."""
-    if status.verification == "accepted":
-        first, *others = status.losses
-        return [("verification", click.style(f"accepted: {first}", fg="yellow")), *(("", each) for each in others)]
+    invalid = [] if status.verification_invalid is None else [f"opens no stage: {status.verification_invalid}"]
+    if status.verification is None:
+        return [("verification", line) for line in invalid]
+    first, *others = (
+        [status.verification]
+        if status.verification != "accepted"
+        else [click.style(f"accepted: {status.losses[0]}", fg="yellow"), *status.losses[1:]]
+    )
     ways = [("ways on" if number == 0 else "", way) for number, way in enumerate(status.ways_on)]
-    return [("verification", status.verification), *ways]
+    return [("verification", first), *(("", line) for line in (*others, *invalid)), *ways]
 
 
 def _search(look: dict[str, Any] | None) -> str | None:

@@ -14,6 +14,9 @@ from migrator.verify.verdicts import covers_tests
 
 Gallery: TypeAlias = Literal["old", "mixed", "new"]
 
+EARLIER_VERSION = "was verified by an earlier version, whose gate did not cover the backfill and the end state"
+"""The last reason that is looked for: a verification that fails by it alone is still worth showing."""
+
 
 def why_not(
     verification: Verification | None, migration: Migration, plan: Plan | None, max_age: dt.timedelta
@@ -33,7 +36,7 @@ def why_not(
     if now() - verification.created_at > max_age:
         return f"was verified on {verification.created_at:%Y-%m-%d}, longer ago than verify.max_age"
     if not covers_tests(verification.results):
-        return "was verified by an earlier version, whose gate did not cover the backfill and the end state"
+        return EARLIER_VERSION
     return None
 
 
