@@ -18,12 +18,12 @@ from tests.world import World
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, BrowserContext, Page
 
-WIDTHS = (390, 1280)
+WIDTHS = (320, 400, 1280)
 
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
-    with chromium() as started:
+    with chromium(ignore_default_args=["--hide-scrollbars"]) as started:
         yield started
 
 
@@ -96,6 +96,35 @@ def test_nothing_is_wider_than_the_screen(browser: Browser, pages: dict[str, Pat
     }).map(element => element.outerHTML.slice(0, 200))"""
     assert page.evaluate(wide) == []
     context.close()
+
+
+@pytest.mark.parametrize("which", ["walked", "full"])
+def test_a_table_that_is_wider_than_a_phone_scrolls_and_shows_it(
+    browser: Browser, pages: dict[str, Path], which: str
+) -> None:
+    context = browser.new_context(viewport={"width": 400, "height": 800})
+    page, _, _ = opened(context, pages[which])
+    scrollers = page.evaluate("""[...document.querySelectorAll(".scroll")].map(element => {
+        const style = getComputedStyle(element), borders = 2 * parseFloat(style.borderTopWidth);
+        const bar = element.offsetHeight - element.clientHeight - borders, wide = element.scrollWidth;
+        element.scrollLeft = wide;
+        const cells = [...element.querySelectorAll("tr > :last-child")].map(cell => cell.getBoundingClientRect());
+        return {
+            wide, room: element.clientWidth, bar, overflow: style.overflowX, shadow: style.backgroundAttachment,
+            end: Math.max(...cells.map(cell => cell.right)), edge: element.getBoundingClientRect().right,
+            focus: element.tabIndex,
+        };
+    })""")
+    context.close()
+    wider = [each for each in scrollers if each["wide"] > each["room"]]
+    assert len(wider) >= 5
+    for each in wider:
+        assert (each["overflow"], each["focus"]) == ("auto", 0)
+        assert each["bar"] >= 8, "nothing shows that there is more"
+        assert each["shadow"] == "local, local, scroll, scroll"
+        assert each["end"] <= each["edge"] + 1, "its right edge cannot be reached"
+        assert each["wide"] < 1500, "a text without end makes the table as wide"
+    assert all(each["bar"] == 0 for each in scrollers if each not in wider)
 
 
 def test_every_picture_is_there(browser: Browser, pages: dict[str, Path]) -> None:
