@@ -168,7 +168,7 @@ def make_plan(project: Project, report: Callable[..., None] = lambda *_: None) -
         ),
         "chunks": -(-info.count // settings.backfill.chunk_size),
         "undo_bytes": vector_bytes if strategy == "in_place" else 0,
-        "index_bytes": _index_bytes(info, strategy, new.encoder.dim),
+        "index_bytes": _index_bytes(info, capabilities, strategy, new.encoder.dim),
         "visible": capabilities.visible,
         "risks": risks,
         "stages": [list(stage) for stage in ((_TRAIN,) if project.trains() else ()) + STAGES[strategy]],
@@ -207,10 +207,12 @@ def _known_by_vectors(project: Project, store: Store) -> StoredEncoder:
     return known
 
 
-def _index_bytes(info: CollectionInfo, strategy: str, dim: int) -> int:
+def _index_bytes(info: CollectionInfo, capabilities: Capabilities, strategy: str, dim: int) -> int:
     """What is needed beside the index at most: a new generation and what waits for it, or a second collection."""
     vector_bytes = info.count * info.dim * 4
     if strategy == "in_place":
+        if capabilities.visible == "at_once":  # the store replaces each vector where it lies
+            return 0
         return 2 * (info.bytes_on_disk or vector_bytes) + vector_bytes
     return (info.bytes_on_disk or vector_bytes) * dim // info.dim
 

@@ -6,6 +6,7 @@ import datetime as dt
 import re
 import textwrap
 import unicodedata
+from collections.abc import Mapping
 from typing import Any, TypeGuard
 
 MOST_CHARACTERS = 1000
@@ -119,6 +120,16 @@ def size(octets: object) -> str:
             return f"{octets:.3g} {unit}"
         octets /= 1000
     return f"{octets:.3g} TB"
+
+
+def disk_needed(plan: Mapping[str, Any]) -> str:
+    """What a plan needs on disk at most, and for what: where written vectors are visible at once, no second index."""
+    if plan.get("strategy") == "shadow":
+        return f"{size(plan.get('index_bytes'))} for the second collection"
+    undo = f"{size(plan.get('undo_bytes'))} for the undo log"
+    if plan.get("visible") == "at_once":
+        return undo
+    return f"{undo}, {size(plan.get('index_bytes'))} next to the index"
 
 
 def is_number(value: Any) -> TypeGuard[float]:

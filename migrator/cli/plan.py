@@ -17,7 +17,7 @@ from migrator.cli.common import (
     say,
 )
 from migrator.verify.verdicts import amount
-from migrator.words import duration, size, when
+from migrator.words import disk_needed, duration, when
 
 
 @click.command("plan")
@@ -53,10 +53,6 @@ def _taken(encoder: dict[str, Any]) -> list[tuple[str, str]]:
 def _show(fingerprint: str, plan: dict[str, Any]) -> None:
     collection, check = plan["collection"], plan["old_encoder_check"]
     old, new = plan["old_encoder"], plan["new_encoder"]
-    if plan["strategy"] == "in_place":
-        disk = f"{size(plan['undo_bytes'])} undo log, {size(plan['index_bytes'])} next to the index"
-    else:
-        disk = f"{size(plan['index_bytes'])} for the second collection"
     checked = (
         "known by its vectors alone: not checked"
         if check["median_cosine"] is None
@@ -76,7 +72,7 @@ def _show(fingerprint: str, plan: dict[str, Any]) -> None:
             ("backfill", f"{plan['chunks']} chunks, about {duration(plan['backfill_seconds'])} of work "
                          f"at {plan['images_per_second']:g} images/s"),
             *_expected(plan["forecast"]),
-            ("disk", disk),
+            ("disk", disk_needed(plan)),
             ("recommended", f"{plan['recommended']['strategy']}: {plan['recommended']['why']}"),
         ]
     )  # fmt: skip

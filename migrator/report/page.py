@@ -172,6 +172,7 @@ def _environment() -> Environment:
         "when": words.when,
         "duration": words.duration,
         "size": words.size,
+        "disk": words.disk_needed,
         "metric": lambda value: words.metric_name(str(value)),
         "told": _told,
         "commands": _commands,

@@ -27,6 +27,13 @@ from migrator.verify.watch import catch_up_check, is_check_due
 READ_BACK = 256
 """Items read over a fresh connection after the cutover's publication, to see that what was written is there."""
 
+BEFORE_CUTOVER = {
+    "at_once": "",
+    "on_publish": "publish the index and ",
+    "at_cutover": "rebuild and publish the index, and ",
+}
+"""What a cutover in place does first, by the time at which the store makes written vectors visible."""
+
 
 @dataclass(frozen=True, slots=True)
 class Options:
@@ -264,6 +271,7 @@ def _cutover_in_place(project: Project, migration: Migration, route: Route, fail
     with project.store() as store:
         check_fresh(project, store)
         _check_all_stamped(name, store.count(), store.count(stamp=stamp), failures)
+        first = BEFORE_CUTOVER[store.capabilities.visible]
 
     def make() -> str:
         _check_what_was_written(project, migration)
@@ -285,7 +293,7 @@ def _cutover_in_place(project: Project, migration: Migration, route: Route, fail
         )  # fmt: skip
         return f"{stamped} of {total} items carry the new encoder's vector; it is now the only encoder of the route"
 
-    return Step("publish the index and make the new encoder the only one, for queries and for new items", make)
+    return Step(f"{first}make the new encoder the only one, for queries and for new items", make)
 
 
 def _cutover_shadow(project: Project, migration: Migration, route: Route, failures: int) -> Step:

@@ -48,8 +48,15 @@ def canary(migrator: Call) -> None:
         assert migrator("rollout", "--stage", "canary") == 0
 
 
-def test_in_place_there_and_back(kind: Kind, migrator: Call) -> None:
+def test_in_place_there_and_back(kind: Kind, migrator: Call, capsys: pytest.CaptureFixture[str]) -> None:
     in_place_there_and_back(kind, migrator)
+    out, err = capsys.readouterr()
+    # A store that makes a written vector visible at once has no index that is published or that takes room.
+    has_index_file = isinstance(kind, FaissFolder)
+    assert ("About to publish the index and make the new encoder the only one" in err) == has_index_file
+    assert ("About to make the new encoder the only one" in err) == (not has_index_file)
+    assert ("next to the index" in out) == has_index_file
+    assert "for the undo log" in out
 
 
 def in_place_there_and_back(kind: Kind, migrator: Call) -> None:

@@ -143,7 +143,9 @@ def test_rollback_from_every_stage_gives_the_old_index_back(world: World, migrat
 
 
 @pytest.mark.parametrize("factory", ["HNSW8", "IVF4,Flat", "PQ6x4", "SQ8"])
-def test_indexes_that_need_a_rebuild(world: World, migrator: Migrator, factory: str) -> None:
+def test_indexes_that_need_a_rebuild(
+    world: World, migrator: Migrator, factory: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     write_gallery(world, range(120), names_of(world), factory=factory)
     world.configure(backfill__chunk_size=50)
     before = (world.gallery / "index.faiss").read_bytes()
@@ -156,7 +158,9 @@ def test_indexes_that_need_a_rebuild(world: World, migrator: Migrator, factory: 
     assert migrator("backfill") == 0
     published = (world.gallery / "index.faiss").read_bytes()
     assert (published == before) == (factory in ("HNSW8", "SQ8"))
+    capsys.readouterr()
     assert migrator("rollout", "--stage", "cutover") == 0
+    assert ("About to rebuild and publish the index, and make" in capsys.readouterr().err) == (published == before)
     fresh = embed_images(world, "new", names_of(world))
     np.testing.assert_allclose(world.vectors(), fresh, atol=0.02 if quantised else 1e-5)
     assert migrator("rollback") == 0
