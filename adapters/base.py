@@ -7,7 +7,7 @@ Everything is a batch. Vectors are float32 arrays of shape (n, dim). Ids are `in
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, Protocol, TypeAlias, runtime_checkable
 
@@ -30,6 +30,9 @@ class Sparse(NamedTuple):
 FurtherVectors: TypeAlias = Mapping[str, NDArray[np.float64] | Sparse]
 """The vectors of an item besides the one that is migrated, by name: dense (dim,), multi-vectors (n, dim), or sparse.
 Numbers are as the store's client gives them, so that they can be written elsewhere unchanged."""
+
+Fence: TypeAlias = Callable[[float], None]
+"""Called with the seconds that a request may take, right before it is sent; what it raises keeps it from being sent."""
 
 
 class StoreError(Exception):
@@ -198,6 +201,13 @@ class Store(Protocol):
         Never creates an item and never touches a payload. Repeating the call changes nothing more. Refuses, before
         anything is written, vectors of another shape and an id given twice (`StoreRejected`). With a stamp, vectors
         that are not finite or all zeros are `rejected`; without one they are taken, for they may have lain there.
+        """
+        ...
+
+    def set_fence(self, fence: Fence | None) -> None:
+        """From now on `fence` is called right before each request that changes items of a server; None ends that.
+
+        A store that one process at a time opens for writing ignores it: there the lock is the fence.
         """
         ...
 

@@ -30,6 +30,7 @@ from numpy.typing import NDArray
 from adapters.base import (
     Capabilities,
     CollectionInfo,
+    Fence,
     Hits,
     ItemId,
     Page,
@@ -634,6 +635,9 @@ class FaissStore:
     def _replaced(state: _State, ids: Sequence[ItemId]) -> NDArray[np.uint64]:
         present = state.checksums_of(ids)
         return np.array([present.get(item, ABSENT) for item in ids], np.uint64)
+
+    def set_fence(self, fence: Fence | None) -> None:
+        """Nothing: the lock is the fence."""
 
     def publish(self, *, final: bool = False) -> None:
         """Replaces index.faiss by one that holds what was written. Indexes that need a rebuild get it with `final`.

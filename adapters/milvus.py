@@ -31,6 +31,7 @@ from adapters import milvus_collection as like
 from adapters.base import (
     Capabilities,
     CollectionInfo,
+    Fence,
     Hits,
     ItemId,
     Metric,
@@ -236,6 +237,7 @@ class MilvusStore:
 
         self._connection, self._write = connection, write
         self._open = True
+        self._fence: Fence | None = None
         found = self._describe(collection)
         self._local_name = str(found["collection_name"])
         self._alias = collection if collection != self._local_name else None
@@ -865,6 +867,7 @@ class MilvusStore:
             by_partition.setdefault(row.get(PARTITION, ""), []).append(row)
         for partition, some in by_partition.items():
             stored = [{name: value for name, value in row.items() if name != PARTITION} for row in some]
+            self._may_change()
             try:
                 self._ask(
                     lambda client, stored=stored, partition=partition: getattr(client, how)(  # type: ignore[misc]
@@ -883,6 +886,14 @@ class MilvusStore:
                 refused.update(self._send(how, some[:half], **more))
                 refused.update(self._send(how, some[half:], **more))
         return refused
+
+    def set_fence(self, fence: Fence | None) -> None:
+        """Before each change, where it is a server's; a Milvus Lite file is locked."""
+        self._fence = None if self._connection.lite else fence
+
+    def _may_change(self) -> None:
+        if self._fence is not None:
+            self._fence(self._connection.timeout)
 
     def publish(self, *, final: bool = False) -> None:
         """Nothing: a written vector answers at once."""
@@ -1071,6 +1082,7 @@ class MilvusStore:
         # Not `ids=`: the client puts strings between quotes as they are.
         condition = f"{self._key} in [{', '.join(self._literal(item) for item in ids)}]"
         timeout = self._connection.timeout
+        self._may_change()
         self._ask(lambda client: client.delete(self._local_name, filter=condition, timeout=timeout))
 
     def swap_alias(self, alias: str, *, to: str) -> None:

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from adapters.base import (
     Capabilities,
     CollectionInfo,
+    Fence,
     FurtherVectors,
     Hits,
     ItemId,
@@ -111,6 +112,7 @@ def _reach(config: Mapping[str, Any]) -> Connection:
         raise StoreRejected("`api_key` of a qdrant store has characters that no key has, perhaps the end of a line")
     # `plan` says so, once, and not as a warning among other lines.
     warnings.filterwarnings("ignore", message="Api key is used with an insecure connection", category=UserWarning)
+    timeout = int(config.get("timeout", 30))
     client = _translated(
         where,
         lambda: QdrantClient(
@@ -118,12 +120,12 @@ def _reach(config: Mapping[str, Any]) -> Connection:
             api_key=key,
             prefer_grpc=bool(config.get("grpc", False)),
             grpc_port=int(config.get("grpc_port", 6334)),
-            timeout=int(config.get("timeout", 30)),
+            timeout=timeout,
             check_compatibility=False,
         ),
     )
     exposed, rest = key is not None and url.startswith("http://"), not config.get("grpc", False)
-    connection = Connection(client, where, local=False, exposed=exposed, rest=rest)
+    connection = Connection(client, where, local=False, exposed=exposed, rest=rest, timeout=timeout)
     try:
         connection.version()
     except BaseException as error:
@@ -160,8 +162,10 @@ class Connection:
         keep: bool = False,
         exposed: bool = False,
         rest: bool = False,
+        timeout: float = 30.0,
     ) -> None:
         self.client, self.where, self.local, self.rest = client, where, local, rest
+        self.timeout = timeout  # seconds that one request may take
         self.exposed = exposed  # the api key travels unencrypted
         self._version: str | None = None
         self._guard = threading.RLock() if local else nullcontext()  # the local client is not made for threads
@@ -331,6 +335,7 @@ class QdrantStore:
         self._further = tuple(sorted(self._further_names()))
         self._which: Any = [self._name] if self._named or self._further else True
         self._indexed = False
+        self._fence: Fence | None = None
 
     # -- facts ----------------------------------------------------------------------------------------------------
 
@@ -731,6 +736,8 @@ class QdrantStore:
 
     def _change(self, call: Callable[[QdrantClient], Any]) -> None:
         """Makes a change, or several in one request, and sees that they were made and not only noted for later."""
+        if self._fence is not None:
+            self._fence(self._connection.timeout)
         result = self._ask(call)
         for each in result if isinstance(result, list) else [result]:
             status = getattr(getattr(each, "status", None), "value", None)
@@ -927,6 +934,10 @@ class QdrantStore:
         if further:
             return {self._name: vector.tolist(), **{name: _as_given(each) for name, each in further.items()}}
         return {self._name: vector.tolist()} if self._named else vector.tolist()
+
+    def set_fence(self, fence: Fence | None) -> None:
+        """Before each change, where it is a server's; a local folder is locked."""
+        self._fence = None if self._connection.local else fence
 
     def publish(self, *, final: bool = False) -> None:
         """Nothing: a written vector answers at once."""

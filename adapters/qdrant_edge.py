@@ -32,6 +32,7 @@ from numpy.typing import NDArray
 from adapters.base import (
     Capabilities,
     CollectionInfo,
+    Fence,
     FurtherVectors,
     Hits,
     ItemId,
@@ -677,6 +678,9 @@ class EdgeStore:
             half = len(points) // 2
             return {**self._upsert(points[:half], create=create), **self._upsert(points[half:], create=create)}
         return {}
+
+    def set_fence(self, fence: Fence | None) -> None:
+        """Nothing: the lock is the fence."""
 
     def publish(self, *, final: bool = False) -> None:
         """Nothing: a written vector answers at once. `final` builds the HNSW index over what was written."""

@@ -827,7 +827,7 @@ class Backfill(Section):
     nice: Annotated[float, Field(ge=0, le=1000)] = 0.0
     """Rest this many times as long as each batch took."""
     lease: Annotated[int, Field(ge=5, le=86_400)] = 300
-    """Seconds after which a chunk of a silent process is taken over."""
+    """Seconds after which a chunk of a silent process is taken over; twice the store's timeout at least."""
     image_threads: Annotated[int, Field(ge=1, le=256)] = 4
     max_attempts: Annotated[int, Field(ge=1, le=100)] = 5
     """Tries for a chunk that the store refuses, before it is listed as failed."""
@@ -870,6 +870,18 @@ class Migration(Section):
         rollout = info.data.get("rollout")
         if backfill.order != "id" and rollout is not None and rollout.strategy == "shadow":
             raise ValueError("order is for in_place: a shadow answers no query before all of it is there")
+        return backfill
+
+    @field_validator("backfill")
+    @classmethod
+    def _lease_outlasts_requests(cls, backfill: Backfill, info: ValidationInfo) -> Backfill:
+        timeout = getattr(info.data.get("store"), "timeout", None)
+        if isinstance(timeout, int) and backfill.lease < 2 * timeout:
+            raise ValueError(
+                f"lease is {backfill.lease} s and must be twice store.timeout ({timeout} s) at least, for nothing is "
+                f"written in the last {timeout} s of a lease: set lease to {2 * timeout}, or store.timeout to "
+                f"{backfill.lease // 2}"
+            )
         return backfill
 
     @field_validator("rollout")

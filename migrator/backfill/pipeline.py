@@ -15,6 +15,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
@@ -80,9 +81,10 @@ class ChunkFailed(Exception):
 class Pipeline:
     """Runs chunks through one encoder and one strategy's `transfer`.
 
-    `lease` gives the next chunk or None; `leave` holds items not to be touched; `finish` records a written chunk;
-    `fail` a refused one: these are called from the pipeline's threads. `enough` is asked before each chunk is encoded;
-    `on_batch` hears how many items each batch held.
+    `lease` gives the next chunk or None; `check` raises unless a chunk is still held and a request of that many seconds
+    may be sent for it; `leave` holds items not to be touched; `finish` records a written chunk, `fail` a refused one:
+    these are called from the pipeline's threads. `enough` is asked before each chunk is encoded; `on_batch` is told how
+    many items each batch held.
     """
 
     def __init__(
@@ -95,6 +97,7 @@ class Pipeline:
         image_threads: int,
         retry_for: float,
         lease: Callable[[], Chunk | None],
+        check: Callable[[Chunk, float], None],
         leave: Collection[ItemId],
         finish: Callable[[Finished], None],
         fail: Callable[[ChunkFailed], None],
@@ -103,7 +106,7 @@ class Pipeline:
     ) -> None:
         self.transfer, self.images, self.encoder = transfer, images, encoder
         self.batch_size, self.retry_for = batch_size, retry_for
-        self.lease, self.leave, self.finish, self.fail = lease, leave, finish, fail
+        self.lease, self.check, self.leave, self.finish, self.fail = lease, check, leave, finish, fail
         self.enough, self.on_batch = enough, on_batch
         self.encoding_seconds = 0.0
         self._image_threads = image_threads
@@ -224,6 +227,9 @@ class Pipeline:
 
     def _write(self, encoded: Encoded) -> None:
         taken = encoded.work.taken
+        fence = partial(self.check, taken.chunk)
+        fence(0.0)  # before the undo log too, which a rollback may have dropped by now
+        self.transfer.set_fence(fence)
         try:
             report = self.transfer.bring(taken, encoded.rows, encoded.vectors)
         except StoreRejected as error:

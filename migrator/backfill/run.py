@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from adapters.base import ItemId, StoreBusy, StoreUnavailable
 from migrator.backfill.chunks import cut_catch_up, cut_first_pass
+from migrator.backfill.leases import Leases
 from migrator.backfill.order import worst_first_ids
 from migrator.backfill.pipeline import ChunkFailed, Finished, Pipeline
 from migrator.backfill.throttle import Throttle
@@ -26,6 +27,7 @@ from trainer.errors import ImagesUnavailable
 
 if TYPE_CHECKING:
     from trainer.encoder import Encoder
+    from trainer.images import ImageSource
 
 Ended: TypeAlias = Literal["complete", "limit", "paused", "interrupted", "busy", "stuck"]
 
@@ -165,7 +167,7 @@ class _Run:
         self.leased_items = self.encoded = self.chunks = self.items = self.failed = self.gone = 0
         self.tried: set[int] = set()
         self.failing: set[ItemId] = set()
-        self.extended = time.monotonic()
+        self.leases = Leases(self.ledger, migration.id, self.owner, seconds=self.settings.lease)
         self.throttle = Throttle(self.settings.nice, stop)
         self.written = _Sample(self.settings.read_back)
         self.encoder: Encoder | None = None
@@ -176,52 +178,17 @@ class _Run:
         check_fresh(self.project, self.transfer.source)
         self.encoder = encoder = self.project.new_encoder()
         images = self.project.images()
-        self.run_id = run_id = self.ledger.start_run(self.migration.id, self.owner)
-        ended = "failed"
+        self.run_id = self.ledger.start_run(self.migration.id, self.owner)
+        ended: Ended | Literal["failed"] = "failed"
         try:
-            if self.ledger.counts(self.migration.id).passes == 0:
-                order = None
-                if self.settings.order == "worst_first":
-                    verify = self.project.settings.verify
-                    label = None if verify.label is None else partial(label_of, verify.label)
-                    order = worst_first_ids(self.transfer.source, label, seed=verify.seed)
-                size = self.settings.chunk_size
-                cut_first_pass(self.transfer, self.ledger, self.migration, size=size, order=order)
-            for _ in range(PASSES_A_RUN):
-                self.failing = self.project.open_failures(self.migration)
-                counts = self.ledger.counts(self.migration.id)
-                self.done_before, self.total = counts.done, counts.planned
-                self.pass_number = max(counts.passes - 1, 0)
-                pipeline = Pipeline(
-                    transfer=self.transfer,
-                    images=images,
-                    encoder=encoder,
-                    batch_size=self.settings.batch_size,
-                    image_threads=self.settings.image_threads,
-                    retry_for=self.settings.retry_for,
-                    lease=self._lease,
-                    leave=self.failing,
-                    finish=lambda finished: self._finish(finished, run_id),
-                    fail=self._fail,
-                    enough=self._enough,
-                    on_batch=self._on_batch,
-                )
-                try:
-                    pipeline.run()
-                finally:
-                    self.encoding_seconds += pipeline.encoding_seconds
-                reason = self._why_stopped()
-                if reason is not None or not self._catch_up():
-                    ended = reason or "complete"
-                    break
-            else:
-                ended = "limit"
-            self.transfer.publish()
+            with self.leases:
+                self._cut()
+                ended = self._passes(encoder, images)
+                self.transfer.publish()
         finally:
-            self.ledger.return_leases(self.migration.id, self.owner)
-            self.ledger.end_run(run_id, ended)
+            self.ledger.end_run(self.run_id, ended)
         return Summary(
-            ended,  # type: ignore[arg-type]
+            ended,
             self.chunks,
             self.items,
             self.failed,
@@ -229,6 +196,49 @@ class _Run:
             time.monotonic() - self.began,
             self.encoding_seconds,
         )
+
+    def _cut(self) -> None:
+        """Cuts the first pass, unless an earlier run has."""
+        if self.ledger.counts(self.migration.id).passes:
+            return
+        order = None
+        if self.settings.order == "worst_first":
+            verify = self.project.settings.verify
+            label = None if verify.label is None else partial(label_of, verify.label)
+            order = worst_first_ids(self.transfer.source, label, seed=verify.seed)
+        size = self.settings.chunk_size
+        cut_first_pass(self.transfer, self.ledger, self.migration, size=size, order=order)
+
+    def _passes(self, encoder: Encoder, images: ImageSource) -> Ended:
+        """The chunks of each pass through the pipeline, until nothing is outstanding or it is enough."""
+        for _ in range(PASSES_A_RUN):
+            self.failing = self.project.open_failures(self.migration)
+            counts = self.ledger.counts(self.migration.id)
+            self.done_before, self.total = counts.done, counts.planned
+            self.pass_number = max(counts.passes - 1, 0)
+            pipeline = Pipeline(
+                transfer=self.transfer,
+                images=images,
+                encoder=encoder,
+                batch_size=self.settings.batch_size,
+                image_threads=self.settings.image_threads,
+                retry_for=self.settings.retry_for,
+                lease=self._lease,
+                check=self.leases.check,
+                leave=self.failing,
+                finish=self._finish,
+                fail=self._fail,
+                enough=self._enough,
+                on_batch=self._on_batch,
+            )
+            try:
+                pipeline.run()
+            finally:
+                self.encoding_seconds += pipeline.encoding_seconds
+            reason = self._why_stopped()
+            if reason is not None or not self._catch_up():
+                return reason or "complete"
+        return "limit"
 
     def _why_stopped(self) -> Ended | None:
         """Why there is more to do but not now; None when every chunk that can be done is done."""
@@ -266,7 +276,7 @@ class _Run:
     def _lease(self) -> Chunk | None:
         if self.stop.is_set() or (self.leased_items and self._over_limit()):
             return None
-        chunk = self.ledger.lease_chunk(self.migration.id, self.owner, seconds=self.settings.lease, leave=self.tried)
+        chunk = self.leases.take(self.tried)
         if chunk is not None:
             self.leased_items += chunk.items
         return chunk
@@ -274,20 +284,18 @@ class _Run:
     def _on_batch(self, items: int) -> None:
         self.done_before += items
         self.report(Progress(self.pass_number, min(self.done_before, self.total), self.total))
-        if time.monotonic() - self.extended > self.settings.lease / 3:
-            self.ledger.extend_leases(self.migration.id, self.owner, seconds=self.settings.lease)
-            self.extended = time.monotonic()
         self.throttle.rest()
 
-    def _finish(self, finished: Finished, run_id: int) -> None:
+    def _finish(self, finished: Finished) -> None:
         self.ledger.finish_chunk(
             finished.chunk,
             self.owner,
-            run_id=run_id,
+            run_id=self.run_id,
             written=finished.written,
             gone=finished.gone,
             failures=finished.failures,
         )
+        self.leases.drop(finished.chunk)
         self.chunks += 1
         self.items += len(finished.written)
         self.written.add(finished.written)
@@ -296,4 +304,5 @@ class _Run:
 
     def _fail(self, failed: ChunkFailed) -> None:
         self.tried.add(failed.chunk.id)
+        self.leases.drop(failed.chunk)
         self.ledger.fail_chunk(failed.chunk, self.owner, error=failed.reason, max_attempts=self.settings.max_attempts)

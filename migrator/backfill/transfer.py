@@ -16,7 +16,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from adapters.base import ItemId, Page, Store, WriteReport, order_key, with_further
+from adapters.base import Fence, ItemId, Page, Store, WriteReport, order_key, with_further
 from migrator.backfill.copies import BEGUN, Copies, Copy, CopyLog, digests
 from migrator.backfill.undo import OldVectors, UndoLog
 from migrator.ledger import Chunk, Ledger, Migration
@@ -63,6 +63,10 @@ class Transfer(Protocol):
 
     def bring(self, taken: Taken, rows: Sequence[int], vectors: NDArray[np.float32]) -> WriteReport:
         """Writes `vectors` (len(rows), dim) of the items at `rows` of the page. May be repeated."""
+        ...
+
+    def set_fence(self, fence: Fence | None) -> None:
+        """From now on `fence` is asked before each request that changes items; see `Store.set_fence`."""
         ...
 
     def publish(self) -> None:
@@ -168,6 +172,10 @@ class InPlace:
                 recorded |= claimed.intersection(() if there is None else there.ids)
         return recorded
 
+    def set_fence(self, fence: Fence | None) -> None:
+        """Guards the collection itself."""
+        self.source.set_fence(fence)
+
     def publish(self) -> None:
         """New vectors may answer at once: every query comes from the new encoder."""
         self.source.publish()
@@ -258,6 +266,10 @@ class Shadow:
             gone = [item for item in surplus if item not in there]
             self.target.delete(gone)
         return WriteReport(written, gone, {item: why for item, why in rejected.items() if item not in gone})
+
+    def set_fence(self, fence: Fence | None) -> None:
+        """Guards the shadow: nothing is written to the source."""
+        self.target.set_fence(fence)
 
     def publish(self) -> None:
         """Before the canary nobody searches the shadow; from then on it must be whole after every run."""

@@ -42,11 +42,14 @@ from migrator.ledger.models import (
     Verification,
 )
 
-SCHEMA = "0003"
+SCHEMA = "0004"
 """The newest revision in `versions/`; a ledger that is at it is opened without loading alembic."""
 
 LOCK: dict[str, Any] = {"key_share": True}
 """PostgreSQL locks a migration's row for the transaction, without hindering rows that refer to it."""
+
+SECONDS = 10
+"""How long a connection, a lock or an idle transaction of the PostgreSQL ledger may take."""
 
 SPARE = 16
 """Further chunks that are looked at when the first free ones are lost to their late holders."""
@@ -106,12 +109,15 @@ def this_process() -> str:
 
 
 def _host() -> str:
-    """Where a pid means something: containers may share a host's name, but not its process table."""
+    """Where a pid means something. Cloned machines share a name and containers a kernel, but no two running systems
+    share the id of their boot, and no two process tables of one system their namespace.
+    """
     try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text()[:8]
         table = Path("/proc/self/ns/pid").stat().st_ino
     except OSError:  # not Linux
-        table = 0
-    return f"{socket.gethostname()}:{table}"
+        return f"{socket.gethostname()}:0"
+    return f"{socket.gethostname()}:{boot}:{table}"
 
 
 def is_dead(owner: str) -> bool:
@@ -154,7 +160,7 @@ class Ledger:
         try:
             if self.url.get_backend_name() != "sqlite":
                 # A host that does not answer must not hold up the application that asks for its route.
-                return sa.create_engine(self.url, pool_pre_ping=True, connect_args={"connect_timeout": 10})
+                return self._server_engine()
             if self.url.database in (None, "", ":memory:"):
                 raise UsageProblem("a ledger in memory forgets all: name a file, for instance sqlite:///migrator.db")
             # NullPool: a connection per transaction keeps SQLite's locks short and lets threads share the ledger.
@@ -178,6 +184,26 @@ class Ledger:
 
         return engine
 
+    def _server_engine(self) -> Engine:
+        """For PostgreSQL: no process that was stopped or cut off holds up another one for long.
+
+        A cut connection is noticed by the kernel (`tcp_user_timeout`), and a transaction of a frozen process is ended
+        by the server, which sets its locks free.
+        """
+        options: dict[str, Any] = {"connect_timeout": SECONDS}
+        if self.url.get_driver_name() == "psycopg":
+            options.update(keepalives_idle=SECONDS, keepalives_interval=SECONDS, tcp_user_timeout=1000 * SECONDS)
+        engine = sa.create_engine(self.url, pool_pre_ping=True, connect_args=options)
+
+        @event.listens_for(engine, "connect")
+        def _configure(connection: Any, _record: Any) -> None:
+            with connection.cursor() as cursor:
+                for name in ("idle_in_transaction_session_timeout", "lock_timeout"):
+                    cursor.execute(f"SET {name} = '{SECONDS}s'")
+            connection.commit()
+
+        return engine
+
     def __str__(self) -> str:
         return self.url.render_as_string(hide_password=True)
 
@@ -186,7 +212,7 @@ class Ledger:
         try:
             yield
         except exc.OperationalError as error:
-            raise Unavailable(f"ledger {self}: {_reason(error)}; {_advice(error)}") from error
+            raise Unavailable(f"ledger {self}: {_reason(error)}; {_advice(error, self.url)}") from error
         except exc.DatabaseError as error:
             if isinstance(error, exc.IntegrityError):
                 raise
@@ -244,6 +270,17 @@ class Ledger:
             session.begin(),
         ):
             yield session
+
+    def _clock(self, session: Session) -> dt.datetime:
+        """The database's time, by which leases begin and end: machines may disagree about theirs.
+
+        A SQLite file is on one machine, whose clock SQLite itself would read.
+        """
+        if self.url.get_backend_name() == "sqlite":
+            return now()
+        at = session.scalar(sa.select(sa.func.clock_timestamp()))
+        assert isinstance(at, dt.datetime)
+        return at.astimezone(dt.UTC)
 
     def close(self) -> None:
         """Lets go of the database."""
@@ -619,9 +656,10 @@ class Ledger:
             mine = Chunk.migration_id == migration_id
             holders = session.scalars(sa.select(Chunk.lease_owner).where(mine, Chunk.state == "leased").distinct())
             dead = [holder for holder in holders if holder is not None and is_dead(holder)]
-            abandoned = (Chunk.lease_until < now()) | Chunk.lease_owner.in_(dead)
+            at = self._clock(session)
+            abandoned = (Chunk.lease_until < at) | Chunk.lease_owner.in_(dead)
             free = (Chunk.state == "pending") | ((Chunk.state == "leased") & abandoned)
-            until = now() + dt.timedelta(seconds=seconds)
+            until = at + dt.timedelta(seconds=seconds)
             first = sa.select(Chunk.id).where(mine, free).order_by(Chunk.pass_number, Chunk.ordinal)
             for chunk_id in session.scalars(first.limit(len(leave) + SPARE)).all():
                 if chunk_id in leave:
@@ -629,17 +667,11 @@ class Ledger:
                 taken = session.execute(
                     sa.update(Chunk)
                     .where(Chunk.id == chunk_id, free)  # its late holder may finish it just now
-                    .values(state="leased", lease_owner=owner, lease_until=until)
+                    .values(state="leased", lease_owner=owner, lease_until=until, lease_epoch=Chunk.lease_epoch + 1)
                 ).rowcount  # type: ignore[attr-defined]
                 if taken:
                     return session.get_one(Chunk, chunk_id, options=[undefer(Chunk.ids)])
             return None
-
-    @staticmethod
-    def _abandoned(chunk: Chunk) -> bool:
-        assert chunk.lease_owner is not None
-        assert chunk.lease_until is not None
-        return chunk.lease_until < now() or is_dead(chunk.lease_owner)
 
     def finish_chunk(
         self,
@@ -690,28 +722,64 @@ class Ledger:
     def _unlease(self, session: Session, chunk: Chunk, owner: str, **values: Any) -> None:
         freed = session.execute(
             sa.update(Chunk)
-            .where(Chunk.id == chunk.id, Chunk.state == "leased", Chunk.lease_owner == owner)
+            .where(
+                Chunk.id == chunk.id,
+                Chunk.state == "leased",
+                Chunk.lease_owner == owner,
+                Chunk.lease_epoch == chunk.lease_epoch,
+            )
             .values(lease_owner=None, lease_until=None, **values)
         ).rowcount  # type: ignore[attr-defined]
         if freed != 1:
             raise LeaseLost(f"chunk {chunk.pass_number}/{chunk.ordinal} was taken over by another process")
 
-    def extend_leases(self, migration_id: int, owner: str, *, seconds: float) -> None:
-        """Prolongs every lease of `owner`."""
+    def extend_leases(self, migration_id: int, owner: str, *, seconds: float) -> set[int]:
+        """Prolongs every lease of `owner`, and returns the ids of the chunks that it still holds.
+
+        None is prolonged once the migration is no longer active: a rollback waits for the last of them to end.
+        """
+        active = sa.select(Migration.id).where(Migration.id == migration_id, Migration.state == "active")
         with self._write() as session:
-            session.execute(
-                sa.update(Chunk)
-                .where(Chunk.migration_id == migration_id, Chunk.state == "leased", Chunk.lease_owner == owner)
-                .values(lease_until=now() + dt.timedelta(seconds=seconds))
+            until = self._clock(session) + dt.timedelta(seconds=seconds)
+            return set(
+                session.scalars(
+                    sa.update(Chunk)
+                    .where(
+                        Chunk.migration_id.in_(active),
+                        Chunk.state == "leased",
+                        Chunk.lease_owner == owner,
+                    )
+                    .values(lease_until=until)
+                    .returning(Chunk.id)
+                )
             )
+
+    def check_lease(self, chunk: Chunk) -> None:
+        """Raises `LeaseLost` unless the lease that `chunk` was read with is the present one, in an active migration."""
+        with self._read() as session:
+            holds = session.scalar(
+                sa.select(Chunk.id)
+                .join(Migration, Migration.id == Chunk.migration_id)
+                .where(
+                    Chunk.id == chunk.id,
+                    Chunk.state == "leased",
+                    Chunk.lease_epoch == chunk.lease_epoch,
+                    Migration.state == "active",
+                )
+            )
+        if holds is None:
+            raise LeaseLost(f"chunk {chunk.pass_number}/{chunk.ordinal} was taken over by another process")
 
     def live_leases(self, migration_id: int) -> Sequence[Chunk]:
         """Chunks held by processes that may still be writing."""
         with self._read() as session:
+            at = self._clock(session)
             leased = session.scalars(
-                sa.select(Chunk).where(Chunk.migration_id == migration_id, Chunk.state == "leased")
+                sa.select(Chunk).where(
+                    Chunk.migration_id == migration_id, Chunk.state == "leased", Chunk.lease_until >= at
+                )
             ).all()
-            return [chunk for chunk in leased if not self._abandoned(chunk)]
+            return [chunk for chunk in leased if chunk.lease_owner is not None and not is_dead(chunk.lease_owner)]
 
     def chunks(self, migration_id: int, *states: ChunkState) -> Sequence[Chunk]:
         """The chunks of a migration in one of `states` (all, if none is given), in order, without their ids."""
@@ -890,14 +958,40 @@ def _reason(error: exc.DBAPIError) -> str:
     return " ".join(str(error.orig).split())
 
 
-def _advice(error: exc.OperationalError) -> str:
+def _advice(error: exc.OperationalError, url: URL) -> str:
     reason = str(error.orig)
     if "readonly" in reason or "read-only" in reason:
         return "make the file and its folder writable for this user"
     if "locked" in reason:
-        return "another process holds it; try again, and if it stays so look for a stuck one"
+        return _advice_on_holder(_holder(url.database or ""))
     if "unable to open" in reason:
         return "create its folder, or correct `ledger` in the configuration"
     if "full" in reason:
         return "free some space on its disk and run the command again"
     return "check that it can be reached, then run the command again"
+
+
+def _holder(database: str) -> int | None:
+    """The process that holds a SQLite file for writing, where this machine's lock table can tell."""
+    try:
+        inodes = {str(Path(database + suffix).stat().st_ino) for suffix in ("", "-shm")}
+        locks = Path("/proc/locks").read_text().splitlines()
+    except OSError:
+        return None
+    for lock in locks:  # "1: POSIX  ADVISORY  WRITE 4711 fe:00:2146651 120 120"
+        fields = lock.split()
+        if fields[1] == "POSIX" and fields[3] == "WRITE" and fields[5].rpartition(":")[2] in inodes:
+            return int(fields[4])
+    return None
+
+
+def _advice_on_holder(pid: int | None) -> str:
+    if pid is None:
+        return "another process holds it; try again, and if it stays so look for a stuck one"
+    try:
+        stopped = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in "Tt"
+    except OSError:
+        stopped = False
+    if not stopped:
+        return f"process {pid} holds it: try again"
+    return f"process {pid}, which is stopped, holds it: let it continue (kill -CONT {pid}) or end it (kill -KILL {pid})"

@@ -276,6 +276,9 @@ class Chunk(Base):
     state: Mapped[ChunkState]
     lease_owner: Mapped[str | None]
     lease_until: Mapped[dt.datetime | None]
+    """By the database's clock."""
+    lease_epoch: Mapped[int] = mapped_column(server_default="0")
+    """The fencing token: grows with every lease of this chunk, and never goes back."""
     attempts: Mapped[int]
     written: Mapped[int]
     failed: Mapped[int]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from time import monotonic, sleep
 
 from adapters.base import ItemId, StoreBusy
 from migrator.errors import InUse, Refused
@@ -13,6 +15,13 @@ from migrator.project import Project
 from migrator.rollout.in_place import Restore
 from migrator.rollout.shadow import take_back
 from migrator.route import initial_route
+
+log = logging.getLogger(__name__)
+
+POLL_INTERVAL = 0.2
+"""Seconds between two reads of the leases."""
+NOTICE_INTERVAL = 15.0
+"""Seconds between two lines that say what is waited for."""
 
 Report = Callable[[int, int], None]
 """Called with how much is done and how much there is."""
@@ -62,11 +71,7 @@ def rollback(project: Project, report: Report = lambda _done, _of: None) -> Roll
         if migration.state != "rolling_back":
             # From here on no backfill run gets or finishes a chunk.
             migration = project.ledger.move(migration, state="rolling_back", event="rollback begins")
-        if held := project.ledger.live_leases(migration.id):
-            raise InUse(
-                f"a backfill run ({held[0].lease_owner}) still holds a chunk: it leaves after that one; "
-                f"then again `migrator rollback {project.name}`"
-            )
+        wait_for_leases(project, migration)
         try:
             result = (_restore if migration.strategy == "in_place" else _take_back)(project, migration, report)
         except StoreBusy as busy:
@@ -91,6 +96,24 @@ def rollback(project: Project, report: Report = lambda _done, _of: None) -> Roll
     project.undo_log(migration).drop()
     project.copy_log(migration).drop()
     return result
+
+
+def wait_for_leases(project: Project, migration: Migration) -> None:
+    """Returns once no backfill run can write any more.
+
+    Runs hear of the rollback with their next heartbeat and leave. One that is frozen or cut off does not, but its lease
+    ends by the ledger's clock, no lease is prolonged any more, and no request is sent that could outlast one.
+    """
+    said = 0.0
+    while held := project.ledger.live_leases(migration.id):
+        if monotonic() - said >= NOTICE_INTERVAL:
+            said = monotonic()
+            log.warning(
+                "waiting for a backfill run (%s) to leave its chunk: until %s UTC at the latest",
+                held[0].lease_owner,
+                max(chunk.lease_until for chunk in held if chunk.lease_until is not None).strftime("%H:%M:%S"),
+            )
+        sleep(POLL_INTERVAL)
 
 
 def _restore(project: Project, migration: Migration, report: Report) -> RolledBack:

@@ -79,6 +79,20 @@ class Commands:
         assert code is not None
         return code
 
+    @property
+    def running(self) -> bool:
+        return self._pid is not None
+
+    def freeze(self) -> None:
+        """Stops the command where it is (SIGSTOP)."""
+        assert self._pid is not None
+        os.kill(self._pid, signal.SIGSTOP)
+
+    def thaw(self) -> None:
+        """Lets it continue (SIGCONT)."""
+        assert self._pid is not None
+        os.kill(self._pid, signal.SIGCONT)
+
     def run(self, *words: str) -> tuple[int, float]:
         """Runs a command to its end; returns exit code and seconds."""
         began = time.monotonic()
@@ -98,6 +112,7 @@ def serve() -> None:
     import pymilvus  # noqa: F401
     import qdrant_client  # noqa: F401
     import qdrant_edge  # noqa: F401
+    import sqlalchemy.dialects.postgresql.psycopg
     import sqlalchemy.dialects.sqlite  # noqa: F401
 
     import adapters.milvus

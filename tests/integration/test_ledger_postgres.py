@@ -5,6 +5,7 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
+from datetime import timedelta
 
 import pytest
 import sqlalchemy as sa
@@ -71,6 +72,21 @@ class TestOnPostgres(core.LedgerSuite):
         with engine.connect() as connection:
             assert sa.inspect(connection).get_table_names() == ["alembic_version"]
         engine.dispose()
+
+    @pytest.mark.parametrize("minutes", [-10, 10])
+    def test_leases_go_by_the_databases_clock_whatever_a_machine_says(self, url, monkeypatch, minutes):
+        real = core.module.now
+        with closing(Ledger(url)) as ledger, closing(Ledger(url)) as other:
+            migration = core.open_backfill(ledger, chunks=1)
+            mine = core.lease(ledger, migration, "here/1/a", seconds=60)
+            with monkeypatch.context() as wrong:
+                wrong.setattr(core.module, "now", lambda: real() + timedelta(minutes=minutes))
+                assert core.lease(other, migration, this_process()) is None, "60 s are not over"
+                assert [chunk.id for chunk in other.live_leases(migration.id)] == [mine.id]
+                assert other.extend_leases(migration.id, "here/1/a", seconds=60) == {mine.id}
+            ledger.check_lease(mine)
+            (left,) = (chunk.lease_until - real() for chunk in ledger.live_leases(migration.id))
+            assert timedelta(seconds=30) < left < timedelta(seconds=90)
 
     def test_a_server_that_is_not_there(self, url, server):
         gone = sa.make_url(url).set(database="no_such_database", username="u", password="geheim")

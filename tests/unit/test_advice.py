@@ -26,6 +26,7 @@ KEY = re.compile(rf"\b(?:{'|'.join(SECTIONS)})(?:\.[a-z_]+)+\b(?!\()")
 TO = re.compile(rf"({KEY.pattern}) to ([\w{HOLE}.]+)")
 # What a message puts in: the least and the greatest that it can be.
 PUT_IN: dict[str, list[Any]] = {
+    "store.timeout": [2, 25],
     "new_encoder.dim": [1, 65_536],
     "old_encoder.dim": [1, 65_536],
     "train.batch_size": [2, 65_536],
@@ -84,7 +85,7 @@ def accepted(folder: Path, key: str, value: Any) -> None:
         "rollout": {"strategy": "shadow"},
         "backfill": {},
     }
-    if "auto_id" in key:
+    if "auto_id" in key or key == "store.timeout":
         settings["store"] = {"kind": "milvus", "uri": "http://host:19530", "collection": "products"}
     *steps, last = key.split(".")
     section = settings

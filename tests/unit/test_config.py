@@ -780,3 +780,27 @@ def test_patterns_start_from_the_folder_of_the_file_whatever_it_is_called(tmp_pa
     assert load_config(write(folder, absolute)).migrations["digits-v2"].store.settings()["items"] == [
         "/srv/metadata/*.parquet"
     ]
+
+
+# --- leases and requests ---------------------------------------------------------------------------------------------
+
+
+def on_a_server(lease: int, timeout: int) -> str:
+    text = edited(
+        "{kind: faiss, path: ./gallery}", f"{{kind: qdrant, url: http://q, collection: c, timeout: {timeout}}}"
+    )
+    return text.replace("backfill: {", f"backfill: {{lease: {lease}, ")
+
+
+def test_a_lease_outlasts_the_requests_that_are_sent_under_it(tmp_path):
+    (problem,) = problems(tmp_path, on_a_server(lease=50, timeout=30))
+    assert "lease is 50 s and must be twice store.timeout (30 s) at least" in problem
+    assert problem.endswith("set lease to 60, or store.timeout to 25")
+    # What it advises is taken.
+    for lease, timeout in ((60, 30), (50, 25)):
+        (migration,) = load_config(write(tmp_path, on_a_server(lease, timeout))).migrations.values()
+        assert migration.backfill.lease == lease
+
+
+def test_a_store_without_requests_needs_no_long_lease(tmp_path):
+    load_config(write(tmp_path, edited("backfill: {", "backfill: {lease: 5, ")))

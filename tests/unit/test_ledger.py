@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import sqlite3
 import subprocess
 import sys
@@ -142,6 +143,13 @@ def clock(monkeypatch) -> Callable[[float], None]:
         ahead[0] += timedelta(seconds=seconds)
 
     monkeypatch.setattr(module, "now", lambda: real() + ahead[0])
+    of_database = Ledger._clock
+
+    def shifted(ledger: Ledger, session: Any) -> Any:
+        at = of_database(ledger, session)
+        return at if ledger.url.get_backend_name() == "sqlite" else at + ahead[0]  # SQLite has this process's time
+
+    monkeypatch.setattr(Ledger, "_clock", shifted)
     return advance
 
 
@@ -1028,10 +1036,30 @@ def test_a_locked_ledger(template, tmp_path, impatient, lock):
         other.execute(lock)
         with pytest.raises(Unavailable) as caught:
             ledger.save_encoder(OLD, "{}")
-        assert "another process holds it; try again" in one_line(caught)
+        assert f"process {os.getpid()} holds it: try again" in one_line(caught)
         assert caught.value.exit_code == 4
         other.execute("ROLLBACK")
         ledger.save_encoder(OLD, "{}")
+
+
+def test_a_stopped_process_that_holds_the_ledger_is_named_and_the_advice_helps(template, tmp_path, impatient):
+    path = shutil.copy(template, tmp_path / "migrator.db")
+    script = "import sqlite3, sys; c = sqlite3.connect(sys.argv[1], isolation_level=None); c.execute('BEGIN IMMEDIATE')"
+    script += "; print('held', flush=True); sys.stdin.read()"
+    with subprocess.Popen(
+        [sys.executable, "-c", script, str(path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "held\n"
+        holder.send_signal(signal.SIGSTOP)
+        with closing(Ledger(f"sqlite:///{path}")) as ledger:
+            with pytest.raises(Unavailable) as caught:
+                ledger.save_encoder(OLD, "{}")
+            assert f"process {holder.pid}, which is stopped, holds it" in one_line(caught)
+            assert f"kill -KILL {holder.pid}" in one_line(caught)
+            holder.kill()
+            holder.wait(timeout=30)
+            ledger.save_encoder(OLD, "{}")
 
 
 def test_a_ledger_locked_while_it_is_made(tmp_path, impatient):
