@@ -105,7 +105,7 @@ def status_of(project: Project) -> Status:
         verification=outcome,
         verification_invalid=reason if opens else None,
         losses=losses(results) if outcome == "accepted" else [],
-        ways_on=ways_on(results, situation_of(project)),
+        ways_on=ways_on(results, situation_of(project)) if outcome in ("fail", "inconclusive") else [],
         paused=migration.paused,
         epoch=route.epoch if route else None,
         canary_percent=route.canary_percent if route else None,

@@ -6,10 +6,13 @@ To verify the same encoder again on the same queries gives the same answer, so t
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from migrator.config import POST_HOC, Method, MinGain
+from migrator.errors import ConfigProblem
+from migrator.training_runs import list_runs
 
 if TYPE_CHECKING:
     from migrator.project import Project
@@ -18,8 +21,8 @@ MAX_SAMPLE = 1_000_000
 """Of `verify.sample`."""
 NEXT_METHOD: dict[Method, Method] = {
     "advbct": "bct",
-    "bct": "advbct",
-    "lce": "advbct",
+    "bct": "lce",
+    "lce": "hot_refresh",
     "hot_refresh": "advbct",
     "independent": "advbct",
     "procrustes": "ridge",
@@ -66,12 +69,7 @@ def situation_of(project: Project) -> Situation:
             for test in ("cross", "lowest")
             if test in gains.model_dump(exclude_none=True)
         ]
-    method: Method | None = None
-    if train is not None:
-        finished = settings.new_encoder.weights is not None  # then nothing is trained but a map behind it
-        method = NEXT_METHOD[train.method]
-        if finished and method not in POST_HOC:
-            method = "procrustes"
+    method = None if train is None else _untried(project, train.method)
     return Situation(
         name=project.name,
         active=migration.state != "planned",
@@ -85,6 +83,21 @@ def situation_of(project: Project) -> Situation:
         labelled=settings.verify.label is not None or settings.verify.queries is not None,
         items=None if settings.verify.queries is not None else (content.get("collection") or {}).get("items"),
     )
+
+
+def _untried(project: Project, method: Method) -> Method:
+    """A method that no run of the migration has had yet, where there is one; else the one after `method`."""
+    if project.settings.new_encoder.weights is not None and method not in POST_HOC:
+        method = "residual_mlp"  # the encoder is finished: a map behind it is all that can be trained
+    tried: set[str | None] = {method}
+    with suppress(ConfigProblem):  # the artifacts lie on a server: nothing was trained here
+        tried |= {run.method for run in list_runs(project.training_folder())}
+    following = NEXT_METHOD[method]
+    for _ in NEXT_METHOD:
+        if following not in tried:
+            return following
+        following = NEXT_METHOD[following]
+    return NEXT_METHOD[method]
 
 
 def ways_on(results: Mapping[str, Any], situation: Situation) -> list[str]:

@@ -122,7 +122,9 @@ def test_a_verification_of_an_earlier_version_is_read_and_does_not_open_a_stage(
     with Project.open(worse.config) as project:
         save_verification(project.ledger, project.migration(), before_tests(found))
     status = json.loads(out("status", "--json"))
-    assert (status["verification"], status["next_command"]) == (None, f"migrator verify {NAME}")
+    assert (status["verification"], status["next_command"]) == ("accepted", f"migrator verify {NAME}")
+    assert status["losses"][-1].endswith("; the gate of the version that verified did not cover it")
+    assert "opens no stage: was verified by an earlier version, whose gate did not cover" in out("status")
     assert migrator("rollout", "--stage", "prepare") == 3
     assert "whose gate did not cover the backfill and the end state: `migrator verify" in capsys.readouterr().err
     assert out("report").endswith("report.html\n")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, get_args
 
 import click
@@ -15,7 +17,7 @@ import yaml
 
 from migrator.cli import cli
 from migrator.config import Method, load_config
-from migrator.verify.ways_on import NEXT_METHOD, Situation, ways_on
+from migrator.verify.ways_on import NEXT_METHOD, Situation, _untried, ways_on
 
 PLAIN = Situation(
     name="toys", active=False, in_place=True, method="bct", labels_needed=False, independent=True,
@@ -138,6 +140,28 @@ def config(folder: Path, path: str, value: str) -> None:
     settings.setdefault(section, {})[key] = yaml.safe_load(value)
     (folder / "migrations.yaml").write_text(yaml.safe_dump({"version": 1, "migrations": {"toys": settings}}))
     load_config(folder / "migrations.yaml")
+
+
+@pytest.mark.parametrize(
+    ("method", "weights", "tried", "following"),
+    [
+        ("advbct", None, [], "bct"),
+        ("advbct", None, ["bct"], "lce"),
+        ("advbct", None, ["advbct", "bct", "lce", "hot_refresh"], "bct"),
+        ("independent", None, [], "advbct"),
+        ("procrustes", None, ["ridge"], "residual_mlp"),
+        ("procrustes", "new.safetensors", [], "ridge"),
+        ("advbct", "new.safetensors", ["ridge"], "procrustes"),
+    ],
+)
+def test_a_method_that_no_run_has_had_yet_is_named(tmp_path, method, weights, tried, following):
+    for run in tried:
+        folder = tmp_path / "runs" / run
+        folder.mkdir(parents=True)
+        (folder / "run.json").write_text(json.dumps({"fingerprint": {"train.method": run}}))
+    settings = SimpleNamespace(new_encoder=SimpleNamespace(weights=weights))
+    project: Any = SimpleNamespace(settings=settings, training_folder=lambda: tmp_path)
+    assert _untried(project, method) == following
 
 
 def test_the_method_after_each_trains_the_same_kind():
