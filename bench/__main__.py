@@ -15,6 +15,7 @@ from bench.machine import machine
 from bench.memory import memory
 from bench.parts import PARTS
 from bench.results_files import heading, save
+from bench.route import route
 from bench.stores import stores
 from bench.verify import verify, verify_table
 
@@ -137,7 +138,7 @@ def main() -> None:
         from bench import train_speed
 
         return train_speed.main(sys.argv[2:])
-    wanted = sys.argv[1:] or ["demo", "backfill", "stores", "memory", "verify"]
+    wanted = sys.argv[1:] or ["demo", "backfill", "stores", "memory", "verify", "route"]
     if "demo" in wanted:
         results = {"machine": machine(), "demo": demo()}
         save("demo", results, demo_table(results))
@@ -153,6 +154,8 @@ def main() -> None:
     if "verify" in wanted:
         results = {"machine": machine(), "verify": verify()}
         save("verify", results, verify_table(results))
+    if "route" in wanted:
+        route()
     return None
 
 

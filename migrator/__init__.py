@@ -1,6 +1,6 @@
 """Upgrade the embedding model behind an image-search vector database without downtime.
 
-What applications import: `RouteClient` and `load_encoder`. Each is loaded when it is first used, so
+What applications import: `RouteClient`, `AsyncRouteClient` and `load_encoder`. Each is loaded when it is first used, so
 that `import migrator` loads neither torch nor a database driver.
 """
 
@@ -10,6 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from migrator.route import AsyncRouteClient as AsyncRouteClient
     from migrator.route import RouteClient as RouteClient
     from migrator.served_encoder import ServedEncoder as ServedEncoder
     from migrator.served_encoder import load_encoder as load_encoder
@@ -17,12 +18,13 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _PUBLIC = {
+    "AsyncRouteClient": "migrator.route",
     "RouteClient": "migrator.route",
     "ServedEncoder": "migrator.served_encoder",
     "load_encoder": "migrator.served_encoder",
 }
 
-__all__ = ["RouteClient", "ServedEncoder", "__version__", "load_encoder"]
+__all__ = ["AsyncRouteClient", "RouteClient", "ServedEncoder", "__version__", "load_encoder"]
 
 
 def __getattr__(name: str) -> Any:

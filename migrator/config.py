@@ -815,6 +815,9 @@ class Rollout(Section):
         list[Annotated[int, Field(ge=1, le=100)]], Field(min_length=1, max_length=100), AfterValidator(_canary)
     ] = [1, 10, 50, 100]
     """Percent of the queries that the new encoder answers, step by step."""
+    route_ttl: Annotated[float, Field(ge=0, le=3600)] = 5.0
+    """Seconds for which an application may keep a row of the route. What earlier rows name is deleted, and what they
+    must not meet is written, only after that time. It is part of the route from `prepare` on."""
 
 
 class Backfill(Section):

@@ -75,6 +75,7 @@ migrations:
     rollout:
       strategy: in_place
       canary: [1, 10, 50, 100]
+      # route_ttl: 5.0                    # seconds for which the application may keep a row of the route
 
     # Re-embedding the stored images, in chunks that can be resumed.
     backfill:

@@ -49,7 +49,7 @@ migrations:
       label: "{{digit}}"
       sample: {queries}
       gate: {{metric: map@100, confidence: 0.95, min_gain: 0.0}}
-    rollout: {{strategy: in_place, canary: [1, 10, 50, 100]}}
+    rollout: {{strategy: in_place, canary: [1, 10, 50, 100], route_ttl: 0}}
     backfill: {{chunk_size: 100, batch_size: 50}}
 """
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -28,7 +29,7 @@ def command(images: tuple[str, ...], name: str | None, config_path: Path, encode
     from migrator.embedding_files import check_output, embed_files, find_images, open_sink
 
     check_output(output)
-    if not images and sys.stdin.isatty():
+    if not images and (sys.stdin is None or sys.stdin.isatty()):
         raise UsageProblem("no images are given: name files or folders, or pipe a list of them")
     paths = find_images(images, () if images else sys.stdin)
     if not paths:
@@ -40,8 +41,11 @@ def command(images: tuple[str, ...], name: str | None, config_path: Path, encode
         with progress("embed") as advance:
             sink = open_sink(output, loaded, sys.stdout)
             problems = embed_files(paths, loaded, sink, advance, max_pixels=max_pixels, **loading)
-    except BrokenPipeError:
-        raise
+    except BrokenPipeError:  # who reads the lines has enough of them
+        os.dup2(
+            os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
+        )  # else Python complains when it flushes at its end
+        return 0
     except OSError as error:
         raise UsageProblem(f"--output {output} cannot be written: {error.strerror or error}") from error
     for why in problems.values():

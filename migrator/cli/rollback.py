@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import click
@@ -42,7 +43,8 @@ def command(name: str | None, config_path: Path, wait: float, as_json: bool, yes
             says += "; what was written since the cutover has no model to be embedded with"
         confirm(says, yes=yes)
         with progress("rollback") as advance:
-            result = waiting(lambda: rollback(project, advance), seconds=wait)
+            tell = partial(say, err=True)
+            result = waiting(lambda: rollback(project, advance, tell), seconds=wait)
     problems = {str(item): why for item, why in result.problems.items()}
     if as_json:
         print_json(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import click
@@ -51,7 +52,7 @@ def command(
     from migrator.status import status_of
 
     with open_project(config_path, name) as project:
-        options = Options(percent, accept_failures, drop_old)
+        options = Options(percent, accept_failures, drop_old, tell=partial(say, err=True))
         change = waiting(lambda: step(project, stage, options), seconds=wait)
         confirm(change.says, yes=yes)
         # Meanwhile another process may have changed what was checked.

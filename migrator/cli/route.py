@@ -38,6 +38,7 @@ def command(name: str | None, config_path: Path, key: str | None, as_json: bool)
             ("phase", route.phase),
             *_lines("queries", _shares(route)),
             *_lines("writes", [f"{each.encoder} in {each.collection}" for each in writes(route)]),
+            ("ttl", f"{route.ttl:g} s"),
             ("salt", route.salt),
         ]
     )

@@ -1,6 +1,16 @@
 """Progress in SQL: what was planned, trained, verified, routed and written."""
 
-from migrator.ledger.ledger import BACKFILL_STAGES, Counts, Failure, LeaseLost, Ledger, RouteMoved, now, this_process
+from migrator.ledger.ledger import (
+    BACKFILL_STAGES,
+    SEARCH,
+    Counts,
+    Failure,
+    LeaseLost,
+    Ledger,
+    RouteMoved,
+    now,
+    this_process,
+)
 from migrator.ledger.models import (
     STAGES,
     BackfillRun,
@@ -9,6 +19,7 @@ from migrator.ledger.models import (
     Migration,
     Plan,
     Route,
+    RouteClientRow,
     Stage,
     StageEvent,
     Verification,
@@ -16,6 +27,7 @@ from migrator.ledger.models import (
 
 __all__ = [
     "BACKFILL_STAGES",
+    "SEARCH",
     "STAGES",
     "BackfillRun",
     "Chunk",
@@ -27,6 +39,7 @@ __all__ = [
     "Migration",
     "Plan",
     "Route",
+    "RouteClientRow",
     "RouteMoved",
     "Stage",
     "StageEvent",

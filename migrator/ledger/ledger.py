@@ -35,6 +35,7 @@ from migrator.ledger.models import (
     Outcome,
     Plan,
     Route,
+    RouteClientRow,
     Stage,
     StageEvent,
     State,
@@ -42,7 +43,7 @@ from migrator.ledger.models import (
     Verification,
 )
 
-SCHEMA = "0004"
+SCHEMA = "0005"
 """The newest revision in `versions/`; a ledger that is at it is opened without loading alembic."""
 
 LOCK: dict[str, Any] = {"key_share": True}
@@ -56,6 +57,16 @@ SPARE = 16
 
 BACKFILL_STAGES: Mapping[str, tuple[Stage, ...]] = {"in_place": ("backfill",), "shadow": ("backfill", "canary")}
 """The stages in which chunks are worked on. A shadow is kept up with the collection until the cutover."""
+
+SEARCH = 2.0
+"""Seconds that a search may take which was begun with a row in its last moment. No longer than the ttl counts."""
+
+GONE_AFTER = 10
+"""Ttls after its last report for which a client that did not close still counts: it may be cut off from the ledger and
+answer with the last row that it has."""
+
+FORGOTTEN_AFTER = dt.timedelta(days=1)
+"""Age at which the row of a client that did not close is removed; more than `GONE_AFTER` of the longest ttl."""
 
 UPGRADE_LOCK = 0x6D696772
 """PostgreSQL's advisory lock for creating or upgrading the tables."""
@@ -569,12 +580,17 @@ class Ledger:
         )
 
     def _set_route(self, session: Session, migration: Migration, route: dict[str, Any]) -> None:
-        epoch = route["epoch"]
-        values = {**route, "migration_id": migration.id, "epoch": epoch + 1, "changed_at": now()}
+        epoch, at = route["epoch"], self._clock(session)
+        values = {**route, "migration_id": migration.id, "epoch": epoch + 1, "changed_at": now(), "settled_at": at}
         if epoch == 0:
             session.add(Route(collection=migration.collection, **values))
             session.flush()
             return
+        before = session.get(Route, migration.collection, populate_existing=True)
+        if before is not None:
+            values["settled_at"] = max(
+                _settled_at(before), at + dt.timedelta(seconds=before.ttl + min(before.ttl, SEARCH))
+            )
         moved = session.execute(
             sa.update(Route).where(Route.collection == migration.collection, Route.epoch == epoch).values(**values)
         ).rowcount  # type: ignore[attr-defined]
@@ -587,6 +603,47 @@ class Ledger:
         """The route of a collection, in one read."""
         with self._read() as session:
             return session.get(Route, collection)
+
+    # -- clients of the route -----------------------------------------------------------------------------------------
+
+    def report_client(self, collection: str, owner: str, *, name: str, epoch: int, ttl: float) -> None:
+        """Records that a client answers with the row of this epoch, and keeps a row for up to `ttl` seconds."""
+        with self._write() as session:
+            at = self._clock(session)
+            session.execute(sa.delete(RouteClientRow).where(RouteClientRow.seen_at < at - FORGOTTEN_AFTER))
+            session.merge(
+                RouteClientRow(collection=collection, owner=owner, name=name, epoch=epoch, ttl=ttl, seen_at=at)
+            )
+
+    def forget_client(self, collection: str, owner: str) -> None:
+        """Removes a client that has stopped."""
+        with self._write() as session:
+            session.execute(
+                sa.delete(RouteClientRow).where(RouteClientRow.collection == collection, RouteClientRow.owner == owner)
+            )
+
+    def clients_behind(self, collection: str, epoch: int) -> Sequence[RouteClientRow]:
+        """Clients that reported an earlier epoch than this one last and may still answer with it, by name."""
+        with self._read() as session:
+            at = self._clock(session)
+            earlier = session.scalars(
+                sa.select(RouteClientRow)
+                .where(RouteClientRow.collection == collection, RouteClientRow.epoch < epoch)
+                .order_by(RouteClientRow.name, RouteClientRow.owner)
+            ).all()
+            return [
+                client
+                for client in earlier
+                if at - client.seen_at < dt.timedelta(seconds=GONE_AFTER * client.ttl) and not is_dead(client.owner)
+            ]
+
+    def seconds_to_settle(self, collection: str) -> float:
+        """How long a client without a name may still hold an earlier row of the route; 0 when none can."""
+        with self._read() as session:
+            route = session.get(Route, collection)
+            if route is None:
+                return 0.0
+            return max(0.0, (_settled_at(route) - self._clock(session)).total_seconds())
 
     def pause(self, migration: Migration, reason: str | None) -> None:
         """Asks for a pause (a reason) or lifts it (None). A running backfill stops at its next chunk boundary."""
@@ -939,6 +996,10 @@ class Ledger:
             return session.scalars(
                 sa.select(BackfillRun).where(BackfillRun.migration_id == migration_id).order_by(BackfillRun.id)
             ).all()
+
+
+def _settled_at(route: Route) -> dt.datetime:
+    return route.settled_at or route.changed_at + dt.timedelta(seconds=route.ttl)
 
 
 def metadata() -> sa.MetaData:

@@ -214,7 +214,27 @@ class Route(Base):
     """The encoders with which the application embeds an item that it inserts or changes."""
     salt: Mapped[str]
     phase: Mapped[str] = mapped_column(String(16))
+    ttl: Mapped[float] = mapped_column(Float, server_default=text("5"))
+    """Seconds for which a client without a name may keep a row."""
+    settled_at: Mapped[dt.datetime | None]
+    """When no client without a name can hold an earlier row any more, by the database's clock. NULL in rows from before
+    there was a ttl."""
     changed_at: Mapped[dt.datetime]
+
+
+class RouteClientRow(Base):
+    """A client of a route that reports which epoch it answers with."""
+
+    __tablename__ = "route_clients"
+
+    collection: Mapped[str] = mapped_column(ForeignKey("routes.collection"), primary_key=True)
+    owner: Mapped[str] = mapped_column(primary_key=True)
+    """Host and process, as leases name theirs."""
+    name: Mapped[str] = mapped_column(Text)
+    epoch: Mapped[int]
+    ttl: Mapped[float] = mapped_column(Float)
+    seen_at: Mapped[dt.datetime]
+    """By the database's clock."""
 
 
 class StageEvent(Base):

@@ -12,6 +12,7 @@ from migrator.errors import InUse, Refused
 from migrator.ledger import Migration
 from migrator.planning import check_same_collection
 from migrator.project import Project
+from migrator.rollout.clients import Tell, wait_for_clients
 from migrator.rollout.in_place import Restore
 from migrator.rollout.shadow import take_back
 from migrator.route import initial_route
@@ -61,8 +62,11 @@ def check_can_roll_back(project: Project) -> Migration:
     return migration
 
 
-def rollback(project: Project, report: Report = lambda _done, _of: None) -> RolledBack:
-    """Restores the old state, then the route. Killed at any point, the same command goes on where it was."""
+def rollback(project: Project, report: Report = lambda _done, _of: None, tell: Tell = lambda _: None) -> RolledBack:
+    """Restores the old state, then the route. Killed at any point, the same command continues where it was.
+
+    `tell` gets a line for each thing that it waits for.
+    """
     migration = check_can_roll_back(project)
     result = RolledBack()
     if migration.strategy == "shadow" or project.ledger.counts(migration.id).passes > 0:
@@ -73,7 +77,10 @@ def rollback(project: Project, report: Report = lambda _done, _of: None) -> Roll
             migration = project.ledger.move(migration, state="rolling_back", event="rollback begins")
         wait_for_leases(project, migration)
         try:
-            result = (_restore if migration.strategy == "in_place" else _take_back)(project, migration, report)
+            if migration.strategy == "in_place":
+                result = _restore(project, migration, report)
+            else:
+                result = _take_back(project, migration, report, tell)
         except StoreBusy as busy:
             raise InUse(f"{busy}: it leaves after its chunk; then again `migrator rollback {project.name}`") from busy
     route = project.ledger.route(migration.collection)
@@ -95,6 +102,8 @@ def rollback(project: Project, report: Report = lambda _done, _of: None) -> Roll
     # Last: with them a repeated call knows what was changed and what was not.
     project.undo_log(migration).drop()
     project.copy_log(migration).drop()
+    if migration.strategy == "in_place" and migration.stage in ("cutover", "finalize"):
+        wait_for_clients(project, route.epoch + 1, tell)  # an application that writes after this writes old vectors
     return result
 
 
@@ -123,6 +132,6 @@ def _restore(project: Project, migration: Migration, report: Report) -> RolledBa
     return RolledBack(restore.restored, restore.re_encoded, 0, restore.stale, None, restore.problems)
 
 
-def _take_back(project: Project, migration: Migration, report: Report) -> RolledBack:
-    back = take_back(project, migration, report)
+def _take_back(project: Project, migration: Migration, report: Report, tell: Tell) -> RolledBack:
+    back = take_back(project, migration, report, tell)
     return RolledBack(0, back.re_encoded, back.removed, list(back.stale), back.kept, back.problems)

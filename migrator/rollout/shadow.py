@@ -21,6 +21,7 @@ from migrator.encoding import embed, locate
 from migrator.errors import Refused
 from migrator.ledger import Migration, Route
 from migrator.project import Project
+from migrator.rollout.clients import Tell, wait_for_clients
 from migrator.route import initial_route
 
 if TYPE_CHECKING:
@@ -98,8 +99,11 @@ def point_alias(project: Project, migration: Migration, to: str) -> None:
         store.swap_alias(migration.alias, to=to)
 
 
-def drop_source(project: Project, migration: Migration) -> None:
-    """Deletes the old collection. Refused while an alias leads to it. May be repeated."""
+def drop_source(project: Project, migration: Migration, tell: Tell) -> None:
+    """Deletes the old collection once no client can search it. Refused while an alias leads to it. May be repeated."""
+    route = project.ledger.route(migration.collection)
+    assert route is not None
+    wait_for_clients(project, route.epoch, tell)
     with project.store(write=True) as store:
         if store.describe().local == migration.source:
             store.drop()
@@ -128,7 +132,9 @@ class TakenBack:
     """Items already brought back, with the digest that they had in the shadow then."""
 
 
-def take_back(project: Project, migration: Migration, report: Callable[[int, int], None]) -> TakenBack:
+def take_back(
+    project: Project, migration: Migration, report: Callable[[int, int], None], tell: Tell = lambda _: None
+) -> TakenBack:
     """Everything after the state was set to `rolling_back`, but for the last move. May be repeated."""
     assert migration.shadow is not None
     result = TakenBack()
@@ -143,6 +149,8 @@ def take_back(project: Project, migration: Migration, report: Callable[[int, int
     project.ledger.move(
         migration, event="route is back", route=initial_route(migration, salt=route.salt, epoch=route.epoch)
     )
+    if migration.stage in ("canary", "cutover", "finalize"):  # before, no route has named the shadow
+        wait_for_clients(project, route.epoch + 1, tell)
     if migration.stage in ("cutover", "finalize"):
         _back_sync(project, migration, result, report)  # what applications wrote that had not heard of it yet
     with project.store(write=True) as source:

@@ -19,6 +19,7 @@ from migrator.ledger import Migration, Plan, Route
 from migrator.planning import check_fresh, check_shadow, check_unmixed
 from migrator.project import Project
 from migrator.rollout import shadow
+from migrator.rollout.clients import Tell, wait_for_clients
 from migrator.route import initial_route
 from migrator.verify.standing import why_not
 from migrator.verify.verdicts import losses
@@ -42,6 +43,8 @@ class Options:
     percent: int | None = None
     accept_failures: int = 0
     drop_old: bool = False
+    tell: Tell = lambda _: None
+    """Gets a line for each thing that a stage waits for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +103,12 @@ def _prepare(project: Project, migration: Migration, _: Options) -> Step:
             stage="prepare",
             state="active",
             event="prepare",
-            route=initial_route(migration, salt=secrets.token_hex(8), epoch=route.epoch if route else 0),
+            route=initial_route(
+                migration,
+                salt=secrets.token_hex(8),
+                epoch=route.epoch if route else 0,
+                ttl=project.settings.rollout.route_ttl,
+            ),
             old_kept=True,
             shadow=beside,
         )
@@ -184,7 +192,7 @@ def _canary(project: Project, migration: Migration, options: Options) -> Step:
     return Step(f"move the new encoder's share of the queries from {route.canary_percent:g} % to {percent} %", make)
 
 
-def _backfill(project: Project, migration: Migration, _: Options) -> Step:
+def _backfill(project: Project, migration: Migration, options: Options) -> Step:
     name = project.name
     if migration.stage == "backfill":
         raise Refused(f"{name}: the backfill stage is open: run `migrator backfill {name}`")
@@ -206,7 +214,9 @@ def _backfill(project: Project, migration: Migration, _: Options) -> Step:
     check_verified(project, migration, plan)
 
     def make() -> str:
-        if not in_place:
+        if in_place:  # a client that still sends old queries would meet new vectors
+            wait_for_clients(project, route.epoch, options.tell)
+        else:
             shadow.create(project, migration)
         try:
             _move_route(project, migration, route, stage="backfill", phase="backfill")
@@ -234,7 +244,7 @@ def _cutover(project: Project, migration: Migration, options: Options) -> Step:
     failures = _check_backfilled(project, migration, options)
     route = _route(project, migration)
     if migration.strategy == "in_place":
-        return _cutover_in_place(project, migration, route, failures)
+        return _cutover_in_place(project, migration, route, failures, options)
     return _cutover_shadow(project, migration, route, failures)
 
 
@@ -265,7 +275,7 @@ def _check_what_was_written(project: Project, migration: Migration) -> None:
         raise Refused(f"{project.name} is paused by the check of what the last backfill run wrote: {checked.pause}")
 
 
-def _cutover_in_place(project: Project, migration: Migration, route: Route, failures: int) -> Step:
+def _cutover_in_place(project: Project, migration: Migration, route: Route, failures: int, options: Options) -> Step:
     name, stamp = project.name, migration.new_encoder_id
     assert stamp is not None
     with project.store() as store:
@@ -291,6 +301,7 @@ def _cutover_in_place(project: Project, migration: Migration, route: Route, fail
             query_encoder=stamp, canary_encoder=None, canary_collection=None, canary_percent=0.0,
             write_encoders=[stamp],
         )  # fmt: skip
+        wait_for_clients(project, route.epoch + 1, options.tell)  # then the application may write: new vectors
         return f"{stamped} of {total} items carry the new encoder's vector; it is now the only encoder of the route"
 
     return Step(f"{first}make the new encoder the only one, for queries and for new items", make)
@@ -354,7 +365,7 @@ def _finalize(project: Project, migration: Migration, options: Options) -> Step:
 
     def make() -> str:
         if options.drop_old and not in_place:
-            shadow.drop_source(project, migration)  # first: what the ledger calls gone must be gone
+            shadow.drop_source(project, migration, options.tell)  # first: what the ledger calls gone must be gone
         project.ledger.move(
             migration, stage="finalize", state="finished",
             event="finalize", detail={"drop_old": options.drop_old}, old_kept=not options.drop_old,

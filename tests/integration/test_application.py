@@ -221,6 +221,16 @@ def test_embed_names_what_it_cannot_read_and_goes_on(
     assert list(world.folder.glob("none*")) == []
 
 
+def test_embed_ends_quietly_when_its_reader_has_enough(world: World) -> None:
+    call = [sys.executable, "-m", "migrator", "embed", "images", "--config", str(world.config)]
+    with subprocess.Popen(call, cwd=world.folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 0
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
@@ -393,3 +403,7 @@ def test_the_search_service_of_the_documentation(
             exact = stored @ embed_images(world, which, [NAMES[3]])[0]
             assert [hit["id"] for hit in found["hits"]] == np.argsort(-exact)[:10].tolist()
         assert used == {"old", "new"}
+        assert migrator("rollback") == 0
+        back = search((world.images / NAMES[3]).read_bytes(), "user-0")
+        assert (back["epoch"], back["hits"][0]["id"]) == (3, 3)
+        assert back["hits"][0]["score"] > 0.9999

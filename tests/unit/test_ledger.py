@@ -136,7 +136,7 @@ def dead_owner(dead_process) -> str:
 
 @pytest.fixture
 def clock(monkeypatch) -> Callable[[float], None]:
-    """Moves the ledger's time on by so many seconds."""
+    """Moves the ledger's time, and its server's, on by so many seconds."""
     real, ahead = module.now, [timedelta()]
 
     def advance(seconds: float) -> None:
@@ -182,6 +182,63 @@ class LedgerSuite:
         engine = sa.create_engine(url, poolclass=sa.NullPool)
         yield engine
         engine.dispose()
+
+    # -- clients of the route -----------------------------------------------------------------------------------------
+
+    def test_a_row_settles_when_no_client_can_hold_the_one_before(self, ledger, clock):
+        migration = ledger.move(plan(ledger), stage="prepare", state="active", event="prepare", route=route(ttl=5.0))
+        assert ledger.seconds_to_settle("digits") == 0, "there was no row before"
+        assert ledger.seconds_to_settle("no such collection") == 0
+        migration = ledger.move(migration, event="canary", route={"epoch": 1, "ttl": 0.0})
+        assert 6.5 < ledger.seconds_to_settle("digits") <= 7, "the ttl of the row before, and a search"
+        clock(4)
+        ledger.move(migration, event="canary", route={"epoch": 2})
+        assert 2.5 < ledger.seconds_to_settle("digits") <= 3, "a later move does not end the wait for the first row"
+        clock(3)
+        assert ledger.seconds_to_settle("digits") == 0
+
+    def test_clients_behind_are_those_that_may_still_answer_with_an_earlier_row(self, ledger, clock, dead_owner):
+        ledger.move(plan(ledger), stage="prepare", state="active", event="prepare", route=route())
+        elsewhere = "another host:1/7/"
+        ledger.report_client("digits", elsewhere + "a", name="search-1", epoch=1, ttl=5)
+        ledger.report_client("digits", elsewhere + "b", name="search-2", epoch=2, ttl=5)
+        ledger.report_client("digits", elsewhere + "c", name="batch", epoch=1, ttl=60)
+        ledger.report_client("digits", dead_owner, name="killed", epoch=1, ttl=60)
+
+        def behind(epoch: int) -> list[str]:
+            return [client.name for client in ledger.clients_behind("digits", epoch)]
+
+        assert behind(1) == []
+        assert behind(2) == ["batch", "search-1"]
+        assert behind(3) == ["batch", "search-1", "search-2"]
+        assert ledger.clients_behind("no such collection", 3) == []
+        ledger.report_client("digits", elsewhere + "a", name="search-1", epoch=2, ttl=5)
+        assert behind(2) == ["batch"], "one row a client, and its newest epoch"
+        clock(49)
+        assert behind(3) == ["batch", "search-1", "search-2"], "silent, it may be cut off from the ledger and answer on"
+        clock(2)
+        assert behind(3) == ["batch"]
+        ledger.forget_client("digits", elsewhere + "c")
+        assert behind(3) == []
+
+    def test_clients_that_did_not_close_are_removed_after_a_day(self, ledger, engine, clock):
+        ledger.move(plan(ledger), stage="prepare", state="active", event="prepare", route=route())
+        ledger.report_client("digits", "host/1/a", name="gone", epoch=1, ttl=5)
+        clock(86_500)
+        ledger.report_client("digits", "host/2/a", name="new", epoch=1, ttl=5)
+        with engine.connect() as connection:
+            assert connection.exec_driver_sql("SELECT client FROM migrator_clients").scalars().all() == ["new"]
+
+    # -- views for others ---------------------------------------------------------------------------------------------
+
+    def test_nobody_writes_through_a_view(self, ledger, engine):
+        open_backfill(ledger)
+        views = sa.inspect(engine).get_view_names()
+        assert sorted(views) == [f"migrator_{name}" for name in ("clients", "failures", "history", "progress", "route")]
+        for view in views:
+            for verb in (f"DELETE FROM {view}", f"UPDATE {view} SET migration = 'x'"):
+                with pytest.raises(exc.DBAPIError), engine.begin() as connection:
+                    connection.exec_driver_sql(verb)
 
     # -- schema -------------------------------------------------------------------------------------------------------
 
@@ -232,12 +289,24 @@ class LedgerSuite:
                     ),
                     {"migration": migration.id, "ordinal": ordinal, "upto": upto},
                 )
+            connection.execute(
+                sa.text(
+                    "INSERT INTO routes (collection, migration_id, epoch, query_encoder, query_collection, "
+                    "canary_percent, write_encoders, salt, phase, changed_at) VALUES ('digits', :migration, 7, :old, "
+                    "'digits', 0, '[]', 's', 'old', CURRENT_TIMESTAMP)"
+                ),
+                {"migration": migration.id, "old": OLD},
+            )
         monkeypatch.undo()
         with closing(Ledger(empty_url)) as new:
             assert [(chunk.upto_id, new.ids_of(chunk)) for chunk in new.chunks(migration.id)] == [
                 ('"7"', None), ("8", None)
             ]  # fmt: skip
             assert lease(new, migration, ME).ids is None
+            found = new.route("digits")
+            assert found is not None
+            assert (found.epoch, found.ttl) == (7, 5), "the ttl that clients had by default"
+            assert 3 < new.seconds_to_settle("digits") <= 5
         with engine.connect() as connection:
             assert connection.exec_driver_sql(f"SELECT version_num FROM {VERSION_TABLE}").scalar() == SCHEMA
         engine.dispose()

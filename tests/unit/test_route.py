@@ -1,12 +1,15 @@
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import logging
 import shutil
 import subprocess
 import sys
+import threading
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +18,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from migrator import route as module
-from migrator.errors import MigratorError, Refused, Unavailable
+from migrator.errors import MigratorError, Refused, Unavailable, UsageProblem
 from migrator.ledger import Ledger, Migration, Route
-from migrator.route import Choice, RouteClient, bucket, choose, current_route, describe, initial_route
+from migrator.route import AsyncRouteClient, Choice, RouteClient, bucket, choose, current_route, describe, initial_route
+from tests.unit.test_ledger import until
 
 KEYS = [f"user-{number}" for number in range(5_000)]
 
@@ -109,7 +113,11 @@ def test_the_first_route_is_as_before_the_migration():
     route = Route(collection="digits", **{**columns, "epoch": 8, "migration_id": 1})
     assert {choose(route, key) for key in KEYS[:1000]} == {Choice("old", "digits", 8)}
     assert route.write_encoders == ["old"]
-    assert set(describe(route)) == set(Route.__table__.columns.keys()) - {"migration_id", "changed_at"} | {"writes"}
+    assert set(describe(route)) == set(Route.__table__.columns.keys()) - {
+        "migration_id",
+        "changed_at",
+        "settled_at",
+    } | {"writes"}
 
 
 # --- the client ------------------------------------------------------------------------------------------------------
@@ -137,11 +145,15 @@ def clock(monkeypatch) -> list[float]:
     return now
 
 
-def prepare(ledger: Ledger) -> Migration:
+def prepare(ledger: Ledger, *, ttl: float | None = None) -> Migration:
     migration = ledger.migration("digits-v2")
     assert migration is not None
     return ledger.move(
-        migration, stage="prepare", state="active", event="prepare", route=initial_route(migration, salt="s", epoch=0)
+        migration,
+        stage="prepare",
+        state="active",
+        event="prepare",
+        route=initial_route(migration, salt="s", epoch=0, ttl=ttl),
     )
 
 
@@ -199,6 +211,141 @@ def test_the_client_keeps_what_it_knew_when_the_ledger_is_gone(ledger, clock, ca
     client.close()
 
 
+def test_the_ttl_is_the_routes_own(ledger, clock):
+    migration = prepare(ledger, ttl=20.0)
+    with RouteClient(str(ledger.url), "digits-v2") as client, RouteClient(str(ledger.url), "digits-v2", ttl=1) as quick:
+        to_canary(ledger, migration, 100.0, epoch=1)
+        clock[0] += 19.9
+        assert client.choose("k").epoch == 1
+        assert quick.choose("k").epoch == 2
+        clock[0] += 0.2
+        assert client.choose("k").epoch == 2
+
+
+def test_a_client_that_nobody_knows_keeps_no_row_for_longer_than_the_route_says(ledger):
+    prepare(ledger, ttl=2.0)
+    url = str(ledger.url)
+    with pytest.raises(UsageProblem, match=r"ttl 30 is longer than the 2 s of the route.*give it a name"):
+        RouteClient(url, "digits-v2", ttl=30)
+    with RouteClient(url, "digits-v2", ttl=30, name="search-1"):
+        (row,) = ledger.clients_behind("digits", 2)
+        assert (row.name, row.epoch, row.ttl) == ("search-1", 1, 30)
+    assert ledger.clients_behind("digits", 2) == []
+    for ttl in (-1, 3601, float("nan")):
+        with pytest.raises(UsageProblem, match="must be from 0 to 3600 seconds"):
+            RouteClient(url, "digits-v2", ttl=ttl)
+
+
+def test_a_named_client_reports_its_epoch_by_itself(ledger, monkeypatch):
+    """Also while nobody searches; then a wait for it ends."""
+    monkeypatch.setattr(module, "MIN_INTERVAL", 0.01)
+    migration = prepare(ledger, ttl=0.0)
+    with RouteClient(str(ledger.url), "digits-v2", ttl=0.03, name="search-1") as client:
+        to_canary(ledger, migration, 100.0, epoch=1)
+        until(lambda: [row.epoch for row in ledger.clients_behind("digits", 99)] == [2])
+        assert client.choose("k").encoder == "new"
+
+
+def test_a_named_client_searches_on_when_the_ledger_is_gone(ledger, monkeypatch, caplog):
+    monkeypatch.setattr(module, "MIN_INTERVAL", 0.01)
+    prepare(ledger, ttl=0.0)
+    path = Path(ledger.url.database or "")
+    client = RouteClient(str(ledger.url), "digits-v2", name="search-1")
+    ledger.close()
+    for file in path.parent.glob("migrator.db*"):
+        file.unlink()
+    path.mkdir()
+    with caplog.at_level(logging.WARNING):
+        until(lambda: "keeping the route of epoch 1" in caplog.text)
+        assert client.choose("k") == Choice("old", "digits", 1)
+        client.close()
+    assert "client search-1 could not be removed from the ledger" in caplog.text
+
+
+def test_no_thread_answers_with_a_row_that_is_too_old_while_another_reads(ledger, clock, monkeypatch):
+    migration = prepare(ledger)
+    client = RouteClient(str(ledger.url), "digits-v2")
+    to_canary(ledger, migration, 100.0, epoch=1)
+    reading, allowed = threading.Event(), threading.Event()
+    read = client._read
+
+    def slow_read() -> Route:
+        reading.set()
+        assert allowed.wait(20)
+        return read()
+
+    monkeypatch.setattr(client, "_read", slow_read)
+    clock[0] += 6
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(client.choose, "k")
+        assert reading.wait(20)
+        second = pool.submit(client.choose, "k")
+        allowed.set()
+        assert first.result(20).epoch == second.result(20).epoch == 2
+    client.close()
+
+
+def test_threads_do_not_wait_for_a_ledger_that_is_known_to_be_away(ledger, clock, monkeypatch):
+    prepare(ledger)
+    client = RouteClient(str(ledger.url), "digits-v2")
+    reading, allowed = threading.Event(), threading.Event()
+
+    def gone() -> Route:
+        raise Unavailable("gone")
+
+    def slow_and_gone() -> Route:
+        reading.set()
+        assert allowed.wait(20)
+        raise Unavailable("gone")
+
+    monkeypatch.setattr(client, "_read", gone)
+    clock[0] += 6
+    assert client.choose("k").epoch == 1
+    monkeypatch.setattr(client, "_read", slow_and_gone)
+    clock[0] += 6
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(client.choose, "k")
+        assert reading.wait(20)
+        assert client.choose("k").epoch == 1, "this thread does not wait for the other one's read"
+        allowed.set()
+        assert first.result(20).epoch == 1
+    client.close()
+
+
+def test_with_asyncio_the_loop_runs_while_the_row_is_read(ledger, clock, monkeypatch):
+    migration = prepare(ledger)
+    url = str(ledger.url)
+
+    async def search() -> None:
+        async with await AsyncRouteClient.open(url, "digits-v2") as client:
+            assert await client.choose("k") == Choice("old", "digits", 1)
+            assert await client.writes() == [Choice("old", "digits", 1)]
+            to_canary(ledger, migration, 100.0, epoch=1)
+            allowed, reads = threading.Event(), []
+            read = client._client._read
+
+            def slow_read() -> Route:
+                reads.append(threading.current_thread())
+                assert allowed.wait(20), "the loop was blocked"
+                return read()
+
+            monkeypatch.setattr(client._client, "_read", slow_read)
+            clock[0] += 6
+
+            async def allow() -> None:
+                allowed.set()
+
+            *found, _ = await asyncio.gather(*(client.choose("k") for _ in range(20)), allow())
+            assert found == [Choice("new", "digits", 2)] * 20
+            assert len(reads) == 1
+            assert reads[0] is not threading.main_thread()
+            assert (await client.route()).epoch == 2
+
+    asyncio.run(search())
+    with pytest.raises(Refused):
+        asyncio.run(AsyncRouteClient.open(url, "no-such"))
+
+
 def test_the_very_first_read_raises(tmp_path, ledger):
     with pytest.raises(Unavailable):
         RouteClient(f"sqlite:///{tmp_path}/missing/migrator.db", "digits-v2")
@@ -216,7 +363,7 @@ def test_the_route_of_a_migration(ledger):
 
 def test_the_client_loads_nothing_heavy():
     code = (
-        "import sys; import migrator.route;"
+        "import sys; import migrator; migrator.RouteClient, migrator.AsyncRouteClient;"
         "heavy = {'torch', 'faiss', 'timm', 'pydantic', 'numpy', 'PIL', 'pyarrow', 'fsspec', 'alembic', 'click'};"
         "print(sorted(heavy & set(sys.modules)))"
     )
