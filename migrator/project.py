@@ -201,7 +201,12 @@ class Project:
         if self.settings.train is None or (new.weights is not None and not self._keeps_artifacts_here()):
             return None
         runs = [run for run in list_runs(self.training_folder()) if (run.folder / "encoder.safetensors").is_file()]
-        migration = self.ledger.migration(self.name) if len(runs) > 1 else None
+        if not runs:
+            return None
+        migration = self.ledger.migration(self.name)
+        if migration is None or migration.state not in ("active", "rolling_back"):
+            # Who declares another architecture wants to plan and train that one, beside the others.
+            runs = [run for run in runs if self._why_other_than_declared(run.folder / "encoder.safetensors") is None]
         candidate = None if migration is None else migration.new_encoder_id
         weights = [run.folder / "encoder.safetensors" for run in runs if run.encoder == candidate]
         weights += [run.folder / "encoder.safetensors" for run in runs if run.run == DEFAULT_RUN]
@@ -222,6 +227,11 @@ class Project:
         card = read_card(folder / "encoder.safetensors")
         migration = self.migration()
         assert card is not None
+        if (why := self._why_other_than_declared(folder / "encoder.safetensors")) is not None:
+            raise Refused(
+                f"run {run}: {why}: declare new_encoder as it was trained, then `migrator plan {self.name}` and again "
+                f"`migrator verify {self.name} --run {run}`"
+            )
         if card.id == migration.new_encoder_id:
             return
         if migration.state != "planned":
@@ -232,6 +242,21 @@ class Project:
             )
         self.ledger.save_encoder(card.id, card.to_json())
         self.ledger.set_new_encoder(migration.id, card.id)
+
+    def _why_other_than_declared(self, weights: Path) -> str | None:
+        """What differs between new_encoder and a trained encoder; None where it is as declared, or has no manifest."""
+        from trainer.encoder import read_card, require_same_declaration
+        from trainer.errors import EncoderMismatch, EncoderProblem
+
+        try:
+            card = read_card(weights)
+            if card is not None:
+                require_same_declaration(self._spec(self.settings.new_encoder, weights), card)
+        except EncoderMismatch as mismatch:
+            return str(mismatch)
+        except EncoderProblem:  # a damaged manifest: told where the encoder is loaded
+            return None
+        return None
 
     @staticmethod
     def _is_mapped(weights: Path) -> bool:

@@ -286,7 +286,7 @@ def load_encoder(spec: EncoderSpec, *, expected: Card | None = None, device: str
     _require_dim(spec)
     card = expected or (read_card(spec.weights) if spec.weights else None)
     if card is not None:
-        _require_same_declaration(spec, card)
+        require_same_declaration(spec, card)
     target = _device(device)
     model, taken = _load_model(spec, target)
     return _checked(model, spec, card, target, taken)
@@ -300,7 +300,7 @@ def load_base(spec: EncoderSpec, *, device: str = "auto") -> Encoder:
     card = read_card(spec.weights) if spec.weights else None
     if card is not None:
         spec = replace(spec, dim=card.dim)
-        _require_same_declaration(spec, card)
+        require_same_declaration(spec, card)
     target = _device(device)
     model, taken = _load_model(spec, target, any_dim=True)
     if isinstance(model, MappedNet):
@@ -716,7 +716,8 @@ def _require_dim(spec: EncoderSpec) -> None:
         raise EncoderProblem(f"dim {spec.dim} must be from 1 to {_LARGEST_DIM}")
 
 
-def _require_same_declaration(spec: EncoderSpec, card: Card) -> None:
+def require_same_declaration(spec: EncoderSpec, card: Card) -> None:
+    """Raises EncoderMismatch where architecture, dim or preprocessing are not declared as the manifest has them."""
     for name, now, then in (("architecture", spec.arch, card.arch), ("dim", spec.dim, card.dim)):
         if now != then:
             raise EncoderMismatch(f"encoder {card.id}: its {name} is declared as {now!r}, but its card says {then!r}")

@@ -140,6 +140,38 @@ def test_two_candidates_side_by_side(trained: World, migrator: Migrator, capsys:
     assert migrator("verify", "--run", "../../elsewhere") == 2
 
 
+def test_two_candidates_of_two_image_sizes(
+    trained: World, migrator: Migrator, capsys: pytest.CaptureFixture[str]
+) -> None:
+    configure(trained, epochs=1)
+    assert migrator("plan") == 0
+    assert migrator("train") == 0
+    trained.configure(new_encoder__image_size=24)
+    assert migrator("plan") == 0  # the encoder of the first run is another one than is declared now
+    capsys.readouterr()
+    assert migrator("train") == 2
+    assert "new_encoder.image_size was 16 and is 24" in capsys.readouterr().err
+    assert migrator("train", "--run", "large") == 0
+    assert migrator("verify") == 0
+    with Project.open(trained.config) as project:
+        small, large = list_runs(project.training_folder())
+        assert project.migration().new_encoder_id == large.encoder != small.encoder
+    capsys.readouterr()
+    assert migrator("verify", "--run", "default") == 3
+    refused = capsys.readouterr().err
+    assert "image_size 24 instead of 16" in refused
+    assert "`migrator plan toys` and again `migrator verify toys --run default`" in refused
+    trained.configure(new_encoder__image_size=16)
+    assert migrator("plan") == 0
+    assert migrator("verify", "--run", "default") == 0
+    assert migrator("rollout", "--stage", "prepare") == 0
+    # Under way, another declaration is a changed plan and no other candidate.
+    trained.configure(new_encoder__image_size=24)
+    capsys.readouterr()
+    assert migrator("rollout", "--stage", "canary") == 3
+    assert "new_encoder.image_size: 16 -> 24" in capsys.readouterr().err
+
+
 def test_a_run_without_an_encoder_is_no_candidate(trained: World, migrator: Migrator) -> None:
     assert migrator("plan") == 0
     assert migrator("runs") == 0
