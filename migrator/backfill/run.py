@@ -88,7 +88,7 @@ def backfill(
 def _look(project: Project, migration: Migration, run: _Run, summary: Summary) -> Summary:
     """Looks at the collection after a run that wrote something; what it finds may pause the migration.
 
-    Also where an earlier run wrote and was killed before it looked.
+    Also where an earlier run wrote and was killed before its health check.
     """
     if run.encoder is None or not is_check_due(project, migration):
         return summary

@@ -83,7 +83,7 @@ wait_option = click.option(
     type=click.FloatRange(0),
     default=0.0,
     metavar="SECONDS",
-    help="Wait so long for a store that another process holds, such as a backfill run.",
+    help="How long to wait for a store that another process holds, such as a backfill run.",
 )
 
 

@@ -267,7 +267,7 @@ def _check_backfilled(project: Project, migration: Migration, options: Options) 
 
 
 def _check_what_was_written(project: Project, migration: Migration) -> None:
-    """Makes the check that comes after a backfill run, where the last run did not come to it. Refused if it fails."""
+    """Makes the health check that a backfill run still owes. Refused if it fails."""
     if not is_check_due(project, migration):
         return
     checked = catch_up_check(project, migration, project.new_encoder())

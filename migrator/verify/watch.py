@@ -81,7 +81,7 @@ def look(project: Project, migration: Migration, encoder: Encoder, written: Sequ
 
 
 def is_check_due(project: Project, migration: Migration) -> bool:
-    """Whether a backfill run wrote something and nothing was looked at since: it was killed in between, or could not.
+    """Whether a backfill run wrote something and no health check came after: it was killed in between, or could not.
 
     False where the configuration asks for no check.
     """
@@ -99,7 +99,7 @@ def is_check_due(project: Project, migration: Migration) -> bool:
 
 
 def catch_up_check(project: Project, migration: Migration, encoder: Encoder) -> Looked:
-    """The check that a run did not come to, with items drawn from all that is stored, under the last run's number."""
+    """The health check that a run did not make, on items drawn from all that is stored, in the last run's name."""
     with _served(project, migration) as store:
         sample = store.sample(project.settings.backfill.read_back, seed=project.settings.verify.seed)
     run = max(run.id for run in project.ledger.runs(migration.id) if run.items)
