@@ -1,8 +1,8 @@
 """The gate: a pure decision, from paired measurements to pass, fail or inconclusive, with reasons.
 
 Each bound is a column of a bootstrap over the queries (`migrator.verify.statistics`), in `lowest` one for each share of
-the backfill: the same queries are put to both searches, and whole classes of them are resampled. A bound holds where the
-whole interval does.
+the backfill: the same queries are put to both searches, and whole classes of them are resampled. A bound holds where
+the whole interval does.
 """
 
 from __future__ import annotations
