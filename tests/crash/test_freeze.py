@@ -222,6 +222,30 @@ def test_a_worker_that_is_cut_off_from_the_ledger_writes_nothing_after_a_rollbac
                 assert cut_off.wrong(cut_off.old) == 0
 
 
+@pytest.mark.timeout(600)
+def test_a_worker_that_is_cut_off_from_the_store_leaves_and_a_rollback_follows(
+    commands: tuple[Commands, Commands], first: World, tmp_path: Path, postgresql: str
+) -> None:
+    with prepared(first, tmp_path, postgresql, "in_place") as world, qdrant_process(version="1.15.0") as url:
+        target = ("127.0.0.1", int(url.rpartition(":")[2]))
+        with flaky_proxy(target) as proxy:
+            kind = QdrantOverRest(world, f"http://127.0.0.1:{proxy.port}")
+            kind.use()
+            world.configure(store__timeout=2)
+            cut_off = Frozen(commands, kind, 6)
+            cut_off.to_backfill("in_place")
+            caught = cut_off.catch()
+            proxy.cut()
+            if caught:
+                code = cut_off.worker.commands.wait(120.0)
+                assert code in (0, 4), f"the worker ended with {code}"
+            refused, _ = cut_off.other.commands.run(*cut_off.other.words("rollback"))
+            assert refused == 4, "the store does not answer"
+            proxy.heal()
+            cut_off.run("rollback")
+            assert cut_off.wrong(cut_off.old) == 0
+
+
 @pytest.mark.long
 @pytest.mark.timeout(7200)
 @pytest.mark.parametrize("ledger", ["postgresql", "sqlite"])
