@@ -864,6 +864,7 @@ class FaissStore:
         with self._writing:
             self._open = False
             if self._held is not None:
+                self._folder.remove_empty_folders()
                 self._held.release()
                 self._held = None
 

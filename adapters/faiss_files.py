@@ -261,6 +261,14 @@ class Folder:
                 raise
         return lock
 
+    def remove_empty_folders(self) -> None:
+        """Leaves nothing below `.migrator/` but files, as after a rollback. The lock itself stays: removed while another
+        process opens it, it would be no lock. Call with the lock.
+        """
+        for folder in (self.segments, self.stamps, self.changes, self.next):
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+
     def _holder(self) -> str:
         try:
             holder = json.loads((self.ours / "lock.json").read_bytes())

@@ -367,7 +367,9 @@ def test_the_published_index_can_be_read_by_whom_it_could_before(folder: Path) -
 def test_what_a_killed_writer_left_half_done_is_swept_away(folder: Path) -> None:
     open_folder(folder, write=True).close()
     ours = folder / ".migrator"
+    assert {path.name for path in ours.iterdir()} == {"lock", "lock.json"}, "no empty folders"
     for leftover in ("index.faiss.tmp", "original.tmp", "segments/0000000001.parquet.tmp", "stamps/7.parquet.tmp"):
+        (ours / leftover).parent.mkdir(exist_ok=True)
         (ours / leftover).write_bytes(b"half")
     open_folder(folder, write=True).close()
     assert not list(ours.rglob("*.tmp"))
