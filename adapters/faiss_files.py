@@ -262,8 +262,9 @@ class Folder:
         return lock
 
     def remove_empty_folders(self) -> None:
-        """Leaves nothing below `.migrator/` but files, as after a rollback. The lock itself stays: removed while another
-        process opens it, it would be no lock. Call with the lock.
+        """Leaves nothing below `.migrator/` but files. Call with the lock.
+
+        The lock's own file stays: removed while another process opens it, it would be no lock.
         """
         for folder in (self.segments, self.stamps, self.changes, self.next):
             with contextlib.suppress(OSError):
