@@ -533,15 +533,17 @@ class MilvusLite(Kind):
     def refusing(self, bad: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         from pymilvus import MilvusClient, MilvusException
 
-        upsert = MilvusClient.upsert
+        def refusing(write: Any) -> Any:
+            def refuse(client: Any, name: str, data: Sequence[Any], **options: Any) -> Any:
+                if any(row["id"] == bad for row in data):
+                    raise MilvusException(1100, "this row is too strange")
+                return write(client, name, data, **options)
 
-        def refuse(client: Any, name: str, data: Sequence[Any], **options: Any) -> Any:
-            if any(row["id"] == bad for row in data):
-                raise MilvusException(1100, "this row is too strange")
-            return upsert(client, name, data, **options)
+            return refuse
 
         with monkeypatch.context() as patch:
-            patch.setattr(MilvusClient, "upsert", refuse)
+            patch.setattr(MilvusClient, "upsert", refusing(MilvusClient.upsert))
+            patch.setattr(MilvusClient, "insert", refusing(MilvusClient.insert))
             yield
 
 
