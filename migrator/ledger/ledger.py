@@ -52,6 +52,9 @@ LOCK: dict[str, Any] = {"key_share": True}
 SECONDS = 10
 """How long a connection, a lock or an idle transaction of the PostgreSQL ledger may take."""
 
+IDLE_TRANSACTION = "25P03"
+"""PostgreSQL's code for a transaction that it ended because nothing came for `SECONDS`."""
+
 SPARE = 16
 """Further chunks that are looked at when the first free ones are lost to their late holders."""
 
@@ -227,6 +230,11 @@ class Ledger:
         except exc.DatabaseError as error:
             if isinstance(error, exc.IntegrityError):
                 raise
+            if getattr(error.orig, "sqlstate", None) == IDLE_TRANSACTION:
+                raise Unavailable(
+                    f"ledger {self}: this process was stopped in the middle of a transaction, which the server ended; "
+                    "run the command again"
+                ) from error
             raise UsageProblem(f"ledger {self}: {_reason(error)}; check that the URL names a ledger") from error
 
     def _revision(self, connection: Connection) -> str | None:

@@ -73,6 +73,24 @@ class TestOnPostgres(core.LedgerSuite):
             assert sa.inspect(connection).get_table_names() == ["alembic_version"]
         engine.dispose()
 
+    def test_a_transaction_of_a_process_that_was_stopped_is_ended(self, url, monkeypatch):
+        with monkeypatch.context() as short:
+            short.setattr(core.module, "SECONDS", 1)  # for the connection that is made now
+            stopped = Ledger(url)
+        with closing(stopped), closing(Ledger(url)) as other:
+            migration = core.open_backfill(other)
+
+            def stop_in_a_transaction() -> None:
+                with stopped._write() as session:
+                    session.get_one(core.module.Migration, migration.id, with_for_update=core.module.LOCK)
+                    assert core.lease(other, migration, this_process()) is not None, "its lock is free again"
+                    session.get_one(core.module.Migration, migration.id, populate_existing=True)
+
+            with pytest.raises(Unavailable, match="stopped in the middle of a transaction") as caught:
+                stop_in_a_transaction()
+            assert caught.value.exit_code == 4
+            assert stopped.migration(migration.name) is not None, "the command may be repeated"
+
     @pytest.mark.parametrize("minutes", [-10, 10])
     def test_leases_go_by_the_databases_clock_whatever_a_machine_says(self, url, monkeypatch, minutes):
         real = core.module.now
