@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
-from adapters.base import ItemId, StoreBusy, StoreUnavailable
+from adapters.base import ItemId, StoreBusy, StoreRejected, StoreUnavailable
 from migrator.backfill.chunks import cut_catch_up, cut_first_pass
 from migrator.backfill.leases import Leases
 from migrator.backfill.order import worst_first_ids
@@ -19,7 +19,7 @@ from migrator.backfill.throttle import Throttle
 from migrator.backfill.transfer import Transfer, open_transfer
 from migrator.errors import Refused, Unavailable
 from migrator.labels import label_of
-from migrator.ledger import BACKFILL_STAGES, Chunk, Ledger, Migration, this_process
+from migrator.ledger import BACKFILL_STAGES, Chunk, LeaseLost, Ledger, Migration, this_process
 from migrator.planning import check_fresh
 from migrator.project import Project
 from migrator.verify.watch import catch_up_check, is_check_due, look
@@ -185,6 +185,12 @@ class _Run:
                 self._cut()
                 ended = self._passes(encoder, images)
                 self.transfer.publish()
+        except StoreRejected as error:
+            # A rollback deletes the shadow under a run that was frozen or cut off meanwhile.
+            state = self.project.migration().state
+            if state == "active":
+                raise
+            raise LeaseLost(f"{self.project.name} is {state.replace('_', ' ')}: this run is over ({error})") from error
         finally:
             self.ledger.end_run(self.run_id, ended)
         return Summary(

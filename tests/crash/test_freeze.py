@@ -143,8 +143,8 @@ def running(first: World, folder: Path, version: str, ledger: str | None, strate
 def frozen_and_rolled_back(frozen: Frozen, strategy: str, trials: int) -> None:
     while frozen.frozen < trials:
         frozen.to_backfill(strategy)
+        shadow = frozen.other.migration().shadow  # before: a frozen process may hold a SQLite file
         hit = frozen.freeze()
-        shadow = frozen.other.migration().shadow
         frozen.run("rollback")
         if hit and frozen.worker.commands.running:
             frozen.thaw()
@@ -157,8 +157,8 @@ def frozen_and_taken_over(frozen: Frozen, strategy: str, trials: int) -> None:
     """The lease of the frozen worker ends, another one does its chunk and all others, and the cutover follows."""
     while frozen.frozen < trials:
         frozen.to_backfill(strategy)
+        shadow = frozen.other.migration().shadow  # before: a frozen process may hold a SQLite file
         hit = frozen.freeze()
-        shadow = frozen.other.migration().shadow
         code = 3
         while code == 3:  # stuck until the lease of the frozen one ends
             code, _ = frozen.other.commands.run(*frozen.other.words("backfill"))
