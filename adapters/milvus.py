@@ -1061,7 +1061,7 @@ class MilvusStore:
 
     def _write_whole(self, rows: list[Row]) -> dict[ItemId, str]:
         """Upserts rows with their keys, by the request that this server takes them with."""
-        if self._version().startswith(LITE_VERSION):
+        if self._connection.lite and self._version().startswith(LITE_VERSION):  # a server is not asked for each write
             # Its upsert keeps dynamic fields that a row had before; its insert replaces the row of the same key.
             return self._send("insert", rows)
         if not self._auto_id or (how := self._given_keys.written_by) == "upsert":
