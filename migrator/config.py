@@ -250,16 +250,17 @@ class FaissStore(Store):
     )
 
     kind: Literal["faiss"]
+    """A FAISS index with Parquet files."""
     index: LocalPath | None = None
-    """In place of `path`: the file of the index."""
+    """The index file; instead of `path`, together with `items`."""
     items: LocalFiles | None = None
-    """In place of `path`: the Parquet files of the items, a name or pattern, or a list of them. The files of a pattern
-    are in the order of their names."""
+    """The Parquet files of the items, instead of `path`: a name, a pattern such as `"./metadata/*.parquet"`, or a list
+    of these. The files of a pattern are in the order of their names."""
     vectors: LocalFiles | None = None
-    """The .npy files with the exact vectors that the index was built from, in the order of the items. Old vectors are
-    then read from there where the index keeps approximations."""
+    """`.npy` files with the exact vectors that the index was built from, in the order of the items. If the index stores
+    approximations, old vectors are read from these files."""
     path: LocalPath | None = Field(None, validate_default=True)
-    """The folder."""
+    """The folder with `index.faiss` and `items.parquet`, or a symbolic link to it."""
 
     @field_validator("path")
     @classmethod
@@ -284,19 +285,22 @@ class MilvusStore(Store):
     """A collection of a Milvus server, or of a Milvus Lite file."""
 
     kind: Literal["milvus"]
+    """A Milvus server or a Milvus Lite file."""
     uri: Annotated[Text, AfterValidator(_location)]
-    """http(s)://host:port of a server, or the file of a Milvus Lite."""
+    """`http://host:19530` of a server, or the path of a Milvus Lite file."""
     token: Text | None = None
+    """`user:password`, or an API key."""
     database: Text | None = None
+    """Name of the database; without it the server's default database."""
     collection: Text
-    """Name or alias."""
+    """Name or alias of the collection."""
     vector: Text | None = None
-    """The vector field; needed where there are several."""
+    """The vector field; required if there are several."""
     timeout: Annotated[int, Field(ge=1, le=3600)] = 30
     """Seconds for one request."""
     auto_id_in_shadow: Literal["keep_keys"] | None = None
-    """Of a collection that makes its own keys (`auto_id`), where its server writes no row with a given one: the shadow
-    keeps the keys and makes none, and the application gives every new row its key from then on."""
+    """For a collection that generates its own keys (`auto_id`), on a server that does not accept rows with a given key:
+    the shadow keeps the keys and generates none, and the application supplies the key of every new row from then on."""
 
     def settings(self) -> dict[str, Any]:
         """As `Store.settings`, without what was not given."""
@@ -307,21 +311,23 @@ class QdrantStore(Store):
     """A collection of a Qdrant server, or of a local folder."""
 
     kind: Literal["qdrant"]
+    """A Qdrant server, a local folder or a Qdrant Edge folder."""
     url: Text | None = None
-    """http(s)://host:port of a server."""
+    """`http://host:6333` of a server."""
     path: LocalPath | None = None
-    """Folder of a local Qdrant, in place of `url`."""
+    """A local folder, instead of `url`."""
     engine: Literal["local", "edge"] | None = None
-    """What opens the folder: the client's own local mode, unless given, or qdrant-edge, the engine of the server."""
+    """What opens the folder: `local`, the local mode of the client (default), or `edge`, the engine of the server."""
     api_key: Text | None = None
+    """API key of the server."""
     grpc: bool | None = None
-    """Speak gRPC, which is faster, where the server has its port open."""
+    """Use gRPC, which is faster, if the server has its gRPC port open."""
     grpc_port: Annotated[int | None, Field(ge=1, le=65535)] = None
-    """The server's port for gRPC, where it is not 6334."""
+    """The gRPC port if it is not 6334."""
     collection: Text
-    """Name or alias."""
+    """Name or alias of the collection."""
     vector: Text | None = None
-    """The vector's name; needed where there are several."""
+    """Name of the vector; required if there are several."""
     timeout: Annotated[int, Field(ge=1, le=3600)] = 30
     """Seconds for one request."""
 
@@ -340,7 +346,7 @@ class OtherStore(Store):
         StringConstraints(pattern=r"^[a-z][a-z0-9_-]{0,62}$"),
         Field(json_schema_extra={"not": {"enum": ["faiss", "milvus", "qdrant"]}}),
     ]
-    """The adapter's name."""
+    """Name of an adapter that another package provides."""
     path: LocalPath | None = None
     """Folder of an embedded store."""
 
@@ -363,11 +369,12 @@ class Images(Section):
     """Where the images lie that the items were made from."""
 
     uri: Template = "{path}"
-    """An image's place below `root`, with payload fields and {id} in braces."""
+    """An image's path below `root`: a template over payload fields and `{id}`."""
     root: Location
-    """Local folder or fsspec URL. Nothing outside it is read."""
+    """A local folder, `https://host/folder/`, `s3://bucket/prefix` or another fsspec URL. Nothing outside it is
+    read."""
     max_pixels: Annotated[int, Field(ge=1)] = 100_000_000
-    """Larger images are refused before they are decoded."""
+    """Larger images are rejected before they are decoded."""
     timeout: Annotated[int, Field(ge=1, le=3600)] = 30
     """Seconds without a byte after which an HTTP or S3 server counts as unavailable. Over HTTP a whole file may take
     ten times as long."""
@@ -385,49 +392,53 @@ class Encoder(Section):
     arch: Text | None = None
     """Name of a timm architecture."""
     module: Annotated[str, AfterValidator(_factory)] | None = None
-    """`package.module:factory`: a function without parameters that returns the torch.nn.Module. It is run."""
+    """`package.module:factory`, instead of `arch`: a function without parameters that returns a `torch.nn.Module`. The
+    function is executed."""
     weights: Annotated[LocalPath | None, Field(validate_default=True)] = None
-    """.safetensors, or a .pt file that holds tensors only; alone, a .pt2 or .onnx file that is the whole model."""
+    """A checkpoint with tensors: `.safetensors`, `.pt`, `.pth`, `.ckpt` or `.bin`; without `arch` and `module` a `.pt2`
+    or `.onnx` file that is the whole model."""
     checkpoint_key: Text | None = None
-    """Which of several state dicts in `weights`: a key of the file, such as `state_dict_ema`, or keys and leading parts
-    of tensors' names, dotted."""
+    """Which of several state dicts in `weights` to load: a key of the file such as `state_dict_ema`, or keys and
+    leading parts of tensor names, joined by dots."""
     head: Literal["classifier", "none"] | None = None
-    """Of a plain timm state dict: what its classifier gives, or its pooled features. By default the classifier's
-    outputs where there are `dim` of them."""
+    """With `arch` and the weights of a timm model: the outputs of its classifier, or its pooled features (`none`). By
+    default the classifier's outputs if there are `dim` of them."""
     dim: Dim
-    """Length of its vectors."""
+    """Length of the encoder's vectors."""
     preprocessing: Literal["timm"] | None = None
-    """`timm`: what timm's data config says of `arch`. Keys below that are given go before it."""
+    """`timm`: the keys below as timm's data config has them for `arch`. Keys that are set take precedence."""
     transform: Annotated[str, AfterValidator(_factory)] | None = None
-    """`package.module:factory`: a function without parameters that returns a callable from a picture to a normalised
-    float tensor (3, height, width), in place of the keys from `mean` to `channels`. It is run."""
+    """`package.module:factory`: a function without parameters that returns a callable from a PIL image to a normalised
+    float tensor (3, height, width), instead of the keys from `mean` to `channels`. The function is executed."""
     image_size: Annotated[ImageSize | None, Field(validate_default=True)] = None
-    """Side of the square input, in pixels, or [height, width]. A `module` without it returns (module, transform)."""
+    """Side of the square input in pixels, or `[height, width]`; required without `preprocessing` and `transform`. A
+    `module` without it returns (module, transform)."""
     exif: Literal["apply", "ignore"] | None = None
-    """Turn the picture as the EXIF orientation of its file says (the default), or take it as it lies there."""
+    """Rotate the image by the EXIF orientation in its file (default), or leave it as stored, as `Image.open` does."""
     convert: Literal["scaled", "pil", "none"] | None = None
-    """To RGB: 16-bit and floating-point greys are scaled (the default), or all is as `Image.convert("RGB")` has it.
-    `none` leaves it to a transform."""
+    """Conversion to RGB: `scaled` scales 16-bit and floating-point greyscale to 8 bits (default), `pil` does what
+    `Image.convert("RGB")` does, `none` leaves it to a transform."""
     alpha: Annotated[Text, _shaped(f"{_COLOUR}|drop")] | None = None
-    """Colour below transparent pixels, white by default: white, black or "#rrggbb". `drop` takes their own colours."""
+    """Background colour of transparent pixels (default: white). `drop` ignores transparency, as `Image.convert("RGB")`
+    does."""
     mean: tuple[float, float, float] | None = None
-    """Subtracted from the channels, which run from 0 to 1. By default ImageNet's."""
+    """Subtracted from the channels, which range from 0 to 1 (default: ImageNet's)."""
     std: tuple[Positive, Positive, Positive] | None = None
-    """Divides the channels. By default ImageNet's."""
+    """Divides the channels (default: ImageNet's)."""
     resize: Literal["squash", "crop", "letterbox", "border"] | None = None
-    """Scale both sides to the input (the default); or keep the shape, and cut out the centre (`crop`), or pad with
-    `fill` (`letterbox`) or with the mean colour (`border`)."""
+    """Scale both sides to the input (`squash`, default); or keep the aspect ratio and crop the centre (`crop`), pad
+    with `fill` (`letterbox`), or pad with the mean colour (`border`)."""
     crop_pct: Annotated[float, Field(ge=0.1, le=2)] | None = None
-    """Scale to image_size divided by this, and cut out the centre, or pad where it is above 1. By default 1."""
+    """Scale to `image_size / crop_pct`, then crop the centre, or pad if it is above 1 (default: 1)."""
     fill: Annotated[Text, _shaped(_COLOUR)] | None = None
-    """Colour of the padding, black by default: white, black or "#rrggbb"."""
+    """Colour of the padding (default: black)."""
     interpolation: Literal["nearest", "bilinear", "bicubic", "lanczos", "box", "hamming"] | None = None
-    """By default bilinear."""
+    """Resampling filter (default: bilinear)."""
     antialias: bool | None = None
-    """Average over all pixels when a picture becomes smaller, as Pillow does (the default), or interpolate between the
-    nearest ones, as OpenCV's resize does."""
+    """Average over all pixels when an image is scaled down, as Pillow does (default), or interpolate between the
+    nearest ones, as OpenCV's `resize` does."""
     channels: Literal["rgb", "bgr"] | None = None
-    """The order in which the model takes them, and in which `mean` and `std` are given. By default rgb."""
+    """Channel order of the model's input, and of `mean` and `std` (default: rgb)."""
 
     @property
     def named(self) -> str:
@@ -596,7 +607,7 @@ class NewEncoder(Encoder):
     )
 
     pretrained: bool = False
-    """Begin with timm's pretrained weights, which are downloaded."""
+    """Start from timm's pretrained weights, which are downloaded."""
 
     @field_validator("pretrained")
     @classmethod
@@ -610,10 +621,11 @@ class ItemsFrom(Section):
     """Training images that no file lists."""
 
     source: Literal["store", "folders"] = Field(alias="from")
-    """`store`: the collection's own items. `folders`: every image below `images.root`, its class being the first
-    folder of its path."""
+    """`store`: the items of the collection. `folders`: every image below `images.root`; its class is the first folder
+    of its path."""
     label: Template | None = None
-    """With `store`: the class of an item, from its payload. Without it the images have no classes."""
+    """With `store`: the class of an item, from its payload; items without one are excluded. Without this key the images
+    have no labels."""
 
     @field_validator("label")
     @classmethod
@@ -630,82 +642,94 @@ class Train(Section):
         Annotated[LocalPath, Tag("<file>")] | Annotated[ItemsFrom, Tag("<from>")],
         Discriminator(lambda value: "<from>" if isinstance(value, Mapping | ItemsFrom) else "<file>"),
     ]
-    """CSV or Parquet file with the columns path and label, {from: store, label: "{field}"}, or {from: folders}."""
+    """CSV or Parquet file with the column `path` (below `images.root`) and, if there are labels, `label`; or `{from:
+    store, label: "{category}"}`, or `{from: folders}`."""
     method: Method = "advbct"
-    """`independent` ignores the old encoder: an upper bound, not a migration. `procrustes`, `ridge` and `residual_mlp`
-    train nothing but a map from the vectors of a new encoder that exists to the old ones."""
+    """`advbct`, `bct`, `lce`, `hot_refresh`, `independent` (an upper bound, not a migration), or a map behind a
+    finished encoder: `procrustes`, `ridge`, `residual_mlp`. `migrator train --method` overrides it."""
     epochs: Annotated[int, Field(ge=1, le=10_000)] = 10
+    """Passes over the training images."""
     batch_size: Annotated[int, Field(ge=2, le=65_536)] = 128
-    """Images that a step of the optimiser sees, over all processes."""
+    """Images per optimiser step, over all processes."""
     accumulate: Annotated[int, Field(ge=1, le=1024)] = 1
-    """Micro-batches that a step is cut into, to save memory."""
+    """Micro-batches per step, to save memory."""
     lr: Positive | None = None
     """Learning rate."""
     seed: Seed = 0
+    """Seed of all random numbers."""
     validation: Annotated[float, Field(ge=0, le=0.5)] = 0.1
-    """Share of the images that is held out; with 0 none is, and the last epoch is kept."""
+    """Share of the images that is held out. With 0 none is, and the last epoch is kept."""
     upper_bound: Annotated[float, Field(gt=0, le=1)] | None = None
-    """mAP@100 of an independent encoder's self-test, if known: P_1, which chooses the best epoch, is measured by it."""
+    """mAP@100 of an independent encoder's self-test, if known; P_1, which selects the best epoch, is measured against
+    it."""
     pseudo_classes: Annotated[int, Field(ge=2, le=10_000_000)] | None = None
-    """Where the items have no labels: so many classes, found by k-means over the old vectors."""
+    """For items without labels: number of classes to form by k-means over the old vectors."""
     class_balanced: bool = False
     """Draw all classes equally often, however many images they have."""
     flip: bool = False
-    """Mirror images at random; wrong for digits and writing."""
+    """Mirror images at random; wrong for digits and text."""
     arcface_scale: Positive | None = None
+    """Scale of the ArcFace classification loss."""
     arcface_margin: Annotated[float, Field(ge=0, lt=1.5)] | None = None
-    """In radians."""
+    """Margin of the ArcFace loss, in radians."""
     boundary_weight: NotNegative | None = None
+    """Weight of the elastic boundary, which keeps new vectors near their old class."""
     adversarial_weight: NotNegative | None = None
+    """Weight of the discriminator that tells old from new vectors."""
     anchor_weight: NotNegative | None = None
-    """`advbct`: of the contrast between an image's new and old vector."""
+    """`advbct`: weight of the contrast between an image's new and old vector."""
     radius_quantile: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Which quantile of a class's distances is its radius; 1 for the largest."""
     radius_limit: Annotated[float, Field(gt=0, le=2)] | None = None
     """T of the elastic boundary."""
     influence_weight: NotNegative | None = None
-    """`bct`: of the loss through the old classifier."""
+    """`bct`: weight of the loss through the old classifier."""
     old_classifier: LocalPath | None = None
-    """`bct`: the classifier.safetensors of the old encoder's training; class centres stand in for it."""
+    """`bct`: the `classifier.safetensors` of the old encoder's training. Without it class centres are used."""
     temperature: Positive | None = None
-    """Of the contrast (`hot_refresh`, and the anchor of `advbct`)."""
+    """Temperature of the contrast: `hot_refresh`, and the anchor of `advbct`."""
     reference: bool = False
-    """The published recipe, term for term."""
+    """The published recipe, term for term; it needs much data."""
     bf16: bool = False
-    """Train the encoder in bfloat16, on devices that are fast at it."""
+    """Train the encoder in bfloat16, on devices that support it well."""
     compile: bool = False
-    """Compile the encoder with torch.compile."""
+    """Compile the encoder with `torch.compile`."""
     trackers: list[Text] = []
-    """Accelerate's trackers that hear of losses and validation, such as tensorboard."""
+    """Accelerate trackers that receive losses and validation, such as `tensorboard` (`pip install
+    'advbct-migrator[tensorboard]'`)."""
     keep_checkpoints: Annotated[int, Field(ge=1, le=1000)] = 2
+    """Number of checkpoints to keep."""
     checkpoint_minutes: Positive = 10.0
-    """Time between checkpoints within an epoch; one is written at the end of each anyhow."""
+    """Minutes between checkpoints within an epoch; one is also written at the end of each epoch."""
     cache: LocalPath | None = None
-    """Folder of prepared images, which trainings share; in the artifacts folder unless given."""
+    """Folder of prepared images, shared by training runs (default: in the artifacts folder)."""
     cache_gib: Positive = 50.0
-    """Size that the cache may have."""
+    """Maximum size of the cache in GiB."""
     image_threads: Annotated[int, Field(ge=1, le=256)] = 4
+    """Threads that read and decode images."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Device to train on."""
 
 
 class Threshold(Section):
     """One more thing that must hold before queries are moved: a metric, its bound, and for whom."""
 
     metric: Annotated[Text, AfterValidator(_metric), _shaped(rf"{_METRIC}|{FLIPS}")]
-    """As `gate.metric`, or `negative_flips`."""
+    """As `gate.metric`, or `negative_flips`: the share of queries whose first result was relevant and is irrelevant
+    now."""
     min: Annotated[float | None, Field(ge=0, le=1)] = None
-    """The least value of the new search."""
+    """Minimum value of the new search."""
     max: Annotated[float | None, Field(ge=0, le=1)] = None
-    """The greatest value of the new search; for `negative_flips`, the share of queries that turn wrong."""
+    """Maximum value of the new search; for `negative_flips`, of the share."""
     min_gain: Annotated[float | None, Field(ge=-1, le=1)] = None
-    """The least gain over today's search, in the metric's own unit."""
+    """Minimum gain over the current search, in the metric's own unit."""
     min_ratio: Annotated[float | None, Field(gt=0, le=10, validate_default=True)] = None
-    """The least value of the new search as a share of today's."""
+    """Minimum value of the new search as a share of the current one."""
     segment: Text | None = None
-    """The segment whose queries are meant, as `verify.segment` makes them; `*` for each of them. All queries unless
-    given."""
+    """The segment to bound, as `verify.segment` names it; `"*"` for each segment (default: all queries)."""
     test: Literal["cross", "self", "lowest"] | None = None
-    """The search that is bounded: at the canary, after the backfill, or at the lowest point of the backfill. The one
-    that queries meet first where it is not given: `cross` in place, `self` with a shadow."""
+    """The search to bound: at the canary, after the backfill, or at the minimum during the backfill (default: the one
+    that is served first, `cross` in place and `self` with a shadow)."""
 
     @field_validator("min_ratio")
     @classmethod
@@ -728,12 +752,12 @@ class MinGain(Section):
     """The least gain of each test, where one number for all of them does not do."""
 
     cross: _Gain | None = None
-    """At the canary. 0 where it is not given."""
+    """Minimum gain at the canary (default: 0); in place only."""
     self: _Gain | None = None
-    """After the backfill. 0 where it is not given."""
+    """Minimum gain after the backfill (default: 0)."""
     lowest: _Gain | None = None
-    """At the lowest point of the backfill, whose ends are the cross-test and the self-test: the lower of these two
-    where it is not given."""
+    """Minimum gain at the minimum during the backfill, which is never above the cross-test and the self-test (default:
+    the lower of their two limits); in place only."""
 
     @field_validator("lowest")
     @classmethod
@@ -758,22 +782,24 @@ class Gate(Section):
     """What the new encoder must show before queries are moved to it."""
 
     metric: Annotated[Text, AfterValidator(_gate_metric), _shaped(_METRIC)] = "map@100"
-    """map@k, recall@k, precision@k, ndcg@k or mrr@k, with k up to 1000."""
+    """The metric that is compared, query by query: `map@k`, `recall@k`, `precision@k`, `ndcg@k` or `mrr@k`, k up to
+    1000."""
     confidence: Annotated[float, Field(ge=0.5, lt=1)] = 0.95
-    """Of the two-sided bootstrap interval, over all looks: each further question set or encoder that is verified gets
-    a smaller part of what is left to 1."""
+    """Confidence of the two-sided bootstrap interval, over all interim analyses: each further query set or encoder that
+    is verified gets a smaller part of the remaining error."""
     min_gain: Annotated[
         Annotated[_Gain, Tag("<number>")] | Annotated[MinGain, Tag("<each>")],
         Discriminator(lambda value: "<each>" if isinstance(value, Mapping | MinGain) else "<number>"),
     ] = 0.0
-    """The least gain over today's search, in the metric's own unit; negative accepts a loss. A number for every test,
-    or a mapping of tests."""
+    """Minimum gain over the current search in each default test, in the metric's own unit; a negative value accepts a
+    loss, which is then shown as accepted. One number, or a mapping of tests."""
     min_queries: Annotated[int, Field(ge=10)] = 30
-    """With fewer the result is inconclusive."""
+    """With fewer queries the result is inconclusive."""
     resamples: Annotated[int, Field(ge=100, le=1_000_000)] = 10_000
+    """Resamples of the bootstrap."""
     cluster: Literal["class", "query"] = "class"
-    """What is drawn again in the bootstrap. `class`: whole classes, which stand for classes yet to come. `query`:
-    queries, where the classes are all there are."""
+    """What the bootstrap resamples: whole classes (`class`), if more classes are yet to come, or single queries
+    (`query`), if the classes are all there are."""
     thresholds: Annotated[list[Threshold], Field(max_length=100)] = []
     """Further bounds; all must hold."""
 
@@ -786,63 +812,69 @@ class Verify(Section):
     """How old and new search are compared."""
 
     queries: LocalPath | None = None
-    """CSV or Parquet file with the columns path and label, or path and relevant (ids of the right answers). Without it
-    items of the collection are the queries."""
+    """CSV or Parquet file with the columns `path` (below `images.root`) and `label`, or `path` and `relevant` (list of
+    relevant ids), optionally with `grades`. Without it items of the collection are the queries, each excluded from its
+    own results."""
     label: Template | None = None
-    """The class of an item, from its payload: items of the same class are relevant. Without labels altered views of the
-    collection's images are searched for: weaker evidence."""
+    """The class of an item, from its payload: items of the same class are relevant. Without labels and `relevant`, the
+    queries are altered views of the collection's images: weaker evidence."""
     segment: Template | None = None
-    """A group that a query belongs to, from the file's columns or its item's payload; results are told for each."""
+    """A group that a query belongs to, from the file's columns or its item's payload; results are reported for each."""
     sample: Annotated[int, Field(ge=1, le=1_000_000)] = 500
-    """Queries at most, drawn evenly over the classes."""
+    """Maximum number of queries, drawn evenly over the classes."""
     gallery: Annotated[int, Field(ge=1, le=10_000_000)] = 10_000
-    """Items searched at most, drawn at random."""
+    """Maximum number of items to search, drawn at random."""
     seed: Seed = 0
+    """Seed of the draw."""
     upper_bound: Annotated[float | None, Field(gt=0, le=1)] = None
-    """`gate.metric` of the self-test of an encoder trained without regard to the old one, if known: P_up, P_comp and
-    P_1 are measured by it."""
+    """`gate.metric` of the self-test of an encoder trained independently of the old one; P_up, P_comp and P_1 are
+    measured against it."""
     gate: Gate = Gate()
+    """What the new encoder must show."""
     max_age: Annotated[Duration, Field(json_schema_extra={"default": "7d"})] = timedelta(days=7)
-    """An older result no longer opens a stage or a further step of the canary."""
+    """A number and `s`, `m`, `h` or `d`. An older result no longer opens a stage or a further canary step."""
 
 
 class Rollout(Section):
     """How the collection and its queries move."""
 
     strategy: Literal["in_place", "shadow"] = "in_place"
-    """`in_place` replaces the vectors where they lie; `shadow` fills a second collection and moves the queries."""
+    """`in_place` replaces the vectors in the collection; `shadow` fills a second collection and moves the queries."""
     canary: Annotated[
         list[Annotated[int, Field(ge=1, le=100)]], Field(min_length=1, max_length=100), AfterValidator(_canary)
     ] = [1, 10, 50, 100]
-    """Percent of the queries that the new encoder answers, step by step."""
+    """Percentages of the queries that the new encoder answers, step by step; they rise and end with 100."""
     route_ttl: Annotated[float, Field(ge=0, le=3600)] = 5.0
-    """Seconds for which an application may keep a row of the route. What earlier rows name is deleted, and what they
-    must not meet is written, only after that time. It is part of the route from `prepare` on."""
+    """Seconds for which an application may keep a row of the route. What earlier rows name is deleted, and in place no
+    new vector is written, until this time has passed. It is part of the route from `prepare` on."""
 
 
 class Backfill(Section):
     """How the stored images are embedded anew."""
 
     chunk_size: Annotated[int, Field(ge=1, le=1_000_000)] = 1000
-    """Items that are leased, written and reported together."""
+    """Items that are leased, written and reported together. A kill loses at most the work on the chunks in flight."""
     batch_size: Annotated[int, Field(ge=1, le=65_536)] = 64
-    """Images that pass through the encoder together."""
+    """Images that pass through the encoder together; also in `plan`, `verify` and `rollback`."""
     nice: Annotated[float, Field(ge=0, le=1000)] = 0.0
-    """Rest this many times as long as each batch took."""
+    """Rest this many times as long as each batch took: `1` uses half of the time."""
     lease: Annotated[int, Field(ge=5, le=86_400)] = 300
-    """Seconds after which a chunk of a silent process is taken over; twice the store's timeout at least."""
+    """Seconds after which a chunk of a silent process is taken over; a process that died on the same machine is noticed
+    at once. At least twice `store.timeout`."""
     image_threads: Annotated[int, Field(ge=1, le=256)] = 4
+    """Threads that read and decode images; also in `plan`, `verify` and `rollback`."""
     max_attempts: Annotated[int, Field(ge=1, le=100)] = 5
-    """Tries for a chunk that the store refuses, before it is listed as failed."""
+    """Attempts for a chunk that the store rejects, before it is listed as failed."""
     retry_for: Annotated[float, Field(ge=0, le=86_400)] = 60.0
-    """Seconds of trying again while a store or image source cannot be reached."""
+    """Seconds to retry while a store or image source is unavailable; also in `plan`, `verify` and `rollback`."""
     order: Literal["id", "worst_first"] = "id"
-    """`worst_first` begins with the items whose old vector lies farthest from the centre of its class, or, without
-    labels, of its cluster."""
+    """`worst_first` starts with the items whose old vector is farthest from the centroid of its class or, without
+    labels, of its cluster; fixed at the first run. In place only."""
     read_back: Annotated[int, Field(ge=0, le=100_000)] = 64
-    """Written items that are read over a fresh connection after each run, embedded again and compared; 0 leaves it."""
+    """Written items that are read over a new connection after each run, embedded again and compared; 0 disables the
+    check."""
     measure: bool = True
-    """Ask the questions of `verify` again after each run; a result below the gate pauses the backfill."""
+    """Run the queries of `verify` again after each run; a result below the gate pauses the backfill."""
 
 
 class Migration(Section):
@@ -855,17 +887,24 @@ class Migration(Section):
         | Annotated[OtherStore, Tag("<other>")],
         Discriminator(_store_kind),
     ]
+    """Where the collection is stored."""
     images: Images
+    """Where its images are stored."""
     old_encoder: Annotated[
         Annotated[Literal["stored"], BeforeValidator(_stored), Tag("<stored>")] | Annotated[OldEncoder, Tag("<model>")],
         Discriminator(lambda value: "<model>" if isinstance(value, Mapping | OldEncoder) else "<stored>"),
     ]
-    """`stored`: there is no model, only the vectors that lie in the collection."""
+    """The encoder that made the stored vectors, or `stored` if its model is not available."""
     new_encoder: NewEncoder
+    """The encoder to move to. With `in_place` it has the same `dim`."""
     train: Annotated[Train | None, Field(validate_default=True)] = None
+    """How to train it; required unless `new_encoder.weights` is set or the new encoder is finished."""
     verify: Verify
+    """How old and new search are compared."""
     rollout: Annotated[Rollout, Field(validate_default=True)] = Rollout()
+    """How queries move to the new encoder."""
     backfill: Annotated[Backfill, Field(validate_default=True)] = Backfill()
+    """How stored images are re-embedded."""
 
     @field_validator("backfill")
     @classmethod
@@ -951,12 +990,15 @@ class Config(Section):
     """A whole `migrations.yaml`."""
 
     version: Literal[1]
-    """Of this file's format."""
+    """Version of the file format."""
     ledger: Annotated[Text, AfterValidator(_ledger)] = Field("sqlite:///migrator.db", validate_default=True)
-    """Database URL; a relative SQLite file lies beside this file."""
+    """Database that keeps the progress: `sqlite:///file.db`, or `postgresql+psycopg://user:${PGPASSWORD}@host/database`
+    with the extra `postgres`. A relative SQLite path starts from the folder of this file."""
     artifacts: Location = Field("./artifacts", validate_default=True)
-    """Folder for plans, checkpoints, undo logs and reports."""
+    """Folder or fsspec URL for plans, checkpoints, trained encoders, undo logs and reports. Training needs a local
+    folder."""
     migrations: Annotated[dict[Name, Migration], Field(min_length=1)]
+    """The migrations by name, at least one."""
 
     _path: Path = PrivateAttr(default=Path("migrations.yaml"))
     _texts: dict[Place, str] = PrivateAttr(default_factory=dict)
