@@ -159,7 +159,7 @@ class Hits:
 
 @runtime_checkable
 class Store(Protocol):
-    """One collection of a vector store. Opened by `adapters.registry.open_store`.
+    """One collection of a vector store. Opened by `migrator.adapters.registry.open_store`.
 
     A store whose items may have several vectors also has `read_further(ids) -> Sequence[FurtherVectors] | None`: what
     the items have besides the vector that is migrated, empty for ids that no longer exist; None if the collection has

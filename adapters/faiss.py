@@ -27,7 +27,7 @@ from typing import IO, TYPE_CHECKING, Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from adapters.base import (
+from migrator.adapters.base import (
     Capabilities,
     CollectionInfo,
     Fence,
@@ -41,8 +41,8 @@ from adapters.base import (
     order_key,
     same_value,
 )
-from adapters.faiss_changes import ABSENT, Change, Changes
-from adapters.faiss_files import (
+from migrator.adapters.faiss_changes import ABSENT, Change, Changes
+from migrator.adapters.faiss_files import (
     Folder,
     Generation,
     Segment,
@@ -50,13 +50,13 @@ from adapters.faiss_files import (
     identity,
     make_folder,
 )
-from adapters.faiss_index import Index, row_checksums
-from adapters.faiss_items import Items, listed, write_parquet_like
-from adapters.faiss_originals import FEWEST, FITS, SAMPLE, Originals
-from adapters.faiss_payload import Row, fitting, joined, take
-from adapters.faiss_payload import rows as rows_of
-from adapters.files import Vanished, replace_link
-from adapters.vectors import as_batch, unusable
+from migrator.adapters.faiss_index import Index, row_checksums
+from migrator.adapters.faiss_items import Items, listed, write_parquet_like
+from migrator.adapters.faiss_originals import FEWEST, FITS, SAMPLE, Originals
+from migrator.adapters.faiss_payload import Row, fitting, joined, take
+from migrator.adapters.faiss_payload import rows as rows_of
+from migrator.adapters.files import Vanished, replace_link
+from migrator.adapters.vectors import as_batch, unusable
 
 if TYPE_CHECKING:
     import filelock

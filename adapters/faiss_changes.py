@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from adapters.base import ItemId, Vectors, order_key
-from adapters.faiss_payload import Row, rows
+from migrator.adapters.base import ItemId, Vectors, order_key
+from migrator.adapters.faiss_payload import Row, rows
 
 if TYPE_CHECKING:
     import pyarrow as pa

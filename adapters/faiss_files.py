@@ -36,12 +36,12 @@ from typing import IO, TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from adapters.base import ItemId, StoreBusy, StoreRejected, Vectors
-from adapters.faiss_changes import Change
-from adapters.faiss_index import Index, read_index
-from adapters.faiss_items import Items, read_items, read_parquet
-from adapters.faiss_originals import Originals, read_originals
-from adapters.files import sync_folder, translated
+from migrator.adapters.base import ItemId, StoreBusy, StoreRejected, Vectors
+from migrator.adapters.faiss_changes import Change
+from migrator.adapters.faiss_index import Index, read_index
+from migrator.adapters.faiss_items import Items, read_items, read_parquet
+from migrator.adapters.faiss_originals import Originals, read_originals
+from migrator.adapters.files import sync_folder, translated
 
 if TYPE_CHECKING:
     import filelock

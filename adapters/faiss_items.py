@@ -11,9 +11,9 @@ from typing import IO, TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from adapters.base import ItemId, StoreRejected
-from adapters.faiss_payload import joined
-from adapters.files import translated
+from migrator.adapters.base import ItemId, StoreRejected
+from migrator.adapters.faiss_payload import joined
+from migrator.adapters.files import translated
 
 if TYPE_CHECKING:
     import pyarrow as pa

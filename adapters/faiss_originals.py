@@ -10,9 +10,9 @@ from typing import IO
 import numpy as np
 from numpy.typing import NDArray
 
-from adapters.base import StoreRejected, Vectors
-from adapters.faiss_items import listed
-from adapters.files import translated
+from migrator.adapters.base import StoreRejected, Vectors
+from migrator.adapters.faiss_items import listed
+from migrator.adapters.files import translated
 
 SAMPLE = 256
 """Vectors that are compared with those of the index, to find files in another order."""

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from adapters.base import StoreError, StoreRejected, StoreUnavailable, Vectors
+from migrator.adapters.base import StoreError, StoreRejected, StoreUnavailable, Vectors
 
 FLAT = ("IndexFlat", "IndexFlatIP", "IndexFlatL2")
 HNSW = ("IndexHNSWFlat", "IndexHNSWSQ", "IndexHNSWPQ")

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from adapters.base import Payload
+from migrator.adapters.base import Payload
 
 if TYPE_CHECKING:
     import pyarrow as pa

@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from adapters.base import StoreRejected, StoreUnavailable
+from migrator.adapters.base import StoreRejected, StoreUnavailable
 
 FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
 

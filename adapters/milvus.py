@@ -9,7 +9,7 @@ row either (in Milvus Lite no upsert does), and a stamp may outlive the vector t
 stamp carries the checksum of its vector and holds as long as that fits. Elsewhere whole rows are written anew, with
 the row as it was right before, and an application's write takes the stamp away.
 
-What is known of a Milvus Lite without asking it again is in `adapters.milvus_known`.
+What is known of a Milvus Lite without asking it again is in `migrator.adapters.milvus_known`.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import numpy as np
 
-from adapters import milvus_collection as like
-from adapters.base import (
+from migrator.adapters import milvus_collection as like
+from migrator.adapters.base import (
     Capabilities,
     CollectionInfo,
     Fence,
@@ -44,9 +44,9 @@ from adapters.base import (
     order_key,
     same_value,
 )
-from adapters.milvus_collection import Description, GivenKeys
-from adapters.milvus_known import Known
-from adapters.vectors import Contents, as_batch, contents, one_line, unusable
+from migrator.adapters.milvus_collection import Description, GivenKeys
+from migrator.adapters.milvus_known import Known
+from migrator.adapters.vectors import Contents, as_batch, contents, one_line, unusable
 
 if TYPE_CHECKING:
     from pymilvus import MilvusClient

@@ -13,8 +13,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
-from adapters.base import StoreError, StoreRejected
-from adapters.vectors import one_line
+from migrator.adapters.base import StoreError, StoreRejected
+from migrator.adapters.vectors import one_line
 
 Row = dict[str, Any]
 Call: TypeAlias = Callable[..., Any]

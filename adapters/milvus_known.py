@@ -16,8 +16,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from adapters.base import ItemId, order_key
-from adapters.vectors import Contents
+from migrator.adapters.base import ItemId, order_key
+from migrator.adapters.vectors import Contents
 
 REMEMBERED_BYTES = 1 << 27
 """Of vectors and payloads read last, for the comparison right before a write."""

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from adapters.base import (
+from migrator.adapters.base import (
     Capabilities,
     CollectionInfo,
     Fence,
@@ -40,7 +40,7 @@ from adapters.base import (
     order_key,
     same_value,
 )
-from adapters.vectors import as_batch, contents, one_line, unusable
+from migrator.adapters.vectors import as_batch, contents, one_line, unusable
 
 if TYPE_CHECKING:
     from qdrant_client import QdrantClient
@@ -73,7 +73,7 @@ def open_store(config: Mapping[str, Any], *, write: bool) -> Store:
     if not isinstance(config.get("collection"), str):
         raise StoreRejected("a qdrant store needs `collection`, a collection's name or alias")
     if "engine" in config and config["engine"] != "local":
-        from adapters import qdrant_edge
+        from migrator.adapters import qdrant_edge
 
         return qdrant_edge.open_store(config, write=write)
     connection = _connect(config)

@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from adapters.base import (
+from migrator.adapters.base import (
     Capabilities,
     CollectionInfo,
     Fence,
@@ -47,8 +47,8 @@ from adapters.base import (
     order_key,
     same_value,
 )
-from adapters.files import FORBIDDEN, replace_link, sync_folder, translated
-from adapters.qdrant import (
+from migrator.adapters.files import FORBIDDEN, replace_link, sync_folder, translated
+from migrator.adapters.qdrant import (
     DATATYPES,
     METRICS,
     STAMP,
@@ -59,7 +59,7 @@ from adapters.qdrant import (
     plain_vector,
     with_stamp,
 )
-from adapters.vectors import as_batch, contents, one_line, unusable
+from migrator.adapters.vectors import as_batch, contents, one_line, unusable
 
 if TYPE_CHECKING:
     from qdrant_edge import EdgeShard, Filter, Record

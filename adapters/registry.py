@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, cast
 
-from adapters.base import Store, StoreRejected
+from migrator.adapters.base import Store, StoreRejected
 
 GROUP = "migrator.stores"
 DISTRIBUTION = "advbct-migrator"

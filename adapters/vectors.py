@@ -7,7 +7,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from adapters.base import ItemId, Page, StoreRejected, Vectors
+from migrator.adapters.base import ItemId, Page, StoreRejected, Vectors
 
 Contents: TypeAlias = tuple[bytes, dict[str, Any]]
 """Vector and payload of an item."""

@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from trainer.losses.adversarial import GradientReversal, reversal_strength
-from trainer.old_space import OldSpace
+from migrator.trainer.losses.adversarial import GradientReversal, reversal_strength
+from migrator.trainer.old_space import OldSpace
 
 
 class Published(nn.Module):

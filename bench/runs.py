@@ -90,7 +90,7 @@ class Run:
 
 def fit_settings(method: str, seed: int, **chosen: Any) -> tuple[tuple[str, Any], ...]:
     """All settings of a training, those that are not `chosen` by their defaults."""
-    from trainer.settings import FitSettings
+    from migrator.trainer.settings import FitSettings
 
     # All data is trained on: the tests are of other images.
     chosen = {"validation": 0.0, "seed": seed, **chosen}
@@ -116,7 +116,7 @@ def split_of(run: Run) -> Split:
 
 def do(run: Run, device: str) -> float:
     """Trains or fits, tests, and writes the folder. Returns seconds."""
-    from trainer.errors import TrainerError
+    from migrator.trainer.errors import TrainerError
 
     began = time.monotonic()
     RUNS.mkdir(parents=True, exist_ok=True)
@@ -140,11 +140,11 @@ def do(run: Run, device: str) -> float:
 
 def trained(run: Run, folder: Path, device: str, result: dict[str, Any]) -> NDArray[np.float32]:
     """Trains by `fit`. The vectors of the test rows; a run that others build on also leaves its encoder."""
-    from trainer.data import TrainingItems
-    from trainer.encoder import EncoderSpec, Preprocessing, load_encoder
-    from trainer.fit import fit
-    from trainer.images import ImageSource
-    from trainer.settings import FitSettings
+    from migrator.trainer.data import TrainingItems
+    from migrator.trainer.encoder import EncoderSpec, Preprocessing, load_encoder
+    from migrator.trainer.fit import fit
+    from migrator.trainer.images import ImageSource
+    from migrator.trainer.settings import FitSettings
 
     images = images_of(run.dataset)
     whole = split_of(run)
@@ -182,7 +182,7 @@ def memory_folder() -> str | None:
 
 def old_side(run: Run, rows: NDArray[np.int64]) -> Any:
     """The old vectors of the training images, as they lie in a collection; None for a run that has no old side."""
-    from trainer.old_space import stored_vectors
+    from migrator.trainer.old_space import stored_vectors
 
     if not run.builds_on:
         return None
@@ -200,8 +200,8 @@ def encoded(encoder: Any, images: Images, rows: NDArray[np.int64]) -> NDArray[np
 @cache
 def pixels_of(dataset: str, image_size: int) -> NDArray[np.uint8]:
     """Every image of a data set as an encoder takes it, (n, 3, S, S): made once, then a file for all runs."""
-    from trainer.encoder import Preprocessing
-    from trainer.images import ImageSource
+    from migrator.trainer.encoder import Preprocessing
+    from migrator.trainer.images import ImageSource
 
     images = images_of(dataset)
     file = images.root / f"{images.digest[:16]}-{image_size}px.npy"
@@ -219,7 +219,7 @@ def mapped(run: Run) -> NDArray[np.float32]:
     """The test vectors of an independent encoder, turned into the old space by a map fitted on the training images."""
     import torch
 
-    from trainer.maps import fit_map
+    from migrator.trainer.maps import fit_map
 
     old, new = run.builds_on
     fitted = fit_map(run.method, np.load(new.folder / "train.npy"), np.load(old.folder / "train.npy"), seed=run.seed)

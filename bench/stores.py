@@ -19,9 +19,9 @@ from typing import Any
 import numpy as np
 import yaml
 
-from adapters.registry import open_store
 from bench.backfill import DIM, EngineProject, open_backfill, run_whole
 from bench.parts import timed_parts
+from migrator.adapters.registry import open_store
 from migrator.demo_stores import STORES, Gallery
 
 BATCH = 5_000

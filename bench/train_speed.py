@@ -37,10 +37,10 @@ def step_of(kind: str, arch: str, image_size: int, device: str, *, fast: bool) -
     import torch.nn.functional as F
 
     from bench.published import Published
-    from trainer.augment import augmented, draw_views
-    from trainer.encoder import EncoderSpec, Preprocessing, build_model
-    from trainer.losses import LossSettings, build_objective
-    from trainer.old_space import measure_old_space
+    from migrator.trainer.augment import augmented, draw_views
+    from migrator.trainer.encoder import EncoderSpec, Preprocessing, build_model
+    from migrator.trainer.losses import LossSettings, build_objective
+    from migrator.trainer.old_space import measure_old_space
 
     torch.manual_seed(0)
     random = np.random.default_rng(0)

@@ -19,7 +19,7 @@ from migrator.planning import recommend
 from migrator.words import shown
 
 if TYPE_CHECKING:
-    from adapters.base import Capabilities, CollectionInfo, ItemId, Payload
+    from migrator.adapters.base import Capabilities, CollectionInfo, ItemId, Payload
 
 SAMPLE = 200
 """Items whose payloads are read to find the image field and the label field."""
@@ -52,9 +52,9 @@ def draft_config(settings: Mapping[str, Any], file: Path) -> Draft:
     """Opens the collection that `settings` (keys of `store:`, as they are to be written) describe, and drafts `file`.
 
     Reads the description and a sample of payloads; changes nothing. Raises ConfigProblem for settings that a file may
-    not hold, and what `adapters.registry.open_store` raises.
+    not hold, and what `migrator.adapters.registry.open_store` raises.
     """
-    from adapters.registry import open_store
+    from migrator.adapters.registry import open_store
 
     section = _mapping(settings)
     store = open_store(read_store(section, file).settings(), write=False)
@@ -94,7 +94,7 @@ def _columns(payloads: Sequence[Payload]) -> dict[str, list[Any]]:
 
 def _find_images(ids: Sequence[ItemId], payloads: Sequence[Payload], folder: Path) -> _Images:
     """The field that holds the image's place, and the folder that these places start from, where it can be told."""
-    from trainer.images import image_suffixes
+    from migrator.trainer.images import image_suffixes
 
     columns = {**_columns(payloads), "id": list(ids)}
     suffixes = tuple(image_suffixes())

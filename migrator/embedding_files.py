@@ -14,14 +14,14 @@ from numpy.typing import NDArray
 
 from migrator.encoding import embed
 from migrator.errors import UsageProblem
-from trainer.errors import ImageProblem
-from trainer.files import sync_folder
-from trainer.images import image_suffixes, open_file
+from migrator.trainer.errors import ImageProblem
+from migrator.trainer.files import sync_folder
+from migrator.trainer.images import image_suffixes, open_file
 
 if TYPE_CHECKING:
     from PIL import Image
 
-    from trainer.encoder import Encoder
+    from migrator.trainer.encoder import Encoder
 
 PART = 1024
 """Images that are embedded together: what an interrupted run to stdout loses at most."""

@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from migrator.retrying import patiently
-from trainer.errors import EncoderProblem, ImageProblem
+from migrator.trainer.errors import EncoderProblem, ImageProblem
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
     from PIL import Image
 
-    from trainer.encoder import Encoder
-    from trainer.images import ImageSource
+    from migrator.trainer.encoder import Encoder
+    from migrator.trainer.images import ImageSource
 
 
 class Images(Protocol):

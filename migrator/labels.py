@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, TypeAlias
 
 from migrator.errors import ConfigProblem
-from trainer.templates import NotText, parse
+from migrator.trainer.templates import NotText, parse
 
 if TYPE_CHECKING:
-    from adapters.base import ItemId, Payload
+    from migrator.adapters.base import ItemId, Payload
     from migrator.project import Project
 
 Tags: TypeAlias = tuple[str, ...]

@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from adapters.base import ItemId, Page, Payload, Store
+from migrator.adapters.base import ItemId, Page, Payload, Store
 from migrator.encoding import locate
 from migrator.stored_encoder import unit
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from trainer.images import ImageSource
+    from migrator.trainer.images import ImageSource
 
 PAGE = 5_000
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from adapters.base import Capabilities, CollectionInfo, ItemId, Payload, Store, StoreRejected
+from migrator.adapters.base import Capabilities, CollectionInfo, ItemId, Payload, Store, StoreRejected
 from migrator.agreement import as_kept_by, check_agreement
 from migrator.config import POST_HOC, ItemsFrom, OldEncoder
 from migrator.encoding import embed, locate
@@ -26,7 +26,7 @@ from migrator.verify.forecast import expected_quality, forecast, loss_risks
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from trainer.encoder import Encoder
+    from migrator.trainer.encoder import Encoder
 
 SAMPLE = 128
 """Stored items whose image is embedded again, to know the old encoder and the speed of the new one."""
@@ -424,7 +424,7 @@ class _New:
 
 def _new_or_untrained(project: Project) -> _New:
     """The new encoder; before training one of random weights, which is as fast."""
-    from trainer.encoder import untrained_encoder
+    from migrator.trainer.encoder import untrained_encoder
 
     spec = project.new_spec()
     if spec is not None:

@@ -21,10 +21,10 @@ from migrator.stored_encoder import StoredEncoder, is_stored
 from migrator.training_runs import DEFAULT_RUN, encoder_of, folder_of, list_runs
 
 if TYPE_CHECKING:
-    from adapters.base import ItemId, Store
-    from trainer.encoder import Encoder as LoadedEncoder
-    from trainer.encoder import EncoderSpec
-    from trainer.images import ImageSource
+    from migrator.adapters.base import ItemId, Store
+    from migrator.trainer.encoder import Encoder as LoadedEncoder
+    from migrator.trainer.encoder import EncoderSpec
+    from migrator.trainer.images import ImageSource
 
 
 class Project:
@@ -112,7 +112,7 @@ class Project:
 
         A store that cannot be opened is told at once; one that goes away later is waited for (`backfill.retry_for`).
         """
-        from adapters.registry import open_store
+        from migrator.adapters.registry import open_store
 
         store = open_store(self.settings.store.settings(), write=write)
         try:
@@ -145,7 +145,7 @@ class Project:
 
     def images(self) -> ImageSource:
         """Where the images of the items are."""
-        from trainer.images import ImageSource
+        from migrator.trainer.images import ImageSource
 
         images = self.settings.images
         return ImageSource(images.root, images.uri, max_pixels=images.max_pixels, timeout=images.timeout)
@@ -216,7 +216,7 @@ class Project:
 
     def choose_run(self, run: str) -> None:
         """Makes the encoder of a training run the candidate. Refused where it has none, or a migration is under way."""
-        from trainer.encoder import read_card
+        from migrator.trainer.encoder import read_card
 
         folder = self.training_folder(run)
         if self.settings.train is None or encoder_of(folder) is None:
@@ -245,8 +245,8 @@ class Project:
 
     def _why_other_than_declared(self, weights: Path) -> str | None:
         """What differs between new_encoder and a trained encoder; None where it is as declared, or has no manifest."""
-        from trainer.encoder import read_card, require_same_declaration
-        from trainer.errors import EncoderMismatch, EncoderProblem
+        from migrator.trainer.encoder import read_card, require_same_declaration
+        from migrator.trainer.errors import EncoderMismatch, EncoderProblem
 
         try:
             card = read_card(weights)
@@ -260,7 +260,7 @@ class Project:
 
     @staticmethod
     def _is_mapped(weights: Path) -> bool:
-        from trainer.encoder import read_card
+        from migrator.trainer.encoder import read_card
 
         card = read_card(weights)
         return card is not None and card.map is not None
@@ -302,7 +302,7 @@ class Project:
 
     def load_only(self, spec: EncoderSpec, expected_id: str | None = None, *, device: str = "auto") -> LoadedEncoder:
         """Loads an encoder as `load` does and writes nothing."""
-        from trainer.encoder import Card, load_encoder
+        from migrator.trainer.encoder import Card, load_encoder
 
         card = self.ledger.encoder_card(expected_id) if expected_id else None
         return load_encoder(spec, expected=Card.from_json(card) if card else None, device=device)
@@ -334,10 +334,10 @@ class Project:
         return spec, ids.get("new")
 
     def _spec(self, encoder: Encoder, weights: Path | None, *, pretrained: bool = False) -> EncoderSpec:
-        from trainer.backbones import MODULE
-        from trainer.encoder import EncoderSpec
-        from trainer.preprocessing import Preprocessing, timm_preprocessing
-        from trainer.transforms import learn_transform
+        from migrator.trainer.backbones import MODULE
+        from migrator.trainer.encoder import EncoderSpec
+        from migrator.trainer.preprocessing import Preprocessing, timm_preprocessing
+        from migrator.trainer.transforms import learn_transform
 
         given = encoder.given_preprocessing()
         if encoder.preprocessing == "timm" and encoder.arch is not None:

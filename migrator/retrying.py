@@ -9,8 +9,8 @@ from typing import Any, TypeVar, cast
 
 from tenacity import RetryCallState, Retrying, retry_if_exception_type, stop_before_delay, wait_exponential_jitter
 
-from adapters.base import Store, StoreUnavailable
-from trainer.errors import ImagesUnavailable
+from migrator.adapters.base import Store, StoreUnavailable
+from migrator.trainer.errors import ImagesUnavailable
 
 log = logging.getLogger(__name__)
 

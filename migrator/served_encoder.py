@@ -10,13 +10,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from migrator.project import Project
-from trainer.errors import EncoderProblem, ImageProblem
+from migrator.trainer.errors import EncoderProblem, ImageProblem
 
 if TYPE_CHECKING:
     from PIL import Image
 
-    from trainer.encoder import Encoder
-    from trainer.preprocessing import Preprocessing
+    from migrator.trainer.encoder import Encoder
+    from migrator.trainer.preprocessing import Preprocessing
 
 Picture: TypeAlias = Union[str, Path, bytes, bytearray, memoryview, "Image.Image", NDArray[Any]]
 """A file's path, a file's bytes, a decoded picture, or its pixels: (H, W, 3) RGB, uint8, or floating from 0 to 1."""
@@ -31,8 +31,8 @@ def load_encoder(
     encoder's id, as the route names it; by default the new one, if there is one. `device` is `auto`, `cpu`, `cuda` or
     `cuda:1`. Nothing is written, but the ledger's tables if it has none.
 
-    Raises `MigratorError` for the configuration or the ledger, `trainer.errors.EncoderProblem` where the encoder cannot
-    be loaded, and its subclass `EncoderMismatch` where it is not what it was.
+    Raises `MigratorError` for the configuration or the ledger, `migrator.trainer.errors.EncoderProblem` where the
+    encoder cannot be loaded, and its subclass `EncoderMismatch` where it is not what it was.
     """
     with Project.open(Path(config), name) as project:
         spec, expected = project.declared_encoder(which)
@@ -71,8 +71,8 @@ class ServedEncoder:
     def encode(self, images: Picture | Iterable[Picture]) -> NDArray[np.float32]:
         """(n, dim) float32 of unit length, a row for each image; one image alone is a batch of one.
 
-        Raises `trainer.errors.ImageProblem` for the first image that cannot be used, with its position and reason, and
-        `EncoderProblem` where the encoder gives one no usable vector.
+        Raises `migrator.trainer.errors.ImageProblem` for the first image that cannot be used, with its position and
+        reason, and `EncoderProblem` where the encoder gives one no usable vector.
         """
         rows = [self._encode(batch) for batch in self._batches(_as_pictures(images))]
         return np.concatenate(rows) if rows else np.empty((0, self.dim), np.float32)
@@ -110,7 +110,7 @@ class ServedEncoder:
     def _picture(self, image: Picture) -> Image.Image:
         from PIL import Image
 
-        from trainer.images import decode, open_file
+        from migrator.trainer.images import decode, open_file
 
         if isinstance(image, Image.Image):
             return image

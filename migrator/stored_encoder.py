@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from adapters.base import ItemId, Store, Vectors
+from migrator.adapters.base import ItemId, Store, Vectors
 from migrator.errors import Refused
 
 PROBES = 16

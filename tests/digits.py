@@ -11,7 +11,7 @@ import PIL.Image
 import torch
 from sklearn.datasets import load_digits
 
-from trainer.encoder import EncoderSpec, build_model, save_encoder
+from migrator.trainer.encoder import EncoderSpec, build_model, save_encoder
 
 
 def digits_with_old_encoder(folder: Path, count: int, spec: EncoderSpec) -> None:
@@ -29,5 +29,5 @@ def digits_with_old_encoder(folder: Path, count: int, spec: EncoderSpec) -> None
 def trainers() -> ForkServerContext:
     """Starts processes from one that has torch already; importing it anew each time would take most of a test."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["trainer.fit", "accelerate", "sklearn.datasets"])
+    context.set_forkserver_preload(["migrator.trainer.fit", "accelerate", "sklearn.datasets"])
     return context

@@ -18,8 +18,8 @@ import numpy as np
 import pytest
 import yaml
 
-from adapters.base import Store, StoreBusy
-from adapters.registry import open_store
+from migrator.adapters.base import Store, StoreBusy
+from migrator.adapters.registry import open_store
 from tests.world import DIM, World, embed_images
 
 
@@ -212,7 +212,7 @@ class QdrantFolder(Kind):
         return self.exclusive and isinstance(error, (RuntimeError, StoreBusy))
 
     def adapter(self) -> type[Any]:
-        from adapters.qdrant import QdrantStore
+        from migrator.adapters.qdrant import QdrantStore
 
         return QdrantStore
 
@@ -344,7 +344,7 @@ class QdrantEdge(Kind):
         return isinstance(error, (StoreBusy, BlockingIOError))
 
     def adapter(self) -> type[Any]:
-        from adapters.qdrant_edge import EdgeStore
+        from migrator.adapters.qdrant_edge import EdgeStore
 
         return EdgeStore
 
@@ -442,14 +442,14 @@ class FaissFolder(Kind):
         self.replace_content(content)
 
     def adapter(self) -> type[Any]:
-        from adapters.faiss import FaissStore
+        from migrator.adapters.faiss import FaissStore
 
         return FaissStore
 
     @contextmanager
     def refusing(self, bad: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         """There is no client in between: the check of vectors is what can refuse one item."""
-        from adapters import faiss
+        from migrator.adapters import faiss
 
         unusable = faiss.unusable
 
@@ -516,7 +516,7 @@ class MilvusLite(Kind):
     @contextmanager
     def searching(self) -> Iterator[Search]:
         """In the process that also migrates, which is the only one that may open the file."""
-        from adapters.milvus import Connection
+        from migrator.adapters.milvus import Connection
 
         kept = Connection({"uri": self.uri})  # the last one would end Milvus Lite under the client
         with self.client() as client:
@@ -525,7 +525,7 @@ class MilvusLite(Kind):
         kept.let_go()
 
     def adapter(self) -> type[Any]:
-        from adapters.milvus import MilvusStore
+        from migrator.adapters.milvus import MilvusStore
 
         return MilvusStore
 

@@ -56,7 +56,7 @@ class World:
 def make_world(folder: Path, *, items: int = 120, seed: int = 0) -> World:
     import torch
 
-    from trainer.encoder import EncoderSpec, Preprocessing, build_model, save_encoder
+    from migrator.trainer.encoder import EncoderSpec, Preprocessing, build_model, save_encoder
 
     folder.mkdir(parents=True, exist_ok=True)
     world = World(folder)
@@ -106,8 +106,8 @@ def save_images(folder: Path, names: Sequence[str], rng: np.random.Generator) ->
 
 def embed_images(world: World, which: str, names: Sequence[str]) -> np.ndarray:
     """Vectors of images by the old or the new encoder, outside of migrator's own machinery."""
-    from trainer.encoder import EncoderSpec, Preprocessing, load_encoder
-    from trainer.images import ImageSource
+    from migrator.trainer.encoder import EncoderSpec, Preprocessing, load_encoder
+    from migrator.trainer.images import ImageSource
 
     spec = EncoderSpec(
         arch=ARCH, dim=DIM, preprocessing=Preprocessing(image_size=SIZE), weights=world.folder / f"{which}.safetensors"

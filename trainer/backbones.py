@@ -32,8 +32,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from trainer.errors import EncoderProblem
-from trainer.torchvision_cpu import import_timm, import_torchvision
+from migrator.trainer.errors import EncoderProblem
+from migrator.trainer.torchvision_cpu import import_timm, import_torchvision
 
 MODULE = "module:"
 PROGRAMS = {"file:pt2": ".pt2", "file:onnx": ".onnx"}
@@ -159,7 +159,7 @@ def _highest(name: str, others: Collection[str]) -> str:
 
 Factory = Callable[[], Any]
 Transform = Callable[[Any], Any]
-"""A picture -> a tensor; see `trainer.transforms`."""
+"""A picture -> a tensor; see `migrator.trainer.transforms`."""
 
 _transforms: dict[Factory, Transform] = {}
 """What factories brought. Each image that is prepared asks for it."""

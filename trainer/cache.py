@@ -29,15 +29,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from trainer.data import LeftOut
-from trainer.errors import ImageProblem, TrainingProblem
-from trainer.files import sync_folder
-from trainer.preprocessing import fingerprint_image
-from trainer.run_folder import write_json
+from migrator.trainer.data import LeftOut
+from migrator.trainer.errors import ImageProblem, TrainingProblem
+from migrator.trainer.files import sync_folder
+from migrator.trainer.preprocessing import fingerprint_image
+from migrator.trainer.run_folder import write_json
 
 if TYPE_CHECKING:
-    from trainer.images import ImageSource
-    from trainer.preprocessing import Preprocessing
+    from migrator.trainer.images import ImageSource
+    from migrator.trainer.preprocessing import Preprocessing
 
 SHARD_BYTES = 2**28
 MOST_SHARDS = 256

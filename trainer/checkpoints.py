@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trainer.errors import EncoderProblem
+from migrator.trainer.errors import EncoderProblem
 
 State = dict[str, Tensor]
 

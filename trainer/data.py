@@ -14,15 +14,15 @@ from typing import TYPE_CHECKING, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from trainer.errors import ImageProblem, TableProblem, TrainingProblem
-from trainer.image_roots import is_safe
-from trainer.images import image_suffixes
-from trainer.tables import Header, Table, read_table
+from migrator.trainer.errors import ImageProblem, TableProblem, TrainingProblem
+from migrator.trainer.image_roots import is_safe
+from migrator.trainer.images import image_suffixes
+from migrator.trainer.tables import Header, Table, read_table
 
 if TYPE_CHECKING:
     import torch
 
-    from trainer.images import ImageSource
+    from migrator.trainer.images import ImageSource
 
 FEWEST_TO_HOLD_OUT = 3
 """A class with fewer images stays in training whole."""

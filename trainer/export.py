@@ -20,8 +20,8 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import nn
 
-from trainer.backbones import MODULE, PROGRAMS, Program, one_line, spoken
-from trainer.encoder import (
+from migrator.trainer.backbones import MODULE, PROGRAMS, Program, one_line, spoken
+from migrator.trainer.encoder import (
     PROBE_AGREEMENT,
     Encoder,
     EncoderSpec,
@@ -30,9 +30,9 @@ from trainer.encoder import (
     load_encoder,
     save_encoder,
 )
-from trainer.errors import EncoderMismatch, EncoderProblem
-from trainer.files import sync_folder
-from trainer.preprocessing import fingerprint_image
+from migrator.trainer.errors import EncoderMismatch, EncoderProblem
+from migrator.trainer.files import sync_folder
+from migrator.trainer.preprocessing import fingerprint_image
 
 if TYPE_CHECKING:
     from PIL import Image

@@ -25,11 +25,11 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from trainer import run_folder, validation
-from trainer.augment import augmented, draw_views
-from trainer.cache import open_pixels, pixel_key
-from trainer.data import LeftOut, TrainingItems, batches_ahead, epoch_rows
-from trainer.encoder import (
+from migrator.trainer import run_folder, validation
+from migrator.trainer.augment import augmented, draw_views
+from migrator.trainer.cache import open_pixels, pixel_key
+from migrator.trainer.data import LeftOut, TrainingItems, batches_ahead, epoch_rows
+from migrator.trainer.encoder import (
     Card,
     EmbeddingNet,
     Encoder,
@@ -40,16 +40,16 @@ from trainer.encoder import (
     save_encoder,
     save_mapped_encoder,
 )
-from trainer.errors import TrainingFailed, TrainingInterrupted, TrainingProblem
-from trainer.files import write_whole
-from trainer.images import ImageSource
-from trainer.inputs import Inputs, load_inputs
-from trainer.losses import METHODS, build_objective, old_is_missing
-from trainer.maps import POST_HOC, Map, fit_map
-from trainer.old_space import StoredVectors, measure_old_space
-from trainer.processes import accelerator, gathered, share_batch_statistics
-from trainer.settings import FitSettings
-from trainer.transforms import open_transform
+from migrator.trainer.errors import TrainingFailed, TrainingInterrupted, TrainingProblem
+from migrator.trainer.files import write_whole
+from migrator.trainer.images import ImageSource
+from migrator.trainer.inputs import Inputs, load_inputs
+from migrator.trainer.losses import METHODS, build_objective, old_is_missing
+from migrator.trainer.maps import POST_HOC, Map, fit_map
+from migrator.trainer.old_space import StoredVectors, measure_old_space
+from migrator.trainer.processes import accelerator, gathered, share_batch_statistics
+from migrator.trainer.settings import FitSettings
+from migrator.trainer.transforms import open_transform
 
 __all__ = ["FitResult", "FitSettings", "Progress", "fit", "follow"]
 
@@ -144,8 +144,8 @@ def fit(
 ) -> FitResult:
     """Trains an encoder of `spec` on the images, compatible with `old` if the method is, in run folder `out`.
 
-    Of the methods in `trainer.maps.POST_HOC` nothing is trained but a map from the vectors of `spec`, whose weights
-    are there already, to the old space.
+    Of the methods in `migrator.trainer.maps.POST_HOC` nothing is trained but a map from the vectors of `spec`, whose
+    weights are there already, to the old space.
 
     A run that was cut off continues at its last good checkpoint and gives what the uninterrupted run would have given
     (on the CPU, bit for bit); of a finished run the result is returned; where there is no run one starts. `restart`

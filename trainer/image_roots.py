@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 from urllib.parse import SplitResult, quote, unquote, urlsplit
 
-from trainer.errors import ImageProblem, ImagesUnavailable, TrainerError
+from migrator.trainer.errors import ImageProblem, ImagesUnavailable, TrainerError
 
 if TYPE_CHECKING:
     import httpx

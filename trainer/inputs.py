@@ -21,13 +21,13 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from trainer.cache import ImageCache, Pixels, open_pixels, pixel_key
-from trainer.data import LeftOut, TrainingItems, batches_ahead, held_out_split
-from trainer.encoder import Encoder, Preprocessing
-from trainer.errors import EncoderProblem, TrainingProblem
-from trainer.images import ImageSource
-from trainer.old_space import StoredVectors
-from trainer.run_folder import write_json
+from migrator.trainer.cache import ImageCache, Pixels, open_pixels, pixel_key
+from migrator.trainer.data import LeftOut, TrainingItems, batches_ahead, held_out_split
+from migrator.trainer.encoder import Encoder, Preprocessing
+from migrator.trainer.errors import EncoderProblem, TrainingProblem
+from migrator.trainer.images import ImageSource
+from migrator.trainer.old_space import StoredVectors
+from migrator.trainer.run_folder import write_json
 
 QUERY_LIMIT, GALLERY_LIMIT = 2_000, 20_000
 """Most held-out queries and gallery images that validation compares."""
@@ -351,7 +351,7 @@ def _pseudo_labels(
 ) -> tuple[NDArray[np.int64], list[str]]:
     """Labels (n,) by clustering the old vectors, and names for them. Noted, so that a resumed run has the same."""
     if noted.pseudo_classes is None:
-        from trainer.pseudo import default_k, pseudo_classes
+        from migrator.trainer.pseudo import default_k, pseudo_classes
 
         if old is None:
             raise TrainingProblem(

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from trainer.errors import TrainingProblem
+from migrator.trainer.errors import TrainingProblem
 
 POST_HOC = ("procrustes", "ridge", "residual_mlp")
 

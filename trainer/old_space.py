@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from trainer.errors import TrainingProblem
+from migrator.trainer.errors import TrainingProblem
 
 FEWEST_FOR_OUTLIERS = 4
 """Below this many images of a class its quartiles say nothing, and no distance is dropped as an outlier."""

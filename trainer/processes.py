@@ -16,8 +16,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from trainer.errors import TrainingProblem
-from trainer.torchvision_cpu import import_timm
+from migrator.trainer.errors import TrainingProblem
+from migrator.trainer.torchvision_cpu import import_timm
 
 LONGEST_WAIT = timedelta(days=2)
 """Others wait for the first process while it prepares images; if it dies, the launcher ends them all."""

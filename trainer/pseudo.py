@@ -7,7 +7,7 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
-from trainer.errors import TrainingProblem
+from migrator.trainer.errors import TrainingProblem
 
 ITERATIONS = 25
 MOST_PER_CENTRE = 64

@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
-from trainer.errors import TrainingProblem
-from trainer.files import write_whole
+from migrator.trainer.errors import TrainingProblem
+from migrator.trainer.files import write_whole
 
 _CHECKPOINT = re.compile(r"checkpoint-(\d{5})(?:-(\d{7}))?\.pt")
 LOCK_WAIT = 2.0

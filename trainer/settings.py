@@ -8,9 +8,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from trainer.errors import TrainingProblem
-from trainer.losses import METHODS, LossSettings
-from trainer.maps import POST_HOC
+from migrator.trainer.errors import TrainingProblem
+from migrator.trainer.losses import METHODS, LossSettings
+from migrator.trainer.maps import POST_HOC
 
 
 @dataclass(frozen=True, kw_only=True)

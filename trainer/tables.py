@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from trainer.errors import TableProblem
-from trainer.image_roots import one_line
-from trainer.templates import NotText, text_of
+from migrator.trainer.errors import TableProblem
+from migrator.trainer.image_roots import one_line
+from migrator.trainer.templates import NotText, text_of
 
 MAX_CELL = 1 << 24
 """Characters of a CSV cell."""

@@ -13,7 +13,7 @@ import threading
 from types import ModuleType
 from typing import Any
 
-from trainer.errors import EncoderProblem
+from migrator.trainer.errors import EncoderProblem
 
 _SCHEMAS = (
     "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from trainer.errors import EncoderProblem
-from trainer.image_roots import one_line
-from trainer.preprocessing import LARGEST_IMAGE, Preprocessing, fingerprint_image
+from migrator.trainer.errors import EncoderProblem
+from migrator.trainer.image_roots import one_line
+from migrator.trainer.preprocessing import LARGEST_IMAGE, Preprocessing, fingerprint_image
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -74,7 +74,7 @@ def transformed(name: str, picture: Image.Image, size: tuple[int, int]) -> NDArr
 
 
 def _transform(name: str, folder: Path | None = None) -> Callable[[Image.Image], Any]:
-    from trainer.backbones import call_transform_factory
+    from migrator.trainer.backbones import call_transform_factory
 
     return call_transform_factory(name, folder)
 

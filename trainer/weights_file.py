@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trainer.checkpoints import state_dicts
-from trainer.errors import EncoderProblem
+from migrator.trainer.checkpoints import state_dicts
+from migrator.trainer.errors import EncoderProblem
 
 _TORCH_MAGIC = b"\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19"
 """How a file begins, after its pickle protocol, that torch before 1.6 wrote."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Collection, Iterator, Sequence
 
-from adapters.base import ItemId, order_key
+from migrator.adapters.base import ItemId, order_key
 from migrator.backfill.transfer import Transfer
 from migrator.ledger import Ledger, Migration
 

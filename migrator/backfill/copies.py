@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from adapters.base import Capabilities, FurtherVectors, ItemId, Page, Payload, Sparse, Vectors
+from migrator.adapters.base import Capabilities, FurtherVectors, ItemId, Page, Payload, Sparse, Vectors
 from migrator.backfill.files import ChunkFiles
 
 if TYPE_CHECKING:

@@ -12,12 +12,12 @@ from typing import TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from adapters.base import ItemId, Payload, Store, Vectors
+from migrator.adapters.base import ItemId, Payload, Store, Vectors
 from migrator.errors import UsageProblem
 from migrator.old_vectors import scan
 from migrator.stored_encoder import unit
-from trainer.errors import TrainingProblem
-from trainer.pseudo import default_k, pseudo_classes
+from migrator.trainer.errors import TrainingProblem
+from migrator.trainer.pseudo import default_k, pseudo_classes
 
 Label: TypeAlias = Callable[[ItemId, Payload], str]
 """The class of an item; empty where it has none."""

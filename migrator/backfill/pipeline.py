@@ -20,18 +20,18 @@ from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 
-from adapters.base import ItemId, Payload, StoreRejected
+from migrator.adapters.base import ItemId, Payload, StoreRejected
 from migrator.backfill.transfer import Taken, Transfer
 from migrator.encoding import encode_batch
 from migrator.ledger import Chunk, Failure
 from migrator.retrying import patiently
-from trainer.errors import ImageProblem
+from migrator.trainer.errors import ImageProblem
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from trainer.encoder import Encoder
-    from trainer.images import ImageSource
+    from migrator.trainer.encoder import Encoder
+    from migrator.trainer.images import ImageSource
 
 
 Loaded: TypeAlias = "list[NDArray[np.uint8] | ImageProblem]"

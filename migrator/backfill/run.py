@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
-from adapters.base import ItemId, StoreBusy, StoreRejected, StoreUnavailable
+from migrator.adapters.base import ItemId, StoreBusy, StoreRejected, StoreUnavailable
 from migrator.backfill.chunks import cut_catch_up, cut_first_pass
 from migrator.backfill.leases import Leases
 from migrator.backfill.order import worst_first_ids
@@ -22,12 +22,12 @@ from migrator.labels import label_of
 from migrator.ledger import BACKFILL_STAGES, Chunk, LeaseLost, Ledger, Migration, this_process
 from migrator.planning import check_fresh
 from migrator.project import Project
+from migrator.trainer.errors import ImagesUnavailable
 from migrator.verify.watch import catch_up_check, is_check_due, look
-from trainer.errors import ImagesUnavailable
 
 if TYPE_CHECKING:
-    from trainer.encoder import Encoder
-    from trainer.images import ImageSource
+    from migrator.trainer.encoder import Encoder
+    from migrator.trainer.images import ImageSource
 
 Ended: TypeAlias = Literal["complete", "limit", "paused", "interrupted", "busy", "stuck"]
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
-from adapters.base import Capabilities, ItemId, Page, Store, Vectors, WriteReport
+from migrator.adapters.base import Capabilities, ItemId, Page, Store, Vectors, WriteReport
 from migrator.backfill.files import LogFiles
 from migrator.errors import Refused
 

@@ -16,7 +16,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from adapters.base import Fence, ItemId, Page, Store, WriteReport, order_key, with_further
+from migrator.adapters.base import Fence, ItemId, Page, Store, WriteReport, order_key, with_further
 from migrator.backfill.copies import BEGUN, Copies, Copy, CopyLog, digests
 from migrator.backfill.undo import OldVectors, UndoLog
 from migrator.ledger import Chunk, Ledger, Migration

@@ -108,8 +108,14 @@ def exit_code_of(error: Exception) -> int:
     """What the shell is told of an error: each layer raises its own kind, and this is where they meet."""
     if isinstance(error, MigratorError):
         return error.exit_code
-    from adapters.base import StoreBusy, StoreError, StoreUnavailable
-    from trainer.errors import EncoderMismatch, ImagesUnavailable, TrainerError, TrainingFailed, TrainingInterrupted
+    from migrator.adapters.base import StoreBusy, StoreError, StoreUnavailable
+    from migrator.trainer.errors import (
+        EncoderMismatch,
+        ImagesUnavailable,
+        TrainerError,
+        TrainingFailed,
+        TrainingInterrupted,
+    )
 
     if isinstance(error, StoreUnavailable | StoreBusy | ImagesUnavailable):
         return 4

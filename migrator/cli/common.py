@@ -92,7 +92,7 @@ def waiting(action: Callable[[], T], *, seconds: float, again: Callable[[], T] |
 
     Says once that it waits. Raises `StoreBusy` or `InUse` when the time is over.
     """
-    from adapters.base import StoreBusy
+    from migrator.adapters.base import StoreBusy
 
     until = monotonic() + seconds
     told = False

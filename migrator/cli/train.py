@@ -25,7 +25,7 @@ from migrator.errors import UsageProblem
 from migrator.training_runs import DEFAULT_RUN, is_cut_off
 
 if TYPE_CHECKING:
-    from trainer.fit import Progress
+    from migrator.trainer.fit import Progress
 
 METHODS = get_args(Method)
 TESTS = {
@@ -64,9 +64,9 @@ def command(
     a checkpoint and leaves with exit code 130, a second one leaves at once; the same command continues the run. On
     several GPUs or machines it is started by `torchrun ... -m migrator train` or `accelerate launch -m migrator train`.
     """
+    from migrator.trainer.errors import TrainingInterrupted
+    from migrator.trainer.processes import is_first_process, launched_together
     from migrator.training import train
-    from trainer.errors import TrainingInterrupted
-    from trainer.processes import is_first_process, launched_together
 
     if restart and (finish or resume):
         raise UsageProblem(f"--restart and --{'finish' if finish else 'resume'} exclude each other")

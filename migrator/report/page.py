@@ -18,8 +18,8 @@ from migrator.report import charts
 from migrator.report.facts import facts_of
 from migrator.report.thumbnails import Thumbnail, thumbnails
 from migrator.report.verdict import is_moved, meaning
+from migrator.trainer.files import write_whole
 from migrator.verify.verdicts import TITLES, finding_state, state_of
-from trainer.files import write_whole
 
 if TYPE_CHECKING:
     from jinja2 import Environment

@@ -8,13 +8,13 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from migrator.trainer.errors import ImageProblem, TrainerError
 from migrator.words import shown
-from trainer.errors import ImageProblem, TrainerError
 
 if TYPE_CHECKING:
     from PIL import Image
 
-    from trainer.images import ImageSource
+    from migrator.trainer.images import ImageSource
 
 SIDE = 96
 """Pixels of a thumbnail's longer side at most."""
@@ -40,7 +40,7 @@ def thumbnails(
 
     A source that cannot be reached is asked once: the others get the same reason without waiting for it.
     """
-    from trainer.preprocessing import Preprocessing
+    from migrator.trainer.preprocessing import Preprocessing
 
     upright = Preprocessing(SIDE)  # as a browser shows them, whatever an encoder makes of them
     wanted = list(dict.fromkeys(path for path in paths if isinstance(path, str)))

@@ -18,14 +18,14 @@ import json
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING
 
-from adapters.base import ItemId, Store, Vectors, order_key
+from migrator.adapters.base import ItemId, Store, Vectors, order_key
 from migrator.encoding import embed, locate
 from migrator.errors import Refused
 from migrator.ledger import Chunk, Migration
 from migrator.project import Project
 
 if TYPE_CHECKING:
-    from trainer.encoder import Encoder
+    from migrator.trainer.encoder import Encoder
 
 PAGE = 5_000
 NO_MODEL = "old_encoder is stored, there is no model; it keeps the new encoder's vector"

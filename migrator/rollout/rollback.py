@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from time import monotonic, sleep
 
-from adapters.base import ItemId, StoreBusy
+from migrator.adapters.base import ItemId, StoreBusy
 from migrator.errors import InUse, Refused
 from migrator.ledger import Migration
 from migrator.planning import check_same_collection

@@ -14,7 +14,7 @@ from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from adapters.base import ItemId, Page, Store, StoreError, StoreRejected, same_value
+from migrator.adapters.base import ItemId, Page, Store, StoreError, StoreRejected, same_value
 from migrator.backfill.copies import Copies, digests, further_digest
 from migrator.backfill.transfer import ITEMS, Shadow, open_transfer, read_whole, walk, whole_pages
 from migrator.encoding import embed, locate
@@ -25,7 +25,7 @@ from migrator.rollout.clients import Tell, wait_for_clients
 from migrator.route import initial_route
 
 if TYPE_CHECKING:
-    from trainer.encoder import Encoder
+    from migrator.trainer.encoder import Encoder
 
 NO_MODEL = "old_encoder is stored, there is no model; it lies in the shadow alone"
 NAMED = 3

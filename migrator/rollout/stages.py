@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from adapters.base import Store
+from migrator.adapters.base import Store
 from migrator.errors import Refused, UsageProblem
 from migrator.ledger import Migration, Plan, Route
 from migrator.planning import check_fresh, check_shadow, check_unmixed

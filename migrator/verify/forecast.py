@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from adapters.base import ItemId, Store, order_key
+from migrator.adapters.base import ItemId, Store, order_key
 from migrator.backfill.order import worst_first
 from migrator.encoding import embed, locate
 from migrator.labels import Tags
@@ -29,8 +29,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from migrator.config import Gate
-    from trainer.encoder import Encoder
-    from trainer.images import ImageSource
+    from migrator.trainer.encoder import Encoder
+    from migrator.trainer.images import ImageSource
 
 SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
 ITEMS = 256

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
-from adapters.base import Hits, ItemId, Payload, Store
+from migrator.adapters.base import Hits, ItemId, Payload, Store
 from migrator.backfill.transfer import walk
 from migrator.old_vectors import payloads
 from migrator.verify.metrics import Relevance, parse_metric, summarise

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from adapters.base import ItemId, Payload, Store
+from migrator.adapters.base import ItemId, Payload, Store
 from migrator.config import FLIPS, Gate
 from migrator.encoding import embed, locate
 from migrator.errors import Refused
@@ -27,6 +27,7 @@ from migrator.old_vectors import old_vectors
 from migrator.planning import check_fresh
 from migrator.project import Project
 from migrator.stored_encoder import unit
+from migrator.trainer.templates import NotText
 from migrator.verify.answers import Answers, write_answers
 from migrator.verify.asked import Asked, at_rows
 from migrator.verify.breakdown import examples, worst_groups
@@ -52,13 +53,12 @@ from migrator.verify.statistics import Interval, Sure, bootstrap
 from migrator.verify.verdicts import Test
 from migrator.verify.views import altered
 from migrator.verify.ways_on import situation_of, ways_on
-from trainer.templates import NotText
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from trainer.encoder import Encoder
-    from trainer.images import ImageSource
+    from migrator.trainer.encoder import Encoder
+    from migrator.trainer.images import ImageSource
 
 METRICS = ("map@100", "recall@1", "recall@5", "recall@10", "precision@10", "ndcg@10", "mrr@100")
 """Always measured, beside those that the gate names."""

@@ -18,21 +18,21 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeVar
 
 import numpy as np
 
-from adapters.base import ItemId, Payload, Store, order_key
+from migrator.adapters.base import ItemId, Payload, Store, order_key
 from migrator.backfill.files import LogFiles
 from migrator.encoding import locate
 from migrator.errors import ConfigProblem, Refused
 from migrator.labels import Tags, tags_of
 from migrator.ledger import Migration, now
 from migrator.project import Project
-from trainer.errors import ImageProblem, TableProblem
-from trainer.tables import Header, Table, read_table
-from trainer.templates import NotText, field_advice, fields_of, is_list, parse
+from migrator.trainer.errors import ImageProblem, TableProblem
+from migrator.trainer.tables import Header, Table, read_table
+from migrator.trainer.templates import NotText, field_advice, fields_of, is_list, parse
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from trainer.images import ImageSource
+    from migrator.trainer.images import ImageSource
 
 log = logging.getLogger(__name__)
 

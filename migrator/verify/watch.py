@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from adapters.base import ItemId, Store
+from migrator.adapters.base import ItemId, Store
 from migrator.agreement import SAME_ENCODER, as_kept_by, cosines
 from migrator.config import FLIPS, Gate
 from migrator.encoding import embed, locate
@@ -28,7 +28,7 @@ from migrator.verify.standing import looks
 from migrator.verify.verdicts import Test, amount
 
 if TYPE_CHECKING:
-    from trainer.encoder import Encoder
+    from migrator.trainer.encoder import Encoder
 
 WRONG_SHARE = 0.05
 """Share of the items read back from which on the backfill pauses. An application may replace an image or two in the

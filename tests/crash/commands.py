@@ -115,17 +115,17 @@ def serve() -> None:
     import sqlalchemy.dialects.postgresql.psycopg
     import sqlalchemy.dialects.sqlite  # noqa: F401
 
-    import adapters.milvus
-    import adapters.qdrant_edge  # noqa: F401
+    import migrator.adapters.milvus
+    import migrator.adapters.qdrant_edge
     import migrator.backfill.run
     import migrator.rollout.rollback
     import migrator.rollout.stages
-    import trainer.encoder
+    import migrator.trainer.encoder
     from migrator.cli import run
-    from trainer.torchvision_cpu import import_timm
+    from migrator.trainer.torchvision_cpu import import_timm
 
     import_timm()
-    del faiss, migrator, trainer
+    del faiss, migrator
     print(json.dumps("ready"), flush=True)
     child = 0
     for line in sys.stdin:

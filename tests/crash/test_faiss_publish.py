@@ -21,7 +21,7 @@ import faiss
 import numpy as np
 import pytest
 
-from adapters.base import Store
+from migrator.adapters.base import Store
 from tests.integration.stores.contract import payloads_of, unit_vectors
 from tests.integration.stores.galleries import Flavour, Gallery
 

@@ -8,10 +8,10 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from trainer import cache
-from trainer.cache import ImageCache
-from trainer.images import ImageSource
-from trainer.preprocessing import Preprocessing
+from migrator.trainer import cache
+from migrator.trainer.cache import ImageCache
+from migrator.trainer.images import ImageSource
+from migrator.trainer.preprocessing import Preprocessing
 
 pytestmark = pytest.mark.crash
 

@@ -11,8 +11,8 @@ from time import monotonic
 
 import pytest
 
-from adapters.base import StoreRejected, StoreUnavailable
-from adapters.registry import open_store
+from migrator.adapters.base import StoreRejected, StoreUnavailable
+from migrator.adapters.registry import open_store
 from migrator.project import Project
 from tests.crash.commands import Commands
 from tests.crash.test_stores import (

@@ -11,12 +11,12 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 
+from migrator.trainer import fit as fitting
+from migrator.trainer.data import read_items
+from migrator.trainer.encoder import EncoderSpec, Preprocessing, load_encoder
+from migrator.trainer.fit import FitSettings, Progress, fit
+from migrator.trainer.images import ImageSource
 from tests.digits import digits_with_old_encoder, trainers
-from trainer import fit as fitting
-from trainer.data import read_items
-from trainer.encoder import EncoderSpec, Preprocessing, load_encoder
-from trainer.fit import FitSettings, Progress, fit
-from trainer.images import ImageSource
 
 pytestmark = pytest.mark.crash
 

@@ -129,7 +129,7 @@ def normalised(image: Image.Image, mean: Sequence[float] = MEAN, std: Sequence[f
     """As torchvision's ToTensor and Normalize do it."""
     from torchvision.transforms import v2
 
-    from trainer.torchvision_cpu import import_timm
+    from migrator.trainer.torchvision_cpu import import_timm
 
     import_timm()  # torchvision needs help on some machines without CUDA
     import torch
@@ -155,7 +155,7 @@ def pictures() -> list[Image.Image]:
 
 
 def test_timms_transform_is_found_by_three_changes(gallery: Gallery) -> None:
-    from trainer.torchvision_cpu import import_timm
+    from migrator.trainer.torchvision_cpu import import_timm
 
     transform = import_timm().data.create_transform(
         (3, SIZE, SIZE), interpolation="bicubic", crop_pct=0.9, mean=MEAN, std=STD, crop_mode="center"
@@ -391,8 +391,8 @@ def test_a_transform_leaves_what_comes_before_it_to_the_keys(gallery: Gallery) -
 
 def test_a_manifest_that_records_another_declaration_is_named(gallery: Gallery) -> None:
     """The weights of an encoder that migrator trained have a file beside them that pins its preprocessing."""
+    from migrator.trainer.encoder import EncoderSpec, Preprocessing, load_encoder
     from tests.world import encoder_config
-    from trainer.encoder import EncoderSpec, Preprocessing, load_encoder
 
     world = gallery.world
     world.configure(old_encoder=encoder_config("old.safetensors"))
@@ -411,7 +411,7 @@ def test_a_manifest_that_records_another_declaration_is_named(gallery: Gallery) 
 def test_pooled_features_are_found_where_the_classifier_is_as_wide(gallery: Gallery) -> None:
     import torch
 
-    from trainer.torchvision_cpu import import_timm
+    from migrator.trainer.torchvision_cpu import import_timm
 
     timm = import_timm()
     width = timm.create_model("test_resnet", num_classes=0).num_features
@@ -435,7 +435,7 @@ def test_pooled_features_are_found_where_the_classifier_is_as_wide(gallery: Gall
 def test_the_other_weights_of_a_checkpoint_are_found(gallery: Gallery) -> None:
     import torch
 
-    from trainer.torchvision_cpu import import_timm
+    from migrator.trainer.torchvision_cpu import import_timm
 
     def network(seed: int) -> Any:
         torch.manual_seed(seed)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from adapters.base import StoreUnavailable
+from migrator.adapters.base import StoreUnavailable
 from migrator.backfill import run as backfill_run
 from migrator.project import Project
 from tests.integration.test_walk import to_stage

@@ -11,12 +11,12 @@ import PIL.Image
 import pytest
 import torch
 
-from trainer.data import TrainingItems, training_items
-from trainer.encoder import Encoder, EncoderSpec, Preprocessing, untrained_encoder
-from trainer.errors import EncoderProblem, TrainingProblem
-from trainer.images import ImageSource
-from trainer.inputs import Inputs, load_inputs
-from trainer.old_space import StoredVectors, stored_vectors
+from migrator.trainer.data import TrainingItems, training_items
+from migrator.trainer.encoder import Encoder, EncoderSpec, Preprocessing, untrained_encoder
+from migrator.trainer.errors import EncoderProblem, TrainingProblem
+from migrator.trainer.images import ImageSource
+from migrator.trainer.inputs import Inputs, load_inputs
+from migrator.trainer.old_space import StoredVectors, stored_vectors
 
 SIZE = Preprocessing(image_size=16)
 SPEC = EncoderSpec("test_resnet", 16, SIZE)
@@ -302,7 +302,7 @@ def test_too_many_unusable_images(folder: Path) -> None:
 
 
 def test_reading_ends_where_too_many_are_unusable(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("trainer.cache.CHUNK_IMAGES", 4)
+    monkeypatch.setattr("migrator.trainer.cache.CHUNK_IMAGES", 4)
     source = Source(folder)
     refused(folder, most_left_out=0, source=source)
     assert len(source.reads) <= 12

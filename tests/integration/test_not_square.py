@@ -12,14 +12,14 @@ import torch
 from PIL import Image
 from torch import nn
 
+from migrator.trainer.augment import augmented, draw_views
+from migrator.trainer.data import training_items
+from migrator.trainer.encoder import EncoderSpec, Preprocessing, build_model, load_encoder, save_encoder
+from migrator.trainer.errors import EncoderProblem
+from migrator.trainer.fit import FitSettings, fit
+from migrator.trainer.images import ImageSource
+from migrator.trainer.torchvision_cpu import import_timm
 from tests.unit.test_encoder_sources import WIDTH, onnx_file
-from trainer.augment import augmented, draw_views
-from trainer.data import training_items
-from trainer.encoder import EncoderSpec, Preprocessing, build_model, load_encoder, save_encoder
-from trainer.errors import EncoderProblem
-from trainer.fit import FitSettings, fit
-from trainer.images import ImageSource
-from trainer.torchvision_cpu import import_timm
 
 SIZE = (32, 48)
 TALL = Preprocessing(SIZE, "crop")

@@ -16,8 +16,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from adapters.base import StoreUnavailable
-from adapters.faiss import FaissStore
+from migrator.adapters.base import StoreUnavailable
+from migrator.adapters.faiss import FaissStore
 from migrator.backfill.order import worst_first, worst_first_ids
 from migrator.cli import run
 from migrator.ledger import Ledger

@@ -71,7 +71,7 @@ def by_the_application(world: World, names: list[str]) -> np.ndarray:
     """The stored vectors as the application makes them, without migrator."""
     import torch
 
-    from trainer.torchvision_cpu import import_torchvision
+    from migrator.trainer.torchvision_cpu import import_torchvision
 
     import_torchvision()
     import application_loader  # type: ignore[import-not-found]

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from adapters.base import ItemId, Page, StoreRejected
+from migrator.adapters.base import ItemId, Page, StoreRejected
 from migrator.project import Project
 from tests.integration.test_stores import canary, expected, to_prepared
 from tests.kinds import KINDS, Kind

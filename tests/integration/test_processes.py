@@ -13,12 +13,12 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 
+from migrator.trainer import fit as fitting
+from migrator.trainer.data import read_items
+from migrator.trainer.encoder import EncoderSpec, Preprocessing, load_encoder
+from migrator.trainer.fit import FitSettings, Progress, fit, follow
+from migrator.trainer.images import ImageSource
 from tests.digits import digits_with_old_encoder, trainers
-from trainer import fit as fitting
-from trainer.data import read_items
-from trainer.encoder import EncoderSpec, Preprocessing, load_encoder
-from trainer.fit import FitSettings, Progress, fit, follow
-from trainer.images import ImageSource
 
 # Three convolutional stages with batch norms, some with their activation inside, and our own norm behind them.
 SPEC = EncoderSpec("test_efficientnet", 16, Preprocessing(image_size=16))

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from adapters.base import StoreRejected
+from migrator.adapters.base import StoreRejected
 from migrator.project import Project
 from tests.integration.test_stores import expected, prepared_shadow, to_prepared
 from tests.kinds import FaissFolder, Kind, QdrantEdge, QdrantFolder, QdrantOverRest

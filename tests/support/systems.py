@@ -124,7 +124,7 @@ class System(ABC):
 
 
 def import_torchvision() -> None:
-    from trainer.torchvision_cpu import import_timm
+    from migrator.trainer.torchvision_cpu import import_timm
 
     import_timm()  # torchvision's wheel does not import beside a CPU-only torch without the remedy
 

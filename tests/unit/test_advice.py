@@ -15,8 +15,8 @@ import yaml
 
 from migrator.cli import VERBS, cli
 from migrator.config import Migration, Section, Train, load_config
-from trainer.data import held_out_split
-from trainer.errors import TrainingProblem
+from migrator.trainer.data import held_out_split
+from migrator.trainer.errors import TrainingProblem
 
 ROOT = Path(__file__).parents[2]
 HOLE = "\x00"

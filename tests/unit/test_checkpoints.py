@@ -19,9 +19,9 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import nn
 
-from trainer.encoder import EncoderSpec, Preprocessing, build_model, load_encoder, save_encoder
-from trainer.errors import EncoderProblem
-from trainer.torchvision_cpu import import_timm
+from migrator.trainer.encoder import EncoderSpec, Preprocessing, build_model, load_encoder, save_encoder
+from migrator.trainer.errors import EncoderProblem
+from migrator.trainer.torchvision_cpu import import_timm
 
 ARCH, SIZE = "test_resnet", 32
 PREPROCESSING = Preprocessing(SIZE)

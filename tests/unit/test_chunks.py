@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from adapters.base import ItemId, Page, order_key
+from migrator.adapters.base import ItemId, Page, order_key
 from migrator.backfill import throttle
 from migrator.backfill import transfer as module
 from migrator.backfill.chunks import cut_catch_up, cut_first_pass

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image
 
-from trainer.data import (
+from migrator.trainer.data import (
     batches_ahead,
     epoch_rows,
     folder_items,
@@ -24,8 +24,8 @@ from trainer.data import (
     read_items,
     training_items,
 )
-from trainer.errors import TrainingProblem
-from trainer.images import ImageSource
+from migrator.trainer.errors import TrainingProblem
+from migrator.trainer.images import ImageSource
 
 
 def write_csv(file: Path, text: str, encoding: str = "utf-8") -> Path:

@@ -21,7 +21,7 @@ from migrator.config import Section, Verify, load_config, schema
 from migrator.ledger.ledger import SCHEMA
 from migrator.rollout.stages import _STEPS
 from migrator.status import Status
-from trainer.fit import FitSettings
+from migrator.trainer.fit import FitSettings
 
 ROOT = Path(__file__).parents[2]
 DOCS = sorted((ROOT / "docs").glob("*.md"))

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from trainer.encoder import (
+from migrator.trainer.encoder import (
     Card,
     EmbeddingNet,
     Encoder,
@@ -31,8 +31,8 @@ from trainer.encoder import (
     read_card,
     save_encoder,
 )
-from trainer.errors import EncoderMismatch, EncoderProblem
-from trainer.torchvision_cpu import import_timm
+from migrator.trainer.errors import EncoderMismatch, EncoderProblem
+from migrator.trainer.torchvision_cpu import import_timm
 
 ARCH, SIZE = "test_resnet", 32  # timm's smallest
 PREPROCESSING = Preprocessing(SIZE)
@@ -407,7 +407,8 @@ def test_the_weights_hash_is_over_names_types_shapes_and_bytes(saved: Path) -> N
 def test_a_fresh_process_with_other_threads_imports_timm_cleanly_and_agrees_on_the_id(saved: Path) -> None:
     code = (
         "import sys, torch; torch.set_num_threads(2)\n"
-        "from pathlib import Path; from trainer.encoder import *; from trainer.torchvision_cpu import import_timm\n"
+        "from pathlib import Path; from migrator.trainer.encoder import *\n"
+        "from migrator.trainer.torchvision_cpu import import_timm\n"
         "assert import_timm() is import_timm()\n"
         "import torchvision.transforms\n"
         f"print(load_encoder(EncoderSpec({ARCH!r}, 8, Preprocessing({SIZE}), Path(sys.argv[1]))).id)"

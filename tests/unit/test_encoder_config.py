@@ -10,8 +10,15 @@ import torch
 from migrator.config import load_config
 from migrator.errors import ConfigProblem
 from migrator.project import Project
-from trainer.encoder import EncoderSpec, Preprocessing, build_model, load_base, save_encoder, save_mapped_encoder
-from trainer.maps import Map
+from migrator.trainer.encoder import (
+    EncoderSpec,
+    Preprocessing,
+    build_model,
+    load_base,
+    save_encoder,
+    save_mapped_encoder,
+)
+from migrator.trainer.maps import Map
 
 OLD = "{arch: test_resnet, weights: old.pt, dim: 8, image_size: 16}"
 NEW = "{arch: test_resnet, dim: 8, image_size: 16}"

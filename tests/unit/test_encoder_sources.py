@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from trainer.encoder import (
+from migrator.trainer.encoder import (
     Encoder,
     EncoderSpec,
     Preprocessing,
@@ -28,10 +28,10 @@ from trainer.encoder import (
     save_mapped_encoder,
     untrained_encoder,
 )
-from trainer.errors import EncoderMismatch, EncoderProblem
-from trainer.maps import Map, fit_map
-from trainer.preprocessing import timm_preprocessing
-from trainer.torchvision_cpu import import_timm
+from migrator.trainer.errors import EncoderMismatch, EncoderProblem
+from migrator.trainer.maps import Map, fit_map
+from migrator.trainer.preprocessing import timm_preprocessing
+from migrator.trainer.torchvision_cpu import import_timm
 
 SIZE, WIDTH = 16, 6
 PREPROCESSING = Preprocessing(SIZE)
@@ -234,7 +234,7 @@ def test_a_factory_may_import_torchvision_beside_any_torch(tmp_path: Path) -> No
         "def build(): return nn.Sequential(nn.AvgPool2d(16), nn.Flatten())\n"
     )
     code = (
-        "from pathlib import Path; from trainer.encoder import *\n"
+        "from pathlib import Path; from migrator.trainer.encoder import *\n"
         "spec = EncoderSpec('module:mine:build', 3, Preprocessing(16), folder=Path('.'))\n"
         "print(load_encoder(spec).card.arch)\n"
     )
@@ -728,7 +728,7 @@ def test_mean_and_std_reach_the_scale_of_other_toolkits() -> None:
         def forward(self, images: torch.Tensor) -> torch.Tensor:
             return images.flatten(1)
 
-    from trainer.encoder import Card, EmbeddingNet
+    from migrator.trainer.encoder import Card, EmbeddingNet
 
     width = 3 * SIZE * SIZE
     model = EmbeddingNet(Seen(), width=width, dim=width, head="none")

@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from adapters.base import StoreRejected, StoreUnavailable
+from migrator.adapters.base import StoreRejected, StoreUnavailable
 from migrator.encoding import Embedded, embed, encode_batch, locate
 from migrator.retrying import patiently
-from trainer.errors import EncoderProblem, ImageProblem, ImagesUnavailable
+from migrator.trainer.errors import EncoderProblem, ImageProblem, ImagesUnavailable
 
 
 class Images:
@@ -274,7 +274,7 @@ def test_a_view_is_of_the_picture_as_each_encoder_declares_it(orientation: int):
     """And is not turned a second time, however often it is converted."""
     from PIL import Image
 
-    from trainer.preprocessing import Preprocessing
+    from migrator.trainer.preprocessing import Preprocessing
 
     image = Image.new("RGBA", (6, 4), (10, 20, 30, 0))
     image.paste((10, 20, 30, 255), (0, 0, 3, 4))

@@ -21,9 +21,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from adapters.base import Page, Store, StoreRejected
-from adapters.faiss import open_store
-from adapters.faiss_files import Folder
+from migrator.adapters.base import Page, Store, StoreRejected
+from migrator.adapters.faiss import open_store
+from migrator.adapters.faiss_files import Folder
 
 DIM, N = 16, 64
 PARTS = [range(0, 30), range(30, 50), range(50, N)]

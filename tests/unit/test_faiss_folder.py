@@ -27,9 +27,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from adapters.base import Store, StoreBusy, StoreError, StoreRejected, StoreUnavailable
-from adapters.faiss import open_store
-from adapters.faiss_files import Folder
+from migrator.adapters.base import Store, StoreBusy, StoreError, StoreRejected, StoreUnavailable
+from migrator.adapters.faiss import open_store
+from migrator.adapters.faiss_files import Folder
 
 DIM, N = 8, 40
 
@@ -302,8 +302,8 @@ def test_what_stands_in_the_way_is_named(folder: Path) -> None:
 def test_a_folder_without_the_right_to_write(folder: Path) -> None:
     code = (
         "import os, sys, filelock\n"
-        "from adapters.base import StoreRejected\n"
-        "from adapters.faiss import open_store\n"
+        "from migrator.adapters.base import StoreRejected\n"
+        "from migrator.adapters.faiss import open_store\n"
         "store = {'path': sys.argv[1]}\n"
         "open_store(store, write=False).close()\n"  # loads what nobody might not be allowed to read
         "os.setgid(65534), os.setuid(65534)\n"

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from adapters.base import StoreRejected
-from adapters.registry import known_kinds, open_store
+from migrator.adapters.base import StoreRejected
+from migrator.adapters.registry import known_kinds, open_store
 
 
 @pytest.mark.parametrize(
@@ -27,7 +27,7 @@ def test_a_library_that_is_missing_comes_with_the_command_that_installs_it(
 ) -> None:
     for name in ("index.faiss", "items.parquet"):
         (tmp_path / name).touch()
-    monkeypatch.setattr("adapters.faiss_files.Folder.read_items", lambda _: None)
+    monkeypatch.setattr("migrator.adapters.faiss_files.Folder.read_items", lambda _: None)
     monkeypatch.setitem(sys.modules, "faiss", None)
     with pytest.raises(StoreRejected, match=r"needs the library faiss: pip install 'advbct-migrator\[faiss\]'"):
         open_store({"kind": "faiss", "path": str(tmp_path)}, write=False)
@@ -54,7 +54,7 @@ def test_other_packages_join_by_an_entry_point(tmp_path: Path, monkeypatch: pyte
 
 def test_the_adapters_are_cheap_to_import() -> None:
     code = (
-        "import sys, adapters.registry, adapters.faiss\n"
+        "import sys, migrator.adapters.registry, migrator.adapters.faiss\n"
         "print(sorted({'faiss', 'pyarrow', 'torch', 'filelock'} & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"

@@ -14,9 +14,9 @@ from PIL import Image, ImageOps
 
 from migrator.agreement import MODELS, PIXELS
 from migrator.config import OldEncoder
+from migrator.trainer.images import ImageSource
+from migrator.trainer.preprocessing import Preprocessing, timm_preprocessing
 from tests.unit.test_docs import section, table
-from trainer.images import ImageSource
-from trainer.preprocessing import Preprocessing, timm_preprocessing
 
 PAGE = (Path(__file__).parents[2] / "docs" / "gallery.md").read_text()
 SIZE = 224
@@ -53,7 +53,7 @@ def plain(file: Path) -> Image.Image:
 
 
 def torchvision_transform(*steps: Any, mean: Any = MEAN, std: Any = STD) -> Any:
-    from trainer.torchvision_cpu import import_timm
+    from migrator.trainer.torchvision_cpu import import_timm
 
     import_timm()
     import torch
@@ -63,7 +63,7 @@ def torchvision_transform(*steps: Any, mean: Any = MEAN, std: Any = STD) -> Any:
 
 
 def by_timm(file: Path) -> Any:
-    from trainer.torchvision_cpu import import_timm
+    from migrator.trainer.torchvision_cpu import import_timm
 
     timm = import_timm()
     config = timm.data.resolve_data_config(timm.models.get_pretrained_cfg("resnet50").to_dict())

@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from migrator.trainer import image_roots
+from migrator.trainer.errors import ImageProblem, ImagesUnavailable, TrainerError
+from migrator.trainer.images import ImageSource
 from tests.web import Web, serve
-from trainer import image_roots
-from trainer.errors import ImageProblem, ImagesUnavailable, TrainerError
-from trainer.images import ImageSource
 
 NAMES = [
     "plain.png", "a b.png", "a%20b.png", "100%.png", "50%25.png", "what?.png", "n#1.png", "ü.png", "a+b.png",

@@ -11,12 +11,12 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from trainer import cache
-from trainer.cache import ImageCache, Pixels, open_pixels, pixel_key
-from trainer.data import LeftOut
-from trainer.encoder import Preprocessing
-from trainer.errors import ImageProblem, ImagesUnavailable, TrainingProblem
-from trainer.images import ImageSource
+from migrator.trainer import cache
+from migrator.trainer.cache import ImageCache, Pixels, open_pixels, pixel_key
+from migrator.trainer.data import LeftOut
+from migrator.trainer.encoder import Preprocessing
+from migrator.trainer.errors import ImageProblem, ImagesUnavailable, TrainingProblem
+from migrator.trainer.images import ImageSource
 
 SMALL = Preprocessing(image_size=4)
 ROW = 3 * 4 * 4

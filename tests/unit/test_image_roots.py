@@ -7,9 +7,9 @@ from pathlib import Path
 import fsspec
 import pytest
 
-from trainer.errors import ImageProblem, TrainerError
-from trainer.image_roots import plain_path
-from trainer.images import ImageSource
+from migrator.trainer.errors import ImageProblem, TrainerError
+from migrator.trainer.image_roots import plain_path
+from migrator.trainer.images import ImageSource
 
 
 @pytest.fixture

@@ -18,9 +18,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from trainer.errors import ImageProblem, ImagesUnavailable, TrainerError
-from trainer.images import ImageSource
-from trainer.preprocessing import Preprocessing
+from migrator.trainer.errors import ImageProblem, ImagesUnavailable, TrainerError
+from migrator.trainer.images import ImageSource
+from migrator.trainer.preprocessing import Preprocessing
 
 RED, WHITE = (255, 0, 0), (255, 255, 255)
 

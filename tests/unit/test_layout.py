@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import json
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
+
+import pytest
 
 from migrator import __version__, demo
 from migrator.config import load_config
@@ -14,23 +19,68 @@ from migrator.demo_stores import STORES
 ROOT = Path(__file__).parents[2]
 
 
+LINKED = ("adapters", "trainer")
+"""The folders that are imported as packages of `migrator`."""
+
+
 def imports_of(file: Path) -> set[str]:
-    """Top-level packages that a file imports, anywhere in it."""
+    """Packages that a file imports, anywhere in it: `migrator.adapters`, `migrator.trainer`, others by first name."""
     found: set[str] = set()
     for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.Import):
-            found |= {name.name.partition(".")[0] for name in node.names}
+            found |= {_package(name.name) for name in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
-            found.add(node.module.partition(".")[0])
+            found |= {_package(f"{node.module}.{name.name}") for name in node.names}
     return found
 
 
+def _package(module: str) -> str:
+    first, second, *_ = *module.split("."), ""
+    return f"{first}.{second}" if first == "migrator" and second in LINKED else first
+
+
 def test_arrows_only_run_down() -> None:
-    allowed = {"trainer": {"trainer"}, "adapters": {"adapters"}, "migrator": {"migrator", "adapters", "trainer"}}
+    own = {"migrator", *LINKED, *(f"migrator.{name}" for name in LINKED)}
+    allowed = {
+        "trainer": {"migrator.trainer"},
+        "adapters": {"migrator.adapters"},
+        "migrator": {"migrator", "migrator.adapters", "migrator.trainer"},
+    }
     for package, may in allowed.items():
-        for file in (ROOT / package).rglob("*.py"):
-            ours = imports_of(file) & set(allowed)
+        files = list((ROOT / package).rglob("*.py"))
+        assert files
+        for file in files:
+            ours = imports_of(file) & own
             assert ours <= may, f"{file} imports {ours - may}"
+
+
+@pytest.mark.parametrize("name", LINKED)
+def test_the_folders_at_the_top_are_packages_of_migrator(name: str) -> None:
+    link = ROOT / "migrator" / name
+    assert link.is_symlink()
+    assert link.readlink() == Path("..", name)
+    assert importlib.import_module(f"migrator.{name}").__file__ == str(link / "__init__.py")
+
+
+def test_foreign_packages_of_the_same_names_change_nothing(tmp_path: Path) -> None:
+    for name in LINKED:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").write_text("foreign = True\n")
+        (tmp_path / name / "base.py").write_text("raise ImportError('foreign')\n")
+        (tmp_path / name / "encoder.py").write_text("raise ImportError('foreign')\n")
+    code = (
+        f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n"
+        "import adapters, trainer; assert adapters.foreign and trainer.foreign\n"
+        "from migrator.adapters.base import Store\n"
+        "from migrator.trainer.encoder import EncoderSpec\n"
+        "from importlib.metadata import entry_points\n"
+        "stores = entry_points(group='migrator.stores')\n"
+        "assert stores and not [store.value for store in stores if not store.value.startswith('migrator.adapters.')]\n"
+        "(faiss,) = [store.load() for store in stores if store.name == 'faiss']\n"
+        "assert faiss.__module__ == 'migrator.adapters.faiss'\n"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
 
 
 def test_only_the_ledger_speaks_sql() -> None:

@@ -8,15 +8,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from trainer.errors import TrainingProblem
-from trainer.losses import METHODS, LossSettings, build_objective
-from trainer.losses.adversarial import AdversarialAlignment, GradientReversal, reversal_strength
-from trainer.losses.arcface import ArcFace
-from trainer.losses.bct import Influence
-from trainer.losses.boundary import ElasticBoundary
-from trainer.losses.contrast import HARDEST, Contrast
-from trainer.losses.lce import AngularBoundary, CentreAlignment
-from trainer.old_space import OldSpace
+from migrator.trainer.errors import TrainingProblem
+from migrator.trainer.losses import METHODS, LossSettings, build_objective
+from migrator.trainer.losses.adversarial import AdversarialAlignment, GradientReversal, reversal_strength
+from migrator.trainer.losses.arcface import ArcFace
+from migrator.trainer.losses.bct import Influence
+from migrator.trainer.losses.boundary import ElasticBoundary
+from migrator.trainer.losses.contrast import HARDEST, Contrast
+from migrator.trainer.losses.lce import AngularBoundary, CentreAlignment
+from migrator.trainer.old_space import OldSpace
 
 DIM, CLASSES, BATCH = 6, 4, 12
 
@@ -439,5 +439,8 @@ def test_every_method_is_listed_without_loading_torch(method: str) -> None:
     import subprocess
     import sys
 
-    code = f"import sys, trainer.losses; assert {method!r} in trainer.losses.METHODS; assert 'torch' not in sys.modules"
+    code = (
+        "import sys; from migrator.trainer.losses import METHODS\n"
+        f"assert {method!r} in METHODS; assert 'torch' not in sys.modules"
+    )
     subprocess.run([sys.executable, "-c", code], check=True)

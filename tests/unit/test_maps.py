@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from migrator.config import POST_HOC as CONFIGURED
-from trainer.errors import TrainingProblem
-from trainer.maps import POST_HOC, Map, best_ridge, fit_map, procrustes, ridge
+from migrator.trainer.errors import TrainingProblem
+from migrator.trainer.maps import POST_HOC, Map, best_ridge, fit_map, procrustes, ridge
 
 SEEDS = st.integers(0, 2**32 - 1)
 

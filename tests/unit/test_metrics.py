@@ -236,7 +236,7 @@ def test_ndcg_equals_scikit_learn(seed, size, k, binary):
 
 
 def test_metrics_equal_torchmetrics_where_its_definition_is_the_same():
-    from trainer.torchvision_cpu import import_timm
+    from migrator.trainer.torchvision_cpu import import_timm
 
     import_timm()  # torchvision, which torchmetrics loads, does not load by itself beside a torch for the CPU
     import torch

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from adapters.milvus_known import REMEMBERED_BYTES, Known
+from migrator.adapters.milvus_known import REMEMBERED_BYTES, Known
 
 
 @dataclass(eq=False)

@@ -5,9 +5,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trainer import old_space
-from trainer.errors import TrainingProblem
-from trainer.old_space import measure_old_space, stored_vectors
+from migrator.trainer import old_space
+from migrator.trainer.errors import TrainingProblem
+from migrator.trainer.old_space import measure_old_space, stored_vectors
 
 
 def on_circle(*degrees: float) -> np.ndarray:

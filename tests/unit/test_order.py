@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from adapters.base import ItemId, Page, order_key
+from migrator.adapters.base import ItemId, Page, order_key
 from migrator.backfill import order as module
 from migrator.backfill.order import badness, worst_first, worst_first_ids
 from migrator.errors import UsageProblem

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from adapters.base import StoreRejected, StoreUnavailable
 from migrator import retrying
+from migrator.adapters.base import StoreRejected, StoreUnavailable
 from migrator.retrying import patient
 
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from adapters.base import Capabilities
+from migrator.adapters.base import Capabilities
 from migrator.planning import describe_capabilities, describe_dim, recommend
 
 PLAIN = Capabilities(

@@ -14,12 +14,12 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
-from trainer.cache import pixel_key
-from trainer.encoder import Card
-from trainer.errors import EncoderProblem, ImageProblem
-from trainer.images import ImageSource
-from trainer.preprocessing import Preprocessing, timm_preprocessing
-from trainer.torchvision_cpu import import_timm
+from migrator.trainer.cache import pixel_key
+from migrator.trainer.encoder import Card
+from migrator.trainer.errors import EncoderProblem, ImageProblem
+from migrator.trainer.images import ImageSource
+from migrator.trainer.preprocessing import Preprocessing, timm_preprocessing
+from migrator.trainer.torchvision_cpu import import_timm
 
 SIZE = 24
 

@@ -19,12 +19,13 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from adapters.base import ItemId, Page, Store, order_key
+from migrator.adapters.base import ItemId, Page, Store, order_key
 from migrator.config import find_migration, load_config
 from migrator.errors import ConfigProblem, MigratorError, Refused
 from migrator.labels import label_of
 from migrator.ledger import Migration
 from migrator.project import Project
+from migrator.trainer.images import ImageSource
 from migrator.verify import questions as module
 from migrator.verify.asked import Asked
 from migrator.verify.questions import (
@@ -35,7 +36,6 @@ from migrator.verify.questions import (
     frozen_questions,
     read_frozen,
 )
-from trainer.images import ImageSource
 
 Items = Mapping[ItemId, Mapping[str, Any]]
 

@@ -30,6 +30,7 @@ from migrator.report import charts, page
 from migrator.report.facts import facts_of, finite, read_epochs
 from migrator.report.thumbnails import SIDE, Thumbnail, thumbnails
 from migrator.report.verdict import verdict
+from migrator.trainer.errors import ImageProblem, ImagesUnavailable
 from tests.reported import (
     STRANGE,
     before_tests,
@@ -42,7 +43,6 @@ from tests.reported import (
     with_loss,
 )
 from tests.world import NAME, World
-from trainer.errors import ImageProblem, ImagesUnavailable
 
 SECTIONS = [
     "verdict", "now", "quality", "gate", "backfill", "changes", "examples", "scores", "training", "plan", "log",

@@ -14,11 +14,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from migrator.errors import ConfigProblem, MigratorError
+from migrator.trainer.data import read_items
+from migrator.trainer.errors import TableProblem, TrainerError, TrainingProblem
+from migrator.trainer.images import ImageSource
+from migrator.trainer.tables import Header, read_table
 from migrator.verify.questions import _read_queries
-from trainer.data import read_items
-from trainer.errors import TableProblem, TrainerError, TrainingProblem
-from trainer.images import ImageSource
-from trainer.tables import Header, read_table
 
 
 def both(file: Path) -> list[str]:

@@ -18,9 +18,9 @@ from hypothesis import strategies as st
 from qdrant_client import QdrantClient, models
 
 from migrator.labels import label_of
-from trainer.errors import ImageProblem
-from trainer.images import ImageSource
-from trainer.templates import NotText, fields_of, lookup, parse, text_of
+from migrator.trainer.errors import ImageProblem
+from migrator.trainer.images import ImageSource
+from migrator.trainer.templates import NotText, fields_of, lookup, parse, text_of
 
 LANGCHAIN = {"page_content": "red boots", "metadata": {"source": "shoes/1.jpg", "kind": {"name": "boots"}, "page": 3}}
 

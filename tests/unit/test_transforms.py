@@ -14,13 +14,13 @@ import pytest
 import torch
 from PIL import Image
 
-from trainer.cache import ImageCache, pixel_key
-from trainer.data import LeftOut
-from trainer.encoder import EncoderSpec, build_model, load_encoder, save_encoder
-from trainer.errors import EncoderMismatch, EncoderProblem, ImageProblem
-from trainer.images import ImageSource
-from trainer.preprocessing import Preprocessing
-from trainer.transforms import learn_transform
+from migrator.trainer.cache import ImageCache, pixel_key
+from migrator.trainer.data import LeftOut
+from migrator.trainer.encoder import EncoderSpec, build_model, load_encoder, save_encoder
+from migrator.trainer.errors import EncoderMismatch, EncoderProblem, ImageProblem
+from migrator.trainer.images import ImageSource
+from migrator.trainer.preprocessing import Preprocessing
+from migrator.trainer.transforms import learn_transform
 
 HEIGHT, WIDTH, DIM = 12, 20, 5
 LOADER = f"""
@@ -264,7 +264,8 @@ def test_an_encoder_with_a_transform_comes_back_in_a_fresh_process(folder: Path)
     saved = save_encoder(build_model(declared), declared, folder / "e.safetensors")
     assert saved.preprocessing.transform == "own_loader:first"
     code = (
-        "import sys; from pathlib import Path; from trainer.encoder import EncoderSpec, Preprocessing, load_encoder\n"
+        "import sys; from pathlib import Path\n"
+        "from migrator.trainer.encoder import EncoderSpec, Preprocessing, load_encoder\n"
         f"p = Preprocessing({(HEIGHT, WIDTH)}, transform='own_loader:first', exif='ignore', convert='pil')\n"
         f"f = Path(sys.argv[1]); s = EncoderSpec('module:own_loader:model', {DIM}, p, f / 'e.safetensors', folder=f)\n"
         "print(load_encoder(s).id)"

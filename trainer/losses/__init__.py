@@ -16,12 +16,12 @@ import importlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from trainer.errors import TrainingProblem
+from migrator.trainer.errors import TrainingProblem
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from trainer.old_space import OldSpace
+    from migrator.trainer.old_space import OldSpace
 
 
 @dataclass(frozen=True)
@@ -35,11 +35,11 @@ class Method:
 
 
 METHODS = {
-    "advbct": Method("trainer.losses.advbct", needs_labels=True, needs_old=True),
-    "bct": Method("trainer.losses.bct", needs_labels=True, needs_old=True),
-    "lce": Method("trainer.losses.lce", needs_labels=True, needs_old=True),
-    "hot_refresh": Method("trainer.losses.hot_refresh", needs_labels=False, needs_old=True),
-    "independent": Method("trainer.losses.independent", needs_labels=True, needs_old=False),
+    "advbct": Method("migrator.trainer.losses.advbct", needs_labels=True, needs_old=True),
+    "bct": Method("migrator.trainer.losses.bct", needs_labels=True, needs_old=True),
+    "lce": Method("migrator.trainer.losses.lce", needs_labels=True, needs_old=True),
+    "hot_refresh": Method("migrator.trainer.losses.hot_refresh", needs_labels=False, needs_old=True),
+    "independent": Method("migrator.trainer.losses.independent", needs_labels=True, needs_old=False),
 }
 
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from trainer.losses import LossSettings
-from trainer.losses.adversarial import AdversarialAlignment
-from trainer.losses.arcface import ArcFace, Softmax
-from trainer.losses.boundary import ElasticBoundary
-from trainer.losses.contrast import Contrast
-from trainer.old_space import OldSpace
+from migrator.trainer.losses import LossSettings
+from migrator.trainer.losses.adversarial import AdversarialAlignment
+from migrator.trainer.losses.arcface import ArcFace, Softmax
+from migrator.trainer.losses.boundary import ElasticBoundary
+from migrator.trainer.losses.contrast import Contrast
+from migrator.trainer.old_space import OldSpace
 
 
 class AdvBCT(nn.Module):

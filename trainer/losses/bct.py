@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from trainer.losses import LossSettings
-from trainer.losses.arcface import ArcFace
-from trainer.old_space import OldSpace
+from migrator.trainer.losses import LossSettings
+from migrator.trainer.losses.arcface import ArcFace
+from migrator.trainer.old_space import OldSpace
 
 
 class Influence(nn.Module):

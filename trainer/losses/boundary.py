@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from trainer.old_space import OldSpace
+from migrator.trainer.old_space import OldSpace
 
 
 class ElasticBoundary(nn.Module):

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from trainer.losses import LossSettings
-from trainer.losses.arcface import ArcFace
-from trainer.losses.contrast import Contrast
-from trainer.old_space import OldSpace
+from migrator.trainer.losses import LossSettings
+from migrator.trainer.losses.arcface import ArcFace
+from migrator.trainer.losses.contrast import Contrast
+from migrator.trainer.old_space import OldSpace
 
 
 class HotRefresh(nn.Module):

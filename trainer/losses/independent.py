@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from trainer.losses import LossSettings
-from trainer.losses.arcface import ArcFace
-from trainer.old_space import OldSpace
+from migrator.trainer.losses import LossSettings
+from migrator.trainer.losses.arcface import ArcFace
+from migrator.trainer.old_space import OldSpace
 
 
 class Independent(nn.Module):

@@ -17,7 +17,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from adapters.base import ItemId, Page, Store, StoreBusy, StoreRejected, Vectors, order_key
+from migrator.adapters.base import ItemId, Page, Store, StoreBusy, StoreRejected, Vectors, order_key
 
 DIM = 16
 SLOW = settings(

@@ -12,8 +12,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from adapters.base import ItemId, Store, Vectors
-from adapters.registry import open_store
+from migrator.adapters.base import ItemId, Store, Vectors
+from migrator.adapters.registry import open_store
 from tests.integration.stores.contract import Collection
 
 

@@ -11,7 +11,7 @@ import faiss
 import pytest
 from hypothesis import strategies as st
 
-from adapters.base import ItemId, Vectors
+from migrator.adapters.base import ItemId, Vectors
 from tests.integration.stores.contract import Make, StoreContract
 from tests.integration.stores.galleries import Flavour, Gallery
 

@@ -14,10 +14,10 @@ import pytest
 from hypothesis import strategies as st
 from pymilvus import DataType, MilvusClient
 
-from adapters.base import ItemId, Page, Store, Vectors
-from adapters.milvus import STAMP, Connection
-from adapters.milvus_known import Known
-from adapters.registry import open_store
+from migrator.adapters.base import ItemId, Page, Store, Vectors
+from migrator.adapters.milvus import STAMP, Connection
+from migrator.adapters.milvus_known import Known
+from migrator.adapters.registry import open_store
 from tests.integration.stores.contract import DIM, Collection, Make, StoreContract, payloads_of, unit_vectors
 from tests.milvus_server import ON_THE_SERVER, MilvusServer
 

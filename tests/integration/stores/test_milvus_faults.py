@@ -18,9 +18,9 @@ import numpy as np
 import pytest
 from pymilvus import DataType, MilvusClient
 
-from adapters.base import Page, Store, StoreError, StoreRejected, StoreUnavailable
-from adapters.milvus import PARTITION, Connection
-from adapters.registry import open_store
+from migrator.adapters.base import Page, Store, StoreError, StoreRejected, StoreUnavailable
+from migrator.adapters.milvus import PARTITION, Connection
+from migrator.adapters.registry import open_store
 from tests.integration.stores.contract import DIM, payloads_of, unit_vectors
 from tests.integration.stores.test_milvus import drop_new
 from tests.line import Line, line_to

@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 from pymilvus import DataType, MilvusClient, MilvusException
 
-from adapters.base import Page, Store, StoreRejected
-from adapters.milvus import Connection
-from adapters.registry import open_store
+from migrator.adapters.base import Page, Store, StoreRejected
+from migrator.adapters.milvus import Connection
+from migrator.adapters.registry import open_store
 from tests.integration.stores.contract import DIM, unit_vectors
 from tests.integration.stores.test_milvus import drop_new
 from tests.milvus_server import ON_THE_SERVER, MilvusServer

@@ -14,10 +14,10 @@ import pytest
 from pymilvus import DataType, Function, FunctionType, MilvusClient
 from pymilvus.client.types import LoadState
 
-from adapters.base import Page, StoreRejected
-from adapters.milvus import Connection, _plain
-from adapters.milvus_collection import Description, create, difference, wanted
-from adapters.registry import open_store
+from migrator.adapters.base import Page, StoreRejected
+from migrator.adapters.milvus import Connection, _plain
+from migrator.adapters.milvus_collection import Description, create, difference, wanted
+from migrator.adapters.registry import open_store
 from tests.integration.stores.contract import DIM, unit_vectors
 from tests.integration.stores.test_milvus import drop_new
 from tests.milvus_server import ON_THE_SERVER, MilvusServer

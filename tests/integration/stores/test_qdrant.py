@@ -16,9 +16,9 @@ import pytest
 from hypothesis import strategies as st
 from qdrant_client import QdrantClient, models
 
-from adapters.base import ItemId, Store, StoreBusy, StoreRejected, StoreUnavailable, Vectors
-from adapters.qdrant import STAMP, Connection, QdrantStore
-from adapters.registry import open_store
+from migrator.adapters.base import ItemId, Store, StoreBusy, StoreRejected, StoreUnavailable, Vectors
+from migrator.adapters.qdrant import STAMP, Connection, QdrantStore
+from migrator.adapters.registry import open_store
 from tests.integration.stores.contract import DIM, Collection, Make, StoreContract, payloads_of, unit_vectors
 
 UUIDS = st.uuids().map(str)

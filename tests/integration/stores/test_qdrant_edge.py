@@ -23,10 +23,10 @@ import pytest
 import qdrant_edge as edge
 from hypothesis import strategies as st
 
-from adapters.base import ItemId, Page, Store, StoreBusy, StoreRejected, StoreUnavailable, Vectors
-from adapters.qdrant import STAMP
-from adapters.qdrant_edge import LOG_FILES, EdgeStore, Folder, Shard
-from adapters.registry import open_store
+from migrator.adapters.base import ItemId, Page, Store, StoreBusy, StoreRejected, StoreUnavailable, Vectors
+from migrator.adapters.qdrant import STAMP
+from migrator.adapters.qdrant_edge import LOG_FILES, EdgeStore, Folder, Shard
+from migrator.adapters.registry import open_store
 from tests.integration.stores.contract import (
     DIM,
     Collection,
@@ -650,7 +650,7 @@ def test_a_lock_is_taken_for_as_long_as_the_store_is_open(path: Path) -> None:
 
 WRITER = """
 import sys
-from adapters.registry import open_store
+from migrator.adapters.registry import open_store
 from tests.integration.stores.contract import unit_vectors
 store = open_store({"kind": "qdrant", "engine": "edge", "path": sys.argv[1], "collection": "products"}, write=True)
 for turn in range(int(sys.argv[2]), 10**6):

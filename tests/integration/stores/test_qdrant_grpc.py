@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from qdrant_client import QdrantClient, models
 
-from adapters.base import StoreRejected, StoreUnavailable
-from adapters.registry import open_store
+from migrator.adapters.base import StoreRejected, StoreUnavailable
+from migrator.adapters.registry import open_store
 from migrator.retrying import patiently
 from tests.integration.stores.contract import Make, payloads_of
 from tests.integration.stores.test_qdrant import Points, QdrantContract, made_with

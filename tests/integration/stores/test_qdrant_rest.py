@@ -17,9 +17,9 @@ import numpy as np
 import pytest
 from qdrant_client import QdrantClient, models
 
-from adapters.base import ItemId, Page, Store, StoreRejected, StoreUnavailable, Vectors
-from adapters.qdrant import QdrantStore
-from adapters.registry import open_store
+from migrator.adapters.base import ItemId, Page, Store, StoreRejected, StoreUnavailable, Vectors
+from migrator.adapters.qdrant import QdrantStore
+from migrator.adapters.registry import open_store
 from migrator.retrying import patiently
 from tests.integration.stores.contract import DIM, Make, payloads_of, unit_vectors
 from tests.integration.stores.test_qdrant import UUIDS, Points, QdrantContract, made_with

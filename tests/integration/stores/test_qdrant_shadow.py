@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 from qdrant_client import QdrantClient, models
 
-from adapters.base import Page, Sparse, Store, StoreRejected, with_further
-from adapters.qdrant import Connection, QdrantStore
-from adapters.registry import open_store
+from migrator.adapters.base import Page, Sparse, Store, StoreRejected, with_further
+from migrator.adapters.qdrant import Connection, QdrantStore
+from migrator.adapters.registry import open_store
 from tests.integration.stores.contract import DIM, unit_vectors
 from tests.qdrant_front import Front, qdrant_front
 from tests.qdrant_grpc import grpc_door
@@ -418,7 +418,7 @@ def test_nan_in_a_payload_is_refused_where_it_would_be_lost(place: Place) -> Non
 
 
 def test_large_further_vectors_go_in_several_requests(rest: Place, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("adapters.qdrant.REQUEST_BYTES", 3_000)
+    monkeypatch.setattr("migrator.adapters.qdrant.REQUEST_BYTES", 3_000)
     rest.create(strict_mode_config=None)
     store = rest.open()
     further = [{"tokens": np.tile(np.float32([0.6, 0.8]), (60, 1))} for _ in IDS]
@@ -430,7 +430,7 @@ def test_large_further_vectors_go_in_several_requests(rest: Place, monkeypatch: 
 
 def test_a_server_that_gives_less_than_it_has(rest: Place) -> None:
     """A replica that lags must not pass for points without further vectors."""
-    from adapters.base import StoreUnavailable
+    from migrator.adapters.base import StoreUnavailable
 
     rest.create(strict_mode_config=None)
     fill(rest)
@@ -508,7 +508,7 @@ def test_further_vectors_and_settings_on_the_edge(edge: Path) -> None:
 
 
 def test_a_setting_that_the_engine_forgets_on_the_edge(edge: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from adapters.qdrant_edge import Folder
+    from migrator.adapters.qdrant_edge import Folder
 
     create = Folder.create
     with closing(on_the_edge(edge)) as store:

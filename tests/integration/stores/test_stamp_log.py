@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from pymilvus import MilvusClient
 
-from adapters.base import ItemId, Page, Store, Vectors
+from migrator.adapters.base import ItemId, Page, Store, Vectors
 from migrator.backfill.files import LogFiles
 from migrator.backfill.stamps import StampLog, stamped_beside
 from migrator.errors import Refused
