@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: venv demo test test-crash lint bench bench-train clean
+.PHONY: venv demo test test-crash lint wheel bench bench-train clean
 
 venv: $(VENV)/.installed
 
@@ -29,6 +29,10 @@ lint: venv
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# Installs the wheel beside the packages of PyPI that are called `adapters` and `trainer`, and starts the demo there.
+wheel: venv
+	.ci/wheel
 
 bench: venv
 	$(BIN)/python -m bench
