@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import functools
 import hashlib
 import importlib
 import io
@@ -105,8 +106,12 @@ class TimmLayout:
         return {state[name].shape[axis] for name, axis in found.items() if state[name].ndim > axis}
 
 
+@functools.cache
 def timm_layout(arch: str, *, image_size: int | tuple[int, int]) -> TimmLayout:
-    """What an architecture consists of, found by building it with and without classes. Raises EncoderProblem."""
+    """What an architecture consists of, found by building it with and without classes. Raises EncoderProblem.
+
+    Building it twice takes as long as all else that loading an encoder does, so each is built once in a process.
+    """
     classes = 65_537  # more than an encoder may have, so that no other side of a tensor has this length
     with torch.device("meta"):
         full, bare = (
