@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -132,13 +133,25 @@ class Gallery(Collection):
         return dict(zip(ids, vectors, strict=True))
 
 
+FEW = 100
+"""Of fewer vectors an index is trained on made-up ones alone: so one training serves galleries of any such size."""
+
+
 def new_index(flavour: Flavour, vectors: Vectors) -> Any:
     """An empty index, trained on `vectors`; more are made up where FAISS insists on more."""
-    index = faiss.index_factory(vectors.shape[1], flavour.factory, flavour.metric)
+    known = vectors if len(vectors) >= FEW else vectors[:0]
+    return faiss.deserialize_index(_trained(flavour.factory, flavour.metric, vectors.shape[1], known.tobytes()))
+
+
+@functools.cache
+def _trained(factory: str, metric: int, dim: int, content: bytes) -> Any:
+    """The index as FAISS serialises it: most galleries of a test run are trained on the same vectors."""
+    vectors = np.frombuffer(content, np.float32).reshape(-1, dim)
+    index = faiss.index_factory(dim, factory, metric)
     if not index.is_trained:
-        more = np.random.default_rng(1).standard_normal((max(0, 700 - len(vectors)), vectors.shape[1]))
+        more = np.random.default_rng(1).standard_normal((max(0, 700 - len(vectors)), dim))
         index.train(np.concatenate([vectors, more.astype(np.float32)]))
-    return index
+    return faiss.serialize_index(index)
 
 
 def hold(index: Any, wanted: Mapping[int, np.ndarray]) -> None:
