@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: venv demo test test-crash lint wheel bench bench-train clean
+.PHONY: venv demo docs test test-crash lint wheel bench bench-train clean
 
 venv: $(VENV)/.installed
 
@@ -33,6 +33,10 @@ lint: venv
 # Installs the wheel beside the packages of PyPI that are called `adapters` and `trainer`, and starts the demo there.
 wheel: venv
 	.ci/wheel
+
+# The site, in build/site. A link that leads nowhere stops it.
+docs: venv
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 bench: venv
 	$(BIN)/python -m bench

@@ -1018,7 +1018,7 @@ class MilvusStore:
         raise StoreRejected(
             f"collection {self._local_name} makes its own keys (auto_id), and {why}: {in_place}set "
             "store.auto_id_in_shadow to keep_keys for a shadow that keeps the keys and makes none, so that the "
-            "application gives them from then on (docs/milvus.md)"
+            "application gives them from then on (docs/reference/stores/milvus.md)"
         )
 
     def _replicas(self) -> Row:

@@ -311,7 +311,7 @@ class QdrantEdge(Kind):
         folder = (self.folder / "toys").resolve()
         lock = os.open(folder, os.O_RDONLY)
         try:
-            # As docs/qdrant.md asks of every application: a load that the engine refuses harms the one who is in.
+            # As docs/reference/stores/qdrant.md asks: a load that the engine refuses harms the one who is in.
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             with closing(EdgeShard.load(str(folder))) as shard:
                 yield shard

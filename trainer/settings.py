@@ -15,7 +15,7 @@ from migrator.trainer.maps import POST_HOC
 
 @dataclass(frozen=True, kw_only=True)
 class FitSettings(LossSettings):
-    """How to train. The defaults were chosen by measurement: docs/training.md has the table."""
+    """How to train. The defaults were chosen by measurement: docs/explanation/advbct.md has the table."""
 
     method: str = "advbct"
     epochs: int = 10

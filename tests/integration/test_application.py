@@ -35,6 +35,7 @@ from tests.unit.test_docs import code_blocks, section
 from tests.world import NAME, SIZE, World, embed_images
 
 ROOT = Path(__file__).parents[2]
+PAGE = ROOT / "docs" / "how-to" / "search-service.md"
 Migrator = Callable[..., int]
 NAMES = [f"{number:05d}.png" for number in range(6)]
 
@@ -147,7 +148,7 @@ def test_what_is_no_image_is_named_by_its_place(world: World, served: ServedEnco
 def test_an_application_that_loads_an_image_in_another_way_gets_other_vectors(
     world: World, served: ServedEncoder, tmp_path: Path
 ) -> None:
-    """What docs/application.md warns of, and that the ways out help."""
+    """What docs/how-to/search-service.md warns of, and that the ways out help."""
     photo, sticker = turned(tmp_path / "turned.jpg"), transparent(tmp_path / "transparent.png")
     small = Image.open(world.images / NAMES[0])
     small.thumbnail((12, 12))
@@ -359,9 +360,7 @@ def service(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[
     """The code of the documentation as it stands, but for the migration's name, on a free port."""
     monkeypatch.chdir(folder)
     (code,) = [
-        block
-        for block in code_blocks(section((ROOT / "docs" / "application.md").read_text(), "A search service"), "python")
-        if "HTTPServer" in block
+        block for block in code_blocks(section(PAGE.read_text(), "A search service"), "python") if "HTTPServer" in block
     ]
     scope: dict[str, Any] = {"__name__": "search"}
     exec(compile(code.replace("products-v2", NAME), "search.py", "exec"), scope)

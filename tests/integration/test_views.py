@@ -18,7 +18,7 @@ from tests.unit.test_docs import code_blocks, section, table
 from tests.world import NAME, World
 
 ROOT = Path(__file__).parents[2]
-PAGE = (ROOT / "docs" / "ledger.md").read_text()
+PAGE = (ROOT / "docs" / "reference" / "ledger.md").read_text()
 VIEWS = ["migrator_progress", "migrator_route", "migrator_clients", "migrator_failures", "migrator_history"]
 Migrator = Callable[..., int]
 Select = Callable[[str], list[dict[str, Any]]]

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shlex
 from contextlib import suppress
 from dataclasses import fields
 from datetime import timedelta
 from pathlib import Path
+from textwrap import dedent
 from typing import Any
 
 import click
@@ -16,32 +16,19 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
+from docs._site.configuration import definitions
+from docs._site.configuration import table as keys_of
 from migrator.cli import VERBS, cli
-from migrator.config import Section, Verify, load_config, schema
+from migrator.config import Section, Verify, load_config
 from migrator.ledger.ledger import SCHEMA
 from migrator.rollout.stages import _STEPS
 from migrator.status import Status
 from migrator.trainer.fit import FitSettings
 
 ROOT = Path(__file__).parents[2]
-DOCS = sorted((ROOT / "docs").glob("*.md"))
+DOCS = sorted((ROOT / "docs").rglob("*.md"))
 PAGES = [ROOT / "README.md", *DOCS]
-SECTIONS = {  # heading in docs/configuration.md -> definitions of the JSON Schema
-    "Top level": ["Config"],
-    "A migration": ["Migration"],
-    "store": ["FaissStore"],
-    "store: milvus": ["MilvusStore"],
-    "store: qdrant": ["QdrantStore"],
-    "images": ["Images"],
-    "old_encoder and new_encoder": ["OldEncoder", "NewEncoder"],
-    "train": ["Train"],
-    "verify": ["Verify"],
-    "verify.gate": ["Gate"],
-    "verify.gate.min_gain": ["MinGain"],
-    "verify.gate.thresholds": ["Threshold"],
-    "rollout": ["Rollout"],
-    "backfill": ["Backfill"],
-}
+REFERENCE = ROOT / "docs" / "reference"
 
 
 def section(text: str, heading: str) -> str:
@@ -55,11 +42,13 @@ def section(text: str, heading: str) -> str:
 
 def without_code(text: str) -> str:
     """The text with code blocks blanked, so that positions stay what they are."""
-    return re.sub(r"^```.*?^```", lambda block: " " * len(block[0]), text, flags=re.MULTILINE | re.DOTALL)
+    return re.sub(r"^( *)```.*?^\1```", lambda block: " " * len(block[0]), text, flags=re.MULTILINE | re.DOTALL)
 
 
 def code_blocks(text: str, language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
+    """The blocks in a language, those that are indented (in a list, below a tab) too."""
+    found = re.findall(rf"^( *)```{language}(?: [^\n]*)?\n(.*?)^\1```", text, flags=re.MULTILINE | re.DOTALL)
+    return [dedent(block) for _, block in found]
 
 
 def table(text: str) -> list[list[str]]:
@@ -72,50 +61,28 @@ def table(text: str) -> list[list[str]]:
 # -- configuration ----------------------------------------------------------------------------------------------------
 
 
-def definitions() -> dict[str, Any]:
-    whole = schema()
-    return {"Config": whole, **whole["$defs"]}
+@pytest.mark.parametrize("name", definitions())
+def test_every_key_of_the_configuration_is_in_the_reference_with_type_default_and_description(name: str) -> None:
+    rows = {row[0].strip("`"): row for row in table(keys_of(name) + "\n")}
+    found = definitions()[name]
+    assert rows.keys() == found["properties"].keys()
+    for key, (_, kind, default, description) in rows.items():
+        assert kind, key
+        assert description[-1] in ".)", key
+        assert (default == "required") == (key in found.get("required", ())), key
 
 
-def shown(default: Any) -> str:
-    if isinstance(default, str):
-        return f"`{default}`"
-    return f"`{json.dumps(default)}`"
+def test_the_reference_shows_each_section_once() -> None:
+    page = (REFERENCE / "configuration.md").read_text()
+    shown = re.findall(r"^<!-- keys: (\w+) -->$", page, re.MULTILINE)
+    assert sorted(shown) == sorted(definitions())
 
 
-@pytest.mark.parametrize("heading", SECTIONS)
-def test_every_key_of_the_configuration_is_documented_with_its_default(heading: str) -> None:
-    found = definitions()
-    rows = table(section((ROOT / "docs" / "configuration.md").read_text(), heading))
-    documented = {row[0].strip("`"): row[2] for row in rows if "." not in row[0]}
-    known: dict[str, Any] = {}
-    required: dict[str, list[bool]] = {}
-    for name in SECTIONS[heading]:
-        known |= found[name]["properties"]
-        for key in found[name]["properties"]:
-            required.setdefault(key, []).append(key in found[name].get("required", ()))
-    assert documented.keys() == known.keys()
-    for key, said in documented.items():
-        if all(required[key]):
-            assert said == "required", key
-        elif any(required[key]):
-            assert said.startswith("required for"), key
-        elif heading == "train" and known[key].get("default", ...) is None:
-            assert said == ("none" if getattr(FitSettings(), key) is None else "trainer's"), key
-        elif known[key].get("default", ...) is None:
-            assert said == "none", key
-        elif isinstance(known[key].get("default"), dict) or "$ref" in known[key]:
-            assert said == "see below", key
-        else:
-            assert said == shown("7d" if key == "max_age" else known[key]["default"]), key
-
-
-def test_no_section_of_the_schema_is_left_out() -> None:
-    in_words = {"OtherStore", "ItemsFrom"}  # another store's keys are its own; train.items.* are rows of train
-    assert {name for names in SECTIONS.values() for name in names} | in_words == definitions().keys()
-    rows = table(section((ROOT / "docs" / "configuration.md").read_text(), "train"))
-    nested = {row[0].strip("`").partition(".")[2] for row in rows if "." in row[0]}
-    assert nested == definitions()["ItemsFrom"]["properties"].keys()
+def test_the_reference_shows_the_values_that_hold_where_nothing_is_given() -> None:
+    rows = {name: {row[0]: row for row in table(keys_of(name) + "\n")} for name in ("Train", "Verify", "QdrantStore")}
+    assert rows["Train"]["`lr`"][1:3] == ["number, above 0", f"`{FitSettings().lr}`"]  # the trainer's own
+    assert rows["Verify"]["`max_age`"][2] == "`7d`"
+    assert rows["QdrantStore"]["`engine`"][1:3] == ["`local`, `edge`", "none"]
 
 
 def test_the_seven_days_of_max_age() -> None:
@@ -188,7 +155,7 @@ def settings_in_sentences() -> list[Any]:
     found: dict[str, str] = {}
     for page in PAGES:
         for line in re.findall(r"`((?:\w+\.)*\w+: [^`]+)`", without_code(page.read_text())):
-            found[line] = page.name
+            found[line] = str(page.relative_to(ROOT))
     keys = {key for kind in sections() for key in kind.model_fields}
     return [
         pytest.param(line, id=f"{page}: {line}")
@@ -214,23 +181,23 @@ def test_settings_in_sentences_are_found() -> None:
 
 
 def test_every_verb_is_documented() -> None:
-    text = (ROOT / "docs" / "operation.md").read_text()
+    text = "".join(page.read_text() for page in PAGES)
     assert {verb for verb in VERBS if not re.search(rf"\bmigrator {verb}\b", text)} == set()
 
 
 def test_the_exit_codes_are_those_of_the_command_line() -> None:
-    rows = table(section((ROOT / "docs" / "operation.md").read_text(), "Exit codes"))
+    rows = table((REFERENCE / "exit-codes.md").read_text())
     told = re.findall(r"\b(\d+) [a-z]", (cli.help or "").partition("Exit codes:")[2])
     assert [row[0] for row in rows] == told == ["0", "1", "2", "3", "4", "130"]
 
 
 def test_every_stage_is_documented() -> None:
-    commands = " ".join(row[0] for row in table(section((ROOT / "docs" / "operation.md").read_text(), "Stages")))
+    commands = " ".join(row[0] for row in table(section((REFERENCE / "stages.md").read_text(), "In place")))
     assert [stage for stage in _STEPS if f"--stage {stage}" not in commands] == []
 
 
 def test_every_field_of_the_status_is_documented() -> None:
-    rows = table(section((ROOT / "docs" / "operation.md").read_text(), "Watching"))
+    rows = table((REFERENCE / "status.md").read_text())
     assert {name.strip("` ") for row in rows for name in row[1].split(",")} == {field.name for field in fields(Status)}
 
 
@@ -246,7 +213,7 @@ def commands() -> list[Any]:
         in_blocks = [
             command for line in blocks for command in re.findall(r"(?<![\w.-])(?<!from )migrator [a-z-].*", line)
         ]
-        found |= {" ".join(line.split()): page.name for line in inline + in_blocks}
+        found |= {" ".join(line.split()): str(page.relative_to(ROOT)) for line in inline + in_blocks}
     return [pytest.param(line, id=f"{page}: {line[:60]}") for line, page in found.items()]
 
 
@@ -282,7 +249,7 @@ def anchors(page: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_every_relative_link_leads_somewhere(page: Path) -> None:
     for target in re.findall(r"\]\(([^)\s]+)\)", without_code(page.read_text())):
         if "://" in target:
@@ -294,7 +261,7 @@ def test_every_relative_link_leads_somewhere(page: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "page", [*PAGES, ROOT / "CHANGELOG.md", ROOT / "migrations.yaml"], ids=lambda page: str(page.name)
+    "page", [*PAGES, ROOT / "CHANGELOG.md", ROOT / "migrations.yaml"], ids=lambda page: str(page.relative_to(ROOT))
 )
 def test_no_path_of_one_machine_is_left(page: Path) -> None:
     assert re.findall(r"(?<![\w./])/(?:work|tmp|root|home)/\S*|\.\./shared\S*", page.read_text()) == []

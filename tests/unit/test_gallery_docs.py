@@ -1,4 +1,4 @@
-"""docs/gallery.md: the keys that it gives for a loader make that loader's pixels."""
+"""docs/how-to/match-the-gallery.md: the keys that it gives for a loader make that loader's pixels."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from migrator.trainer.images import ImageSource
 from migrator.trainer.preprocessing import Preprocessing, timm_preprocessing
 from tests.unit.test_docs import section, table
 
-PAGE = (Path(__file__).parents[2] / "docs" / "gallery.md").read_text()
+PAGE = (Path(__file__).parents[2] / "docs" / "how-to" / "match-the-gallery.md").read_text()
 SIZE = 224
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 

@@ -17,7 +17,7 @@ class AdvBCT(nn.Module):
 
     The paper's terms align class by class and distribution by distribution. The anchor is ours: it draws each image's
     new vector to its own old one against the hardest others, as `hot_refresh` does, which decides where classes are
-    small or not those of the queries. docs/training.md has what it is worth.
+    small or not those of the queries. docs/explanation/advbct.md has what it is worth.
     """
 
     def __init__(

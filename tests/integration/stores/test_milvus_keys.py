@@ -22,7 +22,7 @@ from tests.integration.stores.contract import DIM, unit_vectors
 from tests.integration.stores.test_milvus import drop_new
 from tests.milvus_server import ON_THE_SERVER, MilvusServer
 
-DOCS = Path(__file__).parents[3] / "docs" / "milvus.md"
+DOCS = Path(__file__).parents[3] / "docs" / "reference" / "stores" / "milvus.md"
 
 
 @pytest.fixture(scope="module")
