@@ -1,4 +1,4 @@
-"""The demo's own numbers, as the README shows them."""
+"""The demo's own numbers, as docs/explanation/benchmarks.md shows them."""
 
 from __future__ import annotations
 

@@ -14,6 +14,8 @@ from mkdocs.structure.files import File, Files
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 LINK = re.compile(r"(?<=\]\()([^)\s#]+)(?=[#)])")
+PLAIN = re.compile(r"^( *)```\n(.*?)^\1```$", re.MULTILINE | re.DOTALL)
+LONG = 100
 KEYS = re.compile(r"^<!-- keys: (\w+) -->$", re.MULTILINE)
 
 
@@ -36,6 +38,13 @@ def _from_elsewhere() -> list[Path]:
     ]
 
 
+def _wrapped(block: re.Match[str]) -> str:
+    """Messages of one long line are wrapped; tables keep their lines, and scroll."""
+    indent, text = block.groups()
+    wraps = max(map(len, text.splitlines())) > LONG and "│" not in text
+    return f"{indent}``` {{ .text .wrap }}\n{text}{indent}```" if wraps else block[0]
+
+
 def on_files(files: Files, config: Any) -> Files:
     """Adds the pages that lie outside docs/, under the path that they have in the tree."""
     for path in _from_elsewhere():
@@ -47,6 +56,7 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     """Fills in the tables of keys, and turns links between files of the tree into links between pages of the site."""
     tables = _sibling("configuration")
     markdown = KEYS.sub(lambda found: tables.table(found[1]), markdown)
+    markdown = PLAIN.sub(_wrapped, markdown)
     source = Path(page.file.abs_src_path)
 
     def on_site(link: re.Match[str]) -> str:
