@@ -14,7 +14,7 @@ from mkdocs.structure.files import File, Files
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 LINK = re.compile(r"(?<=\]\()([^)\s#]+)(?=[#)])")
-PLAIN = re.compile(r"^( *)```\n(.*?)^\1```$", re.MULTILINE | re.DOTALL)
+FENCED = re.compile(r"^( *)```([^\n]*)\n(.*?)^\1```$", re.MULTILINE | re.DOTALL)
 LONG = 100
 KEYS = re.compile(r"^<!-- keys: (\w+) -->$", re.MULTILINE)
 
@@ -33,6 +33,7 @@ def _from_elsewhere() -> list[Path]:
     """Pages that belong to the site and stay where they are in the tree, and the files that these show."""
     return [
         ROOT / "CHANGELOG.md",
+        ROOT / "CONTRIBUTING.md",
         *sorted((ROOT / "bench" / "results").glob("*.md")),
         *sorted(path for path in (ROOT / "examples").glob("*/*") if path.suffix in (".md", ".py", ".yaml")),
     ]
@@ -40,8 +41,8 @@ def _from_elsewhere() -> list[Path]:
 
 def _wrapped(block: re.Match[str]) -> str:
     """Messages of one long line are wrapped; tables keep their lines, and scroll."""
-    indent, text = block.groups()
-    wraps = max(map(len, text.splitlines())) > LONG and "│" not in text
+    indent, language, text = block.groups()
+    wraps = not language and max(map(len, text.splitlines())) > LONG and "│" not in text
     return f"{indent}``` {{ .text .wrap }}\n{text}{indent}```" if wraps else block[0]
 
 
@@ -56,7 +57,7 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     """Fills in the tables of keys, and turns links between files of the tree into links between pages of the site."""
     tables = _sibling("configuration")
     markdown = KEYS.sub(lambda found: tables.table(found[1]), markdown)
-    markdown = PLAIN.sub(_wrapped, markdown)
+    markdown = FENCED.sub(_wrapped, markdown)
     source = Path(page.file.abs_src_path)
 
     def on_site(link: re.Match[str]) -> str:

@@ -394,7 +394,7 @@ def test_the_search_service_of_the_documentation(
     stored = world.vectors()
     with service(world.folder, monkeypatch) as search:
         used = set()
-        for user in (f"user-{number}" for number in range(6)):
+        for user in (f"user-{number}" for number in range(20)):
             found = search((world.images / NAMES[3]).read_bytes(), user)
             assert found["epoch"] == 2
             which = "old" if found["hits"][0]["score"] > 0.9999 else "new"

@@ -27,7 +27,7 @@ from migrator.trainer.fit import FitSettings
 
 ROOT = Path(__file__).parents[2]
 DOCS = sorted((ROOT / "docs").rglob("*.md"))
-PAGES = [ROOT / "README.md", *DOCS]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *DOCS]
 REFERENCE = ROOT / "docs" / "reference"
 
 
@@ -226,7 +226,7 @@ def words_of(line: str) -> list[str]:
 @pytest.mark.parametrize("line", commands())
 def test_every_command_in_the_documentation_exists(line: str) -> None:
     words = words_of(line)
-    at = next(number for number, word in enumerate(words) if not word.startswith("-"))
+    at = next((number for number, word in enumerate(words) if not word.startswith("-")), len(words))
     with suppress(click.exceptions.Exit):  # --help and --version
         group = cli.make_context("migrator", words[: at + 1])
         command = cli.get_command(group, words[at])
