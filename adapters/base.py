@@ -211,6 +211,22 @@ class Store(Protocol):
         """
         ...
 
+    def create_write_alias(self, alias: str) -> None:
+        """Creates `alias` for requests that change items. Changes nothing where it leads to this collection already.
+
+        Deleting it is a fence at the server: what was addressed to it and arrives later changes nothing. A store that
+        one process at a time opens for writing ignores it. Raises `StoreRejected` where the server forbids it.
+        """
+        ...
+
+    def delete_write_alias(self, alias: str) -> None:
+        """Deletes a write alias; changes nothing where there is none."""
+        ...
+
+    def write_through(self, alias: str) -> None:
+        """From now on requests that change items are addressed to `alias`, if it leads to this collection."""
+        ...
+
     def publish(self, *, final: bool = False) -> None:
         """Makes written vectors answer queries, where `capabilities.visible` says that writing alone does not.
 

@@ -639,6 +639,15 @@ class FaissStore:
     def set_fence(self, fence: Fence | None) -> None:
         """Nothing: the lock is the fence."""
 
+    def create_write_alias(self, alias: str) -> None:
+        """Nothing: the lock is the fence."""
+
+    def delete_write_alias(self, alias: str) -> None:
+        """Nothing: the lock is the fence."""
+
+    def write_through(self, alias: str) -> None:
+        """Nothing: the lock is the fence."""
+
     def publish(self, *, final: bool = False) -> None:
         """Replaces index.faiss by one that holds what was written. Indexes that need a rebuild get it with `final`.
 

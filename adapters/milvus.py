@@ -77,6 +77,10 @@ BYTES = {100, 102, 103, 105}
 """Types of vectors that the client gives as bytes: binary, float16, bfloat16, int8."""
 
 
+class _NoCollection(StoreRejected):
+    """No collection or alias of that name."""
+
+
 class _TooLarge(StoreRejected):
     """More in one message than the server takes or gives."""
 
@@ -204,7 +208,7 @@ class Connection:
         said = one_line(getattr(error, "message", "") or error)
         code = error.code
         if code == 100 and "collection" in said.lower():
-            return StoreRejected(f"{self.where}: {said}: correct `collection` of the store")
+            return _NoCollection(f"{self.where}: {said}: correct `collection` of the store")
         if code == 101:  # it was when it was opened: the server may have been restarted
             return StoreUnavailable(f"{self.where}: the collection is not loaded any more, or not yet again: {said}")
         if "maxOutputSize" in said or "exceed the limit size" in said:
@@ -241,6 +245,7 @@ class MilvusStore:
         found = self._describe(collection)
         self._local_name = str(found["collection_name"])
         self._alias = collection if collection != self._local_name else None
+        self._written_name = self._local_name
         self._dynamic = bool(found.get("enable_dynamic_field"))
         self._fields: dict[str, Row] = {field["name"]: field for field in found["fields"]}
         key = next((field for field in found["fields"] if field.get("is_primary")), None)
@@ -871,13 +876,15 @@ class MilvusStore:
             try:
                 self._ask(
                     lambda client, stored=stored, partition=partition: getattr(client, how)(  # type: ignore[misc]
-                        self._local_name,
+                        self._written_name,
                         stored,
                         partition_name=partition,
                         timeout=self._connection.timeout,
                         **more,
                     )
                 )
+            except _NoCollection:  # no row is to blame
+                raise
             except StoreRejected as refusal:
                 if len(some) == 1:
                     refused[some[0][self._key]] = str(refusal)
@@ -890,6 +897,21 @@ class MilvusStore:
     def set_fence(self, fence: Fence | None) -> None:
         """Before each change, where it is a server's; a Milvus Lite file is locked."""
         self._fence = None if self._connection.lite else fence
+
+    def create_write_alias(self, alias: str) -> None:
+        """On a server; a Milvus Lite file is locked."""
+        if not self._connection.lite and self._collection_of(alias) is None:
+            self._call("create_alias", self._local_name, alias)
+
+    def delete_write_alias(self, alias: str) -> None:
+        """On a server; a Milvus Lite file is locked."""
+        if not self._connection.lite and self._collection_of(alias) == self._local_name:
+            self._call("drop_alias", alias)
+
+    def write_through(self, alias: str) -> None:
+        """Where the alias exists: a server may forbid it."""
+        if not self._connection.lite and self._collection_of(alias) == self._local_name:
+            self._written_name = alias
 
     def _may_change(self) -> None:
         if self._fence is not None:
@@ -1083,7 +1105,7 @@ class MilvusStore:
         condition = f"{self._key} in [{', '.join(self._literal(item) for item in ids)}]"
         timeout = self._connection.timeout
         self._may_change()
-        self._ask(lambda client: client.delete(self._local_name, filter=condition, timeout=timeout))
+        self._ask(lambda client: client.delete(self._written_name, filter=condition, timeout=timeout))
 
     def swap_alias(self, alias: str, *, to: str) -> None:
         """Moves the alias in one request."""
@@ -1091,15 +1113,15 @@ class MilvusStore:
         timeout = self._connection.timeout
         if not self.exists(to):
             raise StoreRejected(f"{self._connection.where} has no collection {to!r} to point {alias!r} at")
-        known = self._ask(
-            lambda client: (
-                client.has_collection(alias, timeout=timeout)
-                and client.describe_collection(alias, timeout=timeout)["collection_name"]
-            )
-        )
-        if not known or known == alias:
+        if self._collection_of(alias) in (None, alias):
             raise StoreRejected(f"{self._connection.where} has no alias {alias!r}")
         self._ask(lambda client: client.alter_alias(to, alias, timeout=timeout))
+
+    def _collection_of(self, name: str) -> str | None:
+        """What a name or an alias leads to."""
+        if not self._call("has_collection", name):
+            return None
+        return str(self._call("describe_collection", name)["collection_name"])
 
     def drop(self) -> None:
         """Deletes the collection, unless an alias leads to it."""

@@ -330,6 +330,7 @@ class QdrantStore:
         self._connection, self._write = connection, write
         self._open = True
         self._local_name, self._alias = self._resolve(collection)
+        self._written_name = self._local_name
         self._name, self._params = self._vector(vector)
         self._named = bool(self._name)
         self._further = tuple(sorted(self._further_names()))
@@ -847,7 +848,7 @@ class QdrantStore:
                     set_payload=models.SetPayload(payload={STAMP: stamp}, filter=self._filter(stamp=claim, ids=items))
                 ),
             ]
-            self._change(lambda client: client.batch_update_points(self._local_name, operations, wait=True))
+            self._change(lambda client: client.batch_update_points(self._written_name, operations, wait=True))
 
         refused = self._put_all(list(to_write), put)
         self._clear(list(refused))
@@ -904,7 +905,7 @@ class QdrantStore:
         self._despite_missing(
             items,
             lambda these: self._change(
-                lambda client: client.set_payload(self._local_name, {STAMP: claim}, points=_ids(these), wait=True)
+                lambda client: client.set_payload(self._written_name, {STAMP: claim}, points=_ids(these), wait=True)
             ),
         )
 
@@ -913,7 +914,7 @@ class QdrantStore:
         self._despite_missing(
             items,
             lambda these: self._change(
-                lambda client: client.delete_payload(self._local_name, [STAMP], points=_ids(these), wait=True)
+                lambda client: client.delete_payload(self._written_name, [STAMP], points=_ids(these), wait=True)
             ),
         )
 
@@ -938,6 +939,34 @@ class QdrantStore:
     def set_fence(self, fence: Fence | None) -> None:
         """Before each change, where it is a server's; a local folder is locked."""
         self._fence = None if self._connection.local else fence
+
+    def create_write_alias(self, alias: str) -> None:
+        """On a server; a local folder is locked."""
+        from qdrant_client import models
+
+        if self._connection.local or alias in self._aliases():
+            return
+        create = models.CreateAlias(collection_name=self._local_name, alias_name=alias)
+        self._ask(lambda client: client.update_collection_aliases([models.CreateAliasOperation(create_alias=create)]))
+
+    def delete_write_alias(self, alias: str) -> None:
+        """On a server; a local folder is locked."""
+        from qdrant_client import models
+
+        if self._connection.local or alias not in self._aliases():
+            return
+        delete = models.DeleteAlias(alias_name=alias)
+        self._ask(lambda client: client.update_collection_aliases([models.DeleteAliasOperation(delete_alias=delete)]))
+
+    def write_through(self, alias: str) -> None:
+        """Where the alias exists: a server may forbid it."""
+        if not self._connection.local and alias in self._aliases():
+            self._written_name = alias
+
+    def _aliases(self) -> list[str]:
+        """Aliases of this collection."""
+        found = self._ask(lambda client: client.get_collection_aliases(self._local_name)).aliases
+        return [each.alias_name for each in found]
 
     def publish(self, *, final: bool = False) -> None:
         """Nothing: a written vector answers at once."""
@@ -1119,7 +1148,7 @@ class QdrantStore:
     def _upsert(self, points: list[Any]) -> dict[ItemId, str]:
         """Writes points; halves a batch that is refused, down to the point that is to blame."""
         try:
-            self._change(lambda client: client.upsert(self._local_name, points, wait=True))
+            self._change(lambda client: client.upsert(self._written_name, points, wait=True))
         except _BadRequest as refusal:
             if len(points) == 1:
                 return {plain_id(points[0].id): str(refusal)}
@@ -1132,7 +1161,7 @@ class QdrantStore:
         self._must_write()
         possible = [item for item in ids if can_be_id(item)]
         if possible:
-            self._change(lambda client: client.delete(self._local_name, points_selector=_ids(possible), wait=True))
+            self._change(lambda client: client.delete(self._written_name, points_selector=_ids(possible), wait=True))
 
     def swap_alias(self, alias: str, *, to: str) -> None:
         """Moves the alias in one request."""
@@ -1158,9 +1187,8 @@ class QdrantStore:
     def drop(self) -> None:
         """Deletes the collection, unless an alias leads to it."""
         self._must_write()
-        aliases = self._ask(lambda client: client.get_collection_aliases(self._local_name)).aliases
-        if aliases:
-            raise StoreRejected(f"{self._local_name} is not deleted: the alias {aliases[0].alias_name!r} leads to it")
+        if aliases := self._aliases():
+            raise StoreRejected(f"{self._local_name} is not deleted: the alias {aliases[0]!r} leads to it")
         self._ask(lambda client: client.delete_collection(self._local_name))
         self.close()
 

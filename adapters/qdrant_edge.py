@@ -682,6 +682,15 @@ class EdgeStore:
     def set_fence(self, fence: Fence | None) -> None:
         """Nothing: the lock is the fence."""
 
+    def create_write_alias(self, alias: str) -> None:
+        """Nothing: the lock is the fence."""
+
+    def delete_write_alias(self, alias: str) -> None:
+        """Nothing: the lock is the fence."""
+
+    def write_through(self, alias: str) -> None:
+        """Nothing: the lock is the fence."""
+
     def publish(self, *, final: bool = False) -> None:
         """Nothing: a written vector answers at once. `final` builds the HNSW index over what was written."""
         self._must_write()

@@ -87,6 +87,12 @@ class Project:
     def _keeps_artifacts_here(self) -> bool:
         return "://" not in self.config.artifacts.removeprefix("file://")
 
+    def write_alias(self, migration: Migration) -> str:
+        """The alias that the backfill of a migration in place writes through, unique also among ledgers."""
+        route = self.ledger.route(migration.collection)
+        assert route is not None, "prepare writes it"
+        return f"migrator_backfill_{migration.id}_{route.salt}"
+
     def undo_log(self, migration: Migration) -> UndoLog:
         """The undo log of a migration."""
         return UndoLog(ChunkFiles(self.config.artifacts, self.name, "undo", migration.key))

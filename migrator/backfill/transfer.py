@@ -81,6 +81,7 @@ def open_transfer(project: Project, migration: Migration) -> Iterator[Transfer]:
     with project.store(write=True) as source:
         if migration.strategy == "in_place":
             undo = project.undo_log(migration)
+            source.write_through(project.write_alias(migration))
             yield InPlace(source, undo, migration.new_encoder_id, lambda: project.ledger.chunks(migration.id))
             return
         assert migration.shadow is not None, "prepare names the shadow"

@@ -12,6 +12,7 @@ from migrator.errors import InUse, Refused
 from migrator.ledger import Migration
 from migrator.planning import check_same_collection
 from migrator.project import Project
+from migrator.rollout import write_alias
 from migrator.rollout.clients import Tell, wait_for_clients
 from migrator.rollout.in_place import Restore
 from migrator.rollout.shadow import take_back
@@ -75,6 +76,8 @@ def rollback(project: Project, report: Report = lambda _done, _of: None, tell: T
         if migration.state != "rolling_back":
             # From here on no backfill run gets or finishes a chunk.
             migration = project.ledger.move(migration, state="rolling_back", event="rollback begins")
+        if migration.strategy == "in_place":
+            write_alias.delete(project, migration)
         wait_for_leases(project, migration)
         try:
             if migration.strategy == "in_place":
@@ -83,6 +86,8 @@ def rollback(project: Project, report: Report = lambda _done, _of: None, tell: T
                 result = _take_back(project, migration, report, tell)
         except StoreBusy as busy:
             raise InUse(f"{busy}: it leaves after its chunk; then again `migrator rollback {project.name}`") from busy
+    elif migration.stage == "backfill":
+        write_alias.delete(project, migration)
     route = project.ledger.route(migration.collection)
     assert route is not None
     project.ledger.move(

@@ -18,7 +18,7 @@ from migrator.errors import Refused, UsageProblem
 from migrator.ledger import Migration, Plan, Route
 from migrator.planning import check_fresh, check_shadow, check_unmixed
 from migrator.project import Project
-from migrator.rollout import shadow
+from migrator.rollout import shadow, write_alias
 from migrator.rollout.clients import Tell, wait_for_clients
 from migrator.route import initial_route
 from migrator.verify.standing import why_not
@@ -216,12 +216,15 @@ def _backfill(project: Project, migration: Migration, options: Options) -> Step:
     def make() -> str:
         if in_place:  # a client that still sends old queries would meet new vectors
             wait_for_clients(project, route.epoch, options.tell)
+            write_alias.create(project, migration, options.tell)
         else:
             shadow.create(project, migration)
         try:
             _move_route(project, migration, route, stage="backfill", phase="backfill")
         except Refused:
-            if not in_place:
+            if in_place:
+                write_alias.delete(project, migration)
+            else:
                 shadow.discard_unused(project, migration)
             raise
         return f"{name} may be backfilled: run `migrator backfill {name}` until it says complete, or let cron do it"
@@ -364,7 +367,9 @@ def _finalize(project: Project, migration: Migration, options: Options) -> Step:
     configure = "old_encoder" if in_place or migration.alias else f"store to {migration.shadow} and old_encoder"
 
     def make() -> str:
-        if options.drop_old and not in_place:
+        if in_place:
+            write_alias.delete(project, migration)
+        elif options.drop_old:
             shadow.drop_source(project, migration, options.tell)  # first: what the ledger calls gone must be gone
         project.ledger.move(
             migration, stage="finalize", state="finished",

@@ -246,6 +246,34 @@ def test_a_worker_that_is_cut_off_from_the_store_leaves_and_a_rollback_follows(
             assert cut_off.wrong(cut_off.old) == 0
 
 
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("version", ["1.15.0", "1.16.0"])
+def test_a_request_that_arrives_after_the_rollback_changes_nothing(
+    commands: tuple[Commands, Commands], first: World, tmp_path: Path, postgresql: str, version: str
+) -> None:
+    """The worker is frozen with its write on the way, as when a part of it is sent; no check of its own can help."""
+    with (
+        prepared(first, tmp_path, postgresql, "in_place") as world,
+        qdrant_process(version=version) as url,
+        flaky_proxy(("127.0.0.1", int(url.rpartition(":")[2]))) as proxy,
+    ):
+        kind = QdrantOverRest(world, f"http://127.0.0.1:{proxy.port}")
+        kind.use()
+        world.configure(store__timeout=2)
+        late = Frozen(commands, kind, 7)
+        late.to_backfill("in_place")
+        proxy.hold(b"/points/batch")
+        late.worker.commands.start(*late.worker.words("backfill"))
+        assert proxy.held.wait(60.0)
+        late.worker.commands.freeze()
+        late.run("rollback")
+        proxy.deliver()
+        assert proxy.answered.wait(60.0)
+        assert late.wrong(late.old) == 0
+        late.thaw()
+        assert late.wrong(late.old) == 0
+
+
 @pytest.mark.long
 @pytest.mark.timeout(7200)
 @pytest.mark.parametrize("ledger", ["postgresql", "sqlite"])

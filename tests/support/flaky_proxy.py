@@ -1,4 +1,4 @@
-"""A network that can be cut: a TCP proxy on loopback, before a TCP port or a socket in the file system."""
+"""A network that can be cut, or slow: a TCP proxy on loopback, before a TCP port or a socket in the file system."""
 
 from __future__ import annotations
 
@@ -21,12 +21,38 @@ class FlakyProxy:
         self._whole.set()
         self._guard = threading.Lock()
         self._open: list[socket.socket] = []
+        self._marked: bytes | None = None
+        self._delivered = threading.Event()
+        self.held = threading.Event()
+        """Set once the marked request is held back."""
+        self.answered = threading.Event()
+        """Set once it was delivered and answered."""
         self._threads: list[threading.Thread] = []
         self._start(self._accept)
 
     def cut(self) -> None:
         """From now on nothing passes in either direction; connections stay open and silent."""
         self._whole.clear()
+
+    def hold(self, mark: bytes) -> None:
+        """Holds back the next request with `mark` in its first line; others pass."""
+        for event in (self.held, self._delivered, self.answered):
+            event.clear()
+        self._marked = mark
+
+    def deliver(self) -> None:
+        """What was held back passes after all."""
+        self._delivered.set()
+
+    def _hold_back(self, data: bytes) -> bool:
+        with self._guard:
+            marked = self._marked is not None and self._marked in data.partition(b"\r\n")[0]
+            if marked:
+                self._marked = None
+        if marked:
+            self.held.set()
+            self._delivered.wait()
+        return marked
 
     def heal(self) -> None:
         """Connections of before are reset, so that nothing of theirs arrives late; new ones pass."""
@@ -35,6 +61,7 @@ class FlakyProxy:
                 with contextlib.suppress(OSError):
                     connection.shutdown(socket.SHUT_RDWR)
             self._open.clear()
+        self.deliver()
         self._whole.set()
 
     def close(self) -> None:
@@ -72,6 +99,7 @@ class FlakyProxy:
 
     def _forward(self, client: socket.socket, server: socket.socket) -> None:
         other = {client: server, server: client}
+        was_held = False
         with selectors.DefaultSelector() as selector:
             selector.register(client, selectors.EVENT_READ)
             selector.register(server, selectors.EVENT_READ)
@@ -82,6 +110,9 @@ class FlakyProxy:
                     data = source.recv(1 << 16)
                     if not data:
                         return
+                    if was_held and source is server:
+                        self.answered.set()
+                    was_held = self._hold_back(data) or was_held
                     self._whole.wait()
                     other[source].sendall(data)  # fails where it was reset meanwhile
 

@@ -631,6 +631,29 @@ class StoreContract:
         assert set(collection.visible()) == {*ids[2:], *arrived}
         assert list(store.read(arrived, vectors=False, payload=True).payloads or ()) == payloads_of(arrived)
 
+    def test_a_write_through_a_deleted_alias_changes_nothing(
+        self, collection: Collection, ids: list[ItemId], old: Vectors, new: Vectors
+    ) -> None:
+        """The fence at the server: it holds for a request of which a part was sent before."""
+        with closing(collection.open()) as store:
+            if not store.capabilities.concurrent_writers:
+                pytest.skip("one process at a time writes to this store")
+            store.create_write_alias("migrator_backfill_7_ab")
+            store.create_write_alias("migrator_backfill_7_ab")  # an answer that was lost
+            with closing(collection.open()) as worker:
+                worker.write_through("migrator_backfill_7_ab")
+                assert worker.write_vectors(ids[:3], new[:3], "new").written == ids[:3]
+                assert_same(store, vectors_of(store, ids[:3]), new[:3])
+                store.delete_write_alias("migrator_backfill_7_ab")
+                store.delete_write_alias("migrator_backfill_7_ab")
+                with pytest.raises(StoreRejected):
+                    worker.write_vectors(ids[3:6], new[3:6], "new")
+                assert_same(store, vectors_of(store, ids[3:6]), old[3:6])
+                assert stamps_of(store, ids[3:6]) == [None] * 3
+            with closing(collection.open()) as later:
+                later.write_through("migrator_backfill_7_ab")  # a server that forbids aliases: written all the same
+                assert later.write_vectors(ids[3:6], new[3:6], "new").written == ids[3:6]
+
     def test_an_alias_is_moved_and_bars_the_way_to_dropping(
         self, collection: Collection, ids: list[ItemId], old: Vectors
     ) -> None:
