@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from migrator.errors import Refused
+from migrator.errors import PreconditionFailed
 from migrator.retrying import patiently
 from migrator.trainer.errors import ImageProblem, TrainerError
 
@@ -136,7 +136,7 @@ class Search:
     """What made the best."""
 
 
-class Disagreement(Refused):
+class Disagreement(PreconditionFailed):
     """The old encoder as declared did not make the stored vectors, or not all of them."""
 
     def __init__(self, message: str, declared: Tried, search: Search | None, best: Tried | None = None) -> None:

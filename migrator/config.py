@@ -33,7 +33,7 @@ from pydantic import (
     field_validator,
 )
 
-from migrator.errors import ConfigProblem, UsageProblem
+from migrator.errors import ConfigError, UsageProblem
 from migrator.trainer.templates import parse
 
 _MAX_BYTES = 1 << 20
@@ -1137,21 +1137,21 @@ def _spell(at: Place) -> str:
 def _compose(path: Path) -> yaml.Node:
     """The one document of a file, as YAML nodes with their lines."""
     if path.is_dir():
-        raise ConfigProblem(f"{path}: is a folder: give the path of the migrations.yaml in it")
+        raise ConfigError(f"{path}: is a folder: give the path of the migrations.yaml in it")
     if not path.is_file():
-        raise ConfigProblem(f"{path}: no such file: run `migrator init`, or name another with --config")
+        raise ConfigError(f"{path}: no such file: run `migrator init`, or name another with --config")
     try:
         with path.open("rb") as file:
             data = file.read(_MAX_BYTES + 1)
     except OSError as error:
-        raise ConfigProblem(f"{path}: cannot be read ({error.strerror}): correct its permissions") from error
+        raise ConfigError(f"{path}: cannot be read ({error.strerror}): correct its permissions") from error
     if len(data) > _MAX_BYTES:
-        raise ConfigProblem(f"{path}: is larger than 1 MiB: this is not a migrations.yaml")
+        raise ConfigError(f"{path}: is larger than 1 MiB: this is not a migrations.yaml")
     try:
         text = data.decode("utf-8")
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
-        raise ConfigProblem(f"{path}:{line}: is not UTF-8 text: save it as UTF-8") from error
+        raise ConfigError(f"{path}:{line}: is not UTF-8 text: save it as UTF-8") from error
     try:
         node = _Loader(text).get_single_node()
     except yaml.MarkedYAMLError as error:
@@ -1161,14 +1161,14 @@ def _compose(path: Path) -> yaml.Node:
         problem = re.sub(r"(handle|anchor) .*", r"\1", problem)  # its name may be a secret that begins with ! or &
         if mark and text[mark.index - 1 : mark.index + 1] == "${":
             problem += '; inside { } and [ ] write "${NAME}" with quotes'
-        raise ConfigProblem(f"{path}:{line + 1}:{column + 1}: is not YAML: {problem}") from None
+        raise ConfigError(f"{path}:{line + 1}:{column + 1}: is not YAML: {problem}") from None
     except yaml.reader.ReaderError as error:
         line = text.count("\n", 0, error.position) + 1
-        raise ConfigProblem(f"{path}:{line}: is not YAML: it holds a control character") from None
+        raise ConfigError(f"{path}:{line}: is not YAML: it holds a control character") from None
     except RecursionError:
-        raise ConfigProblem(f"{path}: is nested too deeply: this is not a migrations.yaml") from None
+        raise ConfigError(f"{path}: is nested too deeply: this is not a migrations.yaml") from None
     if node is None:
-        raise ConfigProblem(f"{path}: is empty: run `migrator init` for an example")
+        raise ConfigError(f"{path}: is empty: run `migrator init` for an example")
     return node
 
 
@@ -1207,7 +1207,7 @@ def _wording(kind: str, message: str, at: Place, tag: str | None) -> str:
 def load_config(path: Path) -> Config:
     """Reads and checks `migrations.yaml`. What it names need not exist yet.
 
-    Raises `ConfigProblem` with a line for each problem.
+    Raises `ConfigError` with a line for each problem.
     """
     node = _compose(path)
     document = _Document(path, os.environ)
@@ -1224,7 +1224,7 @@ def load_config(path: Path) -> Config:
             tag = next((str(part) for part in above if part in _STORES), None)
             document.report(at, _wording(detail["type"], detail["msg"], at, tag))
     if document.problems:
-        raise ConfigProblem("\n".join(text for _, text in sorted(document.problems.values())))
+        raise ConfigError("\n".join(text for _, text in sorted(document.problems.values())))
     config._path = absolute
     config._texts = document.texts
     return config
@@ -1233,7 +1233,7 @@ def load_config(path: Path) -> Config:
 def read_store(text: str, file: Path) -> Store:
     """The section `store` written as `text`, as `load_config` would read it from `file`, which need not exist yet.
 
-    Raises `ConfigProblem`, also for a secret that is written out: the file would keep it.
+    Raises `ConfigError`, also for a secret that is written out: the file would keep it.
     """
     document = _Document(file, os.environ)
     node = yaml.compose(text, Loader=_Loader)
@@ -1253,7 +1253,7 @@ def read_store(text: str, file: Path) -> Store:
                 # As if it stood in a file: the words for an unknown key depend on the section.
                 at = ("migrations", "", "store", *detail["loc"])
                 problems.append(f"{_spell(detail['loc'])}: {_wording(detail['type'], detail['msg'], at, kind)}")
-    raise ConfigProblem("\n".join(f"store.{problem}" for problem in problems))
+    raise ConfigError("\n".join(f"store.{problem}" for problem in problems))
 
 
 def schema() -> dict[str, Any]:

@@ -51,7 +51,7 @@ class _Images:
 def draft_config(settings: Mapping[str, Any], file: Path) -> Draft:
     """Opens the collection that `settings` (keys of `store:`, as they are to be written) describe, and drafts `file`.
 
-    Reads the description and a sample of payloads; changes nothing. Raises ConfigProblem for settings that a file may
+    Reads the description and a sample of payloads; changes nothing. Raises ConfigError for settings that a file may
     not hold, and what `migrator.adapters.registry.open_store` raises.
     """
     from migrator.adapters.registry import open_store

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from migrator.demo_stores import STORES, Gallery
-from migrator.errors import Refused, UsageProblem
+from migrator.errors import PreconditionFailed, UsageProblem
 from migrator.project import Project
 
 if TYPE_CHECKING:
@@ -138,7 +138,7 @@ def _save_gallery(
 
 
 def walk(folder: Path, *, keep_at: str | None, run: Run, say: Say) -> None:
-    """The migration, command by command. Raises `Refused` at the first that does not succeed.
+    """The migration, command by command. Raises `PreconditionFailed` at the first that does not succeed.
 
     `keep_at` names a stage: the walk ends when it is open.
     """
@@ -150,7 +150,7 @@ def walk(folder: Path, *, keep_at: str | None, run: Run, say: Say) -> None:
         asks = words[0] in ("train", "rollout", "backfill")
         code = run([words[0], "--config", config, *words[1:], *(["--yes"] if asks else [])])
         if code != 0:
-            raise Refused(f"`migrator {' '.join(words)}` ended with exit code {code}: see {folder}")
+            raise PreconditionFailed(f"`migrator {' '.join(words)}` ended with exit code {code}: see {folder}")
 
     def opened(stage: str) -> bool:
         if keep_at == stage:
@@ -208,7 +208,7 @@ def results(folder: Path) -> list[tuple[str, dict[str, float]]]:
 def check(folder: Path) -> list[str]:
     """Looks at the finished gallery as a stranger would, with the store's own client; returns what was checked.
 
-    Raises `Refused` if anything is not as it must be.
+    Raises `PreconditionFailed` if anything is not as it must be.
     """
     from migrator.encoding import embed
 
@@ -236,5 +236,5 @@ def check(folder: Path) -> list[str]:
     ]
     wrong = [what for right, what in checks if not right]
     if wrong:
-        raise Refused(f"the demo's migration is not as it must be. Untrue: {'; '.join(wrong)}")
+        raise PreconditionFailed(f"the demo's migration is not as it must be. Untrue: {'; '.join(wrong)}")
     return [what for _, what in checks]

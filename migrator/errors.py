@@ -13,7 +13,7 @@ class MigratorError(Exception):
     exit_code = 1
 
 
-class ConfigProblem(MigratorError):
+class ConfigError(MigratorError):
     """The configuration cannot be used; the message lists every problem found, a line each."""
 
     exit_code = 2
@@ -25,17 +25,17 @@ class UsageProblem(MigratorError):
     exit_code = 2
 
 
-class Refused(MigratorError):
+class PreconditionFailed(MigratorError):
     """A precondition is missing, a gate failed or a plan is stale; the message names the command that helps."""
 
     exit_code = 3
 
 
-class InUse(Refused):
+class InUse(PreconditionFailed):
     """Another process holds what the command needs, and lets go of it by itself."""
 
 
-class Unavailable(MigratorError):
+class TemporarilyUnavailable(MigratorError):
     """A store, the ledger or an image source could not be reached; the same command may work later."""
 
     exit_code = 4

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, TypeAlias
 
-from migrator.errors import ConfigProblem
+from migrator.errors import ConfigError
 from migrator.trainer.templates import NotText, parse
 
 if TYPE_CHECKING:
@@ -33,11 +33,11 @@ def label_of(template: str, item: ItemId, payload: Payload) -> str:
 
 
 def training_label(project: Project, template: str, item: ItemId, payload: Payload) -> str:
-    """The class of an item to train on; empty where it has none. Raises `ConfigProblem` for a list or a structure."""
+    """The class of an item to train on; empty where it has none. Raises `ConfigError` for a list or a structure."""
     try:
         return (parse(template).fill({**payload, "id": item}) or "").strip()
     except NotText as problem:
-        raise ConfigProblem(
+        raise ConfigError(
             f"{project.config.path}: migrations.{project.name}.train.items.label: item {item!r}: {problem}; training "
             "needs one class for each item: name a field with one value, or list path and label in a file"
         ) from None

@@ -16,7 +16,7 @@ from migrator.adapters.base import Capabilities, CollectionInfo, ItemId, Payload
 from migrator.agreement import as_kept_by, check_agreement
 from migrator.config import POST_HOC, ItemsFrom, OldEncoder
 from migrator.encoding import embed, locate
-from migrator.errors import ConfigProblem, Refused
+from migrator.errors import ConfigError, PreconditionFailed
 from migrator.labels import training_label
 from migrator.ledger import Plan, now
 from migrator.project import Project
@@ -89,12 +89,12 @@ class Planned:
 def make_plan(project: Project, report: Callable[..., None] = lambda *_: None) -> Planned:
     """Looks at the collection, measures on a sample, and saves the plan. Changes nothing else.
 
-    Raises `Refused` if the stored vectors were not made by the declared old encoder.
+    Raises `PreconditionFailed` if the stored vectors were not made by the declared old encoder.
     """
     settings = project.settings
     project.ledger.check_plannable(project.name)
     if settings.backfill.order == "worst_first" and settings.verify.label is None and find_spec("faiss") is None:
-        raise ConfigProblem(
+        raise ConfigError(
             f"{project.config.path}: migrations.{project.name}.backfill.order: worst_first finds clusters with faiss "
             "where there are no labels: `pip install 'advbct-migrator[faiss]'`, or set verify.label"
         )
@@ -108,9 +108,9 @@ def make_plan(project: Project, report: Callable[..., None] = lambda *_: None) -
         if project.trains():
             project.training_folder()  # refused where it is no local one
         if settings.rollout.strategy == "in_place" and capabilities.in_place_refusal is not None:
-            raise Refused(f"collection {info.name} {capabilities.in_place_refusal}")
+            raise PreconditionFailed(f"collection {info.name} {capabilities.in_place_refusal}")
         if settings.rollout.strategy == "in_place" and not (capabilities.stamps or can_log_stamps(capabilities)):
-            raise Refused(
+            raise PreconditionFailed(
                 f"collection {info.name} has no room for stamps and does not give vectors back as they were written, "
                 "so what an application changes could not be found: set rollout.strategy to shadow"
             )
@@ -233,7 +233,7 @@ def check_shadow(store: Store, dim: int) -> None:
         return
     info = store.describe()
     in_place = "" if dim == info.dim else f" (in_place needs an encoder with {info.dim}-d vectors)"
-    raise Refused(f"collection {info.name} cannot be copied whole into a shadow: {lost}{in_place}")
+    raise PreconditionFailed(f"collection {info.name} cannot be copied whole into a shadow: {lost}{in_place}")
 
 
 def describe_capabilities(can: Capabilities, *, lost: str | None = None) -> list[str]:
@@ -316,7 +316,7 @@ def check_unmixed(project: Project, store: Store, old_encoder_id: str, new_encod
     if new_encoder_id is not None and new_encoder_id != old_encoder_id and store.count(stamp=new_encoder_id):
         foreign.add(new_encoder_id)
     if foreign:
-        raise Refused(
+        raise PreconditionFailed(
             f"{store.describe().name} holds vectors of {', '.join(sorted(map(str, foreign)))}, from a migration that "
             f"ledger {project.ledger} does not know: old queries must not meet them; restore that ledger and "
             "go on with it, or roll it back"
@@ -328,7 +328,7 @@ def check_same_collection(project: Project, store: Store) -> None:
     migration, info = project.migration(), store.describe()
     name = info.name
     if name != migration.collection and (migration.shadow is None or info.local != migration.shadow):
-        raise Refused(
+        raise PreconditionFailed(
             f"{project.name} migrates {migration.collection}, but the configuration now names {name}: undo the change"
         )
 
@@ -363,14 +363,14 @@ def check_fresh(project: Project, store: Store) -> Plan:
     migration = project.migration()
     plan = project.ledger.latest_plan(migration.id)
     if plan is None or migration.old_encoder_id is None:
-        raise Refused(f"{project.name} has no plan yet: `migrator plan {project.name}`")
+        raise PreconditionFailed(f"{project.name} has no plan yet: `migrator plan {project.name}`")
     changed = differences(plan.bound, bound_facts(project, store.describe(), migration.old_encoder_id))
     if changed:
         if migration.state == "planned":
             advice = f"plan again with `migrator plan {project.name}`"
         else:
             advice = f"undo the change, or `migrator rollback {project.name}` and plan again"
-        raise Refused(f"the plan {plan.fingerprint} is stale: {'; '.join(changed)}: {advice}")
+        raise PreconditionFailed(f"the plan {plan.fingerprint} is stale: {'; '.join(changed)}: {advice}")
     return plan
 
 
@@ -397,20 +397,20 @@ def _check_collection(project: Project, info: CollectionInfo) -> None:
     old, new = project.settings.old_encoder, project.settings.new_encoder
     where = f"{project.config.path}: migrations.{project.name}"
     if info.count == 0:
-        raise Refused(f"collection {info.name} is empty: there is nothing to migrate")
+        raise PreconditionFailed(f"collection {info.name} is empty: there is nothing to migrate")
     if not isinstance(old, str) and info.dim != old.dim:
-        raise ConfigProblem(
+        raise ConfigError(
             f"{where}.old_encoder.dim: collection {info.name} holds {info.dim}-d vectors but encoder {old.named} "
             f"gives {old.dim}: set old_encoder.dim to {info.dim}, with the weights that made them"
         )
     if info.dim != new.dim and project.settings.rollout.strategy == "in_place":
-        raise ConfigProblem(
+        raise ConfigError(
             f"{where}.new_encoder.dim: collection {info.name} holds {info.dim}-d vectors but encoder {new.named} "
             f"gives {new.dim}: set new_encoder.dim to {info.dim} or rollout.strategy to shadow"
         )
     named = {threshold.test for threshold in project.settings.verify.gate.thresholds} - {None, "self"}
     if info.dim != new.dim and named:  # the configuration alone cannot know it where the old encoder is stored
-        raise ConfigProblem(
+        raise ConfigError(
             f"{where}.verify.gate.thresholds: the test {min(map(str, named))} compares {new.dim}-d queries with the "
             f"{info.dim}-d vectors of {info.name}: give test: self"
         )
@@ -482,7 +482,7 @@ def _measure_sample(
         began = time.monotonic()
         found = embed(images, paths, [encoder], report=step, **project.loading())
         if len(found.rows) == 0:
-            raise Refused(
+            raise PreconditionFailed(
                 f"none of {len(paths)} sampled images could be read ({next(iter(found.problems.values()))}): "
                 "check images.root and images.uri"
             )
@@ -536,7 +536,7 @@ def check_directions(ids: Sequence[ItemId], vectors: NDArray[np.float32]) -> Non
     norms = np.linalg.norm(vectors.astype(np.float64), axis=1)
     bad = np.flatnonzero(~np.isfinite(norms) | (norms == 0))
     if len(bad):
-        raise Refused(
+        raise PreconditionFailed(
             f"item {ids[int(bad[0])]!r} holds a vector that is zero or not finite: remove or re-embed such items"
         )
 
@@ -550,7 +550,7 @@ def _check_lengths(info: CollectionInfo, vectors: NDArray[np.float32], *, exact:
         return
     found = f"{norms.min():.3g} to {norms.max():.3g}"
     matter = {"ip": "a longer vector scores higher", "l2": "distances grow with the lengths"}[info.metric]
-    raise Refused(
+    raise PreconditionFailed(
         f"the stored vectors are not of unit length (sampled: {found}) and the metric is {info.metric}, with which "
         f"{matter}: new vectors, of length 1, cannot be ranked among them; normalise the vectors first, or move them "
         "to a collection with the metric cosine, which compares directions"

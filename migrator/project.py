@@ -14,7 +14,7 @@ from migrator.backfill.stamps import StampLog, stamped_beside
 from migrator.backfill.undo import UndoLog
 from migrator.config import POST_HOC, Config, Encoder, find_migration, load_config
 from migrator.config import Migration as Settings
-from migrator.errors import ConfigProblem, Refused
+from migrator.errors import ConfigError, PreconditionFailed
 from migrator.ledger import Ledger, Migration
 from migrator.retrying import patient
 from migrator.stored_encoder import StoredEncoder, is_stored
@@ -55,17 +55,17 @@ class Project:
     # -- what the ledger knows ------------------------------------------------------------------------------------
 
     def migration(self) -> Migration:
-        """The migration's row. Refused before the first plan."""
+        """The migration's row. Raises `PreconditionFailed` before the first plan."""
         found = self.ledger.migration(self.name)
         if found is None:
-            raise Refused(f"{self.name} has no plan yet: `migrator plan {self.name}`")
+            raise PreconditionFailed(f"{self.name} has no plan yet: `migrator plan {self.name}`")
         return found
 
     def encoder_ids(self) -> tuple[str, str]:
-        """Ids of the old and the new encoder. Refused while there is no new one."""
+        """Ids of the old and the new encoder. Raises `PreconditionFailed` while there is no new one."""
         migration = self.migration()
         if migration.old_encoder_id is None or migration.new_encoder_id is None:
-            raise Refused(f"{self.name} has no new encoder yet: `migrator train {self.name}`")
+            raise PreconditionFailed(f"{self.name} has no new encoder yet: `migrator train {self.name}`")
         return migration.old_encoder_id, migration.new_encoder_id
 
     def open_failures(self, migration: Migration) -> set[ItemId]:
@@ -78,7 +78,7 @@ class Project:
         """Where a training run keeps its checkpoints and leaves the encoder. Artifacts must be local for that."""
         artifacts = self.config.artifacts.removeprefix("file://")
         if not self._keeps_artifacts_here():
-            raise ConfigProblem(
+            raise ConfigError(
                 f"{self.config.path}: training needs a local folder, artifacts is {artifacts}: train with a local "
                 "one, then set new_encoder.weights to the encoder.safetensors it made"
             )
@@ -162,10 +162,10 @@ class Project:
         return self.settings.old_encoder == "stored"
 
     def old_spec(self) -> EncoderSpec:
-        """What the configuration says of the old encoder. Refused where it names no model."""
+        """What the configuration says of the old encoder. Raises `PreconditionFailed` where it names no model."""
         old = self.settings.old_encoder
         if isinstance(old, str):
-            raise Refused(f"{self.name}: old_encoder is stored: there is no model that could embed an image")
+            raise PreconditionFailed(f"{self.name}: old_encoder is stored: there is no model that could embed an image")
         return self._spec(old, old.weights)
 
     def new_spec(self) -> EncoderSpec | None:
@@ -221,12 +221,15 @@ class Project:
         return weights[0] if weights else None
 
     def choose_run(self, run: str) -> None:
-        """Makes the encoder of a training run the candidate. Refused where it has none, or a migration is under way."""
+        """Makes the encoder of a training run the candidate.
+
+        Raises `PreconditionFailed` where it has none, or a migration is under way.
+        """
         from migrator.trainer.encoder import read_card
 
         folder = self.training_folder(run)
         if self.settings.train is None or encoder_of(folder) is None:
-            raise Refused(
+            raise PreconditionFailed(
                 f"run {run} of {self.name} has no encoder: `migrator runs {self.name}` lists the runs, "
                 f"`migrator train {self.name} --run {run}` trains this one"
             )
@@ -234,14 +237,14 @@ class Project:
         migration = self.migration()
         assert card is not None
         if (why := self._why_other_than_declared(folder / "encoder.safetensors")) is not None:
-            raise Refused(
+            raise PreconditionFailed(
                 f"run {run}: {why}: declare new_encoder as it was trained, then `migrator plan {self.name}` and again "
                 f"`migrator verify {self.name} --run {run}`"
             )
         if card.id == migration.new_encoder_id:
             return
         if migration.state != "planned":
-            raise Refused(
+            raise PreconditionFailed(
                 f"{self.name} is at stage {migration.stage} ({migration.state}) with encoder "
                 f"{migration.new_encoder_id}: to take run {run} instead, first `migrator rollback {self.name}` and "
                 f"`migrator plan {self.name}`"
@@ -272,11 +275,14 @@ class Project:
         return card is not None and card.map is not None
 
     def old_encoder(self) -> LoadedEncoder:
-        """The old encoder, proved to be the one planned with. Refused where there is no model of it."""
+        """The old encoder, proved to be the one planned with.
+
+        Raises `PreconditionFailed` where there is no model of it.
+        """
         planned_with = self.migration().old_encoder_id
         spec = self.old_spec()
         if is_stored(planned_with):
-            raise Refused(f"{self.name} was planned with `old_encoder: stored`: undo the change")
+            raise PreconditionFailed(f"{self.name} was planned with `old_encoder: stored`: undo the change")
         return self.load(spec, planned_with)
 
     def stored_encoder(self) -> StoredEncoder | None:
@@ -294,10 +300,13 @@ class Project:
             known.check(store, name=self.name)
 
     def new_encoder(self) -> LoadedEncoder:
-        """The new encoder, proved to be the one trained or verified. Refused while there is none."""
+        """The new encoder, proved to be the one trained or verified.
+
+        Raises `PreconditionFailed` while there is none.
+        """
         spec = self.new_spec()
         if spec is None:
-            raise Refused(f"{self.name} has no new encoder yet: `migrator train {self.name}`")
+            raise PreconditionFailed(f"{self.name} has no new encoder yet: `migrator train {self.name}`")
         return self.load(spec, self.migration().new_encoder_id)
 
     def load(self, spec: EncoderSpec, expected_id: str | None = None) -> LoadedEncoder:
@@ -316,7 +325,8 @@ class Project:
     def declared_encoder(self, which: str | None = None) -> tuple[EncoderSpec, str | None]:
         """What `old`, `new` or an encoder's id means here: its declaration, and its id where the ledger has one.
 
-        None is the new encoder, or the old one while there is no new one. Refused where there is no such model.
+        None is the new encoder, or the old one while there is no new one. Raises `PreconditionFailed` where there is no
+        such model.
         """
         migration = self.ledger.migration(self.name)
         ids = {} if migration is None else {"old": migration.old_encoder_id, "new": migration.new_encoder_id}
@@ -327,7 +337,7 @@ class Project:
             known = [f"{encoder} ({side})" for side, encoder in ids.items() if encoder is not None]
             side = next((side for side, encoder in ids.items() if encoder == which), None)
             if side is None:
-                raise Refused(
+                raise PreconditionFailed(
                     f"{self.name} has no encoder {which}: it has {', '.join(known) or 'none in the ledger yet'}; "
                     "name old, new or one of these"
                 )
@@ -336,7 +346,7 @@ class Project:
             return self.old_spec(), ids.get("old")
         spec = self.new_spec()
         if spec is None:
-            raise Refused(f"{self.name} has no new encoder yet: `migrator train {self.name}`")
+            raise PreconditionFailed(f"{self.name} has no new encoder yet: `migrator train {self.name}`")
         return spec, ids.get("new")
 
     def _spec(self, encoder: Encoder, weights: Path | None, *, pretrained: bool = False) -> EncoderSpec:

@@ -13,7 +13,7 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-from migrator.errors import MigratorError, Refused, UsageProblem
+from migrator.errors import MigratorError, PreconditionFailed, UsageProblem
 from migrator.ledger import Ledger, Migration, Route, this_process
 
 log = logging.getLogger(__name__)
@@ -276,11 +276,11 @@ class AsyncRouteClient:
 
 
 def current_route(ledger: Ledger, name: str) -> Route:
-    """The route of a migration's collection. Refused before `prepare` has made one."""
+    """The route of a migration's collection. Raises `PreconditionFailed` before `prepare` has made one."""
     migration = ledger.migration(name)
     route = ledger.route(migration.collection) if migration else None
     if route is None:
-        raise Refused(f"{name} has no route yet: `migrator rollout {name} --stage prepare`")
+        raise PreconditionFailed(f"{name} has no route yet: `migrator rollout {name} --stage prepare`")
     return route
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from migrator.adapters.base import ItemId, Store, Vectors
-from migrator.errors import Refused
+from migrator.errors import PreconditionFailed
 
 PROBES = 16
 """Items whose vectors stand in for the probe image of a card."""
@@ -56,7 +56,7 @@ class StoredEncoder:
         """Refuses if the collection has come to hold another encoder's vectors. `name` is the migration's."""
         found = self.agreement(store)
         if found is not None and found < SAME:
-            raise Refused(
+            raise PreconditionFailed(
                 f"the stored vectors are no longer those of {self.id} (median cosine {found:.2f} over sampled items): "
                 f"if they are meant to be another encoder's, `migrator plan {name}`"
             )

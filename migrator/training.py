@@ -13,7 +13,7 @@ import numpy as np
 
 from migrator.backfill.transfer import walk
 from migrator.config import ItemsFrom, Train
-from migrator.errors import ConfigProblem, Refused
+from migrator.errors import ConfigError, PreconditionFailed
 from migrator.labels import training_label
 from migrator.old_vectors import old_vectors, payloads
 from migrator.planning import check_fresh
@@ -57,7 +57,7 @@ def train(
     config = project.settings.train
     chosen = method or (config.method if config else None)
     if config is None or not project.trains(method):
-        raise ConfigProblem(
+        raise ConfigError(
             f"{project.config.path}: migrations.{project.name}.new_encoder.weights are given, so there is nothing to "
             f"train: next is `migrator verify {project.name}` (a train section with method procrustes, ridge or "
             "residual_mlp maps their vectors to the old ones)"
@@ -71,7 +71,7 @@ def train(
         return None
     migration = project.migration()
     if migration.state != "planned":
-        raise Refused(
+        raise PreconditionFailed(
             f"{project.name} is at stage {migration.stage} ({migration.state}): its new encoder cannot be exchanged; "
             f"plan a new migration, or `migrator rollback {project.name}` first"
         )
@@ -119,7 +119,7 @@ def _fit_settings(project: Project, config: Train, method: str | None) -> FitSet
 def _items(project: Project, config: Train) -> tuple[TrainingItems, NDArray[np.float32] | None, list[LeftOut]]:
     """The images to learn from; where there is no old model, with the stored vector of each, (n, dim) of unit length.
 
-    Images without such a vector are left out and named. Raises `Refused` where none has one.
+    Images without such a vector are left out and named. Raises `PreconditionFailed` where none has one.
     """
     from migrator.trainer.data import LeftOut, folder_items, read_items, training_items
 
@@ -137,7 +137,7 @@ def _items(project: Project, config: Train) -> tuple[TrainingItems, NDArray[np.f
         collection = store.describe().name
     known = vectors.any(axis=1)
     if not known.any():
-        raise Refused(
+        raise PreconditionFailed(
             f"old_encoder is stored, and none of the {len(items)} training images, for instance {items.paths[0]!r}, is "
             f"an item of {collection}: list paths as images.uri makes them, or set train.items to {{from: store}}"
         )
@@ -161,7 +161,7 @@ def _tell_skipped(items: TrainingItems) -> None:
 def _items_of_store(project: Project, label: str | None) -> TrainingItems:
     """The collection's own images, with labels from the payloads; items without one are skipped.
 
-    Raises `ConfigProblem` where no item has a label, or a label is a list or a structure.
+    Raises `ConfigError` where no item has a label, or a label is a list or a structure.
     """
     from migrator.trainer.data import training_items
 
@@ -186,6 +186,6 @@ def _items_of_store(project: Project, label: str | None) -> TrainingItems:
             elif len(fields) < MAX_FIELDS:
                 fields |= dict.fromkeys(fields_of(payload))
     if not paths and label is not None:
-        raise ConfigProblem(f"{key}: no item with an image has a value for {label!r}: {field_advice(label, fields)}")
+        raise ConfigError(f"{key}: no item with an image has a value for {label!r}: {field_advice(label, fields)}")
     items = training_items(paths, None if label is None else labels, source=f"collection of {project.name}")
     return items if label is not None else replace(items, unlabelled="train.items.label is not set")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING
 
-from migrator.errors import Unavailable
+from migrator.errors import TemporarilyUnavailable
 
 if TYPE_CHECKING:
     from migrator.ledger import Chunk
@@ -30,29 +30,31 @@ class LogFiles:
         return f"{self.folder}/{name}"
 
     def names(self) -> list[str]:
-        """The names of all files, sorted. Raises `Unavailable`."""
+        """The names of all files, sorted. Raises `TemporarilyUnavailable`."""
         self._fs.invalidate_cache()
         try:
             found = self._fs.ls(self.folder, detail=False)
         except FileNotFoundError:
             return []
         except OSError as error:
-            raise Unavailable(f"{self._kind} log {self.folder}: {error.strerror or error}; try again") from error
+            raise TemporarilyUnavailable(
+                f"{self._kind} log {self.folder}: {error.strerror or error}; try again"
+            ) from error
         return sorted(name for path in found if (name := path.rsplit("/", 1)[-1]).endswith(".parquet"))
 
     def read(self, name: str) -> bytes | None:
-        """The content of a file; None if there is none. Raises `Unavailable`."""
+        """The content of a file; None if there is none. Raises `TemporarilyUnavailable`."""
         path = self.path(name)
         try:
             content: bytes = self._fs.cat_file(path)
         except FileNotFoundError:
             return None
         except OSError as error:
-            raise Unavailable(f"{self._kind} log {path}: {error.strerror or error}; try again") from error
+            raise TemporarilyUnavailable(f"{self._kind} log {path}: {error.strerror or error}; try again") from error
         return content
 
     def write(self, name: str, content: bytes) -> None:
-        """Makes a file durable, whole or not at all. Raises `Unavailable`."""
+        """Makes a file durable, whole or not at all. Raises `TemporarilyUnavailable`."""
         path = self.path(name)
         try:
             if self._local:
@@ -62,7 +64,7 @@ class LogFiles:
                 self._fs.makedirs(self.folder, exist_ok=True)
                 self._fs.pipe_file(path, content)  # an object store shows a whole object or none
         except OSError as error:
-            raise Unavailable(
+            raise TemporarilyUnavailable(
                 f"{self._kind} log {path}: {error.strerror or error}; nothing was overwritten, run the command again"
             ) from error
 
@@ -84,11 +86,11 @@ class ChunkFiles:
         return self._files.path(_name(chunk))
 
     def read(self, chunk: Chunk) -> bytes | None:
-        """The content of a chunk's file; None if there is none. Raises `Unavailable`."""
+        """The content of a chunk's file; None if there is none. Raises `TemporarilyUnavailable`."""
         return self._files.read(_name(chunk))
 
     def write(self, chunk: Chunk, content: bytes) -> None:
-        """Makes a chunk's file durable, whole or not at all. Raises `Unavailable`."""
+        """Makes a chunk's file durable, whole or not at all. Raises `TemporarilyUnavailable`."""
         self._files.write(_name(chunk), content)
 
     def drop(self) -> None:

@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable
 from types import TracebackType
 
-from migrator.errors import Unavailable
+from migrator.errors import TemporarilyUnavailable
 from migrator.ledger import Chunk, LeaseLost, Ledger
 
 log = logging.getLogger(__name__)
@@ -85,7 +85,7 @@ class Leases:
     def check(self, chunk: Chunk, request_seconds: float) -> None:
         """Returns if a request that may take `request_seconds` may be sent now; else raises `LeaseLost`.
 
-        Raises `Unavailable` where the ledger cannot be asked: what cannot be proved is not written.
+        Raises `TemporarilyUnavailable` where the ledger cannot be asked: what cannot be proved is not written.
         """
         self._ledger.check_lease(chunk)
         with self._guard:  # after the ledger's answer, which may have been slow
@@ -113,7 +113,7 @@ class Leases:
         began = self._clock()
         try:
             still = self._ledger.extend_leases(self._migration_id, self._owner, seconds=self._seconds)
-        except Unavailable as error:
+        except TemporarilyUnavailable as error:
             log.warning("%s; the leases of this run end unless the ledger answers soon", error)
             return False
         with self._guard:

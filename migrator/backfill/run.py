@@ -17,7 +17,7 @@ from migrator.backfill.order import worst_first_ids
 from migrator.backfill.pipeline import ChunkFailed, Finished, Pipeline
 from migrator.backfill.throttle import Throttle
 from migrator.backfill.transfer import Transfer, open_transfer
-from migrator.errors import Refused, Unavailable
+from migrator.errors import PreconditionFailed, TemporarilyUnavailable
 from migrator.labels import label_of
 from migrator.ledger import BACKFILL_STAGES, Chunk, LeaseLost, Ledger, Migration, this_process
 from migrator.planning import check_fresh
@@ -70,8 +70,8 @@ def backfill(
 ) -> Summary:
     """Works on chunks until everything is done, a limit is reached, a pause was asked for, or `stop` is set.
 
-    `max_seconds` and `max_items` are checked between chunks; at least one chunk is done. Raises `Refused` outside
-    the backfill stage, `StoreUnavailable` or `ImagesUnavailable` when retries ran out.
+    `max_seconds` and `max_items` are checked between chunks; at least one chunk is done. Raises `PreconditionFailed`
+    outside the backfill stage, `StoreUnavailable` or `ImagesUnavailable` when retries ran out.
     """
     migration = check_stage(project)
     if migration.paused is not None:
@@ -97,7 +97,7 @@ def _look(project: Project, migration: Migration, run: _Run, summary: Summary) -
             looked = look(project, migration, run.encoder, run.written.items, run=run.run_id)
         else:
             looked = catch_up_check(project, migration, run.encoder)
-    except (StoreBusy, StoreUnavailable, ImagesUnavailable, Unavailable) as error:
+    except (StoreBusy, StoreUnavailable, ImagesUnavailable, TemporarilyUnavailable) as error:
         # The run is done and in the ledger; another process may just have opened a store that is for one at a time.
         return replace(summary, looked=f"not this time: {error}")
     if looked.pause is None:
@@ -126,22 +126,22 @@ def check_stage(project: Project) -> Migration:
     migration = project.migration()
     name = project.name
     if migration.state in ("finished", "rolled_back"):
-        raise Refused(f"{name} is {migration.state.replace('_', ' ')}: there is nothing to backfill")
+        raise PreconditionFailed(f"{name} is {migration.state.replace('_', ' ')}: there is nothing to backfill")
     if migration.state == "rolling_back":
-        raise Refused(f"{name} is being rolled back: finish with `migrator rollback {name}`")
+        raise PreconditionFailed(f"{name} is being rolled back: finish with `migrator rollback {name}`")
     if migration.stage == "cutover":
-        raise Refused(f"{name} has been cut over: next is `migrator rollout {name} --stage finalize`")
+        raise PreconditionFailed(f"{name} has been cut over: next is `migrator rollout {name} --stage finalize`")
     if migration.stage in BACKFILL_STAGES[migration.strategy] and migration.state == "active":
         return migration
     if migration.strategy == "in_place":
         route = project.ledger.route(migration.collection)
         percent = route.canary_percent if route and migration.state == "active" else 0
         if percent < 100:
-            raise Refused(
+            raise PreconditionFailed(
                 f"{name}: {percent:g} % of the queries use the new encoder, and the others cannot be compared with "
                 f"new vectors: first `migrator rollout {name} --stage canary` up to 100 %"
             )
-    raise Refused(f"{name}: the backfill stage is not open: `migrator rollout {name} --stage backfill`")
+    raise PreconditionFailed(f"{name}: the backfill stage is not open: `migrator rollout {name} --stage backfill`")
 
 
 class _Run:

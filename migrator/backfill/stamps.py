@@ -20,7 +20,7 @@ import numpy as np
 
 from migrator.adapters.base import Capabilities, ItemId, Page, Store, Vectors, WriteReport
 from migrator.backfill.files import LogFiles
-from migrator.errors import Refused
+from migrator.errors import PreconditionFailed
 
 PAGE = 5_000
 """Items read at once when stamps are looked for."""
@@ -50,7 +50,7 @@ class StampLog:
         numbers = {_number(name) for name in self._files.names()}
         lost = set(range(1, max(numbers, default=1) + 1)) - numbers
         if lost:
-            raise Refused(
+            raise PreconditionFailed(
                 f"stamp log {self._files.folder} has lost {len(lost)} files (number {min(lost)} first): restore this "
                 "folder from a backup, then go on"
             )
@@ -199,4 +199,6 @@ def _from_parquet(content: bytes, path: str) -> dict[int, str | None]:
         return dict(zip(table.column("digest").to_pylist(), table.column("stamp").to_pylist(), strict=True))
     except (pa.ArrowException, OSError, LookupError, ValueError, TypeError) as error:
         reason = " ".join(str(error).split())
-        raise Refused(f"stamp log {path} is damaged ({reason}): restore this file from a backup, then go on") from error
+        raise PreconditionFailed(
+            f"stamp log {path} is damaged ({reason}): restore this file from a backup, then go on"
+        ) from error

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from migrator.backfill.files import ChunkFiles
-from migrator.errors import Refused
+from migrator.errors import PreconditionFailed
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -105,7 +105,9 @@ def _from_parquet(content: bytes, path: str) -> OldVectors:
         return OldVectors([json.loads(item) for item in ids], vectors, stamps)
     except (pa.ArrowException, OSError, LookupError, ValueError, TypeError, AttributeError) as error:
         reason = " ".join(str(error).split())
-        raise Refused(f"undo log {path} is damaged ({reason}): restore this file from a backup, then go on") from error
+        raise PreconditionFailed(
+            f"undo log {path} is damaged ({reason}): restore this file from a backup, then go on"
+        ) from error
 
 
 CHECKSUM = b"sha256"

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, TextIO, TypeVar
 import click
 
 from migrator import words
-from migrator.errors import InUse, Refused, UsageProblem
+from migrator.errors import InUse, PreconditionFailed, UsageProblem
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -75,7 +75,7 @@ def confirm(says: str, *, yes: bool) -> None:
     if sys.stdin is None or not sys.stdin.isatty():  # None: started with its input closed
         raise UsageProblem("nobody can answer here: add --yes")
     if not click.confirm("Go on?", err=True):
-        raise Refused("not confirmed, nothing was changed")
+        raise PreconditionFailed("not confirmed, nothing was changed")
 
 
 wait_option = click.option(

@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from migrator.cli.common import confirm, migration_options, open_project, say, yes_option
-from migrator.errors import Refused
+from migrator.errors import PreconditionFailed
 
 
 @click.command("resume")
@@ -18,7 +18,7 @@ def command(name: str | None, config_path: Path, yes: bool) -> None:
     with open_project(config_path, name) as project:
         migration = project.migration()
         if migration.paused is None:
-            raise Refused(f"{project.name} is not paused")
+            raise PreconditionFailed(f"{project.name} is not paused")
         confirm(f"lift the pause of {project.name} ({migration.paused})", yes=yes)
         project.ledger.pause(migration, None)
         say(f"{project.name} goes on with the next `migrator backfill {project.name}`")

@@ -22,7 +22,7 @@ from sqlalchemy.engine import URL, Connection, Engine, make_url
 from sqlalchemy.orm import Session, undefer
 from sqlalchemy.pool import NullPool
 
-from migrator.errors import MigratorError, Refused, Unavailable, UsageProblem
+from migrator.errors import MigratorError, PreconditionFailed, TemporarilyUnavailable, UsageProblem
 from migrator.ledger.models import (
     VERSION_TABLE,
     BackfillRun,
@@ -83,7 +83,7 @@ class LeaseLost(MigratorError):
     exit_code = 3
 
 
-class RouteMoved(Refused):
+class RouteMoved(PreconditionFailed):
     """The route was changed by somebody else since it was read."""
 
 
@@ -154,7 +154,7 @@ class Ledger:
     def __init__(self, url: str) -> None:
         """Opens the ledger at `url`, creating or upgrading its tables where needed.
 
-        Raises `Unavailable` if it cannot be reached or written, `UsageProblem` if a newer migrator wrote it.
+        Raises `TemporarilyUnavailable` if it cannot be reached or written, `UsageProblem` if a newer migrator wrote it.
         """
         try:
             self.url: URL = make_url(url)
@@ -226,12 +226,12 @@ class Ledger:
         try:
             yield
         except exc.OperationalError as error:
-            raise Unavailable(f"ledger {self}: {_reason(error)}; {_advice(error, self.url)}") from error
+            raise TemporarilyUnavailable(f"ledger {self}: {_reason(error)}; {_advice(error, self.url)}") from error
         except exc.DatabaseError as error:
             if isinstance(error, exc.IntegrityError):
                 raise
             if getattr(error.orig, "sqlstate", None) == IDLE_TRANSACTION:
-                raise Unavailable(
+                raise TemporarilyUnavailable(
                     f"ledger {self}: this process was stopped in the middle of a transaction, which the server ended; "
                     "run the command again"
                 ) from error
@@ -370,7 +370,9 @@ class Ledger:
             except exc.IntegrityError as error:
                 if "one_open_migration_per_name" not in str(error.orig):
                     raise
-                raise Refused(f"{name} is being planned by another process: run the command again") from error
+                raise PreconditionFailed(
+                    f"{name} is being planned by another process: run the command again"
+                ) from error
             plan = Plan(migration_id=found.id, fingerprint=fingerprint, bound=bound, content=content, created_at=now())
             session.add(plan)
             self._note(session, found, "plan", {"fingerprint": fingerprint})
@@ -389,7 +391,7 @@ class Ledger:
             .with_for_update(key_share=True)
         ).first()
         if found is not None and found.state != "planned":
-            raise Refused(
+            raise PreconditionFailed(
                 f"{name} is under way (stage {found.stage}): finish it, or `migrator rollback {name}`, "
                 "before planning anew"
             )
@@ -445,7 +447,7 @@ class Ledger:
             detail = {"encoder": encoder_id} if error is None else {"error": error}
             self._note(session, migration, "trained" if error is None else "training failed", detail)
         if encoder_id is not None and error is not None:
-            raise Refused(error)
+            raise PreconditionFailed(error)
 
     def set_new_encoder(self, migration_id: int, encoder_id: str) -> None:
         """Takes an encoder of another run, or made elsewhere, as the new one, while nothing is under way."""
@@ -544,8 +546,8 @@ class Ledger:
         """Moves a migration on from exactly the stage and state it was read in, with its route, in one transaction.
 
         `route` holds columns of `Route`; its `epoch` is the one last read (0 where there is none) and grows by one.
-        With `all_done` every chunk must be done at that instant. Raises `Refused` if that is not so, or if somebody
-        else moved it meanwhile, or holds the collection; `RouteMoved` likewise.
+        With `all_done` every chunk must be done at that instant. Raises `PreconditionFailed` if that is not so, or if
+        somebody else moved it meanwhile, or holds the collection; `RouteMoved` likewise.
         """
         changes: dict[str, Any] = {"changed_at": now(), "stage": stage or migration.stage}
         changes["state"] = state or migration.state
@@ -563,18 +565,20 @@ class Ledger:
                     .values(**changes)
                 ).rowcount  # type: ignore[attr-defined]
                 if moved != 1:
-                    raise Refused(
+                    raise PreconditionFailed(
                         f"{migration.name} was moved by another process meanwhile: `migrator status {migration.name}`"
                     )
                 if all_done and self._has_open_chunks(session, migration.id):
-                    raise Refused(f"{migration.name}: a backfill run cut further chunks: `migrator backfill` first")
+                    raise PreconditionFailed(
+                        f"{migration.name}: a backfill run cut further chunks: `migrator backfill` first"
+                    )
                 if route is not None:
                     self._set_route(session, migration, route)
                 fresh = session.get_one(Migration, migration.id, populate_existing=True)
                 self._note(session, fresh, event, detail or {})
                 return fresh
         except exc.IntegrityError as error:
-            raise Refused(
+            raise PreconditionFailed(
                 f"another migration is active on {migration.collection}: finish it or roll it back first"
             ) from error
 

@@ -25,7 +25,7 @@ MOST_FAILURES = 100
 def facts_of(project: Project) -> dict[str, Any]:
     """Everything that is known of the migration, as `migrator report --json` prints it.
 
-    What is not known yet is None or empty. Refused before the first plan.
+    What is not known yet is None or empty. Raises `PreconditionFailed` before the first plan.
     """
     ledger, migration = project.ledger, project.migration()
     plan, verification = ledger.latest_plan(migration.id), ledger.latest_verification(migration.id)

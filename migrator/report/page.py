@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from migrator import words
-from migrator.errors import ConfigProblem, Unavailable, UsageProblem
+from migrator.errors import ConfigError, TemporarilyUnavailable, UsageProblem
 from migrator.project import Project
 from migrator.report import charts
 from migrator.report.facts import facts_of
@@ -50,8 +50,8 @@ def write_report(
     """Writes the page and returns its path: `out`, or report.html beside the migration's artifacts.
 
     An image that cannot be read or reached leaves its place to a note. Raises `UsageProblem` for a place where no file
-    can be, and where jinja2 or matplotlib is missing; `Unavailable` where the file cannot be written. Then whatever
-    lay there before is as it was.
+    can be, and where jinja2 or matplotlib is missing; `TemporarilyUnavailable` where the file cannot be written. Then
+    whatever lay there before is as it was.
     """
     check_installed()
     path = _default_path(project) if out is None else out
@@ -65,7 +65,7 @@ def write_report(
     try:
         write_whole(path, page)
     except OSError as error:
-        raise Unavailable(
+        raise TemporarilyUnavailable(
             f"{path}: {error.strerror or error}: nothing was written; make room or correct the permissions, then again"
         ) from error
     return path
@@ -83,12 +83,14 @@ def check_installed() -> None:
 def _default_path(project: Project) -> Path:
     try:
         folder = project.training_folder().parent
-    except ConfigProblem:  # the artifacts lie on a server
+    except ConfigError:  # the artifacts lie on a server
         return Path(f"{project.name}-report.html")
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise Unavailable(f"{folder}: {error.strerror}: correct that, or give another place with --out") from error
+        raise TemporarilyUnavailable(
+            f"{folder}: {error.strerror}: correct that, or give another place with --out"
+        ) from error
     return folder / "report.html"
 
 

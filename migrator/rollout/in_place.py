@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 from migrator.adapters.base import ItemId, Store, Vectors, order_key
 from migrator.encoding import embed, locate
-from migrator.errors import Refused
+from migrator.errors import PreconditionFailed
 from migrator.ledger import Chunk, Migration
 from migrator.project import Project
 
@@ -71,7 +71,7 @@ class Restore:
         self.store.publish(final=True)
         left = self.store.count(stamp=self.stamp) - len(self.problems)
         if left > 0:
-            raise Refused(
+            raise PreconditionFailed(
                 f"{left} items still carry the new encoder's stamp: again `migrator rollback {self.project.name}`"
             )
         self.store.forget_migration()
@@ -84,7 +84,7 @@ class Restore:
         if chunk.state == "restored":
             return known
         if old is None and chunk.written:
-            raise Refused(
+            raise PreconditionFailed(
                 f"the undo log of chunk {chunk.pass_number}/{chunk.ordinal} is not in {self.undo.folder}: restore this "
                 f"folder from a backup, then again `migrator rollback {self.project.name}`"
             )

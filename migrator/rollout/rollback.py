@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from time import monotonic, sleep
 
 from migrator.adapters.base import ItemId, StoreBusy
-from migrator.errors import InUse, Refused
+from migrator.errors import InUse, PreconditionFailed
 from migrator.ledger import Migration
 from migrator.planning import check_same_collection
 from migrator.project import Project
@@ -52,11 +52,11 @@ def check_can_roll_back(project: Project) -> Migration:
     """The migration, if there is something to take back and a way to do it."""
     migration = project.migration()
     if migration.state == "planned":
-        raise Refused(f"{project.name} has not begun: there is nothing to roll back")
+        raise PreconditionFailed(f"{project.name} has not begun: there is nothing to roll back")
     if migration.state == "rolled_back":
-        raise Refused(f"{project.name} has been rolled back already: next is `migrator plan {project.name}`")
+        raise PreconditionFailed(f"{project.name} has been rolled back already: next is `migrator plan {project.name}`")
     if migration.state == "finished" and not migration.old_kept:
-        raise Refused(
+        raise PreconditionFailed(
             f"{project.name} is finished and its old vectors were dropped: "
             "migrate again, with the old encoder as the new one, if there is a model of it"
         )

@@ -18,7 +18,7 @@ from migrator.adapters.base import ItemId, Page, Store, StoreError, StoreRejecte
 from migrator.backfill.copies import Copies, digests, further_digest
 from migrator.backfill.transfer import ITEMS, Shadow, open_transfer, read_whole, walk, whole_pages
 from migrator.encoding import embed, locate
-from migrator.errors import Refused
+from migrator.errors import PreconditionFailed
 from migrator.ledger import Migration, Route
 from migrator.project import Project
 from migrator.rollout.clients import Tell, wait_for_clients
@@ -76,7 +76,7 @@ def check_whole(project: Project, migration: Migration) -> int:
         assert isinstance(transfer, Shadow)
         missing = list(itertools.islice(transfer.outstanding(leave), NAMED + 1))
         if missing:
-            raise Refused(
+            raise PreconditionFailed(
                 f"{project.name}: {', '.join(repr(item) for item in missing[:NAMED])}"
                 f"{' and more' if len(missing) > NAMED else ''} arrived, changed or went since they were copied: "
                 f"`migrator backfill {project.name}`"
@@ -100,7 +100,10 @@ def point_alias(project: Project, migration: Migration, to: str) -> None:
 
 
 def drop_source(project: Project, migration: Migration, tell: Tell) -> None:
-    """Deletes the old collection once no client can search it. Refused while an alias leads to it. May be repeated."""
+    """Deletes the old collection once no client can search it.
+
+    Raises `PreconditionFailed` while an alias leads to it. May be repeated.
+    """
     route = project.ledger.route(migration.collection)
     assert route is not None
     wait_for_clients(project, route.epoch, tell)

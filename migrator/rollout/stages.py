@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from migrator.adapters.base import Store
-from migrator.errors import Refused, UsageProblem
+from migrator.errors import PreconditionFailed, UsageProblem
 from migrator.ledger import Migration, Plan, Route
 from migrator.planning import check_fresh, check_shadow, check_unmixed
 from migrator.project import Project
@@ -58,12 +58,15 @@ class Step:
 
 
 def step(project: Project, stage: str, options: Options) -> Step:
-    """Checks the guards of `stage` and returns its change. Raises `Refused` naming the command that comes first."""
+    """Checks the guards of `stage` and returns its change.
+
+    Raises `PreconditionFailed` naming the command that comes first.
+    """
     migration = project.migration()
     if migration.state == "rolling_back":
-        raise Refused(f"{project.name} is being rolled back: finish with `migrator rollback {project.name}`")
+        raise PreconditionFailed(f"{project.name} is being rolled back: finish with `migrator rollback {project.name}`")
     if migration.state == "rolled_back":
-        raise Refused(f"{project.name} was rolled back: begin anew with `migrator plan {project.name}`")
+        raise PreconditionFailed(f"{project.name} was rolled back: begin anew with `migrator plan {project.name}`")
     change = _STEPS[stage](project, migration, options)
     accepted = _accepted_losses(project, migration)
     return Step(f"{change.says}{accepted}", lambda: f"{change.make()}{accepted}") if accepted else change
@@ -77,14 +80,16 @@ def _accepted_losses(project: Project, migration: Migration) -> str:
 
 def _prepare(project: Project, migration: Migration, _: Options) -> Step:
     if migration.state != "planned":
-        raise Refused(f"{project.name} is past prepare (stage {migration.stage}): `migrator status {project.name}`")
+        raise PreconditionFailed(
+            f"{project.name} is past prepare (stage {migration.stage}): `migrator status {project.name}`"
+        )
     if other := project.ledger.other_owner(migration):
         if other.state == "finished":
-            raise Refused(
+            raise PreconditionFailed(
                 f"{other.name} still keeps old vectors of {migration.collection}: give them up with "
                 f"`migrator rollout {other.name} --stage finalize --drop-old`"
             )
-        raise Refused(f"{other.name} is active on {migration.collection}: finish it or roll it back first")
+        raise PreconditionFailed(f"{other.name} is active on {migration.collection}: finish it or roll it back first")
     with project.store() as store:
         plan = check_fresh(project, store)
         check_unmixed(project, store, *project.encoder_ids())
@@ -92,7 +97,7 @@ def _prepare(project: Project, migration: Migration, _: Options) -> Step:
         if beside is not None:
             check_shadow(store, project.settings.new_encoder.dim)
         if beside is not None and store.exists(beside):
-            raise Refused(f"{beside} is there already and not this migration's: remove it, or plan again")
+            raise PreconditionFailed(f"{beside} is there already and not this migration's: remove it, or plan again")
         _check_encoders(project, store)
     check_verified(project, migration, plan)
     route = project.ledger.route(migration.collection)
@@ -123,9 +128,9 @@ def check_verified(project: Project, migration: Migration, plan: Plan) -> None:
     found = project.ledger.latest_verification(migration.id)
     reason = why_not(found, migration, plan, project.settings.verify.max_age)
     if found is None or reason is not None:
-        raise Refused(f"{name} {reason}: `migrator verify {name}`")
+        raise PreconditionFailed(f"{name} {reason}: `migrator verify {name}`")
     if found.outcome != "pass":
-        raise Refused(
+        raise PreconditionFailed(
             f"the verification of {name} came out as {found.outcome}: {'; '.join(found.results['reasons'])}: "
             f"`migrator status {name}` lists the ways on"
         )
@@ -142,12 +147,12 @@ def _canary(project: Project, migration: Migration, options: Options) -> Step:
     name = project.name
     in_place = migration.strategy == "in_place"
     if migration.stage == "planned":
-        raise Refused(f"{name} is not prepared: `migrator rollout {name} --stage prepare`")
+        raise PreconditionFailed(f"{name} is not prepared: `migrator rollout {name} --stage prepare`")
     if not in_place and migration.stage == "prepare":
-        raise Refused(f"{name} has no shadow to send queries to: `migrator rollout {name} --stage backfill`")
+        raise PreconditionFailed(f"{name} has no shadow to send queries to: `migrator rollout {name} --stage backfill`")
     if migration.stage not in (("prepare", "canary") if in_place else ("backfill", "canary")):
         mixed = "new vectors may be in the collection, which old queries cannot search; " if in_place else ""
-        raise Refused(
+        raise PreconditionFailed(
             f"{name} is at stage {migration.stage}: {mixed}to take queries back use `migrator rollback {name}`"
         )
     route = _route(project, migration)
@@ -156,14 +161,16 @@ def _canary(project: Project, migration: Migration, options: Options) -> Step:
     if options.percent is None:
         if not higher:
             following = "backfill" if in_place else "cutover"
-            raise Refused(f"{name} is at 100 %: next is `migrator rollout {name} --stage {following}`")
+            raise PreconditionFailed(f"{name} is at 100 %: next is `migrator rollout {name} --stage {following}`")
         percent = higher[0]
     else:
         percent = options.percent
         if percent and percent not in ladder:
             raise UsageProblem(f"--percent {percent} is not one of rollout.canary {ladder} (or 0)")
         if higher and percent > higher[0]:
-            raise Refused(f"{name} is at {route.canary_percent:g} %: the next step is {higher[0]} %, not {percent} %")
+            raise PreconditionFailed(
+                f"{name} is at {route.canary_percent:g} %: the next step is {higher[0]} %, not {percent} %"
+            )
     with project.store() as store:
         plan = check_fresh(project, store)
         _check_encoders(project, store)
@@ -195,13 +202,15 @@ def _canary(project: Project, migration: Migration, options: Options) -> Step:
 def _backfill(project: Project, migration: Migration, options: Options) -> Step:
     name = project.name
     if migration.stage == "backfill":
-        raise Refused(f"{name}: the backfill stage is open: run `migrator backfill {name}`")
+        raise PreconditionFailed(f"{name}: the backfill stage is open: run `migrator backfill {name}`")
     in_place = migration.strategy == "in_place"
     if migration.stage not in (("prepare", "canary") if in_place else ("prepare",)):
-        raise Refused(f"{name} is at stage {migration.stage}: `migrator status {name}` names the next command")
+        raise PreconditionFailed(
+            f"{name} is at stage {migration.stage}: `migrator status {name}` names the next command"
+        )
     route = _route(project, migration)
     if in_place and route.canary_percent < 100:
-        raise Refused(
+        raise PreconditionFailed(
             f"{name}: {route.canary_percent:g} % of the queries use the new encoder, and the others cannot be compared "
             f"with new vectors: first `migrator rollout {name} --stage canary` up to 100 %"
         )
@@ -221,7 +230,7 @@ def _backfill(project: Project, migration: Migration, options: Options) -> Step:
             shadow.create(project, migration)
         try:
             _move_route(project, migration, route, stage="backfill", phase="backfill")
-        except Refused:
+        except PreconditionFailed:
             if in_place:
                 write_alias.delete(project, migration)
             else:
@@ -238,12 +247,14 @@ def _cutover(project: Project, migration: Migration, options: Options) -> Step:
     name = project.name
     before = "backfill" if migration.strategy == "in_place" else "canary"
     if migration.stage in ("cutover", "finalize"):
-        raise Refused(f"{name} has been cut over: next is `migrator rollout {name} --stage finalize`")
+        raise PreconditionFailed(f"{name} has been cut over: next is `migrator rollout {name} --stage finalize`")
     if migration.stage != before:
         first = f"`migrator backfill {name}`" if before == "backfill" else "the canary"
-        raise Refused(f"{name} is at stage {migration.stage}: cutover comes after {first}")
+        raise PreconditionFailed(f"{name} is at stage {migration.stage}: cutover comes after {first}")
     if migration.paused is not None:
-        raise Refused(f"{name} is paused ({migration.paused}): when that is settled, `migrator resume {name}`")
+        raise PreconditionFailed(
+            f"{name} is paused ({migration.paused}): when that is settled, `migrator resume {name}`"
+        )
     failures = _check_backfilled(project, migration, options)
     route = _route(project, migration)
     if migration.strategy == "in_place":
@@ -259,10 +270,12 @@ def _check_backfilled(project: Project, migration: Migration, options: Options) 
     if undone or not counts.passes:
         failed = counts.by_state.get("failed", 0)
         if failed:
-            raise Refused(f"{name}: {failed} chunks failed: `migrator failures {name}`, then --retry and backfill")
-        raise Refused(f"{name}: {undone or 'all'} chunks are not done: `migrator backfill {name}`")
+            raise PreconditionFailed(
+                f"{name}: {failed} chunks failed: `migrator failures {name}`, then --retry and backfill"
+            )
+        raise PreconditionFailed(f"{name}: {undone or 'all'} chunks are not done: `migrator backfill {name}`")
     if counts.open_failures > options.accept_failures:
-        raise Refused(
+        raise PreconditionFailed(
             f"{name}: {counts.open_failures} items failed (`migrator failures {name}`): mend them and "
             f"`migrator failures {name} --retry`, or go on without with --accept-failures {counts.open_failures}"
         )
@@ -270,12 +283,14 @@ def _check_backfilled(project: Project, migration: Migration, options: Options) 
 
 
 def _check_what_was_written(project: Project, migration: Migration) -> None:
-    """Makes the health check that a backfill run still owes. Refused if it fails."""
+    """Makes the health check that a backfill run still owes. Raises `PreconditionFailed` if it fails."""
     if not is_check_due(project, migration):
         return
     checked = catch_up_check(project, migration, project.new_encoder())
     if checked.pause is not None:
-        raise Refused(f"{project.name} is paused by the check of what the last backfill run wrote: {checked.pause}")
+        raise PreconditionFailed(
+            f"{project.name} is paused by the check of what the last backfill run wrote: {checked.pause}"
+        )
 
 
 def _cutover_in_place(project: Project, migration: Migration, route: Route, failures: int, options: Options) -> Step:
@@ -297,7 +312,9 @@ def _cutover_in_place(project: Project, migration: Migration, route: Route, fail
             page = store.read(store.sample(READ_BACK, seed=route.epoch), vectors=True, payload=False)
             missing = sum(found != stamp for found in page.stamps)
             if missing > failures:
-                raise Refused(f"{name}: {missing} of {len(page)} items read back carry no new stamp: backfill again")
+                raise PreconditionFailed(
+                    f"{name}: {missing} of {len(page)} items read back carry no new stamp: backfill again"
+                )
         _move_route(
             project, migration, route, stage="cutover", phase="new", all_done=True,
             detail={"items": total, "stamped": stamped, "failures_accepted": failures},
@@ -314,7 +331,7 @@ def _cutover_shadow(project: Project, migration: Migration, route: Route, failur
     name, beside = project.name, migration.shadow
     assert beside is not None
     if route.canary_percent < 100:
-        raise Refused(
+        raise PreconditionFailed(
             f"{name}: {route.canary_percent:g} % of the queries use {beside}: first "
             f"`migrator rollout {name} --stage canary` up to 100 %"
         )
@@ -335,7 +352,7 @@ def _cutover_shadow(project: Project, migration: Migration, route: Route, failur
                 canary_encoder=None, canary_collection=None, canary_percent=0.0,
                 write_encoders=[migration.new_encoder_id],
             )  # fmt: skip
-        except Refused:
+        except PreconditionFailed:
             shadow.point_alias(project, migration, migration.source)
             raise
         alias = f", and alias {migration.alias} leads to it" if migration.alias else ""
@@ -346,7 +363,7 @@ def _cutover_shadow(project: Project, migration: Migration, route: Route, failur
 
 def _check_all_stamped(name: str, total: int, stamped: int, failures: int) -> None:
     if total - stamped > failures:
-        raise Refused(
+        raise PreconditionFailed(
             f"{name}: {total - stamped - failures} of {total} items carry no vector of the new encoder "
             f"(they arrived or changed since): `migrator backfill {name}`"
         )
@@ -359,8 +376,10 @@ def _finalize(project: Project, migration: Migration, options: Options) -> Step:
             kept = (
                 "its old vectors are kept: --drop-old deletes them" if migration.old_kept else "nothing is left to do"
             )
-            raise Refused(f"{name} is finished; {kept}")
-        raise Refused(f"{name} is at stage {migration.stage}: finalize comes after `rollout --stage cutover`")
+            raise PreconditionFailed(f"{name} is finished; {kept}")
+        raise PreconditionFailed(
+            f"{name} is at stage {migration.stage}: finalize comes after `rollout --stage cutover`"
+        )
 
     in_place = migration.strategy == "in_place"
     old = "the undo log" if in_place else f"the old collection {migration.collection}"

@@ -34,7 +34,7 @@ class Answers:
 
 
 def write_answers(project: Project, migration: Migration, answers: Answers) -> None:
-    """Keeps the answers of the latest verification, whole or not at all. Raises `Unavailable`."""
+    """Keeps the answers of the latest verification, whole or not at all. Raises `TemporarilyUnavailable`."""
     content = io.BytesIO()
     np.savez(
         content,
@@ -50,7 +50,10 @@ def write_answers(project: Project, migration: Migration, answers: Answers) -> N
 
 
 def read_answers(project: Project, migration: Migration) -> Answers | None:
-    """The answers of the latest verification; None where there are none that can be read. Raises `Unavailable`."""
+    """The answers of the latest verification; None where there are none that can be read.
+
+    Raises `TemporarilyUnavailable`.
+    """
     content = question_files(project, migration).read(FILE)
     if content is None:
         return None

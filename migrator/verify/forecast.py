@@ -155,7 +155,7 @@ def loss_risks(quality: Quality | None, gate: Gate) -> list[str]:
 
 def _sample(project: Project, store: Store) -> dict[ItemId, Tags]:
     """Items of classes that have several, class by class until there are enough, in the total order of ids, each with
-    its classes; empty without labels. Raises `ConfigProblem` where a label is a structure."""
+    its classes; empty without labels. Raises `ConfigError` where a label is a structure."""
     template = project.settings.verify.label
     if template is None:
         return {}

@@ -20,7 +20,7 @@ import numpy as np
 from migrator.adapters.base import ItemId, Payload, Store
 from migrator.config import FLIPS, Gate
 from migrator.encoding import embed, locate
-from migrator.errors import Refused
+from migrator.errors import PreconditionFailed
 from migrator.labels import Tags, tags_of
 from migrator.ledger import Migration
 from migrator.old_vectors import old_vectors
@@ -86,7 +86,7 @@ def verify(
     """Runs the four tests, decides, and keeps the result in the ledger. Needs a fresh plan and a new encoder.
 
     The questions are those of the first verification, unless `new_questions` draws others. `live` also asks the
-    store's own index. Raises `Refused` once the collection is mixed, and where no image can be read.
+    store's own index. Raises `PreconditionFailed` once the collection is mixed, and where no image can be read.
     """
     migration = project.migration()
     check_old_gallery(project, migration)
@@ -134,13 +134,13 @@ def check_old_gallery(project: Project, migration: Migration) -> None:
     """Refuses a gallery without which there is no search of today to compare with."""
     gallery = gallery_of(migration, project.ledger.counts(migration.id))
     if gallery == "mixed":
-        raise Refused(
+        raise PreconditionFailed(
             f"{project.name} is at stage {migration.stage}, its collection already mixed, and today's search cannot be "
             f"compared with: `migrator verify {project.name} --mixed` measures it as it is, with --live through its "
             "own index"
         )
     if gallery == "new":
-        raise Refused(
+        raise PreconditionFailed(
             f"{project.name} is at stage {migration.stage}, queries meet the new encoder's vectors alone, and the old "
             f"search cannot be compared with: `migrator verify {project.name} --live` measures what is served"
         )
@@ -392,7 +392,7 @@ def measure_mixed(project: Project, report: Report = lambda *_: None, *, live: b
     """The metrics of new queries against the served collection as it is at this moment, whatever made its vectors.
 
     After a shadow's cutover that is the shadow. With `live` also through the store's own index. What was found goes to
-    the audit log. Raises `Refused` where the new encoder's queries cannot search it.
+    the audit log. Raises `PreconditionFailed` where the new encoder's queries cannot search it.
     """
     migration = project.migration()
     gallery = gallery_of(migration, project.ledger.counts(migration.id))
@@ -400,7 +400,7 @@ def measure_mixed(project: Project, report: Report = lambda *_: None, *, live: b
     with _served(project, migration, gallery) as store:
         info = store.describe()
         if info.dim != new.dim:
-            raise Refused(
+            raise PreconditionFailed(
                 f"{info.name} holds {info.dim}-d vectors, which the new encoder's {new.dim}-d queries cannot search "
                 f"before the cutover: `migrator status {project.name}` names the next command"
             )
@@ -460,7 +460,9 @@ def _stored_gallery(store: Store, questions: Questions) -> tuple[NDArray[np.int6
     page = store.read(questions.gallery, vectors=True, payload=False)
     assert page.vectors is not None
     if not len(page):
-        raise Refused("none of the gallery's items is left in the collection: draw new questions with --new-questions")
+        raise PreconditionFailed(
+            "none of the gallery's items is left in the collection: draw new questions with --new-questions"
+        )
     vectors = unit(page.vectors) if store.describe().metric == "cosine" else page.vectors
     return np.array([where[item] for item in page.ids], np.int64), vectors  # a page keeps the order asked for
 
@@ -470,7 +472,7 @@ def _with_own_vectors(
 ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
     """The questions that are items of the collection, as positions (n,), with their stored vectors, (n, dim).
 
-    Today's search is then asked as an item asks for its like. Raises `Refused` where no query is an item.
+    Today's search is then asked as an item asks for its like. Raises `PreconditionFailed` where no query is an item.
     """
     own = [item for item in questions.own if item is not None]
     page = store.read(list(dict.fromkeys(own)), vectors=True, payload=False)
@@ -486,7 +488,7 @@ def _with_own_vectors(
     vectors = unit(vectors)
     rows = np.flatnonzero(vectors.any(axis=1))
     if len(rows) == 0:
-        raise Refused(
+        raise PreconditionFailed(
             f"old_encoder is stored, and none of {len(vectors)} queries, for instance {questions.paths[0]!r}, is an "
             f"item of {store.describe().name}: list paths as images.uri makes them, or leave verify.queries out"
         )
@@ -524,14 +526,14 @@ def _embed(
     rows, queries, unreadable = embed_queries(project, images, questions, asking, encoders, report)
     if len(rows) == 0 and unreadable:
         path, why = next(iter(unreadable.items()))
-        raise Refused(
+        raise PreconditionFailed(
             f"none of {len(asking)} query images could be read, for instance {path}: {why}: check images.root and "
             "the paths of the queries"
         )
     paths = at_rows(questions.gallery_paths, gallery)
     items = embed(images, paths, [new], report=_counting(report, "gallery", len(paths)), **project.loading())
     if len(items.rows) == 0:
-        raise Refused(
+        raise PreconditionFailed(
             f"none of {len(paths)} gallery images could be read, for instance "
             f"{next(iter(items.problems.values()))}: check images.root and images.uri"
         )

@@ -21,7 +21,7 @@ import numpy as np
 from migrator.adapters.base import ItemId, Payload, Store, order_key
 from migrator.backfill.files import LogFiles
 from migrator.encoding import locate
-from migrator.errors import ConfigProblem, Refused
+from migrator.errors import ConfigError, PreconditionFailed
 from migrator.labels import Tags, tags_of
 from migrator.ledger import Migration, now
 from migrator.project import Project
@@ -117,8 +117,8 @@ def frozen_questions(
 ) -> Questions:
     """The migration's questions: those frozen, else, and where `anew`, drawn from the collection and frozen.
 
-    Raises `Refused` where the configuration or the file of queries is no longer what they were drawn from, and what
-    `draw_questions` and `read_frozen` raise.
+    Raises `PreconditionFailed` where the configuration or the file of queries is no longer what they were drawn from,
+    and what `draw_questions` and `read_frozen` raise.
     """
     _refuse_stored_instances(project)
     found = None if anew else read_frozen(project, migration)
@@ -135,7 +135,7 @@ def frozen_questions(
 def read_frozen(project: Project, migration: Migration) -> Questions | None:
     """The frozen questions as they were drawn, whatever the configuration says by now; None before the first draw.
 
-    Raises `Refused` for a file that is damaged, and `Unavailable`.
+    Raises `PreconditionFailed` for a file that is damaged, and `TemporarilyUnavailable`.
     """
     files = question_files(project, migration)
     content = files.read(FILE)
@@ -150,8 +150,10 @@ def read_frozen(project: Project, migration: Migration) -> Questions | None:
     except (ValueError, TypeError, KeyError, RecursionError):
         version = FORMAT
     if version != FORMAT:
-        raise Refused(f"{files.path(FILE)}: the questions are of format {_shown(version)}, not {FORMAT}: {advice}")
-    raise Refused(f"{files.path(FILE)}: the questions are damaged: {advice}")
+        raise PreconditionFailed(
+            f"{files.path(FILE)}: the questions are of format {_shown(version)}, not {FORMAT}: {advice}"
+        )
+    raise PreconditionFailed(f"{files.path(FILE)}: the questions are damaged: {advice}")
 
 
 def question_files(project: Project, migration: Migration) -> LogFiles:
@@ -213,7 +215,7 @@ def _refuse_changes(project: Project, questions: Questions) -> None:
             old, new = ("not set" if value is None else _shown(value) for value in (then[key], current[key]))
             changes.append(f"{name} is {new}, and was {old} when the questions of {day} were drawn")
     if changes:
-        raise Refused(
+        raise PreconditionFailed(
             f"{'; '.join(changes)}: put it back, or draw new questions with `migrator verify {project.name} "
             "--new-questions`, which counts as a further look"
         )
@@ -293,8 +295,8 @@ def draw_questions(project: Project, store: Store, images: ImageSource) -> Quest
     never read whole. What has no right answer in the gallery cannot be a query. Of several items with one image the
     first is the query's own.
 
-    Raises `ConfigProblem` where the configuration or the file of queries cannot be used, `Refused` where the collection
-    gives nothing to ask.
+    Raises `ConfigError` where the configuration or the file of queries cannot be used, `PreconditionFailed` where the
+    collection gives nothing to ask.
     """
     _refuse_stored_instances(project)
     settings = project.settings.verify
@@ -302,13 +304,15 @@ def draw_questions(project: Project, store: Store, images: ImageSource) -> Quest
     if settings.queries is not None:
         listed, table = _read_queries(settings.queries, settings.segment, images)
         if listed.relevant is None and settings.label is None:
-            raise ConfigProblem(
+            raise ConfigError(
                 f"{_key(project, 'label')} is not set: {settings.queries} gives the classes of the queries; say where "
                 'the payload of an item has its own, such as "{category}", or give the file a column relevant'
             )
     ids = store.sample(settings.gallery, seed=settings.seed)
     if not ids:
-        raise Refused(f"collection {store.describe().name} holds no items: there is nothing to verify against")
+        raise PreconditionFailed(
+            f"collection {store.describe().name} holds no items: there is nothing to verify against"
+        )
     counts = Counter[str]()
     kind: Kind
     if listed is not None and table is not None and listed.relevant is not None:
@@ -319,7 +323,7 @@ def draw_questions(project: Project, store: Store, images: ImageSource) -> Quest
         queries = _without_own_relevant(_with_own(queries, gallery), counts)
         counts["queries_without_answer"] += len(listed.paths) - len(able.paths)
         if not queries.paths:
-            raise ConfigProblem(
+            raise ConfigError(
                 f"{settings.queries}: no query lists a relevant item other than itself: list the ids of the right "
                 "answers in the column relevant"
             )
@@ -335,7 +339,7 @@ def draw_questions(project: Project, store: Store, images: ImageSource) -> Quest
             listed = None if listed is None else replace(listed, tags=_without(listed.tags, common))
         queries = _items_as_queries(gallery) if listed is None else _with_own(listed, gallery)
         if not queries.paths:
-            raise Refused(
+            raise PreconditionFailed(
                 f"none of {len(gallery.ids)} items of {store.describe().name} has a usable image path"
                 f"{' and a class' if kind == 'labels' else ''}: correct images.uri, or set verify.queries to a file"
             )
@@ -366,7 +370,7 @@ def draw_questions(project: Project, store: Store, images: ImageSource) -> Quest
 def _refuse_stored_instances(project: Project) -> None:
     verify = project.settings.verify
     if project.old_is_stored and verify.queries is None and verify.label is None:
-        raise ConfigProblem(
+        raise ConfigError(
             f"{_key(project, 'label')} is not set, and old_encoder is stored: an item's own vector would find itself. "
             'Set verify.label to the class of an item, such as "{category}", or verify.queries to a file that lists '
             "the right answers"
@@ -427,7 +431,7 @@ def _read_gallery(project: Project, store: Store, images: ImageSource, ids: Iter
     for name, column in (("label", gallery.tags), ("segment", gallery.segments)):
         if column is not None and not any(column):
             template = getattr(settings, name)
-            raise ConfigProblem(
+            raise ConfigError(
                 f"{_key(project, name)}: {template!r} names a payload field that the items do not have: "
                 f"{field_advice(template, names)}"
             )
@@ -435,11 +439,11 @@ def _read_gallery(project: Project, store: Store, images: ImageSource, ids: Iter
 
 
 def tags_or_refuse(project: Project, item: ItemId, payload: Payload) -> Tags:
-    """The classes of an item by verify.label. Raises `ConfigProblem` for what can be no class."""
+    """The classes of an item by verify.label. Raises `ConfigError` for what can be no class."""
     try:
         return tags_of(project.settings.verify.label or "", item, payload)
     except NotText as problem:
-        raise ConfigProblem(
+        raise ConfigError(
             f"{_key(project, 'label')}: item {_shown(item)}: {problem}; a class is a value, or a list of values"
         ) from None
 
@@ -448,7 +452,7 @@ def _segment_or_refuse(project: Project, item: ItemId, payload: Payload) -> str:
     try:
         return (parse(project.settings.verify.segment or "").fill({**payload, "id": item}) or "").strip()
     except NotText as problem:
-        raise ConfigProblem(
+        raise ConfigError(
             f"{_key(project, 'segment')}: item {_shown(item)}: {problem}; a query belongs to one segment: name a field "
             "with one value"
         ) from None
@@ -520,19 +524,19 @@ def _with_answer(queries: _Queries, gallery: _Gallery, counts: Counter[str], fil
     counts["classes_without_answer"] = len({tag for tags in queries.tags for tag in tags} - classes)
     drawn = f"the {len(gallery.ids)} items drawn"
     if not able and file is None:
-        raise Refused(
+        raise PreconditionFailed(
             f"{drawn} have {len(sizes)} classes and no two items of one: nothing can be found; raise verify.gallery, "
             "or set verify.queries to a file"
         )
     if not able:
-        raise ConfigProblem(
+        raise ConfigError(
             f"{file}: no query has the class of another item among {drawn}: queries have "
             f"{_names(tag for tags in queries.tags for tag in tags)}, "
             f"items {_names(sizes)}; make verify.label give the classes of the file, or raise verify.gallery"
         )
     if len(classes) == 1:
         advice = "correct verify.label, or raise verify.gallery" if file is None else "add queries of other classes"
-        raise ConfigProblem(
+        raise ConfigError(
             f"{drawn if file is None else file}: every query has the class {_names(classes)}, and with one class alone "
             f"nothing can be wrong: {advice}"
         )
@@ -557,7 +561,7 @@ def _with_relevant(store: Store, ids: Sequence[ItemId], queries: _Queries, table
         unknown = (
             f"{len(rows_of)} unknown ids in {len(set().union(*rows_of.values()))} of {len(queries.paths)} rows drawn"
         )
-        raise ConfigProblem(
+        raise ConfigError(
             f"{table.file}: {table.place(numbers[0])} lists {_shown(item)} as relevant, and {store.describe().name} "
             f'has no such item ({unknown}): correct or remove them; 17 and "17" are two ids'
         )
@@ -583,7 +587,7 @@ def _without_own_relevant(queries: _Queries, counts: Counter[str]) -> _Queries:
 
 
 def _read_queries(file: Path, segment: str | None, images: ImageSource) -> tuple[_Queries, Table]:
-    """What the file lists, a query for each image, and the file as it was read. Raises `ConfigProblem`."""
+    """What the file lists, a query for each image, and the file as it was read. Raises `ConfigError`."""
     named = () if segment is None else parse(segment).fields
 
     def choose(header: Header) -> list[str]:
@@ -603,7 +607,7 @@ def _read_queries(file: Path, segment: str | None, images: ImageSource) -> tuple
         table = read_table(file, choose, what="queries", key="verify.queries")
         return _checked(table, segment, images), table
     except TableProblem as problem:
-        raise ConfigProblem(str(problem)) from problem
+        raise ConfigError(str(problem)) from problem
 
 
 def _column_of(field: str, header: Header) -> str:
@@ -620,7 +624,7 @@ def _checked(table: Table, segment: str | None, images: ImageSource) -> _Queries
     file, columns = table.file, table.columns
     count = len(columns["path"])
     if not count:
-        raise ConfigProblem(f"{file} lists no queries: add rows with a path, and a label or relevant items")
+        raise ConfigError(f"{file} lists no queries: add rows with a path, and a label or relevant items")
     paths = [_below_root(path, table, row, images) for row, path in enumerate(table.texts("path"))]
     tags = _tag_column(table) if "label" in columns else None
     relevant = _relevant(table) if "relevant" in columns else None
@@ -631,7 +635,7 @@ def _checked(table: Table, segment: str | None, images: ImageSource) -> _Queries
         earlier = first.setdefault(path, row)
         for name, column in given.items():
             if column is not None and column[earlier] != column[row]:
-                raise ConfigProblem(
+                raise ConfigError(
                     f"{file}: {table.place(row)} gives {_shown(path)} another {name} than {table.place(earlier)} does: "
                     "keep one"
                 )
@@ -642,7 +646,7 @@ def _below_root(path: str, table: Table, row: int, images: ImageSource) -> str:
     try:
         return images.below_root(path)
     except ImageProblem as problem:
-        raise ConfigProblem(f"{table.file}: {table.place(row)}: {problem}: correct or remove it") from None
+        raise ConfigError(f"{table.file}: {table.place(row)}: {problem}: correct or remove it") from None
 
 
 def _tag_column(table: Table) -> list[Tags]:
@@ -655,7 +659,7 @@ def _tag_column(table: Table) -> list[Tags]:
             column.append(parse("{label}").fill_each({"label": _json_texts(cell) or cell}))
         except NotText as problem:
             where = f"{table.file}: {table.place(row)}"
-            raise ConfigProblem(f"{where}: {problem}: write text, or a list of texts") from None
+            raise ConfigError(f"{where}: {problem}: write text, or a list of texts") from None
     table.require_filled("label", column)
     return column
 
@@ -680,11 +684,9 @@ def _segments(table: Table, segment: str) -> list[str]:
             values = {name: _trimmed(table.columns[name][row]) for name in names}
             segments.append((template.fill(values) or "").strip())
         except NotText as problem:
-            raise ConfigProblem(
-                f"{table.file}: {table.place(row)}: {problem}; a query belongs to one segment"
-            ) from None
+            raise ConfigError(f"{table.file}: {table.place(row)}: {problem}; a query belongs to one segment") from None
     if not any(segments):
-        raise ConfigProblem(
+        raise ConfigError(
             f"{table.file}: the columns that verify.segment names ({', '.join(template.fields)}) are empty"
         )
     return segments
@@ -713,7 +715,7 @@ def _relevant(table: Table) -> list[dict[ItemId, float]]:
                 if isinstance(gain, bool) or not isinstance(gain, int | float) or not 0 < gain <= MOST_GRADE:
                     raise ValueError(f"{_shown(gain)} is no grade: give numbers above 0, up to {MOST_GRADE:.0e}")
         except ValueError as error:
-            raise ConfigProblem(f"{table.file}: {table.place(row)}: {error}") from None
+            raise ConfigError(f"{table.file}: {table.place(row)}: {error}") from None
         rows.append({item: float(gain) for item, gain in zip(items, gains, strict=True)})
     return rows
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from migrator.config import POST_HOC, Method, MinGain
-from migrator.errors import ConfigProblem
+from migrator.errors import ConfigError
 from migrator.training_runs import list_runs
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ class Situation:
 
 
 def situation_of(project: Project) -> Situation:
-    """Reads configuration and ledger. Refused before the first plan."""
+    """Reads configuration and ledger. Raises `PreconditionFailed` before the first plan."""
     settings, migration = project.settings, project.migration()
     plan = project.ledger.latest_plan(migration.id)
     content = {} if plan is None else plan.content
@@ -90,7 +90,7 @@ def _untried(project: Project, method: Method) -> Method:
     if project.settings.new_encoder.weights is not None and method not in POST_HOC:
         method = "residual_mlp"  # the encoder is finished: a map behind it is all that can be trained
     tried: set[str | None] = {method}
-    with suppress(ConfigProblem):  # the artifacts lie on a server: nothing was trained here
+    with suppress(ConfigError):  # the artifacts lie on a server: nothing was trained here
         tried |= {run.method for run in list_runs(project.training_folder())}
     following = NEXT_METHOD[method]
     for _ in NEXT_METHOD:

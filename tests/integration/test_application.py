@@ -27,7 +27,7 @@ from PIL import Image
 
 from migrator import ServedEncoder, load_encoder
 from migrator.cli import run
-from migrator.errors import MigratorError, Refused
+from migrator.errors import MigratorError, PreconditionFailed
 from migrator.project import Project
 from migrator.trainer.errors import EncoderMismatch, ImageProblem
 from tests.integration.test_walk import to_stage
@@ -63,7 +63,7 @@ def test_what_a_backfill_has_written_is_what_the_application_gets(world: World, 
         old, new = project.encoder_ids()
     assert encoder.id == load_encoder(world.config, which=new).id == new
     assert load_encoder(world.config, which="old").id == load_encoder(world.config, which=old).id == old
-    with pytest.raises(Refused, match=rf"no encoder enc-0: it has {old} \(old\), {new} \(new\)"):
+    with pytest.raises(PreconditionFailed, match=rf"no encoder enc-0: it has {old} \(old\), {new} \(new\)"):
         load_encoder(world.config, which="enc-0")
     torch.manual_seed(99)
     (world.folder / "new.safetensors").write_bytes((world.folder / "old.safetensors").read_bytes())
@@ -73,12 +73,12 @@ def test_what_a_backfill_has_written_is_what_the_application_gets(world: World, 
 
 def test_before_a_plan_the_declared_encoders_are_given(world: World) -> None:
     assert load_encoder(world.config).id == load_encoder(str(world.config), NAME, which="new").id
-    with pytest.raises(Refused, match="none in the ledger yet"):
+    with pytest.raises(PreconditionFailed, match="none in the ledger yet"):
         load_encoder(world.config, which="enc-0")
     with pytest.raises(MigratorError):
         load_encoder(world.config, "another")
     world.configure(old_encoder="stored")
-    with pytest.raises(Refused, match="there is no model"):
+    with pytest.raises(PreconditionFailed, match="there is no model"):
         load_encoder(world.config, which="old")
 
 

@@ -10,7 +10,7 @@ from datetime import timedelta
 import pytest
 import sqlalchemy as sa
 
-from migrator.errors import Refused, Unavailable, UsageProblem
+from migrator.errors import PreconditionFailed, TemporarilyUnavailable, UsageProblem
 from migrator.ledger import LeaseLost, Ledger, this_process
 from migrator.ledger.ledger import SCHEMA, metadata
 from migrator.ledger.models import VERSION_TABLE, Chunk
@@ -86,7 +86,7 @@ class TestOnPostgres(core.LedgerSuite):
                     assert core.lease(other, migration, this_process()) is not None, "its lock is free again"
                     session.get_one(core.module.Migration, migration.id, populate_existing=True)
 
-            with pytest.raises(Unavailable, match="stopped in the middle of a transaction") as caught:
+            with pytest.raises(TemporarilyUnavailable, match="stopped in the middle of a transaction") as caught:
                 stop_in_a_transaction()
             assert caught.value.exit_code == 4
             assert stopped.migration(migration.name) is not None, "the command may be repeated"
@@ -109,7 +109,7 @@ class TestOnPostgres(core.LedgerSuite):
     def test_a_server_that_is_not_there(self, url, server):
         gone = sa.make_url(url).set(database="no_such_database", username="u", password="geheim")
         for unreachable in (gone, gone.set(host="/nowhere", query={})):
-            with pytest.raises(Unavailable) as caught:
+            with pytest.raises(TemporarilyUnavailable) as caught:
                 Ledger(unreachable.render_as_string(hide_password=False))
             assert "geheim" not in core.one_line(caught)
             assert caught.value.exit_code == 4
@@ -180,7 +180,7 @@ class TestOnPostgres(core.LedgerSuite):
             at_once.wait()
             try:
                 core.plan(ledger)
-            except Refused:
+            except PreconditionFailed:
                 return False
             return True
 

@@ -17,7 +17,7 @@ import yaml
 
 from migrator.config import find_migration, load_config
 from migrator.encoding import embed
-from migrator.errors import Refused
+from migrator.errors import PreconditionFailed
 from migrator.ledger import Migration
 from migrator.project import Project
 from migrator.verify.asked import Asked
@@ -74,7 +74,7 @@ def test_relevant_items_are_told_apart_by_type(world: World) -> None:
     assert rows.relevant is not None
     assert [{drawn.gallery[row] for row in right} for right in rows.relevant] == [{"0", "x"}, {"2"}]
     (world.folder / "queries.csv").write_text("path,relevant\nq.png,[0]\n")
-    with pytest.raises(Refused, match="no longer the file"):
+    with pytest.raises(PreconditionFailed, match="no longer the file"):
         frozen(world)
 
 
@@ -106,7 +106,7 @@ def test_artifacts_elsewhere_and_a_ledger_that_begins_anew(world: World) -> None
 
 def test_a_write_that_fails_leaves_the_questions_of_before(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     from migrator.backfill import files
-    from migrator.errors import Unavailable
+    from migrator.errors import TemporarilyUnavailable
 
     first = frozen(world, label="{kind}", sample=6)
 
@@ -115,7 +115,7 @@ def test_a_write_that_fails_leaves_the_questions_of_before(world: World, monkeyp
 
     with monkeypatch.context() as patch:
         patch.setattr(files.os, "fsync", full)
-        with pytest.raises(Unavailable, match="No space left on device"):
+        with pytest.raises(TemporarilyUnavailable, match="No space left on device"):
             frozen(world, anew=True, label="{kind}", sample=7)
     (file,) = (path for path in world.folder.rglob("questions-*/*"))
     assert json.loads(file.read_text())["questions"]["made_from"]["sample"] == 6

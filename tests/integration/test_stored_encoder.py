@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from migrator.errors import ConfigProblem, Refused
+from migrator.errors import ConfigError, PreconditionFailed
 from migrator.project import Project
 from migrator.training import _items
 from tests.world import DIM, World, embed_images, save_images, write_gallery
@@ -248,7 +248,7 @@ def test_training_items_come_with_their_stored_vectors(lost: World) -> None:
     assert [each.path for each in left_out] == [NAMES[3], NAMES[4]]
 
     assert items_of(lost, {"from": "store"})[0].labels is None
-    with pytest.raises(ConfigProblem, match=r"train\.items\.label: no item with an image has a value for '{knd}'"):
+    with pytest.raises(ConfigError, match=r"train\.items\.label: no item with an image has a value for '{knd}'"):
         items_of(lost, {"from": "store", "label": "{knd}"})
 
 
@@ -266,7 +266,7 @@ def test_training_items_of_a_file_are_joined_by_path(lost: World) -> None:
 
     (lost.folder / "train.csv").write_text("path\nnew/00009.png\nnew/00002.png\n")
     with pytest.raises(
-        Refused, match=r"none of the 2 training images, for instance 'new/00009.png', is an item of faiss"
+        PreconditionFailed, match=r"none of the 2 training images, for instance 'new/00009.png', is an item of faiss"
     ):
         items_of(lost, "train.csv")
 
@@ -282,5 +282,5 @@ def test_training_items_of_folders(world: World) -> None:
     world.configure(old_encoder="stored")
     np.testing.assert_allclose(items_of(world, {"from": "folders"})[1], world.vectors(), atol=1e-6)
     world.configure(images__root="s3://bucket/images")
-    with pytest.raises(ConfigProblem, match="only folders of this machine can be walked"):
+    with pytest.raises(ConfigError, match="only folders of this machine can be walked"):
         items_of(world, {"from": "folders"})

@@ -209,14 +209,14 @@ def test_help_and_status_load_nothing_heavy(arguments, folder, halfway):
 @pytest.mark.parametrize(
     ("error", "code"),
     [
-        (errors.ConfigProblem("c"), 2),
+        (errors.ConfigError("c"), 2),
         (errors.UsageProblem("c"), 2),
-        (errors.Refused("c"), 3),
+        (errors.PreconditionFailed("c"), 3),
         (errors.InUse("c"), 3),
         (RouteMoved("c"), 3),
         (LeaseLost("c"), 3),
         (Disagreement("c", Tried({}, np.ones(1)), None), 3),
-        (errors.Unavailable("c"), 4),
+        (errors.TemporarilyUnavailable("c"), 4),
         (StoreUnavailable("c"), 4),
         (Vanished("c"), 4),
         (StoreBusy("c"), 4),

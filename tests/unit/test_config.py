@@ -19,7 +19,7 @@ from pydantic import ValidationError
 
 from migrator.config import METRICS, MOST_ANSWERS, Config, Gate, Section, find_migration, load_config, schema
 from migrator.config_template import TEMPLATE
-from migrator.errors import ConfigProblem, UsageProblem
+from migrator.errors import ConfigError, UsageProblem
 from migrator.verify.metrics import parse_metric
 
 EXAMPLE = """\
@@ -50,7 +50,7 @@ def write(folder: Path, text: str | bytes) -> Path:
 
 def problems(folder: Path, text: str | bytes) -> list[str]:
     """The problems of a file, without the folder it lies in."""
-    with pytest.raises(ConfigProblem) as caught:
+    with pytest.raises(ConfigError) as caught:
         load_config(write(folder, text))
     assert caught.value.exit_code == 2
     return str(caught.value).replace(f"{folder}/", "").split("\n")
@@ -375,7 +375,7 @@ def test_a_default_of_a_secret_is_not_printed(tmp_path):
     ],
 )
 def test_no_message_shows_a_value(tmp_path, text):
-    with pytest.raises(ConfigProblem) as caught:
+    with pytest.raises(ConfigError) as caught:
         load_config(write(tmp_path, text))
     shown = traceback.format_exception(caught.value)
     assert SECRET not in "".join(line for line in shown if not line.startswith("  ")).lower()
@@ -581,14 +581,14 @@ def test_what_is_not_even_a_mapping(tmp_path, text, problem):
 
 
 def test_files_that_cannot_be_read(tmp_path):
-    with pytest.raises(ConfigProblem, match=r"no-such.yaml: no such file: run `migrator init`"):
+    with pytest.raises(ConfigError, match=r"no-such.yaml: no such file: run `migrator init`"):
         load_config(tmp_path / "no-such.yaml")
-    with pytest.raises(ConfigProblem, match="is a folder"):
+    with pytest.raises(ConfigError, match="is a folder"):
         load_config(tmp_path)
     os.mkfifo(tmp_path / "fifo")
-    with pytest.raises(ConfigProblem, match="no such file"):
+    with pytest.raises(ConfigError, match="no such file"):
         load_config(tmp_path / "fifo")
-    with pytest.raises(ConfigProblem, match="no such file"):
+    with pytest.raises(ConfigError, match="no such file"):
         load_config(Path("a\0b"))
 
 
@@ -615,7 +615,7 @@ def test_whatever_the_file_holds_the_answer_is_a_config_or_problems(tmp_path, da
     path = write(tmp_path, (EXAMPLE[:start] + piece + EXAMPLE[end:]).encode("utf-8", "surrogatepass"))
     try:
         assert isinstance(load_config(path), Config)
-    except ConfigProblem as error:
+    except ConfigError as error:
         for line in str(error).split("\n"):
             assert line.startswith(f"{path}:")
             assert line.isprintable(), line

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from migrator.config import load_config
-from migrator.errors import ConfigProblem
+from migrator.errors import ConfigError
 from migrator.project import Project
 from migrator.trainer.encoder import (
     EncoderSpec,
@@ -67,7 +67,7 @@ migrations:
     ],
 )  # fmt: skip
 def test_what_names_no_encoder_is_told_with_its_key(tmp_path: Path, change: dict[str, str], said: str) -> None:
-    with pytest.raises(ConfigProblem) as caught:
+    with pytest.raises(ConfigError) as caught:
         load_config(write(tmp_path, **change))
     assert said in str(caught.value)
     assert "\n" not in str(caught.value)
@@ -152,7 +152,7 @@ def test_artifacts_elsewhere_do_not_hinder_given_weights(opened: Open, tmp_path:
     spec = project.new_spec()
     assert spec is not None
     assert spec.weights == tmp_path / "n.pt"
-    with pytest.raises(ConfigProblem, match="training needs a local folder"):
+    with pytest.raises(ConfigError, match="training needs a local folder"):
         opened(artifacts="s3://bucket/artifacts").new_spec()
 
 

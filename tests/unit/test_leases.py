@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from migrator.backfill.leases import Leases
-from migrator.errors import Unavailable
+from migrator.errors import TemporarilyUnavailable
 from migrator.ledger import Chunk, LeaseLost, Ledger, Migration, this_process
 from tests.unit.test_ledger import open_backfill
 
@@ -134,14 +134,14 @@ def test_a_ledger_that_cannot_be_asked_lets_nothing_through(ledger: Ledger, monk
 
     def unreachable(*_: object, **__: object) -> set[int]:
         asked.set()
-        raise Unavailable("the ledger does not answer")
+        raise TemporarilyUnavailable("the ledger does not answer")
 
     with make(ledger, migration, Clock(), seconds=0.3) as leases:
         chunk = taken(leases)
         with monkeypatch.context() as patched:
             patched.setattr(ledger, "check_lease", unreachable)
             patched.setattr(ledger, "extend_leases", unreachable)
-            with pytest.raises(Unavailable):
+            with pytest.raises(TemporarilyUnavailable):
                 leases.check(chunk, 0)
             asked.clear()
             assert asked.wait(10), "the heartbeat tries again"

@@ -38,7 +38,7 @@ from hypothesis.stateful import (
 from sqlalchemy import exc
 from sqlalchemy.orm.exc import DetachedInstanceError
 
-from migrator.errors import Refused, Unavailable, UsageProblem
+from migrator.errors import PreconditionFailed, TemporarilyUnavailable, UsageProblem
 from migrator.ledger import BackfillRun, Chunk, Failure, LeaseLost, Ledger, Migration, RouteMoved, this_process
 from migrator.ledger import ledger as module
 from migrator.ledger.ledger import SCHEMA, is_dead, metadata
@@ -400,7 +400,7 @@ class LedgerSuite:
     def test_no_new_plan_while_under_way(self, ledger, state):
         migration = ledger.move(plan(ledger), stage="canary", state=state, event="on")
         before = ledger.latest_plan(migration.id).id
-        with pytest.raises(Refused) as caught:
+        with pytest.raises(PreconditionFailed) as caught:
             plan(ledger)
         assert "stage canary" in one_line(caught)
         assert "migrator rollback digits-v2" in str(caught.value)
@@ -428,7 +428,7 @@ class LedgerSuite:
     def test_one_migration_is_active_on_a_collection(self, ledger):
         ledger.move(plan(ledger), stage="prepare", state="active", event="prepare", route=route())
         other = plan(ledger, "other")
-        with pytest.raises(Refused) as caught:
+        with pytest.raises(PreconditionFailed) as caught:
             ledger.move(other, stage="prepare", state="active", event="prepare", route=route(epoch=1))
         assert "another migration is active on digits" in one_line(caught)
         assert ledger.migration("other").state == "planned"
@@ -460,7 +460,7 @@ class LedgerSuite:
         ledger.save_encoder("third", "{}")
         run = ledger.start_training(migration.id, method="advbct", settings={}, folder="f")
         ledger.move(migration, stage="prepare", state="active", event="prepare")
-        with pytest.raises(Refused):
+        with pytest.raises(PreconditionFailed):
             ledger.finish_training(run, encoder_id="third", validation=None, error=None)
         ledger.set_new_encoder(migration.id, "third")
         assert ledger.migration("digits-v2").new_encoder_id == NEW
@@ -505,7 +505,7 @@ class LedgerSuite:
     def test_a_move_from_a_stage_that_was_left_is_refused(self, ledger, second, change):
         migration = ledger.move(plan(ledger), stage="prepare", state="active", event="prepare", route=route())
         second.move(migration, event="first", **change)
-        with pytest.raises(Refused) as caught:
+        with pytest.raises(PreconditionFailed) as caught:
             ledger.move(migration, stage="backfill", event="second", route={"epoch": 1, "phase": "backfill"})
         assert "moved by another process" in one_line(caught)
         now = ledger.migration("digits-v2")
@@ -532,7 +532,7 @@ class LedgerSuite:
             at_once.wait()
             try:
                 ledger.move(migration, stage="canary", event="canary", route={"epoch": 1, "phase": "canary"})
-            except Refused:
+            except PreconditionFailed:
                 return False
             return True
 
@@ -949,7 +949,7 @@ def test_creating_it_is_all_or_nothing(tmp_path, monkeypatch):
         return real(*args, **kwargs)
 
     monkeypatch.setattr(op, "create_index", create_index)
-    with pytest.raises(Unavailable, match="free some space"):
+    with pytest.raises(TemporarilyUnavailable, match="free some space"):
         Ledger(f"sqlite:///{path}")
     with closing(sqlite3.connect(path)) as raw:
         assert raw.execute("SELECT name FROM sqlite_master").fetchall() == []
@@ -1009,7 +1009,7 @@ def test_a_database_of_something_else_is_refused(tmp_path, revision):
 def test_a_file_that_is_no_database(tmp_path, content):
     path = tmp_path / "migrator.db"
     path.write_bytes(content)
-    with pytest.raises((UsageProblem, Unavailable)) as caught:
+    with pytest.raises((UsageProblem, TemporarilyUnavailable)) as caught:
         Ledger(f"sqlite:///{path}")
     assert str(path) in one_line(caught)
     assert caught.value.exit_code == 2
@@ -1039,7 +1039,7 @@ def test_a_url_that_leads_nowhere(url):
 
 @pytest.mark.parametrize("folder", ["missing/migrator.db", ""])
 def test_a_path_that_cannot_be_opened(tmp_path, folder):
-    with pytest.raises(Unavailable) as caught:
+    with pytest.raises(TemporarilyUnavailable) as caught:
         Ledger(f"sqlite:///{tmp_path / folder}")
     assert str(tmp_path) in one_line(caught)
 
@@ -1065,7 +1065,7 @@ def test_a_ledger_that_cannot_be_written(template, mode):
         path.chmod(mode["file"])
         folder.chmod(mode["folder"])
         before = path.read_bytes()
-        with an_ordinary_user(), pytest.raises(Unavailable) as caught:
+        with an_ordinary_user(), pytest.raises(TemporarilyUnavailable) as caught:
             Ledger(f"sqlite:///{path}").save_encoder(OLD, "{}")
         assert "writable for this user" in one_line(caught)
         assert path.read_bytes() == before
@@ -1078,7 +1078,7 @@ def test_a_folder_that_cannot_be_written():
     folder = Path(tempfile.mkdtemp(dir="/tmp"))
     try:
         folder.chmod(0o555)
-        with an_ordinary_user(), pytest.raises(Unavailable) as caught:
+        with an_ordinary_user(), pytest.raises(TemporarilyUnavailable) as caught:
             Ledger(f"sqlite:///{folder}/migrator.db")
         assert str(folder) in one_line(caught)
         assert list(folder.iterdir()) == []
@@ -1103,7 +1103,7 @@ def test_a_locked_ledger(template, tmp_path, impatient, lock):
     path = shutil.copy(template, tmp_path / "migrator.db")
     with closing(Ledger(f"sqlite:///{path}")) as ledger, closing(sqlite3.connect(path, isolation_level=None)) as other:
         other.execute(lock)
-        with pytest.raises(Unavailable) as caught:
+        with pytest.raises(TemporarilyUnavailable) as caught:
             ledger.save_encoder(OLD, "{}")
         assert f"process {os.getpid()} holds it: try again" in one_line(caught)
         assert caught.value.exit_code == 4
@@ -1122,7 +1122,7 @@ def test_a_stopped_process_that_holds_the_ledger_is_named_and_the_advice_helps(t
         assert holder.stdout.readline() == "held\n"
         holder.send_signal(signal.SIGSTOP)
         with closing(Ledger(f"sqlite:///{path}")) as ledger:
-            with pytest.raises(Unavailable) as caught:
+            with pytest.raises(TemporarilyUnavailable) as caught:
                 ledger.save_encoder(OLD, "{}")
             assert f"process {holder.pid}, which is stopped, holds it" in one_line(caught)
             assert f"kill -KILL {holder.pid}" in one_line(caught)
@@ -1135,7 +1135,7 @@ def test_a_ledger_locked_while_it_is_made(tmp_path, impatient):
     path = tmp_path / "migrator.db"
     with closing(sqlite3.connect(path, isolation_level=None)) as other:
         other.execute("BEGIN EXCLUSIVE")
-        with pytest.raises(Unavailable):
+        with pytest.raises(TemporarilyUnavailable):
             Ledger(f"sqlite:///{path}")
 
 

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 
 from migrator.adapters.base import ItemId, Page, Store, order_key
 from migrator.config import find_migration, load_config
-from migrator.errors import ConfigProblem, MigratorError, Refused
+from migrator.errors import ConfigError, MigratorError, PreconditionFailed
 from migrator.labels import label_of
 from migrator.ledger import Migration
 from migrator.project import Project
@@ -469,12 +469,12 @@ def test_labels_that_are_the_same_value_are_the_same_label(desk: Desk) -> None:
 def test_classes_that_can_be_none(desk: Desk) -> None:
     image = {"bytes": None, "path": "x.png"}
     desk.shelf = Shelf({row: {"path": f"{row}.png", "image": image, "tags": ["all", str(row % 2)]} for row in range(4)})
-    message = refusal(lambda: desk.draw(label="{image}"), ConfigProblem)
+    message = refusal(lambda: desk.draw(label="{image}"), ConfigError)
     assert "verify.label: item 0: field 'image' is a structure with the fields bytes, path: name one of them" in message
     assert "{image.bytes}" in message
-    message = refusal(lambda: desk.draw(label="{image.path}", segment="{tags}"), ConfigProblem)
+    message = refusal(lambda: desk.draw(label="{image.path}", segment="{tags}"), ConfigError)
     assert "verify.segment: item 0: field 'tags' is a list of several values; a query belongs to one segment" in message
-    message = refusal(lambda: desk.draw(label="{tagz}"), ConfigProblem)
+    message = refusal(lambda: desk.draw(label="{tagz}"), ConfigError)
     assert 'payloads have image.bytes, image.path, path, tags; did you mean "{tags}"?' in message
 
 
@@ -496,7 +496,7 @@ def test_one_image_has_one_path(desk: Desk) -> None:
     assert drawn.own == [3, 1, None]
     same = desk.csv([("path", "label"), ("./x.png", "a"), ("x.png", "b")])
     assert "line 3 gives 'x.png' another label than line 2 does" in refusal(
-        lambda: desk.draw(queries=same, label="{kind}"), ConfigProblem
+        lambda: desk.draw(queries=same, label="{kind}"), ConfigError
     )
 
 
@@ -560,7 +560,7 @@ def test_one_image_has_one_path(desk: Desk) -> None:
     ],
 )
 def test_a_file_that_cannot_be_used(desk: Desk, content: str | bytes, words: str) -> None:
-    message = refusal(lambda: desk.draw(queries=desk.text(content), label="{kind}"), ConfigProblem)
+    message = refusal(lambda: desk.draw(queries=desk.text(content), label="{kind}"), ConfigError)
     assert words in message
     assert str(desk.folder / "queries.csv") in message
 
@@ -588,12 +588,12 @@ def test_a_file_that_cannot_be_used(desk: Desk, content: str | bytes, words: str
 )
 def test_a_parquet_file_that_cannot_be_used(desk: Desk, columns: dict[str, Any], words: str) -> None:
     pq.write_table(pa.table(columns), desk.folder / "queries.parquet")
-    assert words in refusal(lambda: desk.draw(queries="queries.parquet", label="{kind}"), ConfigProblem)
+    assert words in refusal(lambda: desk.draw(queries="queries.parquet", label="{kind}"), ConfigError)
 
 
 def test_files_that_are_none(desk: Desk) -> None:
     def message(name: str) -> str:
-        return refusal(lambda: desk.draw(queries=name, label="{kind}"), ConfigProblem)
+        return refusal(lambda: desk.draw(queries=name, label="{kind}"), ConfigError)
 
     assert "no such file: set verify.queries to a .csv or .parquet file that lists queries" in message("queries.csv")
     assert "from a .csv or .parquet file: rename or convert it" in message("queries.xlsx")
@@ -604,7 +604,7 @@ def test_files_that_are_none(desk: Desk) -> None:
 
 def test_segments_that_are_not_there(desk: Desk) -> None:
     file = desk.csv([("path", "label", "shop"), ("x.png", "a", ""), ("y.png", "b", "")])
-    draw = lambda segment, **more: refusal(lambda: desk.draw(label="{kind}", segment=segment, **more), ConfigProblem)  # noqa: E731
+    draw = lambda segment, **more: refusal(lambda: desk.draw(label="{kind}", segment=segment, **more), ConfigError)  # noqa: E731
     assert "no column size (it has: path, label, shop): verify.segment names it" in draw("{size}", queries=file)
     assert "the columns that verify.segment names (shop) are empty" in draw("{shop}", queries=file)
     assert (
@@ -615,10 +615,10 @@ def test_segments_that_are_not_there(desk: Desk) -> None:
 
 def test_a_file_of_labels_needs_those_of_the_items(desk: Desk) -> None:
     file = desk.csv([("path", "label"), ("x.png", "a"), ("y.png", "b")])
-    message = refusal(lambda: desk.draw(queries=file), ConfigProblem)
+    message = refusal(lambda: desk.draw(queries=file), ConfigError)
     assert "migrations.toys.verify.label is not set" in message
     assert "or give the file a column relevant" in message
-    message = refusal(lambda: desk.draw(queries=file, label="{category}"), ConfigProblem)
+    message = refusal(lambda: desk.draw(queries=file, label="{category}"), ConfigError)
     assert "'{category}' names a payload field that the items do not have: payloads have kind, path, shop" in message
 
 
@@ -627,19 +627,21 @@ def test_collections_that_give_nothing_to_ask(desk: Desk) -> None:
         desk.shelf = Shelf(items)
         return refusal(lambda: desk.draw(**verify), kind)
 
-    assert "holds no items" in message({}, Refused)
-    assert "payloads have no fields" in message({1: {}}, ConfigProblem, label="{kind}")
-    assert "every query has the class a" in message(shelf({"a": 5, "b": 1}), ConfigProblem, label="{kind}")
-    assert "no two items of one" in message(shelf({"a": 1, "b": 1}), Refused, label="{kind}")
+    assert "holds no items" in message({}, PreconditionFailed)
+    assert "payloads have no fields" in message({1: {}}, ConfigError, label="{kind}")
+    assert "every query has the class a" in message(shelf({"a": 5, "b": 1}), ConfigError, label="{kind}")
+    assert "no two items of one" in message(shelf({"a": 1, "b": 1}), PreconditionFailed, label="{kind}")
     nowhere: Items = {item: {"path": "", "kind": "a"} for item in range(3)}
-    assert "none of 3 items of shelf has a usable image path: correct images.uri" in message(nowhere, Refused)
-    assert "usable image path and a class" in message(nowhere, Refused, label="{kind}")
+    assert "none of 3 items of shelf has a usable image path: correct images.uri" in message(
+        nowhere, PreconditionFailed
+    )
+    assert "usable image path and a class" in message(nowhere, PreconditionFailed, label="{kind}")
 
 
 def test_stored_vectors_would_find_themselves(desk: Desk) -> None:
     desk.old = "stored"
     for call in (desk.draw, desk.freeze):
-        assert "old_encoder is stored: an item's own vector would find itself" in refusal(call, ConfigProblem)
+        assert "old_encoder is stored: an item's own vector would find itself" in refusal(call, ConfigError)
     assert desk.draw(label="{kind}").kind == "labels"
 
 
@@ -687,16 +689,16 @@ def test_another_file_of_queries_is_refused_until_questions_are_drawn_anew(desk:
     first = desk.freeze(queries=file, label="{kind}")
     (desk.folder / file).rename(desk.folder / "moved.csv")
     assert desk.freeze(queries="moved.csv", label="{kind}") == first, "its content counts, not its name"
-    message = refusal(lambda: desk.freeze(queries=file, label="{kind}"), Refused)
+    message = refusal(lambda: desk.freeze(queries=file, label="{kind}"), PreconditionFailed)
     assert f"the file that the questions of {first.drawn_at[:10]} were drawn from, cannot be read" in message
     desk.csv([("path", "label"), ("x.png", "a"), ("z.png", "b")])
-    message = refusal(lambda: desk.freeze(queries=file, label="{kind}"), Refused)
+    message = refusal(lambda: desk.freeze(queries=file, label="{kind}"), PreconditionFailed)
     assert "queries.csv is no longer the file that the questions of" in message
     assert f"(sha256 {first.made_from['queries']['sha256'][:8]}... -> " in message
     assert message.endswith(
         "put it back, or draw new questions with `migrator verify toys --new-questions`, which counts as a further look"
     )
-    message = refusal(lambda: desk.freeze(label="{kind}"), Refused)
+    message = refusal(lambda: desk.freeze(label="{kind}"), PreconditionFailed)
     assert "verify.queries is not set, and was queries.csv when" in message
     anew = desk.freeze(queries=file, label="{kind}", anew=True)
     assert anew.paths == ["x.png", "z.png"]
@@ -705,7 +707,9 @@ def test_another_file_of_queries_is_refused_until_questions_are_drawn_anew(desk:
 
 def test_other_settings_are_refused_and_all_of_them_named(desk: Desk) -> None:
     first = desk.freeze(label="{kind}", sample=6)
-    message = refusal(lambda: desk.freeze(label="{shop}", sample=7, gallery=9, seed=1, segment="{kind}"), Refused)
+    message = refusal(
+        lambda: desk.freeze(label="{shop}", sample=7, gallery=9, seed=1, segment="{kind}"), PreconditionFailed
+    )
     day = first.drawn_at[:10]
     assert f"verify.sample is 7, and was 6 when the questions of {day} were drawn" in message
     for key in ("label is '{shop}', and was '{kind}'", "segment is '{kind}', and was not set", "seed is 1, and was 0"):
@@ -713,7 +717,7 @@ def test_other_settings_are_refused_and_all_of_them_named(desk: Desk) -> None:
     assert "verify.gallery is 9, and was 10000" in message
     desk.images = ImageSource(str(desk.folder / "images"), "{shop}/{path}")
     assert "images.uri is '{shop}/{path}', and was '{path}'" in refusal(
-        lambda: desk.freeze(label="{kind}", sample=6), Refused
+        lambda: desk.freeze(label="{kind}", sample=6), PreconditionFailed
     )
     assert read_frozen(desk.project(), desk.migration) == first, "asked later as they were drawn"
 
@@ -745,7 +749,7 @@ def test_a_damaged_file_is_told(desk: Desk, damage: Callable[[bytes], bytes]) ->
     desk.frozen.write_bytes(damage(whole))
     assert desk.frozen.read_bytes() != whole
     for call in (lambda: read_frozen(desk.project(), desk.migration), lambda: desk.freeze(label="{kind}")):
-        message = refusal(call, Refused)
+        message = refusal(call, PreconditionFailed)
         assert f"{desk.frozen}: the questions are damaged: put it back from a backup, or draw new" in message
         assert "`migrator verify toys --new-questions`" in message
     assert desk.freeze(label="{kind}", anew=True).sha256 == first.sha256
@@ -755,7 +759,7 @@ def test_a_file_of_a_later_version_is_told(desk: Desk) -> None:
     desk.freeze(label="{kind}")
     document = json.loads(desk.frozen.read_text())
     desk.frozen.write_text(json.dumps(document | {"format": 2}))
-    assert "are of format 2, not 1" in refusal(lambda: read_frozen(desk.project(), desk.migration), Refused)
+    assert "are of format 2, not 1" in refusal(lambda: read_frozen(desk.project(), desk.migration), PreconditionFailed)
 
 
 ids = st.one_of(st.integers(-(2**63), 2**64 - 1), st.text(max_size=4))

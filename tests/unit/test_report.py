@@ -24,7 +24,7 @@ from PIL import Image
 
 from migrator import words
 from migrator.cli import run
-from migrator.errors import Refused
+from migrator.errors import PreconditionFailed
 from migrator.project import Project
 from migrator.report import charts, page
 from migrator.report.facts import facts_of, finite, read_epochs
@@ -194,7 +194,7 @@ def test_what_draws_the_page_may_be_missing(planned, monkeypatch, capsys, module
 
 
 def test_before_the_first_plan_there_is_nothing_to_report(world):
-    with Project.open(world.config) as project, pytest.raises(Refused, match="no plan yet"):
+    with Project.open(world.config) as project, pytest.raises(PreconditionFailed, match="no plan yet"):
         facts_of(project)
 
 

@@ -18,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from migrator import route as module
-from migrator.errors import MigratorError, Refused, Unavailable, UsageProblem
+from migrator.errors import MigratorError, PreconditionFailed, TemporarilyUnavailable, UsageProblem
 from migrator.ledger import Ledger, Migration, Route
 from migrator.route import AsyncRouteClient, Choice, RouteClient, bucket, choose, current_route, describe, initial_route
 from tests.unit.test_ledger import until
@@ -291,12 +291,12 @@ def test_threads_do_not_wait_for_a_ledger_that_is_known_to_be_away(ledger, clock
     reading, allowed = threading.Event(), threading.Event()
 
     def gone() -> Route:
-        raise Unavailable("gone")
+        raise TemporarilyUnavailable("gone")
 
     def slow_and_gone() -> Route:
         reading.set()
         assert allowed.wait(20)
-        raise Unavailable("gone")
+        raise TemporarilyUnavailable("gone")
 
     monkeypatch.setattr(client, "_read", gone)
     clock[0] += 6
@@ -342,17 +342,17 @@ def test_with_asyncio_the_loop_runs_while_the_row_is_read(ledger, clock, monkeyp
             assert (await client.route()).epoch == 2
 
     asyncio.run(search())
-    with pytest.raises(Refused):
+    with pytest.raises(PreconditionFailed):
         asyncio.run(AsyncRouteClient.open(url, "no-such"))
 
 
 def test_the_very_first_read_raises(tmp_path, ledger):
-    with pytest.raises(Unavailable):
+    with pytest.raises(TemporarilyUnavailable):
         RouteClient(f"sqlite:///{tmp_path}/missing/migrator.db", "digits-v2")
     with pytest.raises(MigratorError):
         RouteClient("nonsense", "digits-v2")
     for name in ("digits-v2", "no-such"):
-        with pytest.raises(Refused, match=f"migrator rollout {name} --stage prepare"):
+        with pytest.raises(PreconditionFailed, match=f"migrator rollout {name} --stage prepare"):
             RouteClient(str(ledger.url), name)
 
 

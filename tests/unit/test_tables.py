@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from migrator.errors import ConfigProblem, MigratorError
+from migrator.errors import ConfigError, MigratorError
 from migrator.trainer.data import read_items
 from migrator.trainer.errors import TableProblem, TrainerError, TrainingProblem
 from migrator.trainer.images import ImageSource
@@ -33,7 +33,7 @@ def both(file: Path) -> list[str]:
     for read in readers:
         with pytest.raises((TrainerError, MigratorError)) as caught:
             read()
-        assert isinstance(caught.value, TrainingProblem | ConfigProblem)
+        assert isinstance(caught.value, TrainingProblem | ConfigError)
         messages.append(str(caught.value))
         assert messages[-1].isprintable()
         assert messages[-1].startswith(str(file))

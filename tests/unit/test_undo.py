@@ -16,7 +16,7 @@ from migrator.backfill import files as module
 from migrator.backfill import undo
 from migrator.backfill.files import ChunkFiles
 from migrator.backfill.undo import OldVectors, UndoLog
-from migrator.errors import Refused, Unavailable
+from migrator.errors import PreconditionFailed, TemporarilyUnavailable
 from migrator.ledger import Chunk
 
 EXTREME = [0.0, -0.0, 1e-45, -1e-45, 1.1754942e-38, 1.1754944e-38, 3.4028235e38, -3.4028235e38, 1.0, 0.1]
@@ -199,7 +199,7 @@ def test_a_full_disk_leaves_what_was_there(tmp_path, log, monkeypatch, where, wh
     with monkeypatch.context() as patch:
         patch.setattr(where, what, broken, raising=False)
         for one in (chunk(0), chunk(1)):
-            with pytest.raises(Unavailable) as caught:
+            with pytest.raises(TemporarilyUnavailable) as caught:
                 log.record(one, old([3]))
             assert "No space left on device; nothing was overwritten" in str(caught.value)
             assert "\n" not in str(caught.value)
@@ -230,7 +230,7 @@ def test_a_write_that_stops_midway_leaves_what_was_there(tmp_path, log, monkeypa
 
     with monkeypatch.context() as patch:
         patch.setattr(module, "open", Full, raising=False)
-        with pytest.raises(Unavailable):
+        with pytest.raises(TemporarilyUnavailable):
             log.record(chunk(), old([3]))
     assert files(tmp_path) == ["digits-v2/undo-1/0000-00000000.parquet"]
     assert same(log.read(chunk()), before)
@@ -286,7 +286,7 @@ def test_a_damaged_file_is_refused(tmp_path, log, content):
     path.write_bytes(path.read_bytes()[:-20] if content is None else content)
     damaged = path.read_bytes()
     for call in (lambda: log.read(chunk()), lambda: log.record(chunk(), old([1]))):
-        with pytest.raises(Refused) as caught:
+        with pytest.raises(PreconditionFailed) as caught:
             call()
         assert "is damaged" in str(caught.value)
         assert str(path) in str(caught.value)
@@ -307,7 +307,7 @@ def test_a_file_of_another_kind_is_refused(tmp_path, log):
         {"id": ["oops"], "vector": pa.array([[1.0]], pa.list_(pa.float32(), 1)), "stamp": [None]},
     ):
         pq.write_table(pa.table(table), path)
-        with pytest.raises(Refused, match="is damaged"):
+        with pytest.raises(PreconditionFailed, match="is damaged"):
             log.read(chunk())
 
 
@@ -320,7 +320,7 @@ def test_a_flipped_bit_never_becomes_a_wrong_vector(data):
     content[at] ^= 1 << data.draw(st.integers(0, 7))
     try:
         found = undo._from_parquet(bytes(content), "some/path")
-    except Refused as refused:
+    except PreconditionFailed as refused:
         assert "\n" not in str(refused)  # noqa: PT017 - either is right
     else:
         assert same(found, before)

@@ -14,7 +14,7 @@ from pymilvus import MilvusClient
 from migrator.adapters.base import ItemId, Page, Store, Vectors
 from migrator.backfill.files import LogFiles
 from migrator.backfill.stamps import StampLog, stamped_beside
-from migrator.errors import Refused
+from migrator.errors import PreconditionFailed
 from tests.integration.stores.contract import Make, StoreContract, payloads_of, unit_vectors
 from tests.integration.stores.test_milvus import InLite, Rows, lite, lite_client
 
@@ -93,11 +93,11 @@ def test_a_lost_file_is_noticed(files: LogFiles, tmp_path: Path) -> None:
     for item in range(3):
         log.record([item], unit_vectors(1, seed=item), "new")
     Path(files.path(files.names()[1])).unlink()
-    with pytest.raises(Refused, match="lost 1 files"):
+    with pytest.raises(PreconditionFailed, match="lost 1 files"):
         StampLog(files).check()
     for name in files.names():
         Path(files.path(name)).unlink()
-    with pytest.raises(Refused, match="lost"):
+    with pytest.raises(PreconditionFailed, match="lost"):
         StampLog(files).check()
 
 
@@ -109,7 +109,7 @@ def test_a_damaged_file_is_noticed(files: LogFiles, damage: str) -> None:
     middle = content.index(b"new")
     flipped = content[:middle] + b"old" + content[middle + 3 :]
     path.write_bytes({"cut": content[:-9], "flipped": flipped, "empty": b""}[damage])
-    with pytest.raises(Refused, match="damaged"):
+    with pytest.raises(PreconditionFailed, match="damaged"):
         StampLog(files).refresh()
 
 
