@@ -14,6 +14,8 @@ from typing import Any, Literal, NamedTuple, Protocol, TypeAlias, runtime_checka
 import numpy as np
 from numpy.typing import NDArray
 
+from migrator.errors import MigratorError
+
 ItemId: TypeAlias = int | str
 Vectors: TypeAlias = NDArray[np.float32]  # (n, dim)
 Payload: TypeAlias = Mapping[str, Any]
@@ -35,8 +37,10 @@ Fence: TypeAlias = Callable[[float], None]
 """Called with the seconds that a request may take, right before it is sent; what it raises keeps it from being sent."""
 
 
-class StoreError(Exception):
-    """Something a vector store said or did not say."""
+class StoreError(MigratorError):
+    """A vector store cannot be used, or not as the call asks."""
+
+    exit_code = 2
 
 
 class StoreUnavailable(StoreError):
@@ -44,6 +48,8 @@ class StoreUnavailable(StoreError):
 
     `retry_after` is the store's own advice in seconds, where it gave one.
     """
+
+    exit_code = 4
 
     def __init__(self, message: str, *, retry_after: float | None = None) -> None:
         super().__init__(message)
@@ -57,13 +63,7 @@ class StoreRejected(StoreError):
 class StoreBusy(StoreError):
     """Another process holds the store for writing."""
 
-
-class ItemProblem(StoreError):
-    """One item cannot be read or written; the others can."""
-
-    def __init__(self, item: ItemId, message: str) -> None:
-        super().__init__(message)
-        self.item = item
+    exit_code = 4
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from migrator.errors import PreconditionFailed
-from migrator.retrying import patiently
+from migrator.retry import with_retries
 from migrator.trainer.errors import ImageProblem, TrainerError
 
 if TYPE_CHECKING:
@@ -446,7 +446,7 @@ class _Trial:
         """An image file; those of usual size are kept."""
         if path in self._files:
             return self._files[path]
-        data = patiently(lambda: self._images.read(path), seconds=self._retry_for)
+        data = with_retries(lambda: self._images.read(path), seconds=self._retry_for)
         if len(data) <= KEPT_BYTES:
             self._files[path] = data
         return data

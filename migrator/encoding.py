@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from migrator.retrying import patiently
+from migrator.retry import with_retries
 from migrator.trainer.errors import EncoderProblem, ImageProblem
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ def embed(
     def load(path: str | ImageProblem) -> list[NDArray[Any]]:
         if isinstance(path, ImageProblem):
             raise path
-        image = patiently(lambda: images.load(path), seconds=retry_for)
+        image = with_retries(lambda: images.load(path), seconds=retry_for)
         if view is None:
             return [encoder.prepare(image) for encoder in encoders]
         return [encoder.prepare(view(encoder.card.preprocessing.to_rgb(image), path)) for encoder in encoders]

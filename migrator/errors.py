@@ -1,7 +1,8 @@
-"""One tree of exceptions. A message says what is wrong, where, and what to do next, in one line.
+"""The root of every exception that migrator, its adapters and its trainer raise on purpose.
 
-`exit_code` is what the command line returns for it: 2 usage or configuration, 3 ran fine and the answer is no,
-4 something could not be reached and trying again may help.
+A message says what is wrong, where, and what to do next, in one line. `exit_code` is what the command line returns:
+2 usage or configuration, 3 ran fine and the answer is no, 4 something could not be reached and trying again may help.
+This module imports nothing, so that all three packages can use it.
 """
 
 from __future__ import annotations
@@ -32,10 +33,10 @@ class PreconditionFailed(MigratorError):
 
 
 class InUse(PreconditionFailed):
-    """Another process holds what the command needs, and lets go of it by itself."""
+    """Another process holds what the command needs, and releases it by itself."""
 
 
 class TemporarilyUnavailable(MigratorError):
-    """A store, the ledger or an image source could not be reached; the same command may work later."""
+    """The ledger or an artifact could not be reached; the same command may work later."""
 
     exit_code = 4

@@ -16,7 +16,7 @@ from migrator.config import POST_HOC, Config, Encoder, find_migration, load_conf
 from migrator.config import Migration as Settings
 from migrator.errors import ConfigError, PreconditionFailed
 from migrator.ledger import Ledger, Migration
-from migrator.retrying import patient
+from migrator.retry import retrying_store
 from migrator.stored_encoder import StoredEncoder, is_stored
 from migrator.training_runs import DEFAULT_RUN, encoder_of, folder_of, list_runs
 
@@ -132,7 +132,7 @@ class Project:
                 # The cutover has moved the alias, and the collection that is migrated stays the one it was.
                 shadow, store = store, store.sibling(migration.source)
                 shadow.close()
-            store = patient(store, seconds=self.settings.backfill.retry_for)
+            store = retrying_store(store, seconds=self.settings.backfill.retry_for)
             if migration is not None and self._needs_stamp_log(migration) and not store.capabilities.stamps:
                 log = self.stamp_log(migration)
                 if self.ledger.counts(migration.id).by_state.get("done"):

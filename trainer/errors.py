@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from migrator.errors import MigratorError
 
-class TrainerError(Exception):
+
+class TrainerError(MigratorError):
     """The base of everything this package raises on purpose."""
+
+    exit_code = 2
 
 
 class ImageProblem(TrainerError):
@@ -16,6 +20,8 @@ class ImagesUnavailable(TrainerError):
 
     `retry_after` is the delay in seconds that the server asks for, if it does.
     """
+
+    exit_code = 4
 
     def __init__(self, message: str, *, retry_after: float | None = None) -> None:
         super().__init__(message)
@@ -36,6 +42,8 @@ class EncoderProblem(TrainerError):
 class EncoderMismatch(EncoderProblem):
     """The encoder is not what it was: the message says whether weights, preprocessing or output differ."""
 
+    exit_code = 3
+
 
 class TableProblem(TrainerError):
     """A file that lists images cannot be used; the message names file and line or row."""
@@ -48,6 +56,10 @@ class TrainingProblem(TrainerError):
 class TrainingInterrupted(TrainerError):
     """The training was asked to stop and has written a checkpoint, from which the same call continues."""
 
+    exit_code = 130
+
 
 class TrainingFailed(TrainerError):
     """The training diverged: a loss or a weight is no longer a finite number."""
+
+    exit_code = 3

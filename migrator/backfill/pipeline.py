@@ -24,7 +24,7 @@ from migrator.adapters.base import ItemId, Payload, StoreRejected
 from migrator.backfill.transfer import Taken, Transfer
 from migrator.encoding import encode_batch
 from migrator.ledger import Chunk, Failure
-from migrator.retrying import patiently
+from migrator.retry import with_retries
 from migrator.trainer.errors import ImageProblem
 
 if TYPE_CHECKING:
@@ -183,7 +183,7 @@ class Pipeline:
         for item, payload in zip(ids, payloads, strict=True):
             try:
                 path = self.images.locate(item, payload)
-                image = patiently(lambda path=path: self.images.load(path), seconds=self.retry_for)  # type: ignore[misc]
+                image = with_retries(lambda path=path: self.images.load(path), seconds=self.retry_for)  # type: ignore[misc]
                 loaded.append(self.encoder.prepare(image))
             except ImageProblem as problem:
                 loaded.append(problem)

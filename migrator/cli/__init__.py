@@ -94,7 +94,7 @@ def run(arguments: Sequence[str]) -> int:
     except Exception as error:
         if "--verbose" in arguments:
             traceback.print_exc()
-        code = exit_code_of(error)
+        code = error.exit_code if isinstance(error, MigratorError) else 1
         if code == 1:
             what = " ".join(f"{type(error).__name__}: {error}".split())
             say(f"migrator: this is a bug: {what} (`migrator --verbose ...` shows where)", err=True)
@@ -102,30 +102,6 @@ def run(arguments: Sequence[str]) -> int:
             say(f"migrator: {error}", err=True)
         return code
     return result if isinstance(result, int) else 0
-
-
-def exit_code_of(error: Exception) -> int:
-    """What the shell is told of an error: each layer raises its own kind, and this is where they meet."""
-    if isinstance(error, MigratorError):
-        return error.exit_code
-    from migrator.adapters.base import StoreBusy, StoreError, StoreUnavailable
-    from migrator.trainer.errors import (
-        EncoderMismatch,
-        ImagesUnavailable,
-        TrainerError,
-        TrainingFailed,
-        TrainingInterrupted,
-    )
-
-    if isinstance(error, StoreUnavailable | StoreBusy | ImagesUnavailable):
-        return 4
-    if isinstance(error, EncoderMismatch | TrainingFailed):
-        return 3
-    if isinstance(error, TrainingInterrupted):
-        return 130
-    if isinstance(error, StoreError | TrainerError):
-        return 2
-    return 1
 
 
 def main() -> None:

@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from migrator import retrying
+from migrator import retry
 from tests.web import Web, serve
 from tests.world import World
 
@@ -48,7 +48,7 @@ def test_a_server_that_hangs_ends_plan_with_exit_code_4_and_a_line_before(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     web.hanging = True
-    monkeypatch.setattr(retrying, "NOTICEABLE", 0.5)  # shorter than the least timeout, as it is in earnest
+    monkeypatch.setattr(retry, "NOTICEABLE", 0.5)  # shorter than the least timeout, as it is in earnest
     assert migrator("plan") == 4
     *before, told = capsys.readouterr().err.strip().splitlines()
     assert before == ["sampling: started"]

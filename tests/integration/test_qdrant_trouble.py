@@ -21,7 +21,7 @@ from tests.world import World
 @pytest.fixture
 def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tries again without waiting."""
-    monkeypatch.setattr("migrator.retrying._backoff", lambda state: 0.0)
+    monkeypatch.setattr("migrator.retry._backoff", lambda state: 0.0)
 
 
 @dataclass

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from migrator.adapters.base import StoreRejected, StoreUnavailable
 from migrator.encoding import Embedded, embed, encode_batch, locate
-from migrator.retrying import patiently
+from migrator.retry import with_retries
 from migrator.trainer.errors import EncoderProblem, ImageProblem, ImagesUnavailable
 
 
@@ -236,7 +236,7 @@ class Flaky:
 
 def test_a_passing_fault_passes(naps):
     call = Flaky(StoreUnavailable("busy"), ImagesUnavailable("slow"), StoreUnavailable("busy"))
-    assert patiently(call, seconds=60) == "done"
+    assert with_retries(call, seconds=60) == "done"
     assert call.calls == 4
     assert len(naps) == 3
     assert 0.2 <= naps[0] <= 0.7
@@ -244,20 +244,20 @@ def test_a_passing_fault_passes(naps):
 
 
 def test_the_stores_own_advice_is_heard(naps):
-    assert patiently(Flaky(StoreUnavailable("busy", retry_after=7.0)), seconds=60) == "done"
+    assert with_retries(Flaky(StoreUnavailable("busy", retry_after=7.0)), seconds=60) == "done"
     assert naps == [7.0]
 
 
 def test_there_is_a_deadline(naps):
     call = Flaky(*[StoreUnavailable(f"busy {number}") for number in range(1000)])
     with pytest.raises(StoreUnavailable, match="busy"):
-        patiently(call, seconds=60)
+        with_retries(call, seconds=60)
     assert 30 < sum(naps) <= 60
 
 
 def test_advice_beyond_the_deadline_is_not_waited_for(naps):
     with pytest.raises(StoreUnavailable):
-        patiently(Flaky(StoreUnavailable("come tomorrow", retry_after=86_400)), seconds=60)
+        with_retries(Flaky(StoreUnavailable("come tomorrow", retry_after=86_400)), seconds=60)
     assert naps == []
 
 
@@ -265,7 +265,7 @@ def test_advice_beyond_the_deadline_is_not_waited_for(naps):
 def test_what_will_not_pass_is_raised_at_once(naps, error):
     call = Flaky(error)
     with pytest.raises(type(error)):
-        patiently(call, seconds=60)
+        with_retries(call, seconds=60)
     assert (call.calls, naps) == (1, [])
 
 

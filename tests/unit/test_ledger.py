@@ -1088,7 +1088,7 @@ def test_a_folder_that_cannot_be_written():
 
 
 @pytest.fixture
-def impatient(monkeypatch):
+def short_waits(monkeypatch):
     """Waits for SQLite's lock only a moment."""
     real = sa.create_engine
 
@@ -1099,7 +1099,7 @@ def impatient(monkeypatch):
 
 
 @pytest.mark.parametrize("lock", ["BEGIN IMMEDIATE", "BEGIN EXCLUSIVE"])
-def test_a_locked_ledger(template, tmp_path, impatient, lock):
+def test_a_locked_ledger(template, tmp_path, short_waits, lock):
     path = shutil.copy(template, tmp_path / "migrator.db")
     with closing(Ledger(f"sqlite:///{path}")) as ledger, closing(sqlite3.connect(path, isolation_level=None)) as other:
         other.execute(lock)
@@ -1111,7 +1111,7 @@ def test_a_locked_ledger(template, tmp_path, impatient, lock):
         ledger.save_encoder(OLD, "{}")
 
 
-def test_a_stopped_process_that_holds_the_ledger_is_named_and_the_advice_helps(template, tmp_path, impatient):
+def test_a_stopped_process_that_holds_the_ledger_is_named_and_the_advice_helps(template, tmp_path, short_waits):
     path = shutil.copy(template, tmp_path / "migrator.db")
     script = "import sqlite3, sys; c = sqlite3.connect(sys.argv[1], isolation_level=None); c.execute('BEGIN IMMEDIATE')"
     script += "; print('held', flush=True); sys.stdin.read()"
@@ -1131,7 +1131,7 @@ def test_a_stopped_process_that_holds_the_ledger_is_named_and_the_advice_helps(t
             ledger.save_encoder(OLD, "{}")
 
 
-def test_a_ledger_locked_while_it_is_made(tmp_path, impatient):
+def test_a_ledger_locked_while_it_is_made(tmp_path, short_waits):
     path = tmp_path / "migrator.db"
     with closing(sqlite3.connect(path, isolation_level=None)) as other:
         other.execute("BEGIN EXCLUSIVE")

@@ -13,7 +13,7 @@ from qdrant_client import QdrantClient, models
 
 from migrator.adapters.base import StoreRejected, StoreUnavailable
 from migrator.adapters.registry import open_store
-from migrator.retrying import patiently
+from migrator.retry import with_retries
 from tests.integration.stores.contract import Make, payloads_of
 from tests.integration.stores.test_qdrant import Points, QdrantContract, made_with
 from tests.integration.stores.test_qdrant_rest import IDS, NEW, OLD, THEIRS, Place, one_line
@@ -85,14 +85,14 @@ def test_a_status_in_the_words_of_this_package(
 def test_a_write_that_went_wrong_is_repaired_by_repeating_it(
     place: Place, monkeypatch: pytest.MonkeyPatch, what: Any
 ) -> None:
-    monkeypatch.setattr("migrator.retrying._backoff", lambda state: 0.0)
+    monkeypatch.setattr("migrator.retry._backoff", lambda state: 0.0)
     store = place.store
     for moment in place.moments():
         page = store.read(IDS, vectors=True, payload=True)
         place.client.delete("c", [3])
         place.upsert(5)
         with place.fault(what, skip=moment):
-            report = patiently(lambda: store.write_vectors(IDS, NEW, "new", made_from=page), seconds=20)  # noqa: B023
+            report = with_retries(lambda: store.write_vectors(IDS, NEW, "new", made_from=page), seconds=20)  # noqa: B023
         ours = [item for item in IDS if item not in (3, 5)]
         assert (list(report.written), list(report.gone), list(report.changed)) == (ours, [3], [5]), moment
         found = store.read([4, 5], vectors=True, payload=True)

@@ -20,7 +20,7 @@ from qdrant_client import QdrantClient, models
 from migrator.adapters.base import ItemId, Page, Store, StoreRejected, StoreUnavailable, Vectors
 from migrator.adapters.qdrant import QdrantStore
 from migrator.adapters.registry import open_store
-from migrator.retrying import patiently
+from migrator.retry import with_retries
 from tests.integration.stores.contract import DIM, Make, payloads_of, unit_vectors
 from tests.integration.stores.test_qdrant import UUIDS, Points, QdrantContract, made_with
 from tests.qdrant_front import Front, Refusal, qdrant_front, qdrant_process
@@ -195,7 +195,7 @@ def any_place(request: pytest.FixtureRequest) -> Iterator[Place]:
 @pytest.fixture
 def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tries again without waiting."""
-    monkeypatch.setattr("migrator.retrying._backoff", lambda state: 0.0)
+    monkeypatch.setattr("migrator.retry._backoff", lambda state: 0.0)
 
 
 def one_line(error: BaseException) -> str:
@@ -265,7 +265,7 @@ def test_a_write_that_went_wrong_is_repaired_by_repeating_it(
         place.client.delete("c", [3])
         place.upsert(5)
         with place.fault(what, skip=moment, **how):
-            report = patiently(lambda: store.write_vectors(IDS, NEW, stamp, made_from=page), seconds=20)  # noqa: B023
+            report = with_retries(lambda: store.write_vectors(IDS, NEW, stamp, made_from=page), seconds=20)  # noqa: B023
         ours = [item for item in IDS if item not in (3, 5)]
         assert (list(report.written), list(report.gone), list(report.changed)) == (ours, [3], [5]), moment
         assert dict(report.rejected) == {}
@@ -304,7 +304,7 @@ def test_a_deed_that_went_wrong_is_repaired_by_repeating_it(place: Place, what: 
             return store.forget_migration()
 
         with place.fault(what, skip=moment):
-            result = patiently(act, seconds=20)
+            result = with_retries(act, seconds=20)
         now = store.read(IDS, vectors=True, payload=False)
         if deed == "insert":
             assert (list(result), set(now.stamps)) == (IDS, {"new"})
@@ -345,7 +345,7 @@ def test_a_server_that_stays_away_is_waited_for_until_the_deadline(place: Place)
     place.front.fail("status", status=503, times=10**6)
     began = time.monotonic()
     with pytest.raises(StoreUnavailable):
-        patiently(lambda: store.scan(after=None, limit=5), seconds=0.8)
+        with_retries(lambda: store.scan(after=None, limit=5), seconds=0.8)
     assert time.monotonic() - began < 2
     assert 2 <= len(place.front.requests) - before <= 5
 
@@ -354,14 +354,14 @@ def test_the_servers_advice_is_heard(place: Place) -> None:
     store = place.store
     place.front.fail("status", status=429, retry_after="1")
     began = time.monotonic()
-    assert len(patiently(lambda: store.scan(after=None, limit=5), seconds=10)) == 5
+    assert len(with_retries(lambda: store.scan(after=None, limit=5), seconds=10)) == 5
     assert time.monotonic() - began >= 1
     # Advice that goes beyond the deadline is not waited for.
     before = len(place.front.requests)
     place.front.fail("status", status=429, retry_after="60", times=10**6)
     began = time.monotonic()
     with pytest.raises(StoreUnavailable):
-        patiently(lambda: store.scan(after=None, limit=5), seconds=5)
+        with_retries(lambda: store.scan(after=None, limit=5), seconds=5)
     assert time.monotonic() - began < 1
     assert len(place.front.requests) == before + 1
 

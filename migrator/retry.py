@@ -1,4 +1,4 @@
-"""One way to try again: exponential with jitter, the store's own advice heard, and a deadline."""
+"""One way to retry: exponential backoff with jitter, at least the delay that the server asks for, and a deadline."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-PASSING_FAULTS = (StoreUnavailable, ImagesUnavailable)
+TRANSIENT_ERRORS = (StoreUnavailable, ImagesUnavailable)
 
 NOTICEABLE = 2.0
 """Seconds."""
@@ -30,56 +30,58 @@ def _wait(state: RetryCallState) -> float:
     return max(_backoff(state), advised or 0.0)
 
 
-def patiently(call: Callable[[], T], *, seconds: float) -> T:
-    """Calls until it works; gives up when the next try would come after `seconds`, the first call included.
+def with_retries(call: Callable[[], T], *, seconds: float) -> T:
+    """What `call` returns, repeated after transient errors; gives up when the next try would start after `seconds`.
 
-    What is not a passing fault is raised at once. Once the waiting gets noticeable a line tells of it.
+    Any other error is raised at once. Waits of `NOTICEABLE` seconds and more are logged.
     """
     began = time.monotonic()
     try:
         return call()  # nearly always: the machinery below costs more than many a call
-    except PASSING_FAULTS as error:
+    except TRANSIENT_ERRORS as error:
         if seconds <= 0:
             raise
         first = [error]
 
     def again() -> T:
-        if first:  # the call above was the first try: its fault is waited for like any other
+        if first:  # the call above was the first try; its error counts like any other
             raise first.pop()
         return call()
 
-    def tell(state: RetryCallState) -> None:
+    def log_wait(state: RetryCallState) -> None:
         if state.next_action is None or state.outcome is None:
             return
         if max(state.next_action.sleep, time.monotonic() - began) >= NOTICEABLE:
             log.warning("%s; trying again in %.0f s", state.outcome.exception(), state.next_action.sleep)
 
     return Retrying(
-        before_sleep=tell,
-        retry=retry_if_exception_type(PASSING_FAULTS),
+        before_sleep=log_wait,
+        retry=retry_if_exception_type(TRANSIENT_ERRORS),
         wait=_wait,
         stop=stop_before_delay(max(0.0, seconds - (time.monotonic() - began))),
         reraise=True,
     )(again)
 
 
-def patient(store: Store, *, seconds: float) -> Store:
-    """`store`, with every call tried again for so long; so are those of its siblings."""
-    return cast(Store, _Patient(store, seconds))
+def retrying_store(store: Store, *, seconds: float) -> Store:
+    """`store`, with every call repeated for up to `seconds`; the collections that it opens behave alike."""
+    return cast(Store, _RetryingStore(store, seconds))
 
 
-class _Patient:
+class _RetryingStore:
     def __init__(self, store: Store, seconds: float) -> None:
         self._store, self._seconds = store, seconds
 
     def __getattr__(self, name: str) -> Any:
-        value = patiently(lambda: getattr(self._store, name), seconds=self._seconds)  # capabilities may ask the store
+        value = with_retries(
+            lambda: getattr(self._store, name), seconds=self._seconds
+        )  # capabilities may call the server
         # Every other call may be repeated; a collection that is gone cannot be dropped again.
         if not callable(value) or name in ("drop", "close"):
             return value
 
-        def call(*words: Any, **options: Any) -> Any:
-            found = patiently(lambda: value(*words, **options), seconds=self._seconds)
-            return _Patient(found, self._seconds) if name in ("sibling", "create_like") else found
+        def call(*args: Any, **kwargs: Any) -> Any:
+            found = with_retries(lambda: value(*args, **kwargs), seconds=self._seconds)
+            return _RetryingStore(found, self._seconds) if name in ("sibling", "create_like") else found
 
         return call

@@ -1,4 +1,4 @@
-"""A store that goes away for a moment, seen through `patient`."""
+"""A store that goes away for a moment, seen through `retrying_store`."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from migrator import retrying
+from migrator import retry
 from migrator.adapters.base import StoreRejected, StoreUnavailable
-from migrator.retrying import patient
+from migrator.retry import retrying_store
 
 
 class Fragile:
@@ -51,7 +51,7 @@ def at_once(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
 
 def seen(store: Fragile, seconds: float = 60.0) -> Any:
-    return patient(store, seconds=seconds)  # type: ignore[arg-type]
+    return retrying_store(store, seconds=seconds)  # type: ignore[arg-type]
 
 
 def test_every_call_is_tried_again() -> None:
@@ -60,7 +60,7 @@ def test_every_call_is_tried_again() -> None:
     assert seen(Fragile(3)).capabilities == "able"
 
 
-def test_siblings_are_as_patient() -> None:
+def test_other_collections_are_tried_again_too() -> None:
     assert seen(Fragile(1)).sibling("other").count() == 7
 
 
@@ -74,7 +74,7 @@ def test_it_gives_up_in_the_end() -> None:
 
 
 def test_the_stores_own_advice_is_heard(at_once: list[float], caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.WARNING, retrying.__name__):
+    with caplog.at_level(logging.WARNING, retry.__name__):
         assert seen(Fragile(1, StoreUnavailable("overloaded", retry_after=9.0))).count() == 7
     assert sum(at_once) >= 9.0
     assert "overloaded; trying again in 9 s" in caplog.text
