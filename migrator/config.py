@@ -54,9 +54,9 @@ METRICS = ("map", "recall", "precision", "ndcg", "mrr")
 """Those of `migrator.verify.metrics`, named here so that reading a file does not load numpy."""
 FLIPS = "negative_flips"
 """The share of queries whose first answer was right and is wrong now."""
-MOST_ANSWERS = 1000
+MAX_ANSWERS = 1000
 """The longest ranking that a metric may look at."""
-_METRIC = rf"(?:{'|'.join(METRICS)})@(?:[1-9][0-9]{{0,2}}|{MOST_ANSWERS})"
+_METRIC = rf"(?:{'|'.join(METRICS)})@(?:[1-9][0-9]{{0,2}}|{MAX_ANSWERS})"
 
 Place: TypeAlias = tuple[str | int, ...]
 """Keys and list positions from the top of the file to a value."""
@@ -152,7 +152,7 @@ def _metric(value: str) -> str:
     if not re.fullmatch(_METRIC, value) and value != FLIPS:
         near = difflib.get_close_matches(value.partition("@")[0], METRICS, n=1)
         advice = f'did you mean "{near[0]}@10"?' if near else f"known are {', '.join(f'{name}@k' for name in METRICS)}"
-        raise ValueError(f"is no metric with k up to {MOST_ANSWERS}; {advice}")
+        raise ValueError(f"is no metric with k up to {MAX_ANSWERS}; {advice}")
     return value
 
 

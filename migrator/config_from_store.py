@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from migrator.config import read_store
+from migrator.formatting import sanitized
 from migrator.planning import recommend
-from migrator.words import shown
 
 if TYPE_CHECKING:
     from migrator.adapters.base import Capabilities, CollectionInfo, ItemId, Payload
@@ -66,7 +66,7 @@ def draft_config(settings: Mapping[str, Any], file: Path) -> Draft:
     payloads = page.payloads or []
     images = _find_images(page.ids, payloads, file.absolute().parent)
     text, to_fill_in = _write(section, info, can, images, _find_label(payloads))
-    summary = f"{shown(info.name, 200)}: {info.count} items, {info.dim}-d, metric {info.metric}"
+    summary = f"{sanitized(info.name, 200)}: {info.count} items, {info.dim}-d, metric {info.metric}"
     return Draft(text, to_fill_in, summary)
 
 
@@ -152,13 +152,13 @@ def _write(
         "",
         "migrations:",
         f"  {_migration_name(info)}:",
-        f"    # {shown(info.server, 100)}: {info.count} items, {info.dim}-d, metric {info.metric}, "
-        f"index {shown(info.index, 200)}",
-        f"    # fields: {shown(schema, 900)}",
+        f"    # {sanitized(info.server, 100)}: {info.count} items, {info.dim}-d, metric {info.metric}, "
+        f"index {sanitized(info.index, 200)}",
+        f"    # fields: {sanitized(schema, 900)}",
         f"    store: {section}",
         "",
         "    images:",
-        f"      uri: {_scalar(images.uri)}  # for instance {shown(images.example or '', 200)}"
+        f"      uri: {_scalar(images.uri)}  # for instance {sanitized(images.example or '', 200)}"
         if images.uri is not None
         else '      # uri: "{path}"                 # to fill in: no field holds names of image files',
         f"      root: {_scalar(images.root.replace('$', '$$'))}  # where these places start; nothing outside it is read"
@@ -185,7 +185,7 @@ def _write(
         "      sample: 500",
         "",
         "    rollout:",
-        f"      strategy: {strategy}  # {shown(why, 200)}",
+        f"      strategy: {strategy}  # {sanitized(why, 200)}",
     ]
     return "\n".join(lines) + "\n", tuple(to_fill_in)
 

@@ -18,7 +18,7 @@ from migrator.cli.common import (
     stop_on_signal,
     yes_option,
 )
-from migrator.words import duration
+from migrator.formatting import duration
 
 
 @click.command("backfill")

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, TextIO, TypeVar
 
 import click
 
-from migrator import words
+from migrator import formatting
 from migrator.errors import InUse, PreconditionFailed, UsageProblem
 
 if TYPE_CHECKING:
@@ -105,7 +105,7 @@ def waiting(action: Callable[[], T], *, seconds: float, again: Callable[[], T] |
                     raise type(busy)(f"{busy}; --wait SECONDS waits for that") from busy
                 raise
             if not told:
-                say(f"{busy}: waiting up to {words.duration(seconds)}", err=True)
+                say(f"{busy}: waiting up to {formatting.duration(seconds)}", err=True)
                 told = True
         action = again or action
         sleep(WAIT_STEP)
@@ -119,7 +119,7 @@ def print_json(document: dict[str, Any]) -> None:
 def say(text: str = "", *, err: bool = False, hanging: str = "", colour: str | None = None) -> None:
     """A sentence on stdout, or stderr: on a terminal with lines broken between words, else as it is, for `grep`."""
     width = terminal_width(sys.stderr if err else sys.stdout)
-    click.secho(text if width is None else words.wrapped(text, width, hanging=hanging), err=err, fg=colour)
+    click.secho(text if width is None else formatting.wrapped(text, width, hanging=hanging), err=err, fg=colour)
 
 
 def terminal_width(stream: TextIO | None) -> int | None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from migrator.cli.common import print_table, say, yes_option
-from migrator.words import duration
+from migrator.formatting import duration
 
 SHOWN = ("map@100", "recall@1", "ndcg@10")
 

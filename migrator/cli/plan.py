@@ -16,8 +16,8 @@ from migrator.cli.common import (
     progress,
     say,
 )
+from migrator.formatting import disk_needed, duration, when
 from migrator.verify.verdicts import amount
-from migrator.words import disk_needed, duration, when
 
 
 @click.command("plan")

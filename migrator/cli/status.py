@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from migrator.cli.common import json_option, migration_options, open_project, print_facts
-from migrator.words import duration
+from migrator.formatting import duration
 
 if TYPE_CHECKING:
     from migrator.status import Status

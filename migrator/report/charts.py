@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
-from migrator.words import is_number, metric_name
+from migrator.formatting import is_number, metric_name
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -37,7 +37,7 @@ _SETTINGS: Any = {  # Any: matplotlib types the keys by a list of literals
     "axes.unicode_minus": True,
 }
 _WIDTH = 4.6  # inches of 72 points: what a phone shows with little shrinking
-MOST_POINTS = 400
+MAX_POINTS = 400
 """A line of more points is thinned."""
 TESTS = {"old": "today", "cross": "cross-test", "self": "self-test", "reverse": "reverse test"}
 """How the tests are called, in their order."""
@@ -197,7 +197,7 @@ def _legible(name: str) -> str:
 def _points(x: Sequence[Any] | None, y: Sequence[Any] | None) -> tuple[list[float], list[float]]:
     """The pairs that are two numbers each, thinned."""
     pairs = [(float(a), float(b)) for a, b in zip(x or [], y or [], strict=False) if is_number(a) and is_number(b)]
-    step = -(-len(pairs) // MOST_POINTS) or 1
+    step = -(-len(pairs) // MAX_POINTS) or 1
     kept = pairs[::step]
     if pairs and kept[-1] != pairs[-1]:
         kept.append(pairs[-1])

@@ -18,7 +18,7 @@ from migrator.training_runs import read_epochs
 from migrator.verify.standing import why_not
 from migrator.verify.verdicts import state_of
 
-MOST_FAILURES = 100
+MAX_FAILURES = 100
 """Item failures that are listed; the others are counted."""
 
 
@@ -56,7 +56,7 @@ def facts_of(project: Project) -> dict[str, Any]:
             "open": len(failures),
             "items": [
                 {"id": json.loads(row.item_id), "kind": row.kind, "reason": row.reason, "attempts": row.attempts}
-                for row in failures[:MOST_FAILURES]
+                for row in failures[:MAX_FAILURES]
             ],
         },
         "training": _training(project, migration),

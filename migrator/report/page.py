@@ -1,7 +1,8 @@
 """The report as one HTML file that needs no network, no script and nothing beside it.
 
-Everything that the page prints came through others' hands: labels, payloads, paths, reasons, names. It is made visible,
-cut to length (`words.shown`) and escaped by the template engine; none of it becomes a link, a style or a drawing.
+Everything that the page prints is untrusted text: labels, payloads, paths, reasons, names. It is sanitized
+and cut to length (`formatting.sanitized`) and escaped by the template engine; none of it becomes a link, a style or a
+drawing.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from migrator import words
+from migrator import formatting
 from migrator.errors import ConfigError, TemporarilyUnavailable, UsageProblem
 from migrator.project import Project
 from migrator.report import charts
@@ -24,11 +25,11 @@ from migrator.verify.verdicts import TITLES, finding_state, state_of
 if TYPE_CHECKING:
     from jinja2 import Environment
 
-MOST_EXAMPLES = 12
-MOST_ANSWERS = 5
-MOST_ROWS = 30
+MAX_EXAMPLES = 12
+MAX_ANSWERS = 5
+MAX_ROWS = 30
 """Classes, segments and unreadable images that are shown."""
-MOST_EVENTS = 100
+MAX_EVENTS = 100
 """Of the audit log and of the measurements the newest are shown."""
 _FOLDER = Path(__file__).parent
 TESTS = {
@@ -144,8 +145,8 @@ def render(facts: Mapping[str, Any], pictures: Mapping[str, Thumbnail]) -> str:
             for caption, svg in charts.training_curves(facts.get("training", {}).get("epochs", []))
         ],
         css=Markup((_FOLDER / "report.css").read_text(encoding="utf-8")),  # noqa: S704 - our own
-        most_rows=MOST_ROWS,
-        most_events=MOST_EVENTS,
+        max_rows=MAX_ROWS,
+        max_events=MAX_EVENTS,
     )
 
 
@@ -155,7 +156,7 @@ def _environment() -> Environment:
     from markupsafe import Markup
 
     def printed(value: Any) -> Any:
-        return value if isinstance(value, Markup | int | float) else words.shown(str(value))
+        return value if isinstance(value, Markup | int | float) else formatting.sanitized(str(value))
 
     environment = Environment(
         loader=FileSystemLoader(_FOLDER),
@@ -167,18 +168,18 @@ def _environment() -> Environment:
     )
     environment.filters |= {
         "short": _short,
-        "number": words.number,
-        "signed": words.signed,
-        "percent": words.percent,
-        "count": words.count,
-        "when": words.when,
-        "duration": words.duration,
-        "size": words.size,
-        "disk": words.disk_needed,
-        "metric": lambda value: words.metric_name(str(value)),
+        "number": formatting.number,
+        "signed": formatting.signed,
+        "percent": formatting.percent,
+        "count": formatting.count,
+        "when": formatting.when,
+        "duration": formatting.duration,
+        "size": formatting.size,
+        "disk": formatting.disk_needed,
+        "metric": lambda value: formatting.metric_name(str(value)),
         "told": _told,
         "commands": _commands,
-        "sentence": lambda value: words.sentence(str(value)),
+        "sentence": lambda value: formatting.sentence(str(value)),
     }
     environment.globals |= {
         "interval_bar": _interval_bar,
@@ -187,9 +188,9 @@ def _environment() -> Environment:
     return environment
 
 
-def _short(value: object, most: int = 80) -> str:
-    """A text from outside in a place where there is little room."""
-    return words.shown(str(value), most)
+def _short(value: object, max_length: int = 80) -> str:
+    """Untrusted text in a place where there is little room."""
+    return formatting.sanitized(str(value), max_length)
 
 
 def _interval_bar(mean: object, low: object, high: object, *, extent: tuple[float, float]) -> Any:
@@ -200,7 +201,7 @@ def _commands(text: str) -> Any:
     """A sentence with what stands between backticks as code."""
     from markupsafe import Markup, escape
 
-    parts = words.shown(str(text)).split("`")
+    parts = formatting.sanitized(str(text)).split("`")
     return Markup("").join(
         Markup("<code>{}</code>").format(part) if number % 2 else escape(part) for number, part in enumerate(parts)
     )
@@ -246,7 +247,7 @@ def _metrics(tests: Mapping[str, Any], metric: str) -> list[str]:
 
 def _extent(intervals: Sequence[Mapping[str, Any] | None]) -> tuple[float, float]:
     """The least and the greatest end, with 0 among them, so that the drawings of a table share one scale."""
-    ends = [each[end] for each in intervals if each for end in ("low", "high") if words.is_number(each.get(end))]
+    ends = [each[end] for each in intervals if each for end in ("low", "high") if formatting.is_number(each.get(end))]
     return min([0.0, *ends]), max([0.0, *ends])
 
 
@@ -302,7 +303,9 @@ def _forecast(forecast: Mapping[str, Any] | None) -> str | None:
 def _orders(curve: Mapping[str, Any]) -> dict[str, Any]:
     """Area under the curve of each order, and what it is worth to begin with the worst items."""
     orders = curve.get("orders") or {}
-    areas = {order: found.get("auc") for order, found in orders.items() if words.is_number((found or {}).get("auc"))}
+    areas = {
+        order: found.get("auc") for order, found in orders.items() if formatting.is_number((found or {}).get("auc"))
+    }
     worth = curve.get("worth")
     if worth is None and {"id", "worst_first"} <= areas.keys():
         worth = {"mean": areas["worst_first"] - areas["id"]}
@@ -311,7 +314,7 @@ def _orders(curve: Mapping[str, Any]) -> dict[str, Any]:
 
 def _histograms(histograms: Mapping[str, Any]) -> list[tuple[str, Any]]:
     edges, tests = histograms.get("edges") or [], histograms.get("tests") or {}
-    limits = [edge for edge in edges if words.is_number(edge)]
+    limits = [edge for edge in edges if formatting.is_number(edge)]
     found = []
     for test, (name, _) in TESTS.items():
         drawn = limits and tests.get(test) and charts.histogram(
@@ -329,7 +332,7 @@ def _occupied(edges: Sequence[Any], tests: Sequence[Mapping[str, Any]]) -> tuple
         for test in tests
         for counts in (test or {}).values()
         for place, value in enumerate(counts or [])
-        if words.is_number(value) and value > 0 and place < len(edges) - 1
+        if formatting.is_number(value) and value > 0 and place < len(edges) - 1
     ]
     if not used:
         return float(edges[0]), float(edges[-1])
@@ -338,7 +341,7 @@ def _occupied(edges: Sequence[Any], tests: Sequence[Mapping[str, Any]]) -> tuple
 
 def _examples(facts: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     results = (facts.get("verification") or {}).get("results") or {}
-    found: list[Mapping[str, Any]] = (results.get("examples") or [])[:MOST_EXAMPLES]
+    found: list[Mapping[str, Any]] = (results.get("examples") or [])[:MAX_EXAMPLES]
     return found
 
 
@@ -351,7 +354,7 @@ def _paths(examples: Sequence[Mapping[str, Any]]) -> list[object]:
 
 
 def _answers(example: Mapping[str, Any], test: str) -> list[Mapping[str, Any]]:
-    found: list[Mapping[str, Any]] = (example.get(test) or [])[:MOST_ANSWERS]
+    found: list[Mapping[str, Any]] = (example.get(test) or [])[:MAX_ANSWERS]
     return found
 
 

@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from migrator.formatting import sanitized
 from migrator.trainer.errors import ImageProblem, TrainerError
-from migrator.words import shown
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -55,10 +55,10 @@ def thumbnails(
                 found[path] = Thumbnail(*_data_uri(upright.to_rgb(images.load(path))))
                 continue
             except ImageProblem as error:
-                found[path] = Thumbnail(None, problem=shown(str(error), 200))
+                found[path] = Thumbnail(None, problem=sanitized(str(error), 200))
                 continue
             except TrainerError as error:
-                unreachable = shown(str(error), 200)
+                unreachable = sanitized(str(error), 200)
         found[path] = Thumbnail(None, problem=unreachable)
     return found
 

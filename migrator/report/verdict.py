@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from migrator.formatting import is_number, metric_name, number, percent, sanitized, sentence, signed
 from migrator.verify.verdicts import losses, main_loss
-from migrator.words import is_number, metric_name, number, percent, sentence, shown, signed
 
 _MEANING = {
     "map": "1 means that every right answer comes before every wrong one",
@@ -42,7 +42,7 @@ def verdict(facts: Mapping[str, Any]) -> dict[str, Any]:
         "answer": answer,
         "headline": headline,
         "sentences": [*sentences, *_during_backfill(facts)],
-        "ways_on": [shown(str(way)) for way in facts["status"].get("ways_on") or []],
+        "ways_on": [sanitized(str(way)) for way in facts["status"].get("ways_on") or []],
         "tiles": [] if verification is None else tiles(verification["results"]),
     }
 
@@ -111,7 +111,7 @@ def _headline(facts: Mapping[str, Any]) -> tuple[str, str]:
     loss = main_loss(results) if results.get("outcome") == "pass" else None
     if state == "finished":
         if loss is not None:
-            return "accepted", f"Done. {sentence(shown(loss))}"
+            return "accepted", f"Done. {sentence(sanitized(loss))}"
         return "yes", "Done: the new encoder answers every query."
     if last is not None and last["outcome"] == "below the gate":
         return "no", "Stop: when it was last measured, search was below the gate."
@@ -125,7 +125,7 @@ def _headline(facts: Mapping[str, Any]) -> tuple[str, str]:
         how = "passed" if loss is None else "was accepted with a loss"
         return "open", f"It {how}, but that no longer counts: the migration {lapsed}. Again: `migrator verify {name}`."
     if outcome == "pass" and loss is not None:
-        return "accepted", sentence(shown(loss))
+        return "accepted", sentence(sanitized(loss))
     if outcome == "pass":
         doing = "answers queries, as the verification allows" if moved else "may answer queries"
         return "yes", f"Yes: the new encoder {doing}."
@@ -137,11 +137,11 @@ def _headline(facts: Mapping[str, Any]) -> tuple[str, str]:
 def _evidence(verification: Mapping[str, Any]) -> list[str]:
     results = verification["results"]
     sentences = [*_gain(results), *_losers(results)]
-    sentences += [sentence(shown(loss)) for loss in losses(results) if loss != main_loss(results)]
+    sentences += [sentence(sanitized(loss)) for loss in losses(results) if loss != main_loss(results)]
     if verification["outcome"] != "pass":
-        sentences += [sentence(shown(str(reason))) for reason in (results.get("reasons") or [])[:3]]
+        sentences += [sentence(sanitized(str(reason))) for reason in (results.get("reasons") or [])[:3]]
     if isinstance(evidence := results.get("evidence"), str):
-        sentences.append(f"How it was judged: {sentence(shown(evidence), capital=False)}")
+        sentences.append(f"How it was judged: {sentence(sanitized(evidence), capital=False)}")
     return sentences
 
 
@@ -187,8 +187,8 @@ def _losers(results: Mapping[str, Any]) -> list[str]:
         if groups:
             worst = min(groups, key=lambda group: float(group["gain"]))
             sentences.append(
-                f"The {name} that loses most is “{shown(str(worst.get('name')), 60)}”: {signed(worst['gain'])} over "
-                f"{worst.get('queries', '?')} queries."
+                f"The {name} that loses most is “{sanitized(str(worst.get('name')), 60)}”: {signed(worst['gain'])} "
+                f"over {worst.get('queries', '?')} queries."
             )
         elif (results.get(what) or {}).get("worst"):
             sentences.append(f"No {name} loses on average.")

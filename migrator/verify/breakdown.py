@@ -14,10 +14,10 @@ if TYPE_CHECKING:
 
     from migrator.verify.asked import Asked
 
-MOST = 10
+MAX_GROUPS = 10
 """Classes, and segments, that are listed."""
 EXAMPLES = 4
-SHOWN = 5
+RESULTS = 5
 """Answers of an example."""
 
 RESAMPLES = 2_000
@@ -26,7 +26,7 @@ RESAMPLES = 2_000
 Values = Mapping[str, "NDArray[np.float64]"]
 
 
-def worst_groups(names: Sequence[str], values: Values, *, sure: Sure, most: int = MOST) -> dict[str, Any]:
+def worst_groups(names: Sequence[str], values: Values, *, sure: Sure, limit: int = MAX_GROUPS) -> dict[str, Any]:
     """The groups of queries with the least gain, by `names` (q,); JSON-able.
 
     `values` holds `old`, `new` and `negative_flips`, (q,) each. A group's interval is over its own queries.
@@ -40,7 +40,7 @@ def worst_groups(names: Sequence[str], values: Values, *, sure: Sure, most: int 
         return np.bincount(codes, column[counted], minlength=len(known)) / sizes
 
     before, after, lost = means(old), means(new), means(values["negative_flips"])
-    worst = np.lexsort((after, (after - before).round(9)))[:most]
+    worst = np.lexsort((after, (after - before).round(9)))[:limit]
     told = []
     if len(worst):
         gains = (new - old)[counted]
@@ -81,7 +81,7 @@ def examples(
         for group in classes["worst"][:EXAMPLES]:
             members = [row for row, label in enumerate(labels) if label == group["name"] and np.isfinite(losses[row])]
             chosen += sorted(members, key=lambda row: (losses[row], new[row]))[:1]
-    judged = {which: asked.judge(ranking[:, :SHOWN]).hits for which, ranking in rankings.items()}
+    judged = {which: asked.judge(ranking[:, :RESULTS]).hits for which, ranking in rankings.items()}
     return [
         {
             "class": None if labels is None else labels[row],
@@ -89,7 +89,7 @@ def examples(
             **{
                 which: [
                     _answer(asked, int(item), bool(right))
-                    for item, right in zip(rankings[which][row, :SHOWN], judged[which][row], strict=True)
+                    for item, right in zip(rankings[which][row, :RESULTS], judged[which][row], strict=True)
                     if item >= 0
                 ]
                 for which in ("old", "new")

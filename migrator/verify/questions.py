@@ -51,8 +51,8 @@ FILE = "questions.json"
 FORMAT = 1
 PAGE = 5_000
 """Items whose payloads are read at once."""
-MOST_GRADE = 1e9
-MOST_NAMES = 10
+MAX_GRADE = 1e9
+MAX_NAMES = 10
 COUNTS = (
     "queries_without_answer", "classes_without_answer", "queries_listing_themselves", "items_without_label",
     "items_without_path",
@@ -425,7 +425,7 @@ def _read_gallery(project: Project, store: Store, images: ImageSource, ids: Iter
                 gallery.tags.append(tags_or_refuse(project, item, payload))
             if gallery.segments is not None:
                 gallery.segments.append(_segment_or_refuse(project, item, payload))
-            if len(names) < MOST_NAMES:
+            if len(names) < MAX_NAMES:
                 names |= dict.fromkeys(fields_of(payload))
         gallery.paths.extend(path if isinstance(path, str) else None for path in locate(images, page))
     for name, column in (("label", gallery.tags), ("segment", gallery.segments)):
@@ -712,8 +712,8 @@ def _relevant(table: Table) -> list[dict[ItemId, float]]:
             if len(gains) != len(items):
                 raise ValueError(f"{len(gains)} grades for {len(items)} relevant items: give one for each")
             for gain in gains:
-                if isinstance(gain, bool) or not isinstance(gain, int | float) or not 0 < gain <= MOST_GRADE:
-                    raise ValueError(f"{_shown(gain)} is no grade: give numbers above 0, up to {MOST_GRADE:.0e}")
+                if isinstance(gain, bool) or not isinstance(gain, int | float) or not 0 < gain <= MAX_GRADE:
+                    raise ValueError(f"{_shown(gain)} is no grade: give numbers above 0, up to {MAX_GRADE:.0e}")
         except ValueError as error:
             raise ConfigError(f"{table.file}: {table.place(row)}: {error}") from None
         rows.append({item: float(gain) for item, gain in zip(items, gains, strict=True)})
@@ -744,8 +744,8 @@ def _fits(item: int | str) -> bool:
 def _names(names: Iterable[str]) -> str:
     """Some names in a row, shortened."""
     distinct = sorted(dict.fromkeys(names))
-    shown = [_shown(name, 40, plain=True) for name in distinct[:MOST_NAMES]]
-    return ", ".join(shown + ["..."] * (len(distinct) > MOST_NAMES)) or "none"
+    shown = [_shown(name, 40, plain=True) for name in distinct[:MAX_NAMES]]
+    return ", ".join(shown + ["..."] * (len(distinct) > MAX_NAMES)) or "none"
 
 
 def _shown(value: Any, most: int = 60, *, plain: bool = False) -> str:

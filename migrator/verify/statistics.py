@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 Floats = NDArray[np.float64]
 
 _DRAWS_PER_BLOCK = 1 << 20  # 24 MiB of draws, their counts, and the counts as floats
-_MOST_QUERIES = 1_000_000
+_MAX_QUERIES = 1_000_000
 
 
 class Interval(NamedTuple):
@@ -227,4 +227,4 @@ def queries_needed(queries: int, error: float, distance: float, confidence: floa
     if not (math.isfinite(error) and math.isfinite(distance)) or distance == 0:
         return None
     needed = queries * (minimum_detectable(error, confidence, power) / distance) ** 2
-    return math.ceil(needed) if needed <= _MOST_QUERIES else None
+    return math.ceil(needed) if needed <= _MAX_QUERIES else None

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, TypeAlias, TypeGuard
 
-from migrator.words import is_number
+from migrator.formatting import is_number
 
 Test: TypeAlias = Literal["cross", "lowest", "self"]
 State: TypeAlias = Literal["pass", "accepted", "fail", "inconclusive"]

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 import migrator
-from migrator import errors, words
+from migrator import errors, formatting
 from migrator.adapters.base import StoreBusy, StoreError, StoreRejected, StoreUnavailable
 from migrator.adapters.files import Vanished
 from migrator.agreement import Disagreement, Tried
@@ -633,14 +633,14 @@ def test_systemd_units_in_an_awkward_folder(awkward, call):
      (12_600, "3.5 h"), (172_800, "2 days")],
 )  # fmt: skip
 def test_durations(seconds, said):
-    assert words.duration(seconds) == said
+    assert formatting.duration(seconds) == said
 
 
 @pytest.mark.parametrize(
     ("count", "said"), [(0, "0 B"), (999, "999 B"), (1000, "1 kB"), (1_500_000, "1.5 MB"), (2e12, "2 TB")]
 )
 def test_sizes(count, said):
-    assert words.size(count) == said
+    assert formatting.size(count) == said
 
 
 def test_plain_progress_lines_come_while_nothing_moves(monkeypatch):

@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from migrator.config import METRICS, MOST_ANSWERS, Config, Gate, Section, find_migration, load_config, schema
+from migrator.config import MAX_ANSWERS, METRICS, Config, Gate, Section, find_migration, load_config, schema
 from migrator.config_template import TEMPLATE
 from migrator.errors import ConfigError, UsageProblem
 from migrator.verify.metrics import parse_metric
@@ -176,7 +176,7 @@ def test_a_config_cannot_be_changed(tmp_path):
 
 
 def test_every_gate_metric_can_be_computed():
-    names = [f"{name}@{k}" for name in METRICS for k in (1, 10, MOST_ANSWERS)]
+    names = [f"{name}@{k}" for name in METRICS for k in (1, 10, MAX_ANSWERS)]
     assert [str(parse_metric(Gate(metric=name).metric)) for name in names] == names
 
 

@@ -22,7 +22,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from migrator import words
+from migrator import formatting
 from migrator.cli import run
 from migrator.errors import PreconditionFailed
 from migrator.project import Project
@@ -506,7 +506,7 @@ def test_nothing_of_a_stranger_becomes_markup(fresh):
     assert "back[U+202E]wards [U+2066]isolated" in told.text
     assert "[U+0000] bell[U+0007] esc[U+001B][31m line feed  half[U+D800]" in told.text
     assert not {c for c in html if unicodedata.category(c) in ("Cc", "Cf", "Cs") and c not in "\n\u200c\u200d"}
-    assert max(map(len, re.findall("w+", told.text))) <= words.MOST_CHARACTERS
+    assert max(map(len, re.findall("w+", told.text))) <= formatting.MAX_CHARACTERS
     assert len(html.encode()) < 1_500_000
 
 
@@ -519,7 +519,7 @@ def test_the_pages_policy_lets_nothing_in(facts):
 @settings(max_examples=60, deadline=None)
 @given(st.text(st.characters(), max_size=60))
 def test_any_text_is_one_visible_line_of_bounded_length(text):
-    shown = words.shown(text, 20)
+    shown = formatting.sanitized(text, 20)
     assert not {unicodedata.category(character) for character in shown} & {"Cc", "Cs", "Cn", "Co", "Zl", "Zp"}
     assert all(character in "\u200c\u200d" for character in shown if unicodedata.category(character) == "Cf")
     assert len(shown) <= 21 * len("[U+10FFFF]")
@@ -538,7 +538,7 @@ def test_a_label_stays_a_label(facts, text):
 
     told, calm = rendered(text), rendered("x")
     assert [tag for tag, _ in told.tags] == [tag for tag, _ in calm.tags]
-    assert words.shown(text) in told.text
+    assert formatting.sanitized(text) in told.text
 
 
 def test_a_plot_does_not_read_formulas():
@@ -653,15 +653,28 @@ def test_a_source_that_is_away_is_asked_once_and_does_not_stop_the_report(fresh,
 @pytest.mark.parametrize(
     ("made", "expected"),
     [
-        (words.number(0.92349), "0.923"), (words.number(None), "–"), (words.number(True), "–"),
-        (words.signed(0.2764), "+0.276"), (words.signed(-0.0124), "−0.012"), (words.signed(-0.0001), "0.000"),
-        (words.percent(0.0125), "1.2 %"), (words.percent(1), "100 %"), (words.percent(0.7, 0), "70 %"),
-        (words.percent(1.0, 0), "100 %"), (words.percent("x"), "–"), (words.count(1497), "1,497"),
-        (words.when("2026-11-25T21:39:06+01:00"), "2026-11-25 20:39"), (words.when("soon\x00"), "soon[U+0000]"),
-        (words.when(None), "–"), (words.duration(45), "45 s"), (words.duration(7200), "2 h"),
-        (words.size(383_232), "383 kB"), (words.size(None), "–"),
-        (words.metric_name("map@100"), "mAP@100"), (words.metric_name("negative_flips"), "negative flips"),
-        (words.sentence(" it rained "), "It rained."),
+        (formatting.number(0.92349), "0.923"),
+        (formatting.number(None), "–"),
+        (formatting.number(True), "–"),
+        (formatting.signed(0.2764), "+0.276"),
+        (formatting.signed(-0.0124), "−0.012"),
+        (formatting.signed(-0.0001), "0.000"),
+        (formatting.percent(0.0125), "1.2 %"),
+        (formatting.percent(1), "100 %"),
+        (formatting.percent(0.7, 0), "70 %"),
+        (formatting.percent(1.0, 0), "100 %"),
+        (formatting.percent("x"), "–"),
+        (formatting.count(1497), "1,497"),
+        (formatting.when("2026-11-25T21:39:06+01:00"), "2026-11-25 20:39"),
+        (formatting.when("soon\x00"), "soon[U+0000]"),
+        (formatting.when(None), "–"),
+        (formatting.duration(45), "45 s"),
+        (formatting.duration(7200), "2 h"),
+        (formatting.size(383_232), "383 kB"),
+        (formatting.size(None), "–"),
+        (formatting.metric_name("map@100"), "mAP@100"),
+        (formatting.metric_name("negative_flips"), "negative flips"),
+        (formatting.sentence(" it rained "), "It rained."),
     ],
 )  # fmt: skip
 def test_numbers_and_times(made, expected):

@@ -8,7 +8,7 @@ import re
 import pytest
 from rich.console import Console
 
-from migrator import words
+from migrator import formatting
 from migrator.cli import common
 from migrator.cli.verify import MEANING
 
@@ -79,13 +79,13 @@ def test_a_path_that_is_longer_than_the_line_is_folded_and_not_lost() -> None:
 
 def test_sentences_are_broken_between_words_and_commands_stay_whole() -> None:
     text = "  - the plan is stale: then `migrator rollback products-v2` takes all of it back again"
-    assert words.wrapped(text, 40, hanging="  ").splitlines() == [
+    assert formatting.wrapped(text, 40, hanging="  ").splitlines() == [
         "  - the plan is stale: then",
         "    `migrator rollback products-v2`",
         "    takes all of it back again",
     ]
-    assert words.wrapped("one\n\ntwo three", 5) == "one\n\ntwo\nthree"
-    assert words.wrapped("/a/path-that/is/longer than", 10) == "/a/path-that/is/longer\nthan"
+    assert formatting.wrapped("one\n\ntwo three", 5) == "one\n\ntwo\nthree"
+    assert formatting.wrapped("/a/path-that/is/longer than", 10) == "/a/path-that/is/longer\nthan"
 
 
 def test_only_a_terminal_gets_broken_lines(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

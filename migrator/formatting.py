@@ -1,4 +1,4 @@
-"""Numbers, times and texts of strangers as people read them, in a terminal or on a page."""
+"""Numbers, times and untrusted text as people read them, in a terminal or on a page."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ import unicodedata
 from collections.abc import Mapping
 from typing import Any, TypeGuard
 
-MOST_CHARACTERS = 1000
-"""No text that is printed is longer, whoever wrote it."""
+MAX_CHARACTERS = 1000
+"""Upper bound on the length of any printed text."""
 NONE = "–"
 _JOINERS = "\u200c\u200d"  # without these some scripts and emoji fall apart
 
 
-def shown(text: str, most: int = MOST_CHARACTERS) -> str:
-    """A text from outside as one line of bounded length: what cannot be seen or turns the line round is spelt out."""
-    cut = text[:most].rstrip() + "…" if len(text) > most else text
+def sanitized(text: str, max_length: int = MAX_CHARACTERS) -> str:
+    """Untrusted text as one line of bounded length; invisible characters and direction marks are spelled out."""
+    cut = text[:max_length].rstrip() + "…" if len(text) > max_length else text
     return "".join(map(_visible, cut))
 
 
@@ -97,12 +97,12 @@ def when(value: object) -> str:
     try:
         at = dt.datetime.fromisoformat(value)
     except ValueError:
-        return shown(value, 40)
+        return sanitized(value, 40)
     return f"{at.astimezone(dt.UTC) if at.tzinfo else at:%Y-%m-%d %H:%M}"
 
 
 def duration(seconds: object) -> str:
-    """Seconds as people say them: 45 s, 12 min, 3.5 h, 2.1 days."""
+    """Seconds as 45 s, 12 min, 3.5 h, 2.1 days."""
     if not is_number(seconds):
         return NONE
     for size, unit in ((86_400, "days"), (3_600, "h"), (60, "min")):
@@ -111,15 +111,15 @@ def duration(seconds: object) -> str:
     return f"{seconds:.0f} s"
 
 
-def size(octets: object) -> str:
-    """Bytes as people say them: 384 kB."""
-    if not is_number(octets):
+def size(size_in_bytes: object) -> str:
+    """Bytes as 384 kB."""
+    if not is_number(size_in_bytes):
         return NONE
     for unit in ("B", "kB", "MB", "GB"):
-        if octets < 1000:
-            return f"{octets:.3g} {unit}"
-        octets /= 1000
-    return f"{octets:.3g} TB"
+        if size_in_bytes < 1000:
+            return f"{size_in_bytes:.3g} {unit}"
+        size_in_bytes /= 1000
+    return f"{size_in_bytes:.3g} TB"
 
 
 def disk_needed(plan: Mapping[str, Any]) -> str:
