@@ -53,3 +53,10 @@ def test_the_reference_of_keys_shows_every_section(site: Path) -> None:
     page = built_page(site, ROOT / "docs" / "reference" / "configuration.md")
     assert "<!-- keys:" not in page
     assert page.count("<th>default</th>") == 17
+
+
+def test_lists_and_tables_are_lists_and_tables(site: Path) -> None:
+    for page in sorted(site.rglob("*.html")):
+        article = page.read_text().partition("<article")[2].partition("</article>")[0]
+        text = re.sub(r"<pre[ >].*?</pre>", "", article, flags=re.DOTALL)
+        assert re.findall(r"^\s*(?:[-*|] |\d+\. |```|===|!!!).*", text, re.MULTILINE) == [], page
