@@ -53,11 +53,11 @@ def make_collection(folder: Path, *, items: int, payload: dict[str, Any], encode
     return config
 
 
-def open_backfill(project: Project, new_encoder_id: str, card: str = "{}") -> Migration:
+def open_backfill(project: Project, new_encoder_id: str, manifest: str = "{}") -> Migration:
     """Takes the ledger straight to the backfill stage: plan, verify and canary are not what is measured here."""
     ledger: Ledger = project.ledger
     ledger.save_encoder("old", "{}")
-    ledger.save_encoder(new_encoder_id, card)
+    ledger.save_encoder(new_encoder_id, manifest)
     with project.store() as store:
         info = store.describe()
     bound = bound_facts(project, info, "old")
@@ -177,11 +177,11 @@ def pipeline(items: int = 20_000, *, arch: str = "resnet18", size: int = 32) -> 
         )
         torch.manual_seed(0)
         spec = EncoderSpec(arch=arch, dim=DIM, preprocessing=Preprocessing(image_size=size))
-        card = save_encoder(build_model(spec), spec, folder / "new.safetensors")
+        manifest = save_encoder(build_model(spec), spec, folder / "new.safetensors")
         ratios, stages = [], []
         for repeat in range(REPEATS):
             with Project.open(config) as project:
-                open_backfill(project, card.id, card.to_json())
+                open_backfill(project, manifest.id, manifest.to_json())
                 encoder = project.new_encoder()
                 source = project.images()
                 ready = np.stack([encoder.prepare(source.load(name)) for name in names])

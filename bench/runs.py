@@ -192,7 +192,7 @@ def old_side(run: Run, rows: NDArray[np.int64]) -> Any:
 
 
 def encoded(encoder: Any, images: Images, rows: NDArray[np.int64]) -> NDArray[np.float32]:
-    pixels = pixels_of(images.name, encoder.card.preprocessing.image_size)
+    pixels = pixels_of(images.name, encoder.manifest.preprocessing.image_size)
     batches = np.array_split(rows, -(-len(rows) // 256))
     return np.concatenate([encoder.encode(pixels[batch]) for batch in batches])
 

@@ -222,9 +222,9 @@ def check_agreement(
 
 def _manifest_of(spec: EncoderSpec) -> str | None:
     """Name of the file beside the weights that records how the encoder was declared."""
-    from migrator.trainer.encoder import read_card
+    from migrator.trainer.encoder import read_manifest
 
-    known = spec.weights is not None and read_card(spec.weights) is not None
+    known = spec.weights is not None and read_manifest(spec.weights) is not None
     return spec.weights.with_suffix(".json").name if spec.weights is not None and known else None
 
 
@@ -369,7 +369,7 @@ def _changed(base: _Variant, change: Keys) -> _Variant | None:
 def _value(base: _Variant, key: str) -> Any:
     """What a key stands at, declared or not."""
     if key == "head":
-        return base.encoder.card.head
+        return base.encoder.manifest.head
     return getattr(base.spec, key, getattr(base.spec.preprocessing, key, None))
 
 

@@ -66,7 +66,7 @@ def embed(
         image = with_retries(lambda: images.load(path), seconds=retry_for)
         if view is None:
             return [encoder.prepare(image) for encoder in encoders]
-        return [encoder.prepare(view(encoder.card.preprocessing.to_rgb(image), path)) for encoder in encoders]
+        return [encoder.prepare(view(encoder.manifest.preprocessing.to_rgb(image), path)) for encoder in encoders]
 
     def flush(batch: Sequence[tuple[int, list[NDArray[Any]]]]) -> None:
         found: list[dict[int, NDArray[np.float32]]] = []

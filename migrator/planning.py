@@ -197,8 +197,8 @@ def _called(old: OldEncoder | str) -> str:
 def _known_by_vectors(project: Project, store: Store) -> StoredEncoder:
     """The old encoder of which only vectors are here: the one planned with before, if they are still those.
 
-    Its card goes to the ledger. So planning again, after a rollback too, changes neither the id by which an application
-    chooses its model nor the plan's fingerprint.
+    Its manifest goes to the ledger. So planning again, after a rollback too, changes neither the id by which an
+    application chooses its model nor the plan's fingerprint.
     """
     known = project.stored_encoder()
     if known is None or (known.agreement(store) or 0.0) < SAME:

@@ -225,7 +225,7 @@ class Project:
 
         Raises `PreconditionFailed` where it has none, or a migration is under way.
         """
-        from migrator.trainer.encoder import read_card
+        from migrator.trainer.encoder import read_manifest
 
         folder = self.training_folder(run)
         if self.settings.train is None or encoder_of(folder) is None:
@@ -233,15 +233,15 @@ class Project:
                 f"run {run} of {self.name} has no encoder: `migrator runs {self.name}` lists the runs, "
                 f"`migrator train {self.name} --run {run}` trains this one"
             )
-        card = read_card(folder / "encoder.safetensors")
+        manifest = read_manifest(folder / "encoder.safetensors")
         migration = self.migration()
-        assert card is not None
+        assert manifest is not None
         if (why := self._why_other_than_declared(folder / "encoder.safetensors")) is not None:
             raise PreconditionFailed(
                 f"run {run}: {why}: declare new_encoder as it was trained, then `migrator plan {self.name}` and again "
                 f"`migrator verify {self.name} --run {run}`"
             )
-        if card.id == migration.new_encoder_id:
+        if manifest.id == migration.new_encoder_id:
             return
         if migration.state != "planned":
             raise PreconditionFailed(
@@ -249,18 +249,18 @@ class Project:
                 f"{migration.new_encoder_id}: to take run {run} instead, first `migrator rollback {self.name}` and "
                 f"`migrator plan {self.name}`"
             )
-        self.ledger.save_encoder(card.id, card.to_json())
-        self.ledger.set_new_encoder(migration.id, card.id)
+        self.ledger.save_encoder(manifest.id, manifest.to_json())
+        self.ledger.set_new_encoder(migration.id, manifest.id)
 
     def _why_other_than_declared(self, weights: Path) -> str | None:
         """What differs between new_encoder and a trained encoder; None where it is as declared, or has no manifest."""
-        from migrator.trainer.encoder import read_card, require_same_declaration
+        from migrator.trainer.encoder import read_manifest, require_same_declaration
         from migrator.trainer.errors import EncoderMismatch, EncoderProblem
 
         try:
-            card = read_card(weights)
-            if card is not None:
-                require_same_declaration(self._spec(self.settings.new_encoder, weights), card)
+            manifest = read_manifest(weights)
+            if manifest is not None:
+                require_same_declaration(self._spec(self.settings.new_encoder, weights), manifest)
         except EncoderMismatch as mismatch:
             return str(mismatch)
         except EncoderProblem:  # a damaged manifest: told where the encoder is loaded
@@ -269,10 +269,10 @@ class Project:
 
     @staticmethod
     def _is_mapped(weights: Path) -> bool:
-        from migrator.trainer.encoder import read_card
+        from migrator.trainer.encoder import read_manifest
 
-        card = read_card(weights)
-        return card is not None and card.map is not None
+        manifest = read_manifest(weights)
+        return manifest is not None and manifest.map is not None
 
     def old_encoder(self) -> LoadedEncoder:
         """The old encoder, proved to be the one planned with.
@@ -289,8 +289,8 @@ class Project:
         """The old encoder as its vectors showed it when it was planned with; None where it was a model, or none."""
         migration = self.ledger.migration(self.name)
         old = None if migration is None else migration.old_encoder_id
-        card = self.ledger.encoder_card(old) if old is not None and is_stored(old) else None
-        return None if card is None else StoredEncoder.from_json(card)
+        manifest = self.ledger.encoder_manifest(old) if old is not None and is_stored(old) else None
+        return None if manifest is None else StoredEncoder.from_json(manifest)
 
     def check_old_encoder(self, store: Store) -> None:
         """Refuses if the old encoder is not the one planned with: its model, or the vectors that stand for it."""
@@ -310,17 +310,17 @@ class Project:
         return self.load(spec, self.migration().new_encoder_id)
 
     def load(self, spec: EncoderSpec, expected_id: str | None = None) -> LoadedEncoder:
-        """Loads an encoder and keeps its card in the ledger. Raises `EncoderMismatch` if it is not the expected one."""
+        """Loads an encoder and keeps its manifest in the ledger. Raises `EncoderMismatch` if it is not the same."""
         encoder = self.load_only(spec, expected_id)
-        self.ledger.save_encoder(encoder.id, encoder.card.to_json())
+        self.ledger.save_encoder(encoder.id, encoder.manifest.to_json())
         return encoder
 
     def load_only(self, spec: EncoderSpec, expected_id: str | None = None, *, device: str = "auto") -> LoadedEncoder:
         """Loads an encoder as `load` does and writes nothing."""
-        from migrator.trainer.encoder import Card, load_encoder
+        from migrator.trainer.encoder import Manifest, load_encoder
 
-        card = self.ledger.encoder_card(expected_id) if expected_id else None
-        return load_encoder(spec, expected=Card.from_json(card) if card else None, device=device)
+        manifest = self.ledger.encoder_manifest(expected_id) if expected_id else None
+        return load_encoder(spec, expected=Manifest.from_json(manifest) if manifest else None, device=device)
 
     def declared_encoder(self, which: str | None = None) -> tuple[EncoderSpec, str | None]:
         """What `old`, `new` or an encoder's id means here: its declaration, and its id where the ledger has one.

@@ -66,7 +66,7 @@ class ServedEncoder:
     @property
     def preprocessing(self) -> Preprocessing:
         """How a picture becomes the model's input."""
-        return self._encoder.card.preprocessing
+        return self._encoder.manifest.preprocessing
 
     def encode(self, images: Picture | Iterable[Picture]) -> NDArray[np.float32]:
         """(n, dim) float32 of unit length, a row for each image; one image alone is a batch of one.

@@ -11,20 +11,20 @@ import numpy as np
 from migrator.adapters.base import ItemId, Store, Vectors
 from migrator.errors import PreconditionFailed
 
-PROBES = 16
-"""Items whose vectors stand in for the probe image of a card."""
+FINGERPRINT_ITEMS = 16
+"""Items whose vectors are the fingerprint of a model that is not there."""
 SAME = 0.99
-"""Median cosine of the probes' vectors, then and now, from which on they count as one encoder's. The application may
-have replaced the images of a few since; of another model's vectors none is near."""
+"""Median cosine of these vectors, then and now, from which on they count as one encoder's. The application may have
+replaced the images of a few since; of another model's vectors none is near."""
 SEED = 0
 
 
 @dataclass(frozen=True, slots=True)
 class StoredEncoder:
-    """What a card is for a model: by these vectors it is known again.
+    """The manifest of a model that is not there: it is recognised by these vectors.
 
     Its id is a hash of a sample of items and their vectors, as they were when it was first planned with. The hash is
-    never taken anew, for items come, go and change: later the sampled vectors are compared by their cosine. A name made
+    never recomputed, for items come, go and change: later the sampled vectors are compared by their cosine. A name made
     from the collection alone would not do: after one migration the same collection holds another encoder's vectors,
     and an application chooses its model by this id.
     """
@@ -36,7 +36,7 @@ class StoredEncoder:
     @classmethod
     def first_seen(cls, store: Store) -> StoredEncoder:
         """Samples a collection that holds old vectors only."""
-        page = store.read(store.sample(PROBES, seed=SEED), vectors=True, payload=False)
+        page = store.read(store.sample(FINGERPRINT_ITEMS, seed=SEED), vectors=True, payload=False)
         assert page.vectors is not None
         vectors = unit(page.vectors).round(6) + 0.0  # + 0.0: one zero, not two
         digest = hashlib.sha256(json.dumps(list(page.ids)).encode() + vectors.astype("<f4").tobytes()).hexdigest()
@@ -69,8 +69,8 @@ class StoredEncoder:
     @classmethod
     def from_json(cls, text: str) -> StoredEncoder:
         """What `to_json` wrote."""
-        card = json.loads(text)
-        return cls(card["id"], tuple(card["items"]), np.array(card["vectors"], np.float32))
+        manifest = json.loads(text)
+        return cls(manifest["id"], tuple(manifest["items"]), np.array(manifest["vectors"], np.float32))
 
 
 def is_stored(encoder_id: str | None) -> bool:

@@ -96,11 +96,11 @@ def train(
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         project.ledger.finish_training(training, encoder_id=None, validation=None, error=reason)
         raise
-    project.ledger.save_encoder(result.card.id, result.card.to_json())
+    project.ledger.save_encoder(result.manifest.id, result.manifest.to_json())
     other = run_with(project.training_folder(), project.migration().new_encoder_id)
     project.ledger.finish_training(
         training,
-        encoder_id=result.card.id,
+        encoder_id=result.manifest.id,
         validation=result.validation,
         error=None,
         is_candidate=other is None or other.run == run,

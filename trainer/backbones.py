@@ -1,6 +1,6 @@
 """The network of an encoder, from wherever it comes.
 
-Its architecture is written as one text, in the configuration's terms and on cards:
+Its architecture is written as one text, in the configuration's terms and in manifests:
 
 - `resnet18`: a timm architecture
 - `module:package.module:factory`: a function that returns an `nn.Module`

@@ -1,8 +1,8 @@
-"""Encoders: a network with its head, its preprocessing, its weights, and the card that says what it was.
+"""Encoders: a network with its head, its preprocessing, its weights, and the manifest that describes them.
 
-An encoder's id is a hash of its weights, architecture, preprocessing and of the vector it gave for a fixed probe image
-when its card was made. Floating-point results differ in their last bits between machines, so on loading the probe's
-live vector is compared with the card's by their cosine, and the recorded one stays part of the id.
+An encoder's id is a hash of its weights, architecture, preprocessing and fingerprint: the vector it gave for a fixed
+image when its manifest was made. Floating-point results differ in their last bits between machines, so on loading the
+vector is computed again and compared with the manifest's by their cosine, and the recorded one stays part of the id.
 """
 
 from __future__ import annotations
@@ -48,10 +48,12 @@ if TYPE_CHECKING:
 Head = Literal["projection", "classifier", "none"]
 """What turns pooled features into the embedding: our projection and norm, the model's own classifier layer, nothing."""
 
-PROBE_AGREEMENT = 0.9999
-"""Least cosine between the probe's recorded and live vectors. Rounding, threads and batch size stay above 0.99999."""
+FINGERPRINT_AGREEMENT = 0.9999
+"""Minimum cosine between the recorded fingerprint and today's. Rounding, threads and batch size stay above 0.99999."""
 
-_CARD_FORMAT = 1
+_MANIFEST_FORMAT = 2
+_FINGERPRINT_KEYS = {1: "probe", 2: "fingerprint"}
+"""What the fingerprint is called in a manifest of each format."""
 _LARGEST_DIM = 65_536
 _SMALLEST_NORM = 1e-12
 
@@ -81,8 +83,8 @@ class EncoderSpec:
 
 
 @dataclass(frozen=True)
-class Card:
-    """What an encoder was when its card was made. `probe` is its vector for the probe image, to 6 decimals."""
+class Manifest:
+    """What an encoder was when its manifest was made; `encoder.json` beside its weights."""
 
     id: str
     arch: str
@@ -91,7 +93,8 @@ class Card:
     preprocessing: Preprocessing
     weights_sha256: str
     """Of the state dict, of the bytes of a .pt2 or .onnx file, or of both where a map follows such a file."""
-    probe: tuple[float, ...]  # (dim,), unit length
+    fingerprint: tuple[float, ...]  # (dim,), unit length
+    """Its vector for the fingerprint image, to 6 decimals."""
     map: str | None = None
     """Kind of the map that follows the network, from its vectors to another encoder's."""
 
@@ -104,55 +107,57 @@ class Card:
         head: Head,
         preprocessing: Preprocessing,
         weights_sha256: str,
-        probe: Any,
+        fingerprint: Any,
         map: str | None = None,
-    ) -> Card:
-        """A card with the id that follows from its contents."""
-        rounded = tuple(round(float(value), 6) + 0.0 for value in probe)  # + 0.0: one zero, not two
+    ) -> Manifest:
+        """A manifest with the id that follows from its contents."""
+        rounded = tuple(round(float(value), 6) + 0.0 for value in fingerprint)  # + 0.0: one zero, not two
         contents = {
             "arch": arch,
             "dim": dim,
             "head": head,
             "preprocessing": preprocessing.declared(),
             "weights_sha256": weights_sha256,
-            "probe": rounded,
+            "probe": rounded,  # as it was called in the first manifests: an id never changes
             "map": map,
         }
         digest = hashlib.sha256(json.dumps(contents, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
         return cls(f"enc-{digest[:16]}", arch, dim, head, preprocessing, weights_sha256, rounded, map)
 
     def to_json(self) -> str:
-        """One JSON document with `"format": 1`."""
-        document = {"format": _CARD_FORMAT, **asdict(self), "preprocessing": self.preprocessing.declared()}
+        """One JSON document with `"format": 2`."""
+        document = {"format": _MANIFEST_FORMAT, **asdict(self), "preprocessing": self.preprocessing.declared()}
         return json.dumps(document, indent=2) + "\n"
 
     @classmethod
-    def from_json(cls, text: str) -> Card:
-        """The card that `to_json` wrote. Raises EncoderProblem for anything else, an edited card included."""
+    def from_json(cls, text: str) -> Manifest:
+        """The manifest that `to_json` wrote. Raises EncoderProblem for anything else, an edited manifest included."""
         try:
             document = json.loads(text)
-            if document["format"] != _CARD_FORMAT:
-                raise EncoderProblem(f"has format {document['format']!r}, but this version reads {_CARD_FORMAT}")
-            card = cls.make(
+            if document["format"] not in _FINGERPRINT_KEYS:
+                raise EncoderProblem(
+                    f"has format {document['format']!r}, but this version reads 1 to {_MANIFEST_FORMAT}"
+                )
+            manifest = cls.make(
                 arch=str(document["arch"]),
                 dim=int(document["dim"]),
                 head=document["head"],
                 preprocessing=Preprocessing(**document["preprocessing"]),
                 weights_sha256=str(document["weights_sha256"]),
-                probe=document["probe"],
+                fingerprint=document[_FINGERPRINT_KEYS[document["format"]]],
                 map=document.get("map"),
             )
         except (ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
-            raise EncoderProblem("is not an encoder card") from error
+            raise EncoderProblem("is not an encoder manifest") from error
         usable = (
-            card.head in get_args(Head)
-            and card.map in (None, *POST_HOC)
-            and len(card.probe) == card.dim
-            and math.isclose(math.hypot(*card.probe), 1, rel_tol=1e-3)
+            manifest.head in get_args(Head)
+            and manifest.map in (None, *POST_HOC)
+            and len(manifest.fingerprint) == manifest.dim
+            and math.isclose(math.hypot(*manifest.fingerprint), 1, rel_tol=1e-3)
         )
-        if not usable or card.id != document.get("id"):
+        if not usable or manifest.id != document.get("id"):
             raise EncoderProblem("was changed after it was written: its id does not follow from its contents")
-        return card
+        return manifest
 
 
 class EmbeddingNet(nn.Module):
@@ -200,41 +205,41 @@ class Encoder:
     """A model with its preprocessing: pictures in, vectors of unit length out."""
 
     def __init__(
-        self, model: EmbeddingNet | MappedNet, card: Card, device: torch.device, taken: str | None = None
+        self, model: EmbeddingNet | MappedNet, manifest: Manifest, device: torch.device, taken: str | None = None
     ) -> None:
         self.model = model
-        self.card = card
+        self.manifest = manifest
         self.device = device
         self.taken = taken
         """Which part of its weights file it is, in a few words; None where it is all of it."""
 
     @property
     def id(self) -> str:
-        """Hash of weights, architecture, preprocessing and probe vector; what items are stamped with."""
-        return self.card.id
+        """Hash of weights, architecture, preprocessing and fingerprint; what items are stamped with."""
+        return self.manifest.id
 
     @property
     def dim(self) -> int:
         """Length of a vector."""
-        return self.card.dim
+        return self.manifest.dim
 
     def with_preprocessing(self, preprocessing: Preprocessing) -> Encoder:
-        """The same model behind another preprocessing: another encoder, with a card of its own."""
-        probe = _probe_vector(self.model, preprocessing, self.device)
-        card = Card.make(
-            arch=self.card.arch,
-            dim=self.card.dim,
-            head=self.card.head,
+        """The same model behind another preprocessing: another encoder, with a manifest of its own."""
+        fingerprint = _fingerprint(self.model, preprocessing, self.device)
+        manifest = Manifest.make(
+            arch=self.manifest.arch,
+            dim=self.manifest.dim,
+            head=self.manifest.head,
             preprocessing=preprocessing,
-            weights_sha256=self.card.weights_sha256,
-            probe=probe,
-            map=self.card.map,
+            weights_sha256=self.manifest.weights_sha256,
+            fingerprint=fingerprint,
+            map=self.manifest.map,
         )
-        return Encoder(self.model, card, self.device)
+        return Encoder(self.model, manifest, self.device)
 
     def prepare(self, image: Image.Image) -> NDArray[Any]:
         """`Preprocessing.prepare` of this encoder: a decoded picture -> (3, H, W). Safe in many threads."""
-        return self.card.preprocessing.prepare(image)
+        return self.manifest.preprocessing.prepare(image)
 
     def encode(self, batch: NDArray[Any]) -> NDArray[np.float32]:
         """(n, 3, H, W) from `prepare` -> (n, dim) float32 of unit length.
@@ -242,7 +247,7 @@ class Encoder:
         A row's vector does not depend on the other rows, beyond the last bits of floating-point sums.
         Raises EncoderProblem for a batch of another shape or type, and where a vector is zero or not finite.
         """
-        return _encode(self.model, self.card.preprocessing, self.device, batch)
+        return _encode(self.model, self.manifest.preprocessing, self.device, batch)
 
 
 def build_model(spec: EncoderSpec) -> EmbeddingNet:
@@ -270,27 +275,27 @@ def untrained_encoder(spec: EncoderSpec, *, device: str = "auto") -> Encoder:
     target = _device(device)
     model = _fresh_model(replace(spec, pretrained=False), target)
     model = model.to(target, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
-    probe = _probe_vector(model, spec.preprocessing, target)
-    return Encoder(model, _make_card(spec, model, probe), target)
+    fingerprint = _fingerprint(model, spec.preprocessing, target)
+    return Encoder(model, _make_manifest(spec, model, fingerprint), target)
 
 
-def load_encoder(spec: EncoderSpec, *, expected: Card | None = None, device: str = "auto") -> Encoder:
-    """The encoder of `spec`, checked against `expected`, or else against the card beside its weights if there is one.
+def load_encoder(spec: EncoderSpec, *, expected: Manifest | None = None, device: str = "auto") -> Encoder:
+    """The encoder of `spec`, checked against `expected`, or else against the manifest beside its weights, if any.
 
     Weights are either ours (`backbone.*`, `projection.weight`, `norm.*`; with a map `base.*` and `map.*`), or a plain
     state dict of the timm model or of the factory's module, or a program. Of a plain timm one the classifier layer
     gives the embedding where it has `dim` outputs, else the pooled features do, which must then be `dim` wide.
     `device` is `auto` (CUDA where available), `cpu`, `cuda` or `cuda:1`.
 
-    Raises EncoderMismatch where the encoder is not what the card says, EncoderProblem where it cannot be loaded.
+    Raises EncoderMismatch where the encoder is not what the manifest says, EncoderProblem where it cannot be loaded.
     """
     _require_dim(spec)
-    card = expected or (read_card(spec.weights) if spec.weights else None)
-    if card is not None:
-        require_same_declaration(spec, card)
+    manifest = expected or (read_manifest(spec.weights) if spec.weights else None)
+    if manifest is not None:
+        require_same_declaration(spec, manifest)
     target = _device(device)
     model, taken = _load_model(spec, target)
-    return _checked(model, spec, card, target, taken)
+    return _checked(model, spec, manifest, target, taken)
 
 
 def load_base(spec: EncoderSpec, *, device: str = "auto") -> Encoder:
@@ -298,51 +303,56 @@ def load_base(spec: EncoderSpec, *, device: str = "auto") -> Encoder:
 
     Raises EncoderProblem and EncoderMismatch as `load_encoder` does, and for weights that hold a map already.
     """
-    card = read_card(spec.weights) if spec.weights else None
-    if card is not None:
-        spec = replace(spec, dim=card.dim)
-        require_same_declaration(spec, card)
+    manifest = read_manifest(spec.weights) if spec.weights else None
+    if manifest is not None:
+        spec = replace(spec, dim=manifest.dim)
+        require_same_declaration(spec, manifest)
     target = _device(device)
     model, taken = _load_model(spec, target, any_dim=True)
     if isinstance(model, MappedNet):
         raise EncoderProblem(f"weights {_named(spec)} hold a map already: give those of the encoder below it")
-    return _checked(model, replace(spec, dim=model.dim), card, target, taken)
+    return _checked(model, replace(spec, dim=model.dim), manifest, target, taken)
 
 
 def _checked(
-    model: EmbeddingNet | MappedNet, spec: EncoderSpec, card: Card | None, device: torch.device, taken: str | None
+    model: EmbeddingNet | MappedNet,
+    spec: EncoderSpec,
+    manifest: Manifest | None,
+    device: torch.device,
+    taken: str | None,
 ) -> Encoder:
-    """The model on its device, once it has shown that it is what the card says. Without a card one is made."""
-    if card is not None and model.head != card.head:
+    """The model on its device, once it has shown that it is what the manifest says. Without a manifest one is made."""
+    if manifest is not None and model.head != manifest.head:
         raise EncoderMismatch(
-            f"encoder {card.id}: its embedding is declared as head {model.head}, but its manifest says {card.head}: "
-            f"set head to {card.head}, or declare this as a new encoder"
+            f"encoder {manifest.id}: its embedding is declared as head {model.head}, but its manifest says "
+            f"{manifest.head}: set head to {manifest.head}, or declare this as a new encoder"
         )
     digest = _weights_sha256(model)
-    if card is not None and digest != card.weights_sha256:
+    if manifest is not None and digest != manifest.weights_sha256:
         raise EncoderMismatch(
-            f"encoder {card.id}: the weights in {_named(spec)} are not those of its card (sha256 {digest[:12]}... "
-            f"instead of {card.weights_sha256[:12]}...): restore them, or declare this as a new encoder"
+            f"encoder {manifest.id}: the weights in {_named(spec)} are not those of its manifest (sha256 "
+            f"{digest[:12]}... instead of {manifest.weights_sha256[:12]}...): restore them, or declare this as a new "
+            "encoder"
         )
     try:
         model = model.to(device, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
     except RuntimeError as error:
         raise EncoderProblem(f"{spoken(spec.arch)} cannot be moved to {device}: {one_line(error)}") from error
-    probe = _probe_vector(model, spec.preprocessing, device)
-    if card is None:
-        card = _make_card(spec, model, probe)
-    agreement = float(np.dot(probe, np.asarray(card.probe)) / np.linalg.norm(card.probe))
-    if not agreement >= PROBE_AGREEMENT:
+    fingerprint = _fingerprint(model, spec.preprocessing, device)
+    if manifest is None:
+        manifest = _make_manifest(spec, model, fingerprint)
+    agreement = float(np.dot(fingerprint, np.asarray(manifest.fingerprint)) / np.linalg.norm(manifest.fingerprint))
+    if not agreement >= FINGERPRINT_AGREEMENT:
         raise EncoderMismatch(
-            f"encoder {card.id}: weights and preprocessing are unchanged, but the output for the probe image is not "
-            f"(cosine {agreement:.4f}): use the versions of torch, timm, onnxruntime and Pillow that its card was made "
-            "with"
+            f"encoder {manifest.id}: weights and preprocessing are unchanged, but the output for the fingerprint image "
+            f"is not (cosine {agreement:.4f}): use the versions of torch, timm, onnxruntime and Pillow that its "
+            "manifest was made with"
         )
-    return Encoder(model, card, device, taken)
+    return Encoder(model, manifest, device, taken)
 
 
-def save_mapped_encoder(base: Encoder, base_spec: EncoderSpec, fitted: Map, dim: int, path: Path) -> Card:
-    """Writes `base` with a map after it as one encoder of `dim` numbers, as `save_encoder` does. Returns its card.
+def save_mapped_encoder(base: Encoder, base_spec: EncoderSpec, fitted: Map, dim: int, path: Path) -> Manifest:
+    """Writes `base` with a map after it as one encoder of `dim` numbers, as `save_encoder` does. Returns its manifest.
 
     `load_encoder` gives it back from `path`, with the arch and preprocessing of `base_spec`. Raises EncoderProblem.
     """
@@ -355,11 +365,11 @@ def save_mapped_encoder(base: Encoder, base_spec: EncoderSpec, fitted: Map, dim:
     return save_encoder(MappedNet(base.model, fitted), replace(base_spec, dim=dim), path)
 
 
-def save_encoder(model: EmbeddingNet | MappedNet, spec: EncoderSpec, path: Path) -> Card:
-    """Writes the weights to `path` (.safetensors) and the card beside them (.json), each whole or not at all.
+def save_encoder(model: EmbeddingNet | MappedNet, spec: EncoderSpec, path: Path) -> Manifest:
+    """Writes the weights to `path` (.safetensors) and the manifest beside them (.json), each whole or not at all.
 
-    A .pt2 or .onnx file that the model runs is copied beside them, under the same name but for its suffix. The card
-    goes last: after a crash before it, loading meets weights without a card or with one that refuses them.
+    A .pt2 or .onnx file that the model runs is copied beside them, under the same name but for its suffix. The manifest
+    goes last: after a crash before it, loading meets weights without a manifest or with one that refuses them.
     Raises EncoderProblem where the model gives no usable vector or the files cannot be written.
     """
     from safetensors.torch import save
@@ -368,35 +378,35 @@ def save_encoder(model: EmbeddingNet | MappedNet, spec: EncoderSpec, path: Path)
         raise EncoderProblem(f"encoder cannot be written to {str(path)!r}: give it the suffix .safetensors")
     frozen: EmbeddingNet | MappedNet = copy.deepcopy(model).float().cpu().eval()
     _require_finite(frozen, "to be saved")
-    probe = _probe_vector(frozen, spec.preprocessing, torch.device("cpu"))
-    card = _make_card(spec, frozen, probe)
+    fingerprint = _fingerprint(frozen, spec.preprocessing, torch.device("cpu"))
+    manifest = _make_manifest(spec, frozen, fingerprint)
     state = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in frozen.state_dict().items()}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         if (program := _program(frozen)) is not None:
             _copy_program(program, path.with_suffix(program.path.suffix))
-        write_whole(path, save(state, metadata={"format": "pt", "encoder": card.id}))
-        write_whole(card_path(path), card.to_json().encode())
+        write_whole(path, save(state, metadata={"format": "pt", "encoder": manifest.id}))
+        write_whole(manifest_path(path), manifest.to_json().encode())
     except OSError as error:
         raise EncoderProblem(f"encoder cannot be written to {str(path)!r}: {error.strerror}") from error
-    return card
+    return manifest
 
 
-def read_card(path: Path) -> Card | None:
-    """The card beside the weights at `path`, or None where there is none. Raises EncoderProblem for a damaged one."""
-    place = card_path(path)
+def read_manifest(path: Path) -> Manifest | None:
+    """The manifest beside the weights at `path`; None where there is none. Raises EncoderProblem for a damaged one."""
+    place = manifest_path(path)
     if place == path:  # no weights file at all, as reading it will tell
         return None
     try:
-        return Card.from_json(place.read_text(encoding="utf-8"))
+        return Manifest.from_json(place.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
     except EncoderProblem as problem:
         raise EncoderProblem(
-            f"card {str(place)!r} {problem}: restore it, or move it away to make a new one"
+            f"manifest {str(place)!r} {problem}: restore it, or move it away to make a new one"
         ) from problem
     except (OSError, UnicodeDecodeError) as error:
-        raise EncoderProblem(f"card {str(place)!r} cannot be read: {one_line(error)}") from error
+        raise EncoderProblem(f"manifest {str(place)!r} cannot be read: {one_line(error)}") from error
 
 
 def _encode(
@@ -440,7 +450,7 @@ def _encode(
     return vectors
 
 
-def _probe_vector(
+def _fingerprint(
     model: EmbeddingNet | MappedNet, preprocessing: Preprocessing, device: torch.device
 ) -> NDArray[np.float32]:
     return _encode(model, preprocessing, device, preprocessing.prepare(fingerprint_image())[np.newaxis])[0]
@@ -717,19 +727,23 @@ def _require_dim(spec: EncoderSpec) -> None:
         raise EncoderProblem(f"dim {spec.dim} must be from 1 to {_LARGEST_DIM}")
 
 
-def require_same_declaration(spec: EncoderSpec, card: Card) -> None:
+def require_same_declaration(spec: EncoderSpec, manifest: Manifest) -> None:
     """Raises EncoderMismatch where architecture, dim or preprocessing are not declared as the manifest has them."""
-    for name, now, then in (("architecture", spec.arch, card.arch), ("dim", spec.dim, card.dim)):
+    for name, now, then in (("architecture", spec.arch, manifest.arch), ("dim", spec.dim, manifest.dim)):
         if now != then:
-            raise EncoderMismatch(f"encoder {card.id}: its {name} is declared as {now!r}, but its card says {then!r}")
-    declared, recorded = asdict(spec.preprocessing), asdict(card.preprocessing)
+            raise EncoderMismatch(
+                f"encoder {manifest.id}: its {name} is declared as {now!r}, but its manifest says {then!r}"
+            )
+    declared, recorded = asdict(spec.preprocessing), asdict(manifest.preprocessing)
     changed = [
         f"{name} {declared[name]!r} instead of {recorded[name]!r}"
         for name in recorded
         if declared[name] != recorded[name]
     ]
     if changed:
-        raise EncoderMismatch(f"encoder {card.id}: its preprocessing is not that of its card: {', '.join(changed)}")
+        raise EncoderMismatch(
+            f"encoder {manifest.id}: its preprocessing is not that of its manifest: {', '.join(changed)}"
+        )
 
 
 def _weights_sha256(model: nn.Module) -> str:
@@ -770,14 +784,14 @@ def _require_program(spec: EncoderSpec) -> None:
             raise EncoderProblem(f"{spoken(spec.arch)} has no file: set weights to a {suffix} file, not {spec.weights}")
 
 
-def _make_card(spec: EncoderSpec, model: EmbeddingNet | MappedNet, probe: NDArray[np.float32]) -> Card:
-    return Card.make(
+def _make_manifest(spec: EncoderSpec, model: EmbeddingNet | MappedNet, fingerprint: NDArray[np.float32]) -> Manifest:
+    return Manifest.make(
         arch=spec.arch,
         dim=spec.dim,
         head=model.head,
         preprocessing=spec.preprocessing,
         weights_sha256=_weights_sha256(model),
-        probe=probe,
+        fingerprint=fingerprint,
         map=model.map.kind if isinstance(model, MappedNet) else None,
     )
 
@@ -798,8 +812,8 @@ def _device(name: str) -> torch.device:
     return device
 
 
-def card_path(weights: Path) -> Path:
-    """Where the card of these weights lies: beside them."""
+def manifest_path(weights: Path) -> Path:
+    """Where the manifest of these weights lies: beside them."""
     return weights.with_suffix(".json")
 
 

@@ -29,7 +29,7 @@ class ImagesUnavailable(TrainerError):
 
 
 class EncoderProblem(TrainerError):
-    """An encoder's weights, architecture, card or output cannot be used.
+    """An encoder's weights, architecture, manifest or output cannot be used.
 
     `rows` are the rows of the batch that it concerns, where only some images of a batch got a bad vector.
     """

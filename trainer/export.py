@@ -22,12 +22,12 @@ from torch import nn
 
 from migrator.trainer.backbones import MODULE, PROGRAMS, Program, one_line, spoken
 from migrator.trainer.encoder import (
-    PROBE_AGREEMENT,
+    FINGERPRINT_AGREEMENT,
     Encoder,
     EncoderSpec,
     MappedNet,
-    card_path,
     load_encoder,
+    manifest_path,
     save_encoder,
 )
 from migrator.trainer.errors import EncoderMismatch, EncoderProblem
@@ -89,7 +89,7 @@ def export_encoder(encoder: Encoder, spec: EncoderSpec, path: Path, form: Format
             draft = Path(folder, path.name)
             declared = _write(encoder, spec, draft, form)
             again = load_encoder(declared, device="cpu")
-            card_path(draft).write_text(again.card.to_json(), encoding="utf-8")
+            manifest_path(draft).write_text(again.manifest.to_json(), encoding="utf-8")
             pictures = _pictures()
             cosine, difference = _compare(encoder, again, pictures)
             for file in sorted(Path(folder).iterdir(), key=lambda file: file.suffix == ".json"):  # the manifest last
@@ -105,7 +105,7 @@ def _require_exportable(encoder: Encoder, path: Path, form: Format) -> None:
         raise EncoderProblem(f"{str(path)!r} does not end in .{form}: give it that suffix, or another format")
     if not path.parent.is_dir():
         raise EncoderProblem(f"there is no folder {str(path.parent)!r}: make it first")
-    for file in (path, card_path(path)):
+    for file in (path, manifest_path(path)):
         if file.exists():
             raise EncoderProblem(f"{str(file)!r} is there already: choose another name, an encoder in use may need it")
     program = next((part for part in encoder.model.modules() if isinstance(part, Program)), None)
@@ -181,7 +181,7 @@ def _compare(encoder: Encoder, again: Encoder, pictures: Sequence[Image.Image]) 
     ]
     cosine = min(float((own * other).sum(axis=1).min()) for other in others)
     difference = max(float(np.abs(own - other).max()) for other in others)
-    if not (cosine >= PROBE_AGREEMENT and difference <= MAX_DIFFERENCE):
+    if not (cosine >= FINGERPRINT_AGREEMENT and difference <= MAX_DIFFERENCE):
         raise EncoderMismatch(
             f"the export gives other vectors than encoder {encoder.id} (least cosine {cosine:.6f}, greatest difference "
             f"{difference:.2g}), and was not kept: its network depends on more than the pictures"

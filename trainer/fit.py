@@ -30,13 +30,13 @@ from migrator.trainer.augment import augmented, draw_views
 from migrator.trainer.cache import open_pixels, pixel_key
 from migrator.trainer.data import LeftOut, TrainingItems, batches_ahead, epoch_rows
 from migrator.trainer.encoder import (
-    Card,
     EmbeddingNet,
     Encoder,
     EncoderSpec,
+    Manifest,
     build_model,
     load_base,
-    read_card,
+    read_manifest,
     save_encoder,
     save_mapped_encoder,
 )
@@ -82,7 +82,7 @@ class Progress:
 class FitResult:
     """A finished training."""
 
-    card: Card
+    manifest: Manifest
     weights: Path
     history: list[dict[str, float]]
     """A row for each epoch: losses, lr, images_per_second, validation `self` and `cross`, and `p1` to choose by."""
@@ -694,11 +694,11 @@ def _read_result(out: Path) -> FitResult | None:
         return None
     noted = json.loads((out / "result.json").read_text())
     weights = out / "encoder.safetensors"
-    card = read_card(weights)
-    if card is None or not weights.exists():
+    manifest = read_manifest(weights)
+    if manifest is None or not weights.exists():
         raise TrainingProblem(f"{out} holds a finished run whose encoder is gone: put it back, or train with --restart")
     left_out = [LeftOut(**entry) for entry in noted["left_out"]]
-    return FitResult(card, weights, noted["history"], noted["validation"], left_out, noted["best_epoch"])
+    return FitResult(manifest, weights, noted["history"], noted["validation"], left_out, noted["best_epoch"])
 
 
 def _fingerprint(

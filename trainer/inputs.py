@@ -130,8 +130,8 @@ def load_inputs(
     if isinstance(old, Encoder):
         views = _views(out, flip=flip)
         encoded = noted is not None and all(_whole(file, len(noted.rows), old.dim) is not None for file in views)
-        if not encoded and pixel_key(old.card.preprocessing) != pixel_key(preprocessing):
-            steps.append(old.card.preprocessing)
+        if not encoded and pixel_key(old.manifest.preprocessing) != pixel_key(preprocessing):
+            steps.append(old.manifest.preprocessing)
     noted, pixels = _prepared(gather, noted, steps, folder, limit=int(cache_gib * 2**30))
     vectors: list[NDArray[np.float32]] = []
     if isinstance(old, StoredVectors):

@@ -115,7 +115,12 @@ def command(
             return
         if as_json:
             print_json(
-                {"run": run, "encoder": result.card.id, "weights": str(result.weights), "validation": result.validation}
+                {
+                    "run": run,
+                    "encoder": result.manifest.id,
+                    "weights": str(result.weights),
+                    "validation": result.validation,
+                }
             )
             return
         print_table(
@@ -133,9 +138,9 @@ def command(
             say("trained already: --restart trains it again, --run NAME another one beside it")
         if result.best_epoch:
             say(f"weights of epoch {result.best_epoch} of {len(result.history)}")
-        say(f"encoder {result.card.id} in {result.weights}")
+        say(f"encoder {result.manifest.id} in {result.weights}")
         candidate = project.migration().new_encoder_id
-        if candidate == result.card.id:
+        if candidate == result.manifest.id:
             say(f"next: migrator verify {project.name}")
         else:
             say(f"the candidate is still {candidate} of another run")

@@ -43,7 +43,7 @@ from migrator.ledger.models import (
     Verification,
 )
 
-SCHEMA = "0005"
+SCHEMA = "0006"
 """The newest revision in `versions/`; a ledger that is at it is opened without loading alembic."""
 
 LOCK: dict[str, Any] = {"key_share": True}
@@ -307,17 +307,17 @@ class Ledger:
 
     # -- encoders -----------------------------------------------------------------------------------------------
 
-    def save_encoder(self, encoder_id: str, card: str) -> None:
-        """Keeps the card (JSON text) of an encoder seen for the first time."""
+    def save_encoder(self, encoder_id: str, manifest: str) -> None:
+        """Keeps the manifest (JSON text) of an encoder seen for the first time."""
         with suppress(exc.IntegrityError), self._write() as session:  # another process may save it just now
             if session.get(Encoder, encoder_id) is None:
-                session.add(Encoder(id=encoder_id, card=card, seen_at=now()))
+                session.add(Encoder(id=encoder_id, manifest=manifest, seen_at=now()))
 
-    def encoder_card(self, encoder_id: str) -> str | None:
-        """The card (JSON text) of an encoder, as it was when first seen."""
+    def encoder_manifest(self, encoder_id: str) -> str | None:
+        """The manifest (JSON text) of an encoder, as it was when first seen."""
         with self._read() as session:
             found = session.get(Encoder, encoder_id)
-            return found.card if found else None
+            return found.manifest if found else None
 
     # -- migrations, plans, training, verification -----------------------------------------------------------------
 

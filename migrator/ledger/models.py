@@ -75,12 +75,12 @@ def one_of(column: str, values: tuple[str, ...], name: str) -> CheckConstraint:
 
 
 class Encoder(Base):
-    """An encoder as it was when first seen; its card holds the probe embedding that later loads are compared with."""
+    """An encoder as it was when first seen; its manifest holds the fingerprint that later loads are compared with."""
 
     __tablename__ = "encoders"
 
     id: Mapped[str] = mapped_column(primary_key=True)
-    card: Mapped[str] = mapped_column(Text)
+    manifest: Mapped[str] = mapped_column(Text)
     seen_at: Mapped[dt.datetime]
 
 

@@ -267,8 +267,8 @@ def test_an_export_gives_the_same_vectors_under_its_own_declaration(
     changes = {"resize": "crop", "mean": [0.5, 0.4, 0.3], "std": [0.2, 0.2, 0.3], "antialias": False}
     for key, value in changes.items():
         world.configure(**{f"new_encoder__{key}": value})
-    for card in world.folder.glob("*.json"):
-        card.unlink()
+    for manifest in world.folder.glob("*.json"):
+        manifest.unlink()
     output = world.folder / f"out.{form}"
     assert migrator("export", "--format", form, "--output", str(output), "--json") == 0
     document = json.loads(capsys.readouterr().out)

@@ -77,7 +77,7 @@ def old(digits: tuple[Path, np.ndarray], images: ImageSource, tmp_path_factory: 
     """Trained on 200 of the images."""
     settings = replace(FAST, method="independent", epochs=5, batch_size=10, lr=0.005, validation=0, seed=7)
     result = fit(items_of(digits, range(200)), images, None, SPEC, settings, tmp_path_factory.mktemp("old") / "run")
-    return load_encoder(replace(SPEC, weights=result.weights), expected=result.card, device="cpu")
+    return load_encoder(replace(SPEC, weights=result.weights), expected=result.manifest, device="cpu")
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +98,7 @@ def test_advbct_gives_a_better_encoder_whose_queries_work_in_the_old_gallery(
     reports: list[Progress] = []
     settings = replace(FAST, epochs=6, batch_size=20, lr=0.005)
     result = fit(items, images, old, SPEC, settings, tmp_path / "new", report=reports.append)
-    new = load_encoder(replace(SPEC, weights=result.weights), expected=result.card, device="cpu")
+    new = load_encoder(replace(SPEC, weights=result.weights), expected=result.manifest, device="cpu")
 
     # Queries that neither encoder was trained on.
     pixels = np.stack([new.prepare(images.load(f"{row}.png")) for row in range(900)])
@@ -166,7 +166,7 @@ def test_resume_gives_the_uninterrupted_result_and_a_finished_run_is_left_alone(
             fit(few, images, old, SPEC, settings, tmp_path / "parts", report=stop_after(epoch))
     parts = fit(few, images, old, SPEC, settings, tmp_path / "parts")
     assert weights_of(parts) == weights_of(whole)
-    assert parts.card == whole.card
+    assert parts.manifest == whole.manifest
     assert parts.validation == whole.validation
     assert [row["classification"] for row in parts.history] == [row["classification"] for row in whole.history]
 
@@ -201,7 +201,9 @@ def test_stop_writes_a_checkpoint_within_the_epoch_and_finish_takes_the_best_who
     assert early.history == [{**row, "images_per_second": ANY} for row in whole.history[:2]]
     assert {"self", "cross", "old", "reverse"} <= early.validation.keys()
     assert early.validation["self"] == pytest.approx(whole.history[early.best_epoch - 1]["self"])
-    assert fit(few, images, old, SPEC, settings, tmp_path / "early").card == early.card  # finished, and left alone
+    assert (
+        fit(few, images, old, SPEC, settings, tmp_path / "early").manifest == early.manifest
+    )  # finished, and left alone
     assert weights_of(fit(few, images, old, SPEC, settings, tmp_path / "parts")) == weights_of(whole)
 
 
@@ -486,7 +488,7 @@ def test_a_map_makes_a_finished_encoder_search_the_old_gallery(
     result = fit(few, images, old, base, replace(FAST, method=method), tmp_path / "map")
     assert result.validation["cross"] > 0.3  # chance is 0.1
     assert result.best_epoch == 0
-    mapped = load_encoder(replace(SPEC, weights=result.weights), expected=result.card, device="cpu")
+    mapped = load_encoder(replace(SPEC, weights=result.weights), expected=result.manifest, device="cpu")
     assert mapped.dim == old.dim
     again = fit(few, images, old, base, replace(FAST, method=method), tmp_path / "map")
     assert again == result

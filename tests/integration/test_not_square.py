@@ -88,8 +88,8 @@ def test_training_reads_prepares_and_augments_it(tmp_path: Path) -> None:
     old = load_encoder(replace(spec, weights=_saved(spec, tmp_path / "old.safetensors")), device="cpu")
     settings = FitSettings(epochs=1, batch_size=8, device="cpu", image_threads=2, flip=True, validation=0.2)
     result = fit(items, ImageSource(str(tmp_path)), old, spec, settings, tmp_path / "run")
-    assert result.card.preprocessing == TALL
-    new = load_encoder(replace(spec, weights=result.weights), expected=result.card, device="cpu")
+    assert result.manifest.preprocessing == TALL
+    new = load_encoder(replace(spec, weights=result.weights), expected=result.manifest, device="cpu")
     assert new.encode(new.prepare(Image.open(tmp_path / names[0]))[None]).shape == (1, 8)
 
 

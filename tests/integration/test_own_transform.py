@@ -105,8 +105,8 @@ def test_from_plan_to_rollback(loader: World, migrator: Callable[..., int], caps
 
     with Project.open(loader.config) as project:
         encoder = project.new_encoder()
-        assert encoder.card.preprocessing.transform == "application_loader:transform"
-        assert encoder.card.preprocessing.size == (HEIGHT, WIDTH)
+        assert encoder.manifest.preprocessing.transform == "application_loader:transform"
+        assert encoder.manifest.preprocessing.size == (HEIGHT, WIDTH)
         batch = np.stack([encoder.prepare(Image.open(loader.images / name)) for name in names])
     import application_loader
 

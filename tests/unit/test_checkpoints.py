@@ -177,11 +177,11 @@ def test_files_of_old_and_new_torch_and_safetensors_under_any_name(tmp_path: Pat
 
 def test_migrators_own_weights_within_data_parallel(tmp_path: Path) -> None:
     declared = EncoderSpec(ARCH, 8, PREPROCESSING)
-    card = save_encoder(build_model(declared), declared, tmp_path / "own.safetensors")
+    manifest = save_encoder(build_model(declared), declared, tmp_path / "own.safetensors")
     own = load_encoder(dataclasses.replace(declared, weights=tmp_path / "own.safetensors"))
     torch.save({"state_dict": prefixed(own.model.state_dict(), "module.")}, tmp_path / "wrapped.pt")
     again = load_encoder(dataclasses.replace(declared, weights=tmp_path / "wrapped.pt"))
-    assert (again.id, again.card.head) == (card.id, "projection")
+    assert (again.id, again.manifest.head) == (manifest.id, "projection")
 
 
 def test_weights_of_the_model_that_a_factory_wraps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -329,7 +329,7 @@ def test_the_visual_tower_of_clip_is_loaded_into_timms_model_of_it(tmp_path: Pat
     with torch.no_grad():
         wanted = F.normalize(model((torch.tensor(pictures(size, 1)) / 255 - mean) / std)).numpy()
     assert np.abs(encoder.encode(pictures(size, 1)) - wanted).max() < 1e-5
-    assert encoder.card.head == "classifier"
+    assert encoder.manifest.head == "classifier"
     assert encoder.taken == "state_dict, with names changed as timm does for this architecture"
 
 
@@ -501,11 +501,11 @@ def test_what_timm_drops_with_its_classifier_is_a_head(tmp_path: Path, arch: str
     declared = EncoderSpec(arch, wanted.shape[1], Preprocessing(size), tmp_path / "full.pt")
     encoder = load_encoder(declared)
     assert np.abs(encoder.encode(batch) - wanted).max() < 1e-4
-    assert (encoder.card.head, encoder.taken) == ("none", None)
+    assert (encoder.manifest.head, encoder.taken) == ("none", None)
     with_classes = load_encoder(dataclasses.replace(declared, dim=11))
     timm.models.load_checkpoint(again := timm.create_model(arch, num_classes=11).eval(), str(tmp_path / "full.pt"))
     mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (PREPROCESSING.mean, PREPROCESSING.std))
     with torch.no_grad():
         logits = F.normalize(again((torch.tensor(batch) / 255 - mean) / std)).numpy()
     assert np.abs(with_classes.encode(batch) - logits).max() < 1e-4
-    assert with_classes.card.head == "classifier"
+    assert with_classes.manifest.head == "classifier"

@@ -1,4 +1,4 @@
-"""Encoders: weights of every origin, cards, and the promise that an encoder is what it was."""
+"""Encoders: weights of every origin, manifests, and the promise that an encoder is what it was."""
 
 import copy
 import dataclasses
@@ -20,15 +20,15 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from migrator.trainer.encoder import (
-    Card,
     EmbeddingNet,
     Encoder,
     EncoderSpec,
+    Manifest,
     Preprocessing,
     build_model,
     load_base,
     load_encoder,
-    read_card,
+    read_manifest,
     save_encoder,
 )
 from migrator.trainer.errors import EncoderMismatch, EncoderProblem
@@ -213,13 +213,13 @@ def test_rows_without_a_usable_vector_are_named(tmp_path: Path) -> None:
 
     preprocessing = Preprocessing(SIZE, mean=(0, 0, 0), std=(1, 1, 1))
     model = EmbeddingNet(Brightness(), width=3, dim=3, head="none")
-    card = Card.make(
-        arch=ARCH, dim=3, head="none", preprocessing=preprocessing, weights_sha256="", probe=np.array([1.0, 0, 0])
+    manifest = Manifest.make(
+        arch=ARCH, dim=3, head="none", preprocessing=preprocessing, weights_sha256="", fingerprint=np.array([1.0, 0, 0])
     )
     batch = pictures()
     batch[[1, 4]] = 0
     with pytest.raises(EncoderProblem, match="2 of 6 images, the first in row 1") as caught:
-        Encoder(model, card, torch.device("cpu")).encode(batch)
+        Encoder(model, manifest, torch.device("cpu")).encode(batch)
     assert caught.value.rows == (1, 4)
 
 
@@ -233,8 +233,8 @@ def test_a_saved_encoder_comes_back_bit_for_bit(saved: Path) -> None:
     assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
     assert {name.split(".")[0] for name in load_file(saved)} == {"backbone", "projection", "norm"}
     assert encoder.dim == 8
-    assert encoder.card == read_card(saved)
-    assert encoder.card.head == "projection"
+    assert encoder.manifest == read_manifest(saved)
+    assert encoder.manifest.head == "projection"
     assert encoder.id.startswith("enc-")
     assert len(encoder.id) == 20
 
@@ -259,7 +259,7 @@ def test_the_same_weights_have_the_same_id_in_every_file_format(
 
 def test_a_distributed_checkpoint_is_read(saved: Path, tmp_path: Path) -> None:
     torch.save({f"module.{name}": tensor for name, tensor in load_file(saved).items()}, tmp_path / "ddp.pt")
-    assert load_encoder(spec(weights=tmp_path / "ddp.pt")).card == read_card(saved)
+    assert load_encoder(spec(weights=tmp_path / "ddp.pt")).manifest == read_manifest(saved)
 
 
 def test_a_plain_timm_model_gives_its_pooled_features(tmp_path: Path) -> None:
@@ -268,7 +268,7 @@ def test_a_plain_timm_model_gives_its_pooled_features(tmp_path: Path) -> None:
         save_file(model.state_dict(), tmp_path / "plain.safetensors")
         width = model.num_features
         encoder = load_encoder(spec(width, tmp_path / "plain.safetensors"))
-        assert encoder.card.head == "none"
+        assert encoder.manifest.head == "none"
         mean, std = (np.array(x).reshape(1, 3, 1, 1) for x in (PREPROCESSING.mean, PREPROCESSING.std))
         with torch.no_grad():
             x = torch.tensor((pictures() / 255 - mean) / std, dtype=torch.float32)
@@ -280,7 +280,7 @@ def test_a_plain_timm_classifier_of_the_right_width_is_the_embedding(tmp_path: P
     model = plain(12)
     torch.save(model.state_dict(), tmp_path / "plain.pt")
     encoder = load_encoder(spec(12, tmp_path / "plain.pt"))
-    assert encoder.card.head == "classifier"
+    assert encoder.manifest.head == "classifier"
     mean, std = (np.array(x).reshape(1, 3, 1, 1) for x in (PREPROCESSING.mean, PREPROCESSING.std))
     with torch.no_grad():
         logits = torch.nn.functional.normalize(
@@ -313,7 +313,7 @@ def test_where_classifier_and_features_are_of_one_length_head_chooses(tmp_path: 
     pooled = features(model, pictures())
     for head, wanted in ((None, logits), ("classifier", logits), ("none", pooled)):
         encoder = load_encoder(dataclasses.replace(declared, head=head))  # type: ignore[arg-type]
-        assert encoder.card.head == (head or "classifier")
+        assert encoder.manifest.head == (head or "classifier")
         assert np.abs(encoder.encode(pictures()) - wanted).max() < 1e-4
         save_encoder(encoder.model, declared, tmp_path / "again.safetensors")
         again = dataclasses.replace(declared, weights=tmp_path / "again.safetensors", head=head)  # type: ignore[arg-type]
@@ -322,7 +322,7 @@ def test_where_classifier_and_features_are_of_one_length_head_chooses(tmp_path: 
     with pytest.raises(
         EncoderMismatch, match=r"declared as head classifier, but its manifest says none: set head to none"
     ):
-        load_encoder(dataclasses.replace(declared, head="classifier"), expected=encoder.card)
+        load_encoder(dataclasses.replace(declared, head="classifier"), expected=encoder.manifest)
     torch.save(model.state_dict(), tmp_path / "bare.pt")  # its classifier was taken away above
     with pytest.raises(EncoderProblem, match="hold no classifier: set head to none for the pooled features") as caught:
         load_encoder(dataclasses.replace(declared, weights=tmp_path / "bare.pt", head="classifier"))
@@ -334,11 +334,11 @@ def test_a_classifier_of_another_length_is_told_with_the_length(tmp_path: Path) 
     with pytest.raises(EncoderProblem, match="has 10 outputs: set dim to 10, or head to none") as caught:
         load_encoder(spec(12, tmp_path / "ten.pt", head="classifier"))
     one_line(caught)
-    assert load_encoder(spec(10, tmp_path / "ten.pt", head="classifier")).card.head == "classifier"
+    assert load_encoder(spec(10, tmp_path / "ten.pt", head="classifier")).manifest.head == "classifier"
     width = plain().num_features
-    assert load_encoder(spec(width, tmp_path / "ten.pt", head="none")).card.head == "none"
+    assert load_encoder(spec(width, tmp_path / "ten.pt", head="none")).manifest.head == "none"
     base = load_base(spec(99, tmp_path / "ten.pt", head="classifier"))
-    assert (base.dim, base.card.head) == (10, "classifier")
+    assert (base.dim, base.manifest.head) == (10, "classifier")
 
 
 def test_head_is_refused_where_there_is_nothing_to_choose(saved: Path) -> None:
@@ -359,10 +359,10 @@ def test_half_precision_and_old_files_without_batch_counters_are_read(tmp_path: 
 def test_common_architectures_take_small_pictures(tmp_path: Path, arch: str, size: int) -> None:
     declared = EncoderSpec(arch, 16, Preprocessing(size))
     path = tmp_path / "encoder.safetensors"
-    card = save_encoder(build_model(declared), declared, path)
+    manifest = save_encoder(build_model(declared), declared, path)
     encoder = load_encoder(dataclasses.replace(declared, weights=path))
     vectors = encoder.encode(np.stack([encoder.prepare(Image.new("RGB", (8, 8), (9, 99, c))) for c in (0, 200)]))
-    assert encoder.card == card
+    assert encoder.manifest == manifest
     assert vectors.shape == (2, 16)
     assert not np.allclose(vectors[0], vectors[1])
 
@@ -371,20 +371,22 @@ def test_common_architectures_take_small_pictures(tmp_path: Path, arch: str, siz
 
 
 def test_the_id_says_weights_preprocessing_arch_and_head(saved: Path, tmp_path: Path) -> None:
-    card = read_card(saved)
-    assert card is not None
-    fields = {field.name: getattr(card, field.name) for field in dataclasses.fields(card) if field.name != "id"}
-    assert Card.make(**fields) == card
-    assert Card.make(**{**fields, "probe": (-1e-9, 1.0)}) == Card.make(**{**fields, "probe": (1e-9, 1.0)})
+    manifest = read_manifest(saved)
+    assert manifest is not None
+    fields = {field.name: getattr(manifest, field.name) for field in dataclasses.fields(manifest) if field.name != "id"}
+    assert Manifest.make(**fields) == manifest
+    assert Manifest.make(**{**fields, "fingerprint": (-1e-9, 1.0)}) == Manifest.make(
+        **{**fields, "fingerprint": (1e-9, 1.0)}
+    )
     changes: list[dict[str, Any]] = [
         {"arch": "resnet18"},
         {"head": "none"},
         {"preprocessing": Preprocessing(SIZE, resize="crop")},
         {"preprocessing": Preprocessing(SIZE, mean=(0.5, 0.5, 0.5))},
         {"weights_sha256": "0" * 64},
-        {"probe": tuple(reversed(card.probe))},
+        {"fingerprint": tuple(reversed(manifest.fingerprint))},
     ]
-    ids = {Card.make(**{**fields, **change}).id for change in changes} | {card.id}
+    ids = {Manifest.make(**{**fields, **change}).id for change in changes} | {manifest.id}
     assert len(ids) == len(changes) + 1
 
 
@@ -399,9 +401,9 @@ def test_the_weights_hash_is_over_names_types_shapes_and_bytes(saved: Path) -> N
     digest = hashlib.sha256()
     for name, tensor in sorted(load_file(saved).items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode() + tensor.numpy().tobytes())
-    card = read_card(saved)
-    assert card is not None
-    assert card.weights_sha256 == digest.hexdigest()
+    manifest = read_manifest(saved)
+    assert manifest is not None
+    assert manifest.weights_sha256 == digest.hexdigest()
 
 
 def test_a_fresh_process_with_other_threads_imports_timm_cleanly_and_agrees_on_the_id(saved: Path) -> None:
@@ -416,29 +418,29 @@ def test_a_fresh_process_with_other_threads_imports_timm_cleanly_and_agrees_on_t
     result = subprocess.run(
         [sys.executable, "-W", "error", "-c", code, str(saved)], capture_output=True, text=True, check=True, timeout=120
     )
-    card = read_card(saved)
-    assert card is not None
-    assert result.stdout.strip() == card.id
+    manifest = read_manifest(saved)
+    assert manifest is not None
+    assert result.stdout.strip() == manifest.id
 
 
 # --- the encoder is what it was
 
 
 def test_changed_weights_under_the_same_name_are_refused(saved: Path) -> None:
-    card = read_card(saved)
+    manifest = read_manifest(saved)
     save_file(net(seed=1).state_dict(), saved)
-    for expected in (None, card):
+    for expected in (None, manifest):
         with pytest.raises(EncoderMismatch, match="the weights in") as caught:
             load_encoder(spec(weights=saved), expected=expected)
         one_line(caught)
 
 
-def test_expected_goes_before_the_card_beside_the_weights(saved: Path, tmp_path: Path) -> None:
-    card = read_card(saved)
+def test_expected_goes_before_the_manifest_beside_the_weights(saved: Path, tmp_path: Path) -> None:
+    manifest = read_manifest(saved)
     save_encoder(net(seed=1), spec(), saved)
-    assert load_encoder(spec(weights=saved)).card == read_card(saved)
+    assert load_encoder(spec(weights=saved)).manifest == read_manifest(saved)
     with pytest.raises(EncoderMismatch, match="the weights in"):
-        load_encoder(spec(weights=saved), expected=card)
+        load_encoder(spec(weights=saved), expected=manifest)
 
 
 @pytest.mark.parametrize(
@@ -471,63 +473,75 @@ def test_a_changed_output_is_refused(saved: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(EmbeddingNet, "forward", disturbed(1e-3))
     load_encoder(spec(weights=saved))  # as another machine might round
     monkeypatch.setattr(EmbeddingNet, "forward", disturbed(0.05))
-    with pytest.raises(EncoderMismatch, match="output for the probe image") as caught:
+    with pytest.raises(EncoderMismatch, match="output for the fingerprint image") as caught:
         load_encoder(spec(weights=saved))
     one_line(caught)
 
 
-def test_without_a_card_one_is_made_and_serves_as_expected(saved: Path) -> None:
-    card = read_card(saved)
+def test_without_a_manifest_one_is_made_and_serves_as_expected(saved: Path) -> None:
+    manifest = read_manifest(saved)
     saved.with_suffix(".json").unlink()
-    assert read_card(saved) is None
-    made = load_encoder(spec(weights=saved)).card
-    assert made == card
+    assert read_manifest(saved) is None
+    made = load_encoder(spec(weights=saved)).manifest
+    assert made == manifest
     assert load_encoder(spec(weights=saved), expected=made).id == made.id
 
 
-# --- cards
+# --- manifests
 
 
-def test_a_card_survives_json(saved: Path) -> None:
-    card = read_card(saved)
-    assert card is not None
-    assert Card.from_json(card.to_json()) == card
-    document = json.loads(card.to_json())
-    assert document["format"] == 1
-    assert len(document["probe"]) == 8
+def test_a_manifest_survives_json(saved: Path) -> None:
+    manifest = read_manifest(saved)
+    assert manifest is not None
+    assert Manifest.from_json(manifest.to_json()) == manifest
+    document = json.loads(manifest.to_json())
+    assert document["format"] == 2
+    assert len(document["fingerprint"]) == 8
+
+
+def test_a_manifest_of_the_first_format_is_read_and_keeps_its_id(saved: Path) -> None:
+    manifest = read_manifest(saved)
+    assert manifest is not None
+    document = json.loads(saved.with_suffix(".json").read_text())
+    first = {**document, "format": 1, "probe": document["fingerprint"]}
+    del first["fingerprint"]
+    saved.with_suffix(".json").write_text(json.dumps(first))
+    assert read_manifest(saved) == manifest
+    assert load_encoder(spec(weights=saved)).id == manifest.id
 
 
 @pytest.mark.parametrize(
     "change",
     [
         {"arch": "resnet18"},
-        {"probe": [1.0] * 8},
-        {"probe": [float("nan")] * 8},
-        {"probe": []},
+        {"fingerprint": [1.0] * 8},
+        {"fingerprint": [float("nan")] * 8},
+        {"fingerprint": []},
         {"dim": 7},
         {"dim": float("inf")},
         {"id": "enc-0000000000000000"},
         {"id": None},
         {"head": "other"},
         {"head": ["none"]},
-        {"format": 2},
+        {"format": 1},
+        {"format": 3},
         {"preprocessing": {"image_size": 32, "colour": 1}},
         {"preprocessing": {"image_size": -1}},
         {"preprocessing": []},
     ],
 )
-def test_an_edited_card_is_refused(saved: Path, change: dict[str, Any]) -> None:
+def test_an_edited_manifest_is_refused(saved: Path, change: dict[str, Any]) -> None:
     place = saved.with_suffix(".json")
     place.write_text(json.dumps({**json.loads(place.read_text()), **change}))
-    with pytest.raises(EncoderProblem, match=r"card '.*encoder.json'") as caught:
-        read_card(saved)
+    with pytest.raises(EncoderProblem, match=r"manifest '.*encoder.json'") as caught:
+        read_manifest(saved)
     one_line(caught)
 
 
-@pytest.mark.parametrize("text", [b"", b"{", b"[]", b"null", b"{}", b"\xff\xfe", b"[" * 100_000, b'{"format": 1}'])
-def test_what_is_not_a_card_is_refused(saved: Path, text: bytes) -> None:
+@pytest.mark.parametrize("text", [b"", b"{", b"[]", b"null", b"{}", b"\xff\xfe", b"[" * 100_000, b'{"format": 2}'])
+def test_what_is_not_a_manifest_is_refused(saved: Path, text: bytes) -> None:
     saved.with_suffix(".json").write_bytes(text)
-    with pytest.raises(EncoderProblem, match="card '"):
+    with pytest.raises(EncoderProblem, match="manifest '"):
         load_encoder(spec(weights=saved))
 
 
@@ -679,8 +693,8 @@ def test_an_interrupted_save_leaves_the_old_weights_or_ones_that_are_refused(
         else:
             with pytest.raises(EncoderMismatch, match="the weights in"):
                 load_encoder(spec(weights=saved))
-    card = save_encoder(net(seed=1), spec(), saved)
-    assert load_encoder(spec(weights=saved)).card == card
+    manifest = save_encoder(net(seed=1), spec(), saved)
+    assert load_encoder(spec(weights=saved)).manifest == manifest
     assert sorted(path.name for path in saved.parent.iterdir()) == ["encoder.json", "encoder.safetensors"]
 
 
@@ -699,5 +713,5 @@ def test_what_cannot_be_written_is_said_in_one_line(tmp_path: Path) -> None:
 def test_weights_shared_between_layers_are_saved(tmp_path: Path) -> None:
     model = net()
     model.norm.bias = model.norm.weight  # type: ignore[assignment]
-    card = save_encoder(model, spec(), tmp_path / "a.safetensors")
-    assert load_encoder(spec(weights=tmp_path / "a.safetensors")).card == card
+    manifest = save_encoder(model, spec(), tmp_path / "a.safetensors")
+    assert load_encoder(spec(weights=tmp_path / "a.safetensors")).manifest == manifest

@@ -23,7 +23,7 @@ from migrator.trainer.encoder import (
     build_model,
     load_base,
     load_encoder,
-    read_card,
+    read_manifest,
     save_encoder,
     save_mapped_encoder,
     untrained_encoder,
@@ -144,7 +144,7 @@ def test_a_factory_gives_the_encoder_as_it_is(folder: Path, capsys: pytest.Captu
     import factories  # type: ignore[import-not-found]
 
     assert np.abs(encoder.encode(pictures()) - expected(factories.build(), pictures())).max() < 1e-5
-    assert encoder.card.arch == "module:factories:loud"
+    assert encoder.manifest.arch == "module:factories:loud"
     assert encoder.id == load_encoder(factory("loud", folder)).id
     printed = capsys.readouterr()
     assert printed.out == ""  # where a command's results go
@@ -152,9 +152,11 @@ def test_a_factory_gives_the_encoder_as_it_is(folder: Path, capsys: pytest.Captu
 
 
 def test_a_factory_of_random_weights_is_not_the_same_encoder_twice(folder: Path) -> None:
-    card = load_encoder(factory("random", folder)).card
-    with pytest.raises(EncoderMismatch, match="weights in factory 'factories:random' are not those of its card") as it:
-        load_encoder(factory("random", folder), expected=card)
+    manifest = load_encoder(factory("random", folder)).manifest
+    with pytest.raises(
+        EncoderMismatch, match="weights in factory 'factories:random' are not those of its manifest"
+    ) as it:
+        load_encoder(factory("random", folder), expected=manifest)
     one_line(it)
 
 
@@ -176,10 +178,10 @@ def test_an_encoder_trained_from_a_factory_comes_back(folder: Path) -> None:
     spec = factory("random", folder, dim=4)
     model = build_model(spec)
     assert model.training
-    card = save_encoder(model, spec, folder / "encoder.safetensors")
+    manifest = save_encoder(model, spec, folder / "encoder.safetensors")
     encoder = load_encoder(dataclasses.replace(spec, weights=folder / "encoder.safetensors"))
-    assert encoder.card == card
-    assert (card.head, card.dim, card.map) == ("projection", 4, None)
+    assert encoder.manifest == manifest
+    assert (manifest.head, manifest.dim, manifest.map) == ("projection", 4, None)
     assert np.abs(encoder.encode(pictures()) - expected(model.eval(), pictures())).max() < 1e-5
     names = {name.rsplit(".", 1)[0] for name in load_file(folder / "encoder.safetensors")}
     assert names == {"backbone.backbone", "backbone.projection", "projection", "norm"}
@@ -236,7 +238,7 @@ def test_a_factory_may_import_torchvision_beside_any_torch(tmp_path: Path) -> No
     code = (
         "from pathlib import Path; from migrator.trainer.encoder import *\n"
         "spec = EncoderSpec('module:mine:build', 3, Preprocessing(16), folder=Path('.'))\n"
-        "print(load_encoder(spec).card.arch)\n"
+        "print(load_encoder(spec).manifest.arch)\n"
     )
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False
@@ -330,7 +332,7 @@ def test_an_exported_program_gives_the_vectors_of_its_model(tmp_path: Path, limi
     encoder = load_encoder(program(tmp_path / "network.pt2"))
     for n in (1, 2, 5, 8):
         assert np.abs(encoder.encode(pictures(n)) - expected(model, pictures(n))).max() < 1e-5
-    assert (encoder.card.arch, encoder.card.head) == ("file:pt2", "none")
+    assert (encoder.manifest.arch, encoder.manifest.head) == ("file:pt2", "none")
 
 
 @pytest.mark.parametrize("batch", [None, 1, 3])
@@ -341,22 +343,22 @@ def test_an_onnx_model_gives_its_vectors(tmp_path: Path, batch: int | None) -> N
     vectors = encoder.encode(pictures())
     assert np.abs(vectors - expected(lambda x: x.mean((2, 3)) @ matrix, pictures())).max() < 1e-5  # type: ignore[arg-type]
     assert vectors.dtype == np.float32
-    assert encoder.card.arch == "file:onnx"
+    assert encoder.manifest.arch == "file:onnx"
 
 
 def test_the_id_of_a_program_is_over_its_bytes(exported: Path, tmp_path: Path) -> None:
     import hashlib
 
-    card = load_encoder(program(exported)).card
-    assert card.weights_sha256 == hashlib.sha256(exported.read_bytes()).hexdigest()
+    manifest = load_encoder(program(exported)).manifest
+    assert manifest.weights_sha256 == hashlib.sha256(exported.read_bytes()).hexdigest()
     other = network()
     with torch.no_grad():
         other[0].weight[0, 0, 0, 0] += 1e-6  # type: ignore[index]
     pt2_file(tmp_path / "other.pt2", other)
-    with pytest.raises(EncoderMismatch, match="are not those of its card"):
-        load_encoder(program(tmp_path / "other.pt2"), expected=card)
-    (tmp_path / "other.json").write_text(card.to_json())
-    with pytest.raises(EncoderMismatch, match="are not those of its card"):
+    with pytest.raises(EncoderMismatch, match="are not those of its manifest"):
+        load_encoder(program(tmp_path / "other.pt2"), expected=manifest)
+    (tmp_path / "other.json").write_text(manifest.to_json())
+    with pytest.raises(EncoderMismatch, match="are not those of its manifest"):
         load_encoder(program(tmp_path / "other.pt2"))
 
 
@@ -600,19 +602,19 @@ def test_an_encoder_with_a_map_comes_back_from_its_file(folder: Path, exported: 
     base = load_base(spec)
     fitted = fit_map("ridge", base.encode(pictures(20)), old_vectors(20), seed=0)
     path = folder / "artifacts" / "encoder.safetensors"
-    card = save_mapped_encoder(base, spec, fitted, 4, path)
-    assert (card.arch, card.dim, card.map) == (spec.arch, 4, "ridge")
+    manifest = save_mapped_encoder(base, spec, fitted, 4, path)
+    assert (manifest.arch, manifest.dim, manifest.map) == (spec.arch, 4, "ridge")
     if spec.weights is not None:
         spec.weights.rename(folder / "elsewhere")  # the encoder stands on its own
     try:
-        encoder = load_encoder(dataclasses.replace(spec, weights=path), expected=card)
+        encoder = load_encoder(dataclasses.replace(spec, weights=path), expected=manifest)
     finally:
         if spec.weights is not None:
             (folder / "elsewhere").rename(spec.weights)
     with torch.no_grad():
         wanted = F.normalize(fitted(torch.tensor(base.encode(pictures(6, seed=1)))))
     assert np.abs(encoder.encode(pictures(6, seed=1)) - wanted.numpy()).max() < 1e-6
-    assert read_card(path) == card
+    assert read_manifest(path) == manifest
     assert encoder.id != base.id
     with pytest.raises(EncoderProblem, match="hold a map already"):
         load_base(dataclasses.replace(spec, weights=path))
@@ -623,9 +625,9 @@ def test_every_kind_of_map_comes_back(folder: Path, kind: str) -> None:
     spec = factory("build", folder, dim=4)
     base = load_base(spec)
     fitted = Map(kind, WIDTH, 4)
-    card = save_mapped_encoder(base, spec, fitted, 4, folder / "encoder.safetensors")
+    manifest = save_mapped_encoder(base, spec, fitted, 4, folder / "encoder.safetensors")
     encoder = load_encoder(dataclasses.replace(spec, weights=folder / "encoder.safetensors"))
-    assert (encoder.card, card.map) == (card, kind)
+    assert (encoder.manifest, manifest.map) == (manifest, kind)
     with torch.no_grad():
         wanted = F.normalize(fitted(torch.tensor(base.encode(pictures()))))
     assert np.abs(encoder.encode(pictures()) - wanted.numpy()).max() < 1e-6
@@ -649,7 +651,7 @@ def test_a_changed_program_below_a_map_is_refused(folder: Path, exported: Path) 
     with torch.no_grad():
         other[0].weight *= 2
     pt2_file(path.with_suffix(".pt2"), other)
-    with pytest.raises(EncoderMismatch, match="are not those of its card"):
+    with pytest.raises(EncoderMismatch, match="are not those of its manifest"):
         load_encoder(spec)
     path.with_suffix(".pt2").unlink()
     with pytest.raises(EncoderProblem, match=r"encoder.pt2' is not there"):
@@ -660,7 +662,7 @@ def test_a_changed_map_is_refused(folder: Path, exported: Path) -> None:
     _, spec, path = mapped(folder, exported)
     state = load_file(path)
     save_file({name: tensor * 1.01 for name, tensor in state.items()}, path)
-    with pytest.raises(EncoderMismatch, match="are not those of its card"):
+    with pytest.raises(EncoderMismatch, match="are not those of its manifest"):
         load_encoder(spec)
     path.with_suffix(".json").unlink()
     for wrong, said in (
@@ -728,13 +730,18 @@ def test_mean_and_std_reach_the_scale_of_other_toolkits() -> None:
         def forward(self, images: torch.Tensor) -> torch.Tensor:
             return images.flatten(1)
 
-    from migrator.trainer.encoder import Card, EmbeddingNet
+    from migrator.trainer.encoder import EmbeddingNet, Manifest
 
     width = 3 * SIZE * SIZE
     model = EmbeddingNet(Seen(), width=width, dim=width, head="none")
-    card = Card.make(
-        arch="x", dim=width, head="none", preprocessing=preprocessing, weights_sha256="", probe=np.eye(1, width)[0]
+    manifest = Manifest.make(
+        arch="x",
+        dim=width,
+        head="none",
+        preprocessing=preprocessing,
+        weights_sha256="",
+        fingerprint=np.eye(1, width)[0],
     )
     wanted = ((pictures().astype(float) - 127) / 128).reshape(5, -1)
     wanted /= np.linalg.norm(wanted, axis=1, keepdims=True)
-    assert np.abs(Encoder(model, card, torch.device("cpu")).encode(pictures()) - wanted).max() < 1e-6
+    assert np.abs(Encoder(model, manifest, torch.device("cpu")).encode(pictures()) - wanted).max() < 1e-6

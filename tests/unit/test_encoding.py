@@ -289,11 +289,11 @@ def test_a_view_is_of_the_picture_as_each_encoder_declares_it(orientation: int):
     class Declared(Encoder):
         def __init__(self, **fields: Any) -> None:
             super().__init__()
-            self.card = type("Card", (), {"preprocessing": Preprocessing(4, **fields)})
+            self.manifest = type("Manifest", (), {"preprocessing": Preprocessing(4, **fields)})
             self.seen: list[Any] = []
 
         def prepare(self, image: Any) -> NDArray[np.uint8]:
-            self.seen.append(self.card.preprocessing.to_rgb(image))
+            self.seen.append(self.manifest.preprocessing.to_rgb(image))
             return np.zeros((2, 2, 3), np.uint8)
 
     first, second = Declared(), Declared(exif="ignore", alpha="#0000ff")

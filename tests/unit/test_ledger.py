@@ -369,11 +369,11 @@ class LedgerSuite:
 
     # -- encoders, plans, training, verification ----------------------------------------------------------------------
 
-    def test_an_encoder_card_is_kept_as_first_seen(self, ledger, second):
-        assert ledger.encoder_card("é✓") is None
-        ledger.save_encoder("é✓", '{"probe": [0.1]}')
-        second.save_encoder("é✓", '{"probe": [0.9]}')
-        assert ledger.encoder_card("é✓") == '{"probe": [0.1]}'
+    def test_an_encoder_manifest_is_kept_as_first_seen(self, ledger, second):
+        assert ledger.encoder_manifest("é✓") is None
+        ledger.save_encoder("é✓", '{"fingerprint": [0.1]}')
+        second.save_encoder("é✓", '{"fingerprint": [0.9]}')
+        assert ledger.encoder_manifest("é✓") == '{"fingerprint": [0.1]}'
 
     def test_an_encoder_saved_by_many_at_once(self, ledger):
         at_once = threading.Barrier(4)
@@ -384,7 +384,7 @@ class LedgerSuite:
 
         with ThreadPoolExecutor(4) as pool:
             list(pool.map(save, range(4)))
-        assert ledger.encoder_card("e") == "{}"
+        assert ledger.encoder_manifest("e") == "{}"
 
     def test_planning_again_replaces_nothing(self, ledger):
         first = plan(ledger, new=None)

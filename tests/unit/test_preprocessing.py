@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
 from migrator.trainer.cache import pixel_key
-from migrator.trainer.encoder import Card
+from migrator.trainer.encoder import Manifest
 from migrator.trainer.errors import EncoderProblem, ImageProblem
 from migrator.trainer.images import ImageSource
 from migrator.trainer.preprocessing import Preprocessing, timm_preprocessing
@@ -370,26 +370,28 @@ OTHERS: list[dict[str, Any]] = [
 ]
 
 
-def card(preprocessing: Preprocessing) -> Card:
-    return Card.make(arch="a", dim=1, head="none", preprocessing=preprocessing, weights_sha256="0", probe=[1.0])
+def manifest(preprocessing: Preprocessing) -> Manifest:
+    return Manifest.make(
+        arch="a", dim=1, head="none", preprocessing=preprocessing, weights_sha256="0", fingerprint=[1.0]
+    )
 
 
 def test_encoders_from_before_these_fields_keep_their_ids() -> None:
     declared = Preprocessing(SIZE).declared()
     assert declared.keys() == {"image_size", "resize", "interpolation", "mean", "std", "crop_pct"}
-    assert card(Preprocessing(SIZE)).id == "enc-450fda8bb98cec30"
+    assert manifest(Preprocessing(SIZE)).id == "enc-450fda8bb98cec30"
     assert Preprocessing((SIZE, SIZE)).declared() == declared
     same = Preprocessing(SIZE, exif="apply", alpha="#FFFFFF", convert="scaled", fill="#000000", antialias=True)
-    assert card(same).id == card(Preprocessing(SIZE)).id
+    assert manifest(same).id == manifest(Preprocessing(SIZE)).id
 
 
 def test_every_field_is_part_of_the_id_the_manifest_and_the_cache() -> None:
-    ids = {card(Preprocessing(SIZE)).id}
+    ids = {manifest(Preprocessing(SIZE)).id}
     keys = {pixel_key(Preprocessing(SIZE))}
     for fields in OTHERS:
         preprocessing = Preprocessing(**{"image_size": SIZE, **fields})
-        assert Card.from_json(card(preprocessing).to_json()).preprocessing == preprocessing
-        ids.add(card(preprocessing).id)
+        assert Manifest.from_json(manifest(preprocessing).to_json()).preprocessing == preprocessing
+        ids.add(manifest(preprocessing).id)
         keys.add(pixel_key(preprocessing))
     assert len(ids) == len(keys) == len(OTHERS) + 1
     means = {"mean": (0.1, 0.2, 0.3)}

@@ -237,7 +237,7 @@ def test_a_pair_gives_module_and_transform_and_is_called_once_for_both(folder: P
     import own_loader
 
     assert own_loader.made == ["pair"]
-    assert encoder.card.preprocessing.transform == "module:own_loader:pair"
+    assert encoder.manifest.preprocessing.transform == "module:own_loader:pair"
     images = [picture(), picture(33)]
     with ThreadPoolExecutor(4) as pool:
         batch = np.stack(list(pool.map(encoder.prepare, images)))
@@ -286,7 +286,7 @@ def test_a_changed_transform_is_noticed(folder: Path, monkeypatch: pytest.Monkey
     sys.path_importer_cache.clear()
     again = spec(folder, arch="module:own_loader:model", transform="own_loader:first")
     assert again.preprocessing == declared.preprocessing
-    with pytest.raises(EncoderMismatch, match="output for the probe image is not"):
+    with pytest.raises(EncoderMismatch, match="output for the fingerprint image is not"):
         load_encoder(replace(again, weights=folder / "e.safetensors"))
     assert pixel_key(again.preprocessing) != key, "prepared images of the other one are not used"
 
