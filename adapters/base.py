@@ -101,7 +101,7 @@ class CollectionInfo:
 
     name: str
     """Canonical and unique: two spellings of the same collection, an alias among them, give the same name."""
-    local: str
+    collection_id: str
     """What the store's own client calls it: a collection's name, or the absolute folder of a FAISS gallery."""
     dim: int
     metric: Metric
@@ -140,7 +140,7 @@ class WriteReport:
     """What became of a batch of writes. Every id given is in exactly one of the four."""
 
     written: Sequence[ItemId]
-    gone: Sequence[ItemId] = ()
+    deleted: Sequence[ItemId] = ()
     """Deleted since they were read. They stay deleted."""
     rejected: Mapping[ItemId, str] = field(default_factory=dict)
     """Refused by the store, with its reason."""
@@ -175,27 +175,27 @@ class Store(Protocol):
         """Facts of the collection as it is now."""
         ...
 
-    def scan_ids(self, *, after: ItemId | None, upto: ItemId | None = None, limit: int) -> list[ItemId]:
-        """The next `limit` ids in the store's total order, beyond `after` and not beyond `upto` (inclusive)."""
+    def scan_ids(self, *, after: ItemId | None, up_to: ItemId | None = None, limit: int) -> list[ItemId]:
+        """The next `limit` ids in the store's total order, beyond `after` and not beyond `up_to` (inclusive)."""
         ...
 
     def read(self, ids: Sequence[ItemId], *, vectors: bool, payload: bool) -> Page:
         """The items as they were written last; ids that no longer exist are left out."""
         ...
 
-    def scan(self, *, after: ItemId | None, upto: ItemId | None = None, limit: int) -> Page:
-        """The next `limit` items beyond `after` and not beyond `upto`, with vectors and payloads, in order.
+    def scan(self, *, after: ItemId | None, up_to: ItemId | None = None, limit: int) -> Page:
+        """The next `limit` items beyond `after` and not beyond `up_to`, with vectors and payloads, in order.
 
         What `scan_ids` and then `read` give, in one go. Fewer than `limit` come only where there are no more.
         """
         ...
 
     def write_vectors(
-        self, ids: Sequence[ItemId], vectors: Vectors, stamp: str | None, made_from: Page | None = None
+        self, ids: Sequence[ItemId], vectors: Vectors, stamp: str | None, expected: Page | None = None
     ) -> WriteReport:
         """Replaces the vectors of existing items, durably, together with their stamp (None removes it).
 
-        `made_from` is the page of these ids, with vectors and payloads, that the new vectors were made from: an item
+        `expected` is the page of these ids, with vectors and payloads, that the new vectors were made from: an item
         that is no longer what it was there is not written but reported as `changed`.
 
         Never creates an item and never touches a payload. Repeating the call changes nothing more. Refuses, before
@@ -250,24 +250,24 @@ class Store(Protocol):
         """The k nearest items as a reader of the collection sees it now: unpublished vectors do not answer."""
         ...
 
-    def forget_migration(self) -> None:
+    def clear_migration_state(self) -> None:
         """Removes what the migration left in the store besides the vectors: stamps and kept generations."""
         ...
 
     # -- a second collection beside this one: the shadow strategy ---------------------------------------------------
 
-    def exists(self, local: str) -> bool:
-        """Whether this server, or file system, has a collection of that name (`CollectionInfo.local`); not an alias."""
+    def exists(self, collection_id: str) -> bool:
+        """Whether this server or file system has a collection of that id, which no alias is."""
         ...
 
-    def sibling(self, local: str) -> Store:
+    def open_collection(self, collection_id: str) -> Store:
         """Another collection by its own name, over the same connection, for reading or writing like this one.
 
         Raises `StoreRejected` if there is none. The connection is closed with the last of the stores that share it.
         """
         ...
 
-    def create_like(self, local: str, *, dim: int) -> Store:
+    def create_like(self, collection_id: str, *, dim: int) -> Store:
         """An empty collection of the same schema, metric and index parameters, for vectors of `dim`; opened.
 
         One of that name that is there already is opened as it is if it fits, so that a killed call can be repeated;
@@ -308,7 +308,7 @@ class Store(Protocol):
         ...
 
     def close(self) -> None:
-        """Lets go of the store, and of its lock where it holds one. Safe to repeat."""
+        """Closes the store, and releases its lock where it holds one. Safe to repeat."""
         ...
 
 

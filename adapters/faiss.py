@@ -338,7 +338,7 @@ class FaissStore:
                 continue
             if self._folder.identity() == generation:
                 return state
-        raise StoreUnavailable(f"{self._folder.local} is being replaced all the time: try again when it rests")
+        raise StoreUnavailable(f"{self._folder.collection_id} is being replaced all the time: try again when it rests")
 
     def _read(self, generation: Generation) -> _State:
         folder = self._folder
@@ -380,7 +380,7 @@ class FaissStore:
     def _current(self) -> _State:
         """The state in memory, after a look whether the application has replaced a file. Call with `_lock` held."""
         if not self._open:
-            raise StoreRejected(f"{self._folder.local} was closed")
+            raise StoreRejected(f"{self._folder.collection_id} was closed")
         if self._folder.identity() != self._state.generation:
             try:
                 following = self._load()
@@ -419,8 +419,8 @@ class FaissStore:
             state = self._current()
         index = state.index
         return CollectionInfo(
-            name=f"faiss:{self._folder.local}",
-            local=self._folder.local,
+            name=f"faiss:{self._folder.collection_id}",
+            collection_id=self._folder.collection_id,
             alias=self._folder.alias,
             dim=index.dim,
             metric=index.metric,
@@ -433,15 +433,15 @@ class FaissStore:
 
     # -- reading --------------------------------------------------------------------------------------------------
 
-    def scan_ids(self, *, after: ItemId | None, upto: ItemId | None = None, limit: int) -> list[ItemId]:
-        """The next `limit` ids beyond `after` and not beyond `upto`: integers ascending, or strings by code point."""
+    def scan_ids(self, *, after: ItemId | None, up_to: ItemId | None = None, limit: int) -> list[ItemId]:
+        """The next `limit` ids beyond `after` and not beyond `up_to`: integers ascending, or strings by code point."""
         with self._lock:
             state = self._current()
             if not state.changes:
-                end = len(state.ids) if upto is None else state.after(upto)
+                end = len(state.ids) if up_to is None else state.after(up_to)
                 start = state.after(after)
                 return list(state.ids[start : min(end, start + max(limit, 0))])
-            last = None if upto is None else order_key(upto)
+            last = None if up_to is None else order_key(up_to)
             ids = itertools.takewhile(lambda item: last is None or order_key(item) <= last, state.all_after(after))
             return list(itertools.islice(ids, max(limit, 0)))
 
@@ -473,10 +473,10 @@ class FaissStore:
             [stamps[row] if changed is None else changed.stamp for row, changed in mixed],
         )
 
-    def scan(self, *, after: ItemId | None, upto: ItemId | None = None, limit: int) -> Page:
+    def scan(self, *, after: ItemId | None, up_to: ItemId | None = None, limit: int) -> Page:
         """The next `limit` items, as `read` gives them."""
         with self._lock:
-            return self.read(self.scan_ids(after=after, upto=upto, limit=limit), vectors=True, payload=True)
+            return self.read(self.scan_ids(after=after, up_to=up_to, limit=limit), vectors=True, payload=True)
 
     def unstamped(self, stamp: str, *, after: ItemId | None, limit: int) -> list[ItemId]:
         """Ids beyond `after` of items whose last written vector does not carry `stamp`."""
@@ -545,7 +545,7 @@ class FaissStore:
     # -- writing --------------------------------------------------------------------------------------------------
 
     def write_vectors(
-        self, ids: Sequence[ItemId], vectors: Vectors, stamp: str | None, made_from: Page | None = None
+        self, ids: Sequence[ItemId], vectors: Vectors, stamp: str | None, expected: Page | None = None
     ) -> WriteReport:
         """Makes `vectors` (n, dim) durable in a segment; `publish` brings them into the index.
 
@@ -558,10 +558,10 @@ class FaissStore:
                 state = self._current()
                 vectors = state.index.as_kept(as_batch(vectors, state.index.dim, ids))
                 rejected = {} if stamp is None else unusable(ids, vectors)
-                now = self.read(ids, vectors=made_from is not None, payload=self._items_replaced(state))
+                now = self.read(ids, vectors=expected is not None, payload=self._items_replaced(state))
                 there = set(now.ids)
                 rejected = {item: why for item, why in rejected.items() if item in there}
-                changed = [] if made_from is None else _changed(made_from, now)
+                changed = [] if expected is None else _changed(expected, now)
                 if changed and stamp is not None:
                     changed = _not_ours(changed, now, ids, vectors, stamp)
                 leave = {*rejected, *changed}
@@ -780,7 +780,7 @@ class FaissStore:
         )
         return [self._folder.write_stamps(stamps)]
 
-    def forget_migration(self) -> None:
+    def clear_migration_state(self) -> None:
         """Removes stamps, folded segments and the original index. Refused while written vectors wait for `publish`."""
         with self._writing:
             self._must_write()
@@ -789,8 +789,8 @@ class FaissStore:
                 waiting = int(state.pending.sum()) + len(state.changes.by_id)
                 if waiting:
                     raise StoreRejected(
-                        f"{self._folder.local}: {waiting} written vectors are not published: publish them, or restore "
-                        "the old ones, before the migration is forgotten"
+                        f"{self._folder.collection_id}: {waiting} written vectors are not published: publish them, or "
+                        "restore the old ones, before the state of the migration is cleared"
                     )
                 folder = self._folder
                 if state.vector_files is not None and state.stamps.any():
@@ -803,24 +803,24 @@ class FaissStore:
 
     # -- a second collection ----------------------------------------------------------------------------------------
 
-    def exists(self, local: str) -> bool:
+    def exists(self, collection_id: str) -> bool:
         """Whether there is a folder of that path with an index in it, or this collection is called so."""
         with self._lock:
             self._current()
-        if local == self._folder.local:
+        if collection_id == self._folder.collection_id:
             return self._folder.index.is_file()
-        return Path(local, "index.faiss").is_file() and not Path(local).is_symlink()
+        return Path(collection_id, "index.faiss").is_file() and not Path(collection_id).is_symlink()
 
-    def sibling(self, local: str) -> FaissStore:
+    def open_collection(self, collection_id: str) -> FaissStore:
         """The collection in another folder, or this one once more."""
         with self._lock:
             self._current()
-        return FaissStore(self._folder.opened_as(local), write=self._held is not None)
+        return FaissStore(self._folder.opened_as(collection_id), write=self._held is not None)
 
-    def create_like(self, local: str, *, dim: int) -> FaissStore:
+    def create_like(self, collection_id: str, *, dim: int) -> FaissStore:
         """A new folder with an empty index of the same kind and parameters, and the same columns."""
         self._must_write()
-        path = Path(local)
+        path = Path(collection_id)
         if path.exists():
             store = FaissStore(Folder(path), write=True)
             if not store._folder.created.exists():
@@ -855,7 +855,7 @@ class FaissStore:
         with self._writing:
             self._must_write()
             folder = self._folder
-            named = Path(folder.local)
+            named = Path(folder.collection_id)
             for link in named.parent.iterdir():
                 if link != named and link.is_symlink() and link.resolve() == named:
                     raise StoreRejected(f"{named} is not deleted: the symbolic link {link} leads to it")
@@ -864,12 +864,12 @@ class FaissStore:
 
     def _must_write(self) -> None:
         if not self._open:
-            raise StoreRejected(f"{self._folder.local} was closed")
+            raise StoreRejected(f"{self._folder.collection_id} was closed")
         if self._held is None:
-            raise StoreRejected(f"{self._folder.local} was opened for reading only")
+            raise StoreRejected(f"{self._folder.collection_id} was opened for reading only")
 
     def close(self) -> None:
-        """Lets go of the folder. Safe to repeat."""
+        """Releases the folder. Safe to repeat."""
         with self._writing:
             self._open = False
             if self._held is not None:
@@ -923,15 +923,15 @@ def _same(state: _State, original: Index) -> NDArray[np.bool_]:
     return same
 
 
-def _changed(made_from: Page, now: Page) -> list[ItemId]:
+def _changed(expected: Page, now: Page) -> list[ItemId]:
     """Items whose vector, or payload where it is given, is another than it was."""
-    assert made_from.vectors is not None
+    assert expected.vectors is not None
     assert now.vectors is not None
-    before = dict(zip(made_from.ids, row_checksums(made_from.vectors).tolist(), strict=True))
+    before = dict(zip(expected.ids, row_checksums(expected.vectors).tolist(), strict=True))
     after = zip(now.ids, row_checksums(now.vectors).tolist(), strict=True)
     changed = {item for item, checksum in after if before.get(item) != checksum}
-    if now.payloads is not None and made_from.payloads is not None:
-        payloads = dict(zip(made_from.ids, made_from.payloads, strict=True))
+    if now.payloads is not None and expected.payloads is not None:
+        payloads = dict(zip(expected.ids, expected.payloads, strict=True))
         changed |= {
             item
             for item, fields in zip(now.ids, now.payloads, strict=True)

@@ -118,7 +118,7 @@ class Folder:
             self._items = (str(self.path / "items.parquet"),)
         self.named_index = named
         self.index = Path(os.path.realpath(named))
-        self.local = str(self.path if self.is_folder else named)
+        self.collection_id = str(self.path if self.is_folder else named)
         """By which the collection is known: its folder, or its index where the files have other names."""
         self.ours = self.path / (".migrator" if named.name == "index.faiss" else f".migrator.{named.name}")
         self.changes = self.ours / "changes"
@@ -131,11 +131,11 @@ class Folder:
         self._outdated = self.ours / "vectors.json"
         self._numbers: dict[Path, int] = {}
 
-    def opened_as(self, local: str) -> Folder:
+    def opened_as(self, collection_id: str) -> Folder:
         """The files of another collection of this name, or of this one."""
-        if local == self.local and not self.is_folder:
+        if collection_id == self.collection_id and not self.is_folder:
             return Folder(index=self.named_index, items=self._items, vectors=self._vectors)
-        return Folder(local, vectors=self._vectors if local == self.local else ())
+        return Folder(collection_id, vectors=self._vectors if collection_id == self.collection_id else ())
 
     # -- the user's files -----------------------------------------------------------------------------------------
 
@@ -243,7 +243,7 @@ class Folder:
             try:
                 lock.acquire(timeout=0)
             except filelock.Timeout:
-                raise StoreBusy(f"{self.local} is being written by {self._holder()}") from None
+                raise StoreBusy(f"{self.collection_id} is being written by {self._holder()}") from None
             try:
                 holder = {
                     "pid": os.getpid(),

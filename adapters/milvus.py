@@ -103,7 +103,7 @@ def open_store(config: Mapping[str, Any], *, write: bool) -> MilvusStore:
     try:
         return MilvusStore(connection, config["collection"], vector=config.get("vector"), write=write)
     except BaseException:
-        connection.let_go()
+        connection.release()
         raise
 
 
@@ -148,7 +148,7 @@ class Connection:
         self._users += 1
         return self
 
-    def let_go(self) -> None:
+    def release(self) -> None:
         """One store less."""
         self._users -= 1
         if self._users == 0:
@@ -156,7 +156,7 @@ class Connection:
             self._release()
 
     def _release(self) -> None:
-        """Lite's server in this process holds the file until it is told to let go."""
+        """Lite's server in this process holds the file until it is stopped."""
         if not self.lite:
             return
         with self._lite_lock:
@@ -234,7 +234,7 @@ class Connection:
 
 
 class MilvusStore:
-    """One collection of a Milvus. It takes part in `connection`, and lets go of it when it is closed."""
+    """One collection of a Milvus. It shares `connection`, and releases it when it is closed."""
 
     def __init__(self, connection: Connection, collection: str, *, vector: str | None, write: bool) -> None:
         from pymilvus import DataType
@@ -243,14 +243,14 @@ class MilvusStore:
         self._open = True
         self._fence: Fence | None = None
         found = self._describe(collection)
-        self._local_name = str(found["collection_name"])
-        self._alias = collection if collection != self._local_name else None
-        self._written_name = self._local_name
+        self._collection = str(found["collection_name"])
+        self._alias = collection if collection != self._collection else None
+        self._written_name = self._collection
         self._dynamic = bool(found.get("enable_dynamic_field"))
         self._fields: dict[str, Row] = {field["name"]: field for field in found["fields"]}
         key = next((field for field in found["fields"] if field.get("is_primary")), None)
         if key is None:
-            raise StoreRejected(f"collection {self._local_name} has no primary key, by which its rows could be written")
+            raise StoreRejected(f"collection {self._collection} has no primary key, by which its rows could be written")
         self._key = str(key["name"])
         self._strings = key["type"] == DataType.VARCHAR
         self._auto_id = bool(key.get("auto_id"))
@@ -263,24 +263,26 @@ class MilvusStore:
         if self._key == "id":  # which every template knows without it
             self._no_payload.add("id")
         if connection.lite:  # in Lite that is a matter of this process alone
-            self._ask(lambda client: client.load_collection(self._local_name, timeout=LOADING))
-        state = self._ask(lambda client: client.get_load_state(self._local_name, timeout=connection.timeout))
+            self._ask(lambda client: client.load_collection(self._collection, timeout=LOADING))
+        state = self._ask(lambda client: client.get_load_state(self._collection, timeout=connection.timeout))
         loaded = str(state["state"]).removeprefix("LoadState.")
         if loaded == "Loading":  # as after a restart of the server
-            raise StoreUnavailable(f"collection {self._local_name} is still being loaded")
+            raise StoreUnavailable(f"collection {self._collection} is still being loaded")
         if loaded != "Loaded":
-            raise StoreRejected(f"collection {self._local_name} is not loaded: load it, then again")
+            raise StoreRejected(f"collection {self._collection} is not loaded: load it, then again")
         self._must_be_whole()
-        self._index = self._ask(lambda client: _index_of(client, self._local_name, self._vector, connection.timeout))
+        self._index = self._ask(lambda client: _index_of(client, self._collection, self._vector, connection.timeout))
         if self._index.get("metric_type") not in METRICS:
             raise StoreRejected(
-                f"{self._local_name}.{self._vector} has the metric {self._index.get('metric_type')}, known are "
+                f"{self._collection}.{self._vector} has the metric {self._index.get('metric_type')}, known are "
                 f"{', '.join(METRICS)}"
             )
         self._metric = METRICS[self._index["metric_type"]]
         self._partial = self._can_update_fields()
-        local = self._local_name
-        self._known = Known((lambda: connection.engine_of(local)) if connection.lite else None, 4 * self._dim + 500)
+        collection_id = self._collection
+        self._known = Known(
+            (lambda: connection.engine_of(collection_id)) if connection.lite else None, 4 * self._dim + 500
+        )
 
     def _must_be_whole(self) -> None:
         """Rows of partitions that are not loaded cannot be seen, though the collection counts as loaded."""
@@ -289,10 +291,10 @@ class MilvusStore:
         for partition in self._partitions():
             if partition is None:
                 return
-            state = self._call("get_load_state", self._local_name, partition_name=partition)["state"]
+            state = self._call("get_load_state", self._collection, partition_name=partition)["state"]
             if str(state).removeprefix("LoadState.") != "Loaded":
                 raise StoreRejected(
-                    f"partition {partition} of collection {self._local_name} is not loaded, so that its rows cannot be "
+                    f"partition {partition} of collection {self._collection} is not loaded, so that its rows cannot be "
                     "read: load the whole collection, then again"
                 )
 
@@ -319,7 +321,7 @@ class MilvusStore:
         )  # fmt: skip
         vectors = {name: field for name, field in self._fields.items() if field["type"] in kinds}
         names = ", ".join(vectors) or "none"
-        where = f"collection {self._local_name}"
+        where = f"collection {self._collection}"
         if wanted is None and len(vectors) != 1:
             raise StoreRejected(f"{where} has the vector fields {names}: name one with `vector`")
         name = next(iter(vectors)) if wanted is None else wanted
@@ -347,7 +349,7 @@ class MilvusStore:
 
     def _ask(self, call: Callable[[MilvusClient], T]) -> T:
         if not self._open:
-            raise StoreRejected(f"{self._local_name} was closed")
+            raise StoreRejected(f"{self._collection} was closed")
         return self._connection.ask(call)
 
     def _call(self, method: str, *arguments: Any, **options: Any) -> Any:
@@ -432,7 +434,7 @@ class MilvusStore:
         )
 
     def _description(self) -> Description:
-        return like.describe(self._call, self._local_name)
+        return like.describe(self._call, self._collection)
 
     def describe(self) -> CollectionInfo:
         """Facts of the collection as it is now. Rows with one key inserted twice count twice here."""
@@ -452,8 +454,8 @@ class MilvusStore:
         )
         parameters = " ".join(f"{name}={value}" for name, value in sorted(like.index_parameters(self._index).items()))
         return CollectionInfo(
-            name=f"milvus:{where}/{self._local_name}",
-            local=self._local_name,
+            name=f"milvus:{where}/{self._collection}",
+            collection_id=self._collection,
             dim=self._dim,
             metric=self._metric,
             count=self._count_rows(),
@@ -482,7 +484,7 @@ class MilvusStore:
             more["iterator"] = "True"
         found = self._ask(
             lambda client: client.query(
-                self._local_name,
+                self._collection,
                 filter=condition,
                 output_fields=fields,
                 consistency_level="Strong",
@@ -517,24 +519,24 @@ class MilvusStore:
             return "" if after < SMALLEST else f"{self._key} >= {after + 1}"
         return f"{self._key} > {self._literal(after)}"
 
-    def _upto(self, upto: ItemId | None) -> str | None:
-        """The condition for keys not beyond `upto`; None if there can be none."""
-        if upto is None:
+    def _up_to(self, up_to: ItemId | None) -> str | None:
+        """The condition for keys not beyond `up_to`; None if there can be none."""
+        if up_to is None:
             return ""
-        if isinstance(upto, str) != self._strings:
-            return "" if isinstance(upto, str) else None
-        if isinstance(upto, int):
-            if upto < SMALLEST:
+        if isinstance(up_to, str) != self._strings:
+            return "" if isinstance(up_to, str) else None
+        if isinstance(up_to, int):
+            if up_to < SMALLEST:
                 return None
-            return "" if upto >= LARGEST else f"{self._key} < {upto + 1}"
-        return f"{self._key} <= {self._literal(upto)}"
+            return "" if up_to >= LARGEST else f"{self._key} < {up_to + 1}"
+        return f"{self._key} <= {self._literal(up_to)}"
 
     def _pages(
-        self, condition: str, after: ItemId | None, upto: ItemId | None, limit: int, fields: list[str], size: int
+        self, condition: str, after: ItemId | None, up_to: ItemId | None, limit: int, fields: list[str], size: int
     ) -> Iterator[list[Row]]:
         """Up to `limit` rows in the order of the keys, in pages of `size`, as they are when the first is asked for."""
         self._barrier()
-        inside = self._upto(upto)
+        inside = self._up_to(up_to)
         while limit > 0 and inside is not None and (beyond := self._beyond(after)) is not None:
             size = min(size, limit)
             both = " and ".join(f"({part})" for part in (beyond, inside, condition) if part)
@@ -555,26 +557,26 @@ class MilvusStore:
             limit -= len(page)
             after = page[-1][self._key]
 
-    def _keys(self, condition: str, after: ItemId | None, upto: ItemId | None, limit: int) -> list[ItemId]:
+    def _keys(self, condition: str, after: ItemId | None, up_to: ItemId | None, limit: int) -> list[ItemId]:
         size = LITE_PAGE if self._connection.lite else PAGE
-        pages = self._pages(condition, after, upto, limit, [self._key], size)
+        pages = self._pages(condition, after, up_to, limit, [self._key], size)
         return [row[self._key] for page in pages for row in page]
 
-    def scan_ids(self, *, after: ItemId | None, upto: ItemId | None = None, limit: int) -> list[ItemId]:
+    def scan_ids(self, *, after: ItemId | None, up_to: ItemId | None = None, limit: int) -> list[ItemId]:
         """The next `limit` keys in order."""
         with self._known.held() as known:
             if known and self._open:
                 if self._known.keys is None:
                     self._known.keys = self._keys("", None, None, sys.maxsize)
-                return self._known.between(after, upto, limit)
-        return self._keys("", after, upto, limit)
+                return self._known.between(after, up_to, limit)
+        return self._keys("", after, up_to, limit)
 
-    def scan(self, *, after: ItemId | None, upto: ItemId | None = None, limit: int) -> Page:
+    def scan(self, *, after: ItemId | None, up_to: ItemId | None = None, limit: int) -> Page:
         """The next `limit` rows in order."""
         with self._known.held() as known:
             if known or len(self._partitions()) > 1:
-                return self.read(self.scan_ids(after=after, upto=upto, limit=limit), vectors=True, payload=True)
-        pages = self._pages("", after, upto, limit, ["*"], self._fitting)
+                return self.read(self.scan_ids(after=after, up_to=up_to, limit=limit), vectors=True, payload=True)
+        pages = self._pages("", after, up_to, limit, ["*"], self._fitting)
         rows = {row[self._key]: row for page in pages for row in page}
         return self._page(list(rows), rows, vectors=True, payload=True)
 
@@ -615,7 +617,7 @@ class MilvusStore:
 
     def _must_keep_stamps(self) -> None:
         if not self._dynamic:
-            raise StoreRejected(f"collection {self._local_name} has no dynamic field to keep stamps in")
+            raise StoreRejected(f"collection {self._collection} has no dynamic field to keep stamps in")
 
     @property
     def _fitting(self) -> int:
@@ -658,7 +660,7 @@ class MilvusStore:
         """
         if any(field.get("is_partition_key") for field in self._fields.values()):
             return [None]
-        names = self._ask(lambda client: client.list_partitions(self._local_name, timeout=self._connection.timeout))
+        names = self._ask(lambda client: client.list_partitions(self._collection, timeout=self._connection.timeout))
         return [None] if len(names) == 1 else sorted(names)
 
     def _fits(self, item: ItemId) -> bool:
@@ -676,7 +678,7 @@ class MilvusStore:
             for part in self._parts(ids):
                 rows.update(self._rows(part, fields))
             if not self._open:
-                raise StoreRejected(f"{self._local_name} was closed")
+                raise StoreRejected(f"{self._collection} was closed")
             page = self._page([item for item in ids if item in rows], rows, vectors=vectors, payload=payload)
             if known:
                 stamps = dict(zip(page.ids, page.stamps, strict=True))
@@ -740,7 +742,7 @@ class MilvusStore:
             block = list(queries[start : start + 1000])
             answers = self._ask(
                 lambda client, block=block: client.search(  # type: ignore[misc]
-                    self._local_name,
+                    self._collection,
                     data=block,
                     anns_field=self._vector,
                     limit=min(k, 16_384),
@@ -784,23 +786,23 @@ class MilvusStore:
     # -- writing --------------------------------------------------------------------------------------------------
 
     def write_vectors(
-        self, ids: Sequence[ItemId], vectors: Vectors, stamp: str | None, made_from: Page | None = None
+        self, ids: Sequence[ItemId], vectors: Vectors, stamp: str | None, expected: Page | None = None
     ) -> WriteReport:
         """Writes the vectors, as single fields or as whole rows, and looks afterwards what became of them."""
         self._must_write()
         if (refusal := self._in_place_refusal()) is not None:
-            raise StoreRejected(f"collection {self._local_name} {refusal}")
+            raise StoreRejected(f"collection {self._collection} {refusal}")
         batch = as_batch(vectors, self._dim, ids)
         rejected = {} if stamp is None else unusable(ids, batch)
         place = {item: row for row, item in enumerate(ids)}
-        before = None if made_from is None else contents(made_from)
+        before = None if expected is None else contents(expected)
         written: list[ItemId] = []
-        gone: list[ItemId] = []
+        deleted: list[ItemId] = []
         changed: list[ItemId] = []
         for part in self._parts(ids, ROWS if self._partial else WHOLE_ROWS):
             with self._known.held() as known:
                 rows, moved = self._as_they_are(part, before, known=known)
-                gone += [item for item in part if item not in rows]
+                deleted += [item for item in part if item not in rows]
                 moved = [
                     item
                     for item in moved
@@ -822,13 +824,13 @@ class MilvusStore:
             for item in todo:
                 row = after.get(item)
                 if row is None:
-                    gone.append(item)
+                    deleted.append(item)
                 elif self._is_written(row, batch[place[item]], stamp):
                     written.append(item)
                 else:
                     changed.append(item)
-        lost = set(gone)
-        return WriteReport(written, gone, {item: why for item, why in rejected.items() if item not in lost}, changed)
+        lost = set(deleted)
+        return WriteReport(written, deleted, {item: why for item, why in rejected.items() if item not in lost}, changed)
 
     def _as_they_are(
         self, ids: list[ItemId], before: Mapping[ItemId, Contents] | None, *, known: bool
@@ -901,16 +903,16 @@ class MilvusStore:
     def create_write_alias(self, alias: str) -> None:
         """On a server; a Milvus Lite file is locked."""
         if not self._connection.lite and self._collection_of(alias) is None:
-            self._call("create_alias", self._local_name, alias)
+            self._call("create_alias", self._collection, alias)
 
     def delete_write_alias(self, alias: str) -> None:
         """On a server; a Milvus Lite file is locked."""
-        if not self._connection.lite and self._collection_of(alias) == self._local_name:
+        if not self._connection.lite and self._collection_of(alias) == self._collection:
             self._call("drop_alias", alias)
 
     def write_through(self, alias: str) -> None:
         """Where the alias exists: a server may forbid it."""
-        if not self._connection.lite and self._collection_of(alias) == self._local_name:
+        if not self._connection.lite and self._collection_of(alias) == self._collection:
             self._written_name = alias
 
     def _may_change(self) -> None:
@@ -921,7 +923,7 @@ class MilvusStore:
         """Nothing: a written vector answers at once."""
         self._must_write()
 
-    def forget_migration(self) -> None:
+    def clear_migration_state(self) -> None:
         """Takes the stamps away. Every row that carries one is written once more for that."""
         self._must_write()
         if not self._dynamic:
@@ -949,22 +951,22 @@ class MilvusStore:
 
     # -- a second collection ----------------------------------------------------------------------------------------
 
-    def exists(self, local: str) -> bool:
+    def exists(self, collection_id: str) -> bool:
         """Whether there is a collection of that name."""
-        return local in self._ask(lambda client: client.list_collections(timeout=self._connection.timeout))
+        return collection_id in self._ask(lambda client: client.list_collections(timeout=self._connection.timeout))
 
-    def sibling(self, local: str) -> MilvusStore:
+    def open_collection(self, collection_id: str) -> MilvusStore:
         """Another collection over the same connection."""
-        if not self.exists(local):
-            raise StoreRejected(f"{self._connection.where} has no collection {local!r}")
+        if not self.exists(collection_id):
+            raise StoreRejected(f"{self._connection.where} has no collection {collection_id!r}")
         connection = self._connection.shared()
         try:
-            return MilvusStore(connection, local, vector=self._vector, write=self._write)
+            return MilvusStore(connection, collection_id, vector=self._vector, write=self._write)
         except BaseException:
-            connection.let_go()
+            connection.release()
             raise
 
-    def create_like(self, local: str, *, dim: int) -> MilvusStore:
+    def create_like(self, collection_id: str, *, dim: int) -> MilvusStore:
         """An empty collection with the same fields, properties and indexes, for vectors of `dim`, loaded.
 
         What comes of it is compared with this one, field by field; whatever differs but `dim` is a refusal, and what
@@ -972,44 +974,46 @@ class MilvusStore:
         """
         self._must_write()
         want = self._wanted(dim)
-        made = not self.exists(local)
+        made = not self.exists(collection_id)
         try:
             if made:
-                like.create(self._call, local, want)
+                like.create(self._call, collection_id, want)
             else:  # by a call that was killed: its own work is completed, what is not its own is left as it is
-                self._must_fit(local, dim)
-            like.complete(self._call, local, want)
-            self._must_be(local, want)
-            self._load(local)
-            return self.sibling(local)
+                self._must_fit(collection_id, dim)
+            like.complete(self._call, collection_id, want)
+            self._must_be(collection_id, want)
+            self._load(collection_id)
+            return self.open_collection(collection_id)
         except StoreRejected:
             if made:
-                like.drop(self._call, local)
+                like.drop(self._call, collection_id)
             raise
 
-    def _load(self, local: str) -> None:
+    def _load(self, collection_id: str) -> None:
         replicas = self._replicas()
         try:
-            self._call("load_collection", local, **replicas)
+            self._call("load_collection", collection_id, **replicas)
         except StoreRejected as refusal:
             number = replicas.get("replica_number", 1)
             raise StoreRejected(
-                f"there is no room to load a second collection like {self._local_name}, with {number} replicas: "
+                f"there is no room to load a second collection like {self._collection}, with {number} replicas: "
                 f"{refusal}: give the server more query nodes, then again"
             ) from refusal
 
-    def _must_fit(self, local: str, dim: int) -> None:
-        fields = self._describe(local)["fields"]
+    def _must_fit(self, collection_id: str, dim: int) -> None:
+        fields = self._describe(collection_id)["fields"]
         found = next((field["params"].get("dim") for field in fields if field["name"] == self._vector), None)
         if found != dim:
-            raise StoreRejected(f"{local} is there already, with {found}-d vectors instead of {dim}-d ones: remove it")
+            raise StoreRejected(
+                f"{collection_id} exists already, with {found}-d vectors instead of {dim}-d ones: remove it"
+            )
 
-    def _must_be(self, local: str, want: Description) -> None:
-        found = like.describe(self._call, local)
+    def _must_be(self, collection_id: str, want: Description) -> None:
+        found = like.describe(self._call, collection_id)
         wrong = like.difference(want, found)
         if wrong is not None:
             raise StoreRejected(
-                f"{self._connection.where} does not make another collection like {self._local_name}: {wrong}: "
+                f"{self._connection.where} does not make another collection like {self._collection}: {wrong}: "
                 "set rollout.strategy to in_place, or change that in the collection"
             )
 
@@ -1038,7 +1042,7 @@ class MilvusStore:
         )
         in_place = "" if self._in_place_refusal() or dim != self._dim else "set rollout.strategy to in_place, or "
         raise StoreRejected(
-            f"collection {self._local_name} makes its own keys (auto_id), and {why}: {in_place}set "
+            f"collection {self._collection} makes its own keys (auto_id), and {why}: {in_place}set "
             "store.auto_id_in_shadow to keep_keys for a shadow that keeps the keys and makes none, so that the "
             "application gives them from then on (docs/reference/stores/milvus.md)"
         )
@@ -1048,7 +1052,7 @@ class MilvusStore:
         if self._connection.lite:
             return {}
         try:
-            found = self._call("describe_replica", self._local_name)
+            found = self._call("describe_replica", self._collection)
         except StoreRejected:  # not for this user
             return {}
         groups = sorted({replica.resource_group for replica in found})
@@ -1089,7 +1093,7 @@ class MilvusStore:
         if not self._auto_id or (how := self._given_keys.written_by) == "upsert":
             return self._upsert(rows, partial=False)
         if how is None:
-            return {row[self._key]: f"{self._local_name} takes no rows with given keys (auto_id)" for row in rows}
+            return {row[self._key]: f"{self._collection} takes no rows with given keys (auto_id)" for row in rows}
         self._delete([row[self._key] for row in rows])  # an insert would leave the row of before beside the new one
         return self._send("insert", rows)
 
@@ -1128,27 +1132,27 @@ class MilvusStore:
         self._must_write()
         timeout = self._connection.timeout
         if aliases := self._aliases():
-            raise StoreRejected(f"{self._local_name} is not deleted: the alias {aliases[0]!r} leads to it")
-        self._ask(lambda client: client.drop_collection(self._local_name, timeout=timeout))
+            raise StoreRejected(f"{self._collection} is not deleted: the alias {aliases[0]!r} leads to it")
+        self._ask(lambda client: client.drop_collection(self._collection, timeout=timeout))
         self.close()
 
     def _aliases(self) -> list[str]:
-        aliases = self._describe(self._local_name).get("aliases")  # Milvus Lite tells none
+        aliases = self._describe(self._collection).get("aliases")  # Milvus Lite tells none
         if not aliases and self._connection.database == "default":  # 2.3 lists those of no other
-            aliases = self._call("list_aliases", self._local_name)["aliases"]
+            aliases = self._call("list_aliases", self._collection)["aliases"]
         return sorted(aliases or ())
 
     def _must_write(self) -> None:
         if not self._open:
-            raise StoreRejected(f"{self._local_name} was closed")
+            raise StoreRejected(f"{self._collection} was closed")
         if not self._write:
-            raise StoreRejected(f"{self._local_name} was opened for reading only")
+            raise StoreRejected(f"{self._collection} was opened for reading only")
 
     def close(self) -> None:
-        """Lets go of the connection. Safe to repeat."""
+        """Releases the connection. Safe to repeat."""
         if self._open:
             self._open = False
-            self._connection.let_go()
+            self._connection.release()
 
 
 def _checksum(vector: Any) -> str:

@@ -93,11 +93,11 @@ class Known:
         place = bisect.bisect_left(self.keys, order_key(item), key=order_key)
         return place < len(self.keys) and self.keys[place] == item
 
-    def between(self, after: ItemId | None, upto: ItemId | None, limit: int) -> list[ItemId]:
-        """The next `limit` keys beyond `after` and not beyond `upto`."""
+    def between(self, after: ItemId | None, up_to: ItemId | None, limit: int) -> list[ItemId]:
+        """The next `limit` keys beyond `after` and not beyond `up_to`."""
         assert self.keys is not None
         first = 0 if after is None else bisect.bisect_right(self.keys, order_key(after), key=order_key)
-        end = len(self.keys) if upto is None else bisect.bisect_right(self.keys, order_key(upto), key=order_key)
+        end = len(self.keys) if up_to is None else bisect.bisect_right(self.keys, order_key(up_to), key=order_key)
         return self.keys[first : max(first, min(end, first + max(limit, 0)))]
 
     def unread(self, items: Iterable[ItemId]) -> list[ItemId]:

@@ -1,9 +1,9 @@
 """Qdrant: a server over REST or gRPC, or a local folder that one process at a time may open.
 
-How a crash or the application's own writes cannot do harm: on a server a write first claims its items, with a word in
-the payload that begins with the stamp. Vector and stamp are then written on the condition that the claim still
-stands. An application that upserts an item takes the claim away with it, so its write wins, and a write that was cut
-off leaves a claim, which is not the stamp. A local folder has no other writers: there whole points are written.
+Why a crash or the application's own writes do no harm: on a server a write first leaves a write intent in the payload
+of its items, a text that begins with the stamp. Vector and stamp are then written on the condition that the intent is
+still there. An application that upserts an item removes the intent, so its write wins, and an interrupted write leaves
+an intent, which is not the stamp. A local folder has no other writers: there whole points are written.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ OLDEST = (1, 10)  # the first server version that answers as the client asks (qu
 NAMED_SINCE = (1, 13)  # the first that can be asked which points have a certain vector
 CONDITIONAL = (1, 16)  # the first with update_filter
 ITEMS_WHOLE = 500  # points with further vectors that are read at once, as their size is not known
-SHRUGS = 5  # times that a server may miss a point which it has
+MAX_MISSING_RETRIES = 5  # times that a server may miss a point which it has
 DATATYPES: Mapping[str, float] = {"float32": 1e-6, "float16": 1e-3}  # and how far what is read is from what was written
 METRICS: Mapping[str, Metric] = {"Cosine": "cosine", "Dot": "ip", "Euclid": "l2"}
 
@@ -80,7 +80,7 @@ def open_store(config: Mapping[str, Any], *, write: bool) -> Store:
     try:
         return QdrantStore(connection, config["collection"], vector=config.get("vector"), write=write)
     except BaseException:
-        connection.let_go()
+        connection.release()
         raise
 
 
@@ -129,7 +129,7 @@ def _reach(config: Mapping[str, Any]) -> Connection:
     try:
         connection.version()
     except BaseException as error:
-        connection.let_go()
+        connection.release()
         if isinstance(error, _Foreign | StoreRejected) and not isinstance(error, _Denied):
             raise StoreRejected(f"{where} does not answer like a Qdrant: correct `url` of the store") from error
         raise
@@ -176,7 +176,7 @@ class Connection:
         self._users += 1
         return self
 
-    def let_go(self) -> None:
+    def release(self) -> None:
         """One store less."""
         self._users -= 1
         if self._users == 0:
@@ -213,7 +213,7 @@ class Connection:
         config = {**_set(found["config"]), "metadata": found["config"].get("metadata")}  # where null is a value
         return {"config": config, "payload_schema": _set(found.get("payload_schema") or {})}
 
-    def release(self) -> tuple[int, ...]:
+    def server_version(self) -> tuple[int, ...]:
         """Its first two numbers."""
         return tuple(int(part) for part in self.version().split("-")[0].split(".")[:2] if part.isdigit())
 
@@ -324,13 +324,13 @@ def _of_rpc(where: str, error: Any) -> Exception:
 
 
 class QdrantStore:
-    """One collection of a Qdrant. It takes part in `connection`, and lets go of it when it is closed."""
+    """One collection of a Qdrant. It shares `connection`, and releases it when it is closed."""
 
     def __init__(self, connection: Connection, collection: str, *, vector: str | None, write: bool) -> None:
         self._connection, self._write = connection, write
         self._open = True
-        self._local_name, self._alias = self._resolve(collection)
-        self._written_name = self._local_name
+        self._collection, self._alias = self._resolve(collection)
+        self._written_name = self._collection
         self._name, self._params = self._vector(vector)
         self._named = bool(self._name)
         self._further = tuple(sorted(self._further_names()))
@@ -342,7 +342,7 @@ class QdrantStore:
 
     def _ask(self, call: Callable[[QdrantClient], T]) -> T:
         if not self._open:
-            raise StoreRejected(f"{self._local_name} was closed")
+            raise StoreRejected(f"{self._collection} was closed")
         return self._connection.ask(call)
 
     def _resolve(self, collection: str) -> tuple[str, str | None]:
@@ -366,7 +366,7 @@ class QdrantStore:
         return {found.name for found in self._connection.ask(lambda client: client.get_collections()).collections}
 
     def _config(self) -> Any:
-        return self._connection.ask(lambda client: client.get_collection(self._local_name))
+        return self._connection.ask(lambda client: client.get_collection(self._collection))
 
     def _vector(self, wanted: str | None) -> tuple[str, Any]:
         """Name (empty for the unnamed one) and parameters of the vector that is migrated."""
@@ -377,7 +377,7 @@ class QdrantStore:
         self._strict = strict if strict is not None and strict.enabled else None
         found = config.params.vectors
         vectors = {"": found} if isinstance(found, models.VectorParams) else dict(found or {})
-        where = f"collection {self._local_name}"
+        where = f"collection {self._collection}"
         if not vectors:
             raise StoreRejected(f"{where} has no dense vectors: only these can be migrated")
         names = ", ".join(repr(name) for name in vectors)
@@ -399,7 +399,7 @@ class QdrantStore:
             raise StoreRejected(f"{where} has the distance {params.distance.value}, known are {known}")
         several = len(vectors) > 1 or bool(config.params.sparse_vectors)
         oldest = NAMED_SINCE if name or several else OLDEST
-        if not self._connection.local and self._connection.release() < oldest:
+        if not self._connection.local and self._connection.server_version() < oldest:
             what = "one of several vectors" if several else "a named vector" if name else "a vector"
             raise StoreRejected(
                 f"{self._connection.where} is a Qdrant {self._connection.version()}: migrating {what} needs "
@@ -444,14 +444,14 @@ class QdrantStore:
         )
 
     def _conditional(self) -> bool:
-        return self._connection.release() >= CONDITIONAL
+        return self._connection.server_version() >= CONDITIONAL
 
     def describe(self) -> CollectionInfo:
         """Facts of the collection as it is now. The schema is taken from the first points' payloads."""
         config = self._config().config
         some = self._allowed(100, "max_query_limit")
         records, _ = self._ask(
-            lambda client: client.scroll(self._local_name, limit=some, with_payload=True, with_vectors=False)
+            lambda client: client.scroll(self._collection, limit=some, with_payload=True, with_vectors=False)
         )
         schema: dict[str, str] = {}
         for record in records:
@@ -464,8 +464,8 @@ class QdrantStore:
         if quantization is not None:
             index += f", {next(iter(quantization.model_dump(exclude_none=True)))} quantisation"
         return CollectionInfo(
-            name=f"qdrant:{self._connection.where}/{self._local_name}",
-            local=self._local_name,
+            name=f"qdrant:{self._connection.where}/{self._collection}",
+            collection_id=self._collection,
             dim=self._params.size,
             metric=METRICS[self._params.distance.value],
             count=self.count(),
@@ -477,9 +477,9 @@ class QdrantStore:
 
     # -- reading --------------------------------------------------------------------------------------------------
 
-    def scan_ids(self, *, after: ItemId | None, upto: ItemId | None = None, limit: int) -> list[ItemId]:
+    def scan_ids(self, *, after: ItemId | None, up_to: ItemId | None = None, limit: int) -> list[ItemId]:
         """The next `limit` ids: integers ascending, then UUIDs."""
-        return self._scroll(self._filter(), after, upto, limit)
+        return self._scroll(self._filter(), after, up_to, limit)
 
     def unstamped(self, stamp: str, *, after: ItemId | None, limit: int) -> list[ItemId]:
         """Ids of points whose payload does not carry the stamp."""
@@ -493,7 +493,8 @@ class QdrantStore:
             return models.FieldCondition(key=STAMP, match=models.MatchValue(value=value))
 
         must: list[Any] = []
-        if self._connection.release() >= NAMED_SINCE:  # before, no point of an unnamed vector can be told from others
+        # An older server cannot tell the points with an unnamed vector from others.
+        if self._connection.server_version() >= NAMED_SINCE:
             must.append(models.HasVectorCondition(has_vector=self._name))
         if stamp is not None:
             must.append(carries(stamp))
@@ -501,16 +502,16 @@ class QdrantStore:
             must.append(models.HasIdCondition(has_id=list(ids)))
         return models.Filter(must=must or None, must_not=None if without is None else [carries(without)])
 
-    def _scroll(self, condition: Any, after: ItemId | None, upto: ItemId | None, limit: int) -> list[ItemId]:
+    def _scroll(self, condition: Any, after: ItemId | None, up_to: ItemId | None, limit: int) -> list[ItemId]:
         size = self._allowed(10_000, "max_query_limit")
-        records = self._records(condition, after, upto, limit, size, fields=False, which=False)
+        records = self._records(condition, after, up_to, limit, size, fields=False, which=False)
         return [plain_id(record.id) for record in records]
 
     def _records(
         self,
         condition: Any,
         after: ItemId | None,
-        upto: ItemId | None,
+        up_to: ItemId | None,
         limit: int,
         per_request: int,
         *,
@@ -522,13 +523,13 @@ class QdrantStore:
         # The offset is inclusive and need not exist; what is no id of Qdrant's cannot be one.
         offset: Any = after if after is not None and can_be_id(after) else None
         beyond = None if after is None else order_key(after)
-        last = None if upto is None else order_key(upto)
+        last = None if up_to is None else order_key(up_to)
         reached: tuple[bool, int, str] | None = None
         while len(found) < limit:
             size = min(limit - len(found) + 1, per_request)
             records, offset = self._ask(
                 lambda client, offset=offset, size=size: client.scroll(  # type: ignore[misc]
-                    self._local_name,
+                    self._collection,
                     scroll_filter=condition,
                     limit=size,
                     offset=offset,
@@ -553,10 +554,10 @@ class QdrantStore:
                 raise StoreRejected(f"{self._where()} gives an empty page and says that there are more")
         return found[: max(limit, 0)]
 
-    def scan(self, *, after: ItemId | None, upto: ItemId | None = None, limit: int) -> Page:
+    def scan(self, *, after: ItemId | None, up_to: ItemId | None = None, limit: int) -> Page:
         """The next `limit` points with vectors and payloads, in one scroll."""
         size = self._allowed(self._per_request(), "max_query_limit")
-        records = self._records(self._filter(), after, upto, limit, size, fields=True, which=self._which)
+        records = self._records(self._filter(), after, up_to, limit, size, fields=True, which=self._which)
         return self._page(records, vectors=True, payload=True)
 
     def read(self, ids: Sequence[ItemId], *, vectors: bool, payload: bool) -> Page:
@@ -576,7 +577,7 @@ class QdrantStore:
         for part in _parts([item for item in ids if can_be_id(item)], size):
             records = self._ask(
                 lambda client, part=part: client.retrieve(  # type: ignore[misc]
-                    self._local_name, ids=part, with_payload=fields, with_vectors=which, consistency=_majority()
+                    self._collection, ids=part, with_payload=fields, with_vectors=which, consistency=_majority()
                 )
             )
             found.update({plain_id(record.id): record for record in records})
@@ -634,7 +635,7 @@ class QdrantStore:
         return vectors
 
     def _where(self) -> str:
-        return f"collection {self._local_name} of {self._connection.where}"
+        return f"collection {self._collection} of {self._connection.where}"
 
     def _vector_of(self, record: Any) -> Any:
         if isinstance(record.vector, dict):  # {} is a server's word for none
@@ -666,7 +667,7 @@ class QdrantStore:
         return self._count(self._filter(stamp=stamp))
 
     def _count(self, condition: Any) -> int:
-        return int(self._ask(lambda client: client.count(self._local_name, count_filter=condition, exact=True)).count)
+        return int(self._ask(lambda client: client.count(self._collection, count_filter=condition, exact=True)).count)
 
     def sample(self, n: int, *, seed: int) -> list[ItemId]:
         """`n` distinct ids in random order."""
@@ -699,7 +700,7 @@ class QdrantStore:
         for start in range(0, len(requests), size):
             block = requests[start : start + size]
             answers = self._ask(
-                lambda client, block=block: client.query_batch_points(self._local_name, requests=block)  # type: ignore[misc]
+                lambda client, block=block: client.query_batch_points(self._collection, requests=block)  # type: ignore[misc]
             )
             for answer in answers:
                 ids.append([plain_id(point.id) for point in answer.points])
@@ -712,16 +713,16 @@ class QdrantStore:
     # -- writing --------------------------------------------------------------------------------------------------
 
     def write_vectors(
-        self, ids: Sequence[ItemId], vectors: Vectors, stamp: str | None, made_from: Page | None = None
+        self, ids: Sequence[ItemId], vectors: Vectors, stamp: str | None, expected: Page | None = None
     ) -> WriteReport:
         """Replaces vectors and stamps; see the top of this file for what happens when others write too."""
         self._must_write()
         batch = as_batch(vectors, self._params.size, ids)
         rejected = {} if stamp is None else unusable(ids, batch)
         rows = {item: row for row, item in enumerate(ids)}
-        before = None if made_from is None else contents(made_from)
+        before = None if expected is None else contents(expected)
         written: list[ItemId] = []
-        gone: list[ItemId] = []
+        deleted: list[ItemId] = []
         changed: list[ItemId] = []
         for part in _parts(list(ids), self._per_request()):
             if self._connection.local and not self._further_names():
@@ -729,11 +730,11 @@ class QdrantStore:
             else:
                 outcome = self._write_claimed(part, rows, batch, stamp, before, rejected)
             written += outcome.written
-            gone += outcome.gone
+            deleted += outcome.deleted
             changed += outcome.changed
             rejected.update(outcome.rejected)
-        lost = set(gone)
-        return WriteReport(written, gone, {item: why for item, why in rejected.items() if item not in lost}, changed)
+        lost = set(deleted)
+        return WriteReport(written, deleted, {item: why for item, why in rejected.items() if item not in lost}, changed)
 
     def _change(self, call: Callable[[QdrantClient], Any]) -> None:
         """Makes a change, or several in one request, and sees that they were made and not only noted for later."""
@@ -770,7 +771,7 @@ class QdrantStore:
         page = self.read(part, vectors=before is not None, payload=True)
         assert page.payloads is not None
         now = dict(zip(page.ids, page.payloads, strict=True))
-        gone = [item for item in part if item not in now]
+        deleted = [item for item in part if item not in now]
         changed: dict[ItemId, bool] = {}
         if before is not None:
             for item, (vector, payload) in contents(page).items():
@@ -782,7 +783,7 @@ class QdrantStore:
                     changed[item] = ours
         leave = {*changed, *rejected}
         to_write = {item: payload for item, payload in now.items() if item not in leave}
-        return to_write, gone, changed
+        return to_write, deleted, changed
 
     def _same(self, stored: bytes, vector: Vectors) -> bool:
         """Whether `stored` is what becomes of `vector` when it is written."""
@@ -804,13 +805,13 @@ class QdrantStore:
         """Vector, payload and stamp of a point in one write. Only where nobody else can write at the same time."""
         from qdrant_client import models
 
-        to_write, gone, changed = self._sort(part, rows, vectors, before, rejected)
+        to_write, deleted, changed = self._sort(part, rows, vectors, before, rejected)
         points = [
             models.PointStruct(id=item, vector=self._as_vector(vectors[rows[item]]), payload=with_stamp(payload, stamp))
             for item, payload in to_write.items()
         ]
         refused = self._upsert(points) if points else {}
-        return WriteReport([item for item in to_write if item not in refused], gone, refused, list(changed))
+        return WriteReport([item for item in to_write if item not in refused], deleted, refused, list(changed))
 
     def _write_claimed(
         self,
@@ -821,19 +822,19 @@ class QdrantStore:
         before: Mapping[ItemId, Any] | None,
         rejected: Mapping[ItemId, str],
     ) -> WriteReport:
-        """Vectors and stamps on the condition that a claim stands, which an upsert of somebody else removes."""
+        """Vectors and stamps on the condition that the write intent is still there, which any other upsert removes."""
         from qdrant_client import models
 
-        claim = f"{stamp or ''}#{uuid.uuid4().hex}"
+        intent = f"{stamp or ''}#{uuid.uuid4().hex}"
         self._index_stamps()
         if stamp is not None:
-            self._claim([item for item in part if item not in rejected and can_be_id(item)], claim)
-        to_write, gone, others = self._sort(part, rows, vectors, before, rejected)
+            self._write_intent([item for item in part if item not in rejected and can_be_id(item)], intent)
+        to_write, deleted, others = self._sort(part, rows, vectors, before, rejected)
         changed = list(others)
         if stamp is not None:
-            # A claim stays where our vector is: without it, it would pass for the application's.
+            # The intent stays with our vector: without it, the vector would pass for the application's.
             self._clear([item for item, ours in others.items() if not ours])
-        condition = self._filter(stamp=claim) if stamp is not None and self._conditional() else None
+        condition = self._filter(stamp=intent) if stamp is not None and self._conditional() else None
 
         def put(items: list[ItemId]) -> None:
             """Vectors and then stamps in one request: cut off anywhere, it leaves no stamp beside an old vector."""
@@ -845,7 +846,7 @@ class QdrantStore:
                 models.DeletePayloadOperation(delete_payload=models.DeletePayload(keys=[STAMP], points=_ids(items)))
                 if stamp is None
                 else models.SetPayloadOperation(
-                    set_payload=models.SetPayload(payload={STAMP: stamp}, filter=self._filter(stamp=claim, ids=items))
+                    set_payload=models.SetPayload(payload={STAMP: stamp}, filter=self._filter(stamp=intent, ids=items))
                 ),
             ]
             self._change(lambda client: client.batch_update_points(self._written_name, operations, wait=True))
@@ -854,11 +855,11 @@ class QdrantStore:
         self._clear(list(refused))
         points = [item for item in to_write if item not in refused]
         if not points:
-            return WriteReport((), gone, refused, changed)
+            return WriteReport((), deleted, refused, changed)
         if stamp is None:
             there = set(self.read(points, vectors=False, payload=False).ids)
             lost = [item for item in points if item not in there]
-            return WriteReport([item for item in points if item in there], [*gone, *lost], refused, changed)
+            return WriteReport([item for item in points if item in there], [*deleted, *lost], refused, changed)
         page = self.read(points, vectors=False, payload=not self._conditional())
         stamps = dict(zip(page.ids, page.stamps, strict=True))
         late = [item for item in page.ids if stamps[item] != stamp]
@@ -867,11 +868,11 @@ class QdrantStore:
             overwritten = [
                 item for item in page.ids if not same_value(later[item], to_write[item]) and item not in late
             ]
-            self._claim(overwritten, claim)
+            self._write_intent(overwritten, intent)
             late += overwritten
         lost = [item for item in points if item not in stamps]
         done = [item for item in points if item in stamps and item not in set(late)]
-        return WriteReport(done, [*gone, *lost], refused, [*changed, *late])
+        return WriteReport(done, [*deleted, *lost], refused, [*changed, *late])
 
     def _put_all(self, items: list[ItemId], put: Callable[[list[ItemId]], None]) -> dict[ItemId, str]:
         """Writes items; halves a batch that is refused, down to the item that is to blame, and says which were."""
@@ -889,23 +890,23 @@ class QdrantStore:
     def _despite_missing(self, items: Sequence[ItemId], change: Callable[[list[ItemId]], Any]) -> None:
         """Makes a change to those points that exist; a point that goes meanwhile must not stop the others."""
         remaining = list(items)
-        shrugs = 0
+        missing_retries = 0
         while remaining:
             try:
                 change(remaining)
                 return
             except _Missing as missing:
                 there = set(self.read(remaining, vectors=False, payload=False).ids)
-                shrugs += len(there) == len(remaining)
-                if shrugs > SHRUGS:  # a point may come back, but not over and over
+                missing_retries += len(there) == len(remaining)
+                if missing_retries > MAX_MISSING_RETRIES:  # a point may come back, but not over and over
                     raise StoreUnavailable(f"{self._where()} misses points that it has: {missing}") from missing
                 remaining = [item for item in remaining if item in there]
 
-    def _claim(self, items: Sequence[ItemId], claim: str) -> None:
+    def _write_intent(self, items: Sequence[ItemId], intent: str) -> None:
         self._despite_missing(
             items,
             lambda these: self._change(
-                lambda client: client.set_payload(self._written_name, {STAMP: claim}, points=_ids(these), wait=True)
+                lambda client: client.set_payload(self._written_name, {STAMP: intent}, points=_ids(these), wait=True)
             ),
         )
 
@@ -926,7 +927,7 @@ class QdrantStore:
             return
         self._change(
             lambda client: client.create_payload_index(
-                self._local_name, STAMP, field_schema=models.PayloadSchemaType.KEYWORD, wait=True
+                self._collection, STAMP, field_schema=models.PayloadSchemaType.KEYWORD, wait=True
             )
         )
         self._indexed = True
@@ -946,7 +947,7 @@ class QdrantStore:
 
         if self._connection.local or alias in self._aliases():
             return
-        create = models.CreateAlias(collection_name=self._local_name, alias_name=alias)
+        create = models.CreateAlias(collection_name=self._collection, alias_name=alias)
         self._ask(lambda client: client.update_collection_aliases([models.CreateAliasOperation(create_alias=create)]))
 
     def delete_write_alias(self, alias: str) -> None:
@@ -965,47 +966,47 @@ class QdrantStore:
 
     def _aliases(self) -> list[str]:
         """Aliases of this collection."""
-        found = self._ask(lambda client: client.get_collection_aliases(self._local_name)).aliases
+        found = self._ask(lambda client: client.get_collection_aliases(self._collection)).aliases
         return [each.alias_name for each in found]
 
     def publish(self, *, final: bool = False) -> None:
         """Nothing: a written vector answers at once."""
         self._must_write()
-        self._ask(lambda client: client.get_collection(self._local_name))
+        self._ask(lambda client: client.get_collection(self._collection))
 
-    def forget_migration(self) -> None:
+    def clear_migration_state(self) -> None:
         """Removes the stamps."""
         self._must_write()
         from qdrant_client import models
 
         self._finds_stamps()  # strict mode needs their index, also where no write has made it
         carrying = models.Filter(must_not=[models.IsEmptyCondition(is_empty=models.PayloadField(key=STAMP))])
-        self._change(lambda client: client.delete_payload(self._local_name, [STAMP], points=carrying, wait=True))
+        self._change(lambda client: client.delete_payload(self._collection, [STAMP], points=carrying, wait=True))
         if not self._connection.local:
-            self._change(lambda client: client.delete_payload_index(self._local_name, STAMP, wait=True))
+            self._change(lambda client: client.delete_payload_index(self._collection, STAMP, wait=True))
             self._indexed = False
 
     # -- a second collection ----------------------------------------------------------------------------------------
 
-    def exists(self, local: str) -> bool:
+    def exists(self, collection_id: str) -> bool:
         """Whether there is a collection of that name."""
         self._ask(lambda client: None)
-        return local in self._collections()
+        return collection_id in self._collections()
 
-    def sibling(self, local: str) -> QdrantStore:
+    def open_collection(self, collection_id: str) -> QdrantStore:
         """Another collection over the same connection."""
         self._ask(lambda client: None)
         connection = self._connection.shared()
         try:
-            store = QdrantStore(connection, local, vector=self._name, write=self._write)
+            store = QdrantStore(connection, collection_id, vector=self._name, write=self._write)
             if store._alias is not None:
-                raise StoreRejected(f"{local} is an alias and no collection")
+                raise StoreRejected(f"{collection_id} is an alias and no collection")
             return store
         except BaseException:
-            connection.let_go()
+            connection.release()
             raise
 
-    def create_like(self, local: str, *, dim: int) -> QdrantStore:
+    def create_like(self, collection_id: str, *, dim: int) -> QdrantStore:
         """An empty collection of the same description, payload indexes included, for vectors of `dim`.
 
         What a killed call has left is completed, or made again where it is empty and differs. A collection whose
@@ -1013,26 +1014,29 @@ class QdrantStore:
         """
         self._must_write()
         self.check_create_like(dim=dim)
-        made = not self.exists(local)
+        made = not self.exists(collection_id)
         if made:
-            self._create(local, dim)
-        store = self.sibling(local)
+            self._create(collection_id, dim)
+        store = self.open_collection(collection_id)
         try:
             if (store._params.size, store._params.distance) != (dim, self._params.distance):
                 raise StoreRejected(
-                    f"{local} is there already, with {store._params.size}-d vectors instead of {dim}-d ones: remove it"
+                    f"{collection_id} exists already, with {store._params.size}-d vectors instead of {dim}-d ones: "
+                    "remove it"
                 )
-            self._complete(local)
-            differs = self._difference(local)
+            self._complete(collection_id)
+            differs = self._difference(collection_id)
             if differs and not made and store.count() == 0:
-                self._ask(lambda client: client.delete_collection(local))
+                self._ask(lambda client: client.delete_collection(collection_id))
                 made = True
-                self._create(local, dim)
-                self._complete(local)
-                differs = self._difference(local)
+                self._create(collection_id, dim)
+                self._complete(collection_id)
+                differs = self._difference(collection_id)
             if differs:
                 advice = "use rollout.strategy in_place" if made else "remove it"
-                raise StoreRejected(f"{local} cannot be made like {self._local_name}: {differs} differs: {advice}")
+                raise StoreRejected(
+                    f"{collection_id} cannot be made like {self._collection}: {differs} differs: {advice}"
+                )
         except StoreRejected:
             if made:
                 store.drop()
@@ -1040,11 +1044,11 @@ class QdrantStore:
             raise
         return store
 
-    def _create(self, local: str, dim: int) -> None:
+    def _create(self, collection_id: str, dim: int) -> None:
         from qdrant_client import models
 
         body = models.CreateCollection.model_validate(
-            _creation(self._connection.description(self._local_name)["config"], without=_late_settings(models))
+            _creation(self._connection.description(self._collection)["config"], without=_late_settings(models))
         )
         words = {name: getattr(body, name) for name in body.model_fields_set}
         vectors = words.pop("vectors")
@@ -1054,31 +1058,31 @@ class QdrantStore:
             words["vectors_config"] = vectors.model_copy(update={"size": dim})
         if "sparse_vectors" in words:
             words["sparse_vectors_config"] = words.pop("sparse_vectors")
-        self._ask(lambda client: client.create_collection(local, **words))
+        self._ask(lambda client: client.create_collection(collection_id, **words))
 
-    def _complete(self, local: str) -> None:
+    def _complete(self, collection_id: str) -> None:
         """What cannot be said when a collection is created. May be repeated: what is there already stays as it is."""
         from qdrant_client import models
 
         if self._connection.local:
             return
-        params = self._connection.description(self._local_name)["config"]["params"]
+        params = self._connection.description(self._collection)["config"]["params"]
         late = {name: params[name] for name in _late_settings(models) if name in params}
         if late:
             diff = models.CollectionParamsDiff.model_validate(late)
-            self._ask(lambda client: client.update_collection(local, collection_params=diff))
+            self._ask(lambda client: client.update_collection(collection_id, collection_params=diff))
         for field, index in (self._config().payload_schema or {}).items():
             if field != STAMP:
                 self._change(
                     lambda client, field=field, index=index: client.create_payload_index(  # type: ignore[misc]
-                        local, field, field_schema=index.params or index.data_type, wait=True
+                        collection_id, field, field_schema=index.params or index.data_type, wait=True
                     )
                 )
 
-    def _difference(self, local: str) -> str | None:
+    def _difference(self, collection_id: str) -> str | None:
         """The first setting in which another collection differs from this one, apart from the vectors' length."""
-        one = _comparable(self._connection.description(self._local_name), self._name)
-        other = _comparable(self._connection.description(local), self._name)
+        one = _comparable(self._connection.description(self._collection), self._name)
+        other = _comparable(self._connection.description(collection_id), self._name)
         paths = [path for path in {**one, **other} if not same_value(one.get(path, _UNSET), other.get(path, _UNSET))]
         return min(paths, default=None)
 
@@ -1089,8 +1093,8 @@ class QdrantStore:
         from pydantic import ValidationError
         from qdrant_client import models
 
-        where = f"collection {self._local_name}"
-        config = self._connection.description(self._local_name)["config"]
+        where = f"collection {self._collection}"
+        config = self._connection.description(self._collection)["config"]
         if config["params"].get("sharding_method") == "custom":
             raise StoreRejected(
                 f"{where} has custom sharding, and a copy would not know the shard of a point: use rollout.strategy "
@@ -1105,8 +1109,8 @@ class QdrantStore:
                 f"{where} has the setting {name}, which this qdrant-client does not know: upgrade qdrant-client, or "
                 "use rollout.strategy in_place"
             ) from error
-        if self._connection.release() >= NAMED_SINCE:
-            without = int(self._ask(lambda client: client.count(self._local_name, exact=True)).count) - self.count()
+        if self._connection.server_version() >= NAMED_SINCE:
+            without = int(self._ask(lambda client: client.count(self._collection, exact=True)).count) - self.count()
             if without > 0:
                 raise StoreRejected(
                     f"{where} has {without} points without the vector {self._name!r}, which a copy would lose: use "
@@ -1188,21 +1192,21 @@ class QdrantStore:
         """Deletes the collection, unless an alias leads to it."""
         self._must_write()
         if aliases := self._aliases():
-            raise StoreRejected(f"{self._local_name} is not deleted: the alias {aliases[0]!r} leads to it")
-        self._ask(lambda client: client.delete_collection(self._local_name))
+            raise StoreRejected(f"{self._collection} is not deleted: the alias {aliases[0]!r} leads to it")
+        self._ask(lambda client: client.delete_collection(self._collection))
         self.close()
 
     def _must_write(self) -> None:
         if self._open and not self._write:
-            raise StoreRejected(f"{self._local_name} was opened for reading only")
+            raise StoreRejected(f"{self._collection} was opened for reading only")
         if not self._open:
-            raise StoreRejected(f"{self._local_name} was closed")
+            raise StoreRejected(f"{self._collection} was closed")
 
     def close(self) -> None:
-        """Lets go of the connection. Safe to repeat."""
+        """Releases the connection. Safe to repeat."""
         if self._open:
             self._open = False
-            self._connection.let_go()
+            self._connection.release()
 
 
 def _ids(items: Sequence[ItemId]) -> Any:

@@ -121,9 +121,9 @@ class Folder:
             raise StoreRejected(f"the alias {place} leads to {target}: point it at a collection beside it")
         return self._checked(target.name), collection
 
-    def exists(self, local: str) -> bool:
+    def exists(self, collection_id: str) -> bool:
         """Whether there is a collection of that name."""
-        place = self._place(local)
+        place = self._place(collection_id)
         with translated(self.path):
             return not place.is_symlink() and _is_shard(place)
 
@@ -143,15 +143,15 @@ class Folder:
             raise StoreRejected(f"{self.path} has no collection {to!r} to point {alias!r} at")
         replace_link(place, Path(to))
 
-    def take(self, local: str) -> Shard:
-        """A collection's shard, for one more user. Give it to `let_go` in the end."""
-        shard = self._open.get(local)
+    def take(self, collection_id: str) -> Shard:
+        """A collection's shard, for one more user. Give it to `release` in the end."""
+        shard = self._open.get(collection_id)
         if shard is None:
-            shard = self._open[local] = Shard(self.path / self._checked(local))
+            shard = self._open[collection_id] = Shard(self.path / self._checked(collection_id))
         shard.users += 1
         return shard
 
-    def let_go(self, shard: Shard) -> None:
+    def release(self, shard: Shard) -> None:
         """One user less."""
         shard.users -= 1
         if shard.users == 0:
@@ -159,11 +159,11 @@ class Folder:
             if self._open.get(shard.path.name) is shard:
                 del self._open[shard.path.name]
 
-    def create(self, local: str, config: Mapping[str, Any], indexes: Mapping[str, Any]) -> None:
+    def create(self, collection_id: str, config: Mapping[str, Any], indexes: Mapping[str, Any]) -> None:
         """An empty shard with these settings and payload indexes: there as a whole or not at all."""
         from qdrant_edge import UpdateOperation
 
-        place, temporary = self._place(local), self.path / f".{local}.new"
+        place, temporary = self._place(collection_id), self.path / f".{collection_id}.new"
         with translated(place):
             if os.path.lexists(place):  # a link that leads nowhere, too
                 raise StoreRejected(f"{place} is in the way of a new collection: move it")
@@ -181,13 +181,13 @@ class Folder:
             temporary.rename(place)
             sync_folder(self.path)
 
-    def remove(self, local: str) -> None:
+    def remove(self, collection_id: str) -> None:
         """Deletes a collection: a kill leaves it as it was, or a hidden remainder that `sweep` finds."""
-        shard = self._open.pop(local, None)
+        shard = self._open.pop(collection_id, None)
         if shard is not None:
             shard.close()
-        place = self._place(local)
-        remainder = self.path / f".{local}.gone"
+        place = self._place(collection_id)
+        remainder = self.path / f".{collection_id}.gone"
         with translated(place):
             shutil.rmtree(remainder, ignore_errors=True)
             place.rename(remainder)
@@ -199,15 +199,15 @@ class Folder:
         for remainder in self.path.glob(".*.gone"):
             shutil.rmtree(remainder, ignore_errors=True)
 
-    def _checked(self, local: str) -> str:
-        place = self.path / local
+    def _checked(self, collection_id: str) -> str:
+        place = self.path / collection_id
         if _is_shard(place):
-            return local
+            return collection_id
         if place.is_dir():
             raise StoreRejected(f"{place} is not a shard of qdrant-edge: it has no segments")
         names = sorted(found.name for found in self.path.iterdir() if _is_shard(found))
         there = f"there are {', '.join(names[:20])}" if names else "the folder has no collections"
-        raise StoreRejected(f"{self.path} has no collection or alias {local!r}, {there}: correct `collection`")
+        raise StoreRejected(f"{self.path} has no collection or alias {collection_id!r}, {there}: correct `collection`")
 
     def _place(self, name: str) -> Path:
         if not name or name.startswith(".") or "/" in name or "\0" in name:
@@ -292,7 +292,7 @@ class Shard:
                 self.ask(lambda edge: edge.flush())
 
     def close(self) -> None:
-        """Flushes, and lets go of the locks. Safe to repeat."""
+        """Flushes, and releases the locks. Safe to repeat."""
         with self.guard:
             if self._lock >= 0:
                 with contextlib.suppress(StoreError):
@@ -338,8 +338,8 @@ class EdgeStore:
 
     def __init__(self, folder: Folder, collection: str, *, vector: str | None, write: bool) -> None:
         self._folder, self._write = folder, write
-        self._local_name, self._alias = folder.resolve(collection)
-        self._shard = folder.take(self._local_name)
+        self._collection, self._alias = folder.resolve(collection)
+        self._shard = folder.take(self._collection)
         self._open = True
         try:
             self._name, self._params = self._vector(vector)
@@ -353,13 +353,13 @@ class EdgeStore:
 
     def _ask(self, call: Callable[[EdgeShard], T]) -> T:
         if not self._open:
-            raise StoreRejected(f"{self._local_name} was closed")
+            raise StoreRejected(f"{self._collection} was closed")
         return self._shard.ask(call)
 
     def _vector(self, wanted: str | None) -> tuple[str, dict[str, Any]]:
         """Name (empty for the unnamed one) and parameters of the vector that is migrated."""
         vectors: dict[str, dict[str, Any]] = self._shard.config.get("vectors") or {}
-        where = f"collection {self._local_name}"
+        where = f"collection {self._collection}"
         if not vectors:
             raise StoreRejected(f"{where} has no dense vectors: only these can be migrated")
         names = ", ".join(repr(name) for name in sorted(vectors))
@@ -432,8 +432,8 @@ class EdgeStore:
         if quantization:
             index += f", {next(iter(quantization))} quantisation"
         return CollectionInfo(
-            name=f"qdrant-edge:{self._folder.path}/{self._local_name}",
-            local=self._local_name,
+            name=f"qdrant-edge:{self._folder.path}/{self._collection}",
+            collection_id=self._collection,
             dim=self._dim,
             metric=METRICS[self._params["distance"]],
             count=self.count(),
@@ -446,13 +446,13 @@ class EdgeStore:
 
     # -- reading --------------------------------------------------------------------------------------------------
 
-    def scan_ids(self, *, after: ItemId | None, upto: ItemId | None = None, limit: int) -> list[ItemId]:
+    def scan_ids(self, *, after: ItemId | None, up_to: ItemId | None = None, limit: int) -> list[ItemId]:
         """The next `limit` ids: integers ascending, then UUIDs."""
-        return [plain_id(record.id) for record in self._records(self._filter(), after, upto, limit)]
+        return [plain_id(record.id) for record in self._records(self._filter(), after, up_to, limit)]
 
-    def scan(self, *, after: ItemId | None, upto: ItemId | None = None, limit: int) -> Page:
+    def scan(self, *, after: ItemId | None, up_to: ItemId | None = None, limit: int) -> Page:
         """The next `limit` points with everything."""
-        records = list(self._records(self._filter(), after, upto, limit, vectors=True, payload=True))
+        records = list(self._records(self._filter(), after, up_to, limit, vectors=True, payload=True))
         return self._page(records, vectors=True, payload=True)
 
     def unstamped(self, stamp: str, *, after: ItemId | None, limit: int) -> list[ItemId]:
@@ -479,7 +479,7 @@ class EdgeStore:
         self,
         condition: Filter,
         after: ItemId | None,
-        upto: ItemId | None,
+        up_to: ItemId | None,
         limit: int,
         *,
         vectors: bool = False,
@@ -490,7 +490,7 @@ class EdgeStore:
         # The offset is inclusive and need not exist; what is no id of Qdrant's cannot be one.
         offset: Any = after if after is not None and can_be_id(after) else None
         beyond = None if after is None else order_key(after)
-        last = None if upto is None else order_key(upto)
+        last = None if up_to is None else order_key(up_to)
         while limit > 0:
             request = ScrollRequest(
                 offset=offset,
@@ -599,24 +599,24 @@ class EdgeStore:
     # -- writing --------------------------------------------------------------------------------------------------
 
     def write_vectors(
-        self, ids: Sequence[ItemId], vectors: Vectors, stamp: str | None, made_from: Page | None = None
+        self, ids: Sequence[ItemId], vectors: Vectors, stamp: str | None, expected: Page | None = None
     ) -> WriteReport:
         """Writes whole points: the new vector, the new stamp, and everything else as it is."""
         self._must_write()
         batch = as_batch(vectors, self._dim, ids)
         rejected = {} if stamp is None else unusable(ids, batch)
         rows = {item: row for row, item in enumerate(ids)}
-        before = None if made_from is None else contents(made_from)
+        before = None if expected is None else contents(expected)
         whole = bool(self._further_names)
         which: Any = True if whole else [self._name] if before is not None else False
         written: list[ItemId] = []
-        gone: list[ItemId] = []
+        deleted: list[ItemId] = []
         changed: list[ItemId] = []
         for part in self._parts(ids):
             with self._shard.guard:
                 found = self._fetch(part, True, which)
                 there = [item for item in part if item in found]
-                gone += [item for item in part if item not in found]
+                deleted += [item for item in part if item not in found]
                 page = self._page([found[item] for item in there], vectors=before is not None, payload=True)
                 leave = set(rejected)
                 if before is not None:
@@ -643,8 +643,8 @@ class EdgeStore:
                 rejected.update(self._put(points, create=False))
                 written += [item for item, *_ in points if item not in rejected]
         self._shard.sync()
-        lost = set(gone)
-        return WriteReport(written, gone, {item: why for item, why in rejected.items() if item not in lost}, changed)
+        lost = set(deleted)
+        return WriteReport(written, deleted, {item: why for item, why in rejected.items() if item not in lost}, changed)
 
     def _put(self, points: Sequence[tuple[ItemId, Vectors, dict[str, Any], Any]], *, create: bool) -> dict[ItemId, str]:
         """Writes points, each with its further vectors by name; tells which were refused, and why."""
@@ -698,7 +698,7 @@ class EdgeStore:
             self._ask(lambda edge: edge.optimize())
         self._ask(lambda edge: edge.flush())
 
-    def forget_migration(self) -> None:
+    def clear_migration_state(self) -> None:
         """Removes the stamps."""
         self._must_write()
         from qdrant_edge import Filter, IsEmptyCondition, UpdateOperation
@@ -709,39 +709,39 @@ class EdgeStore:
 
     # -- a second collection ----------------------------------------------------------------------------------------
 
-    def exists(self, local: str) -> bool:
+    def exists(self, collection_id: str) -> bool:
         """Whether there is a collection of that name; not an alias."""
         self._ask(lambda edge: None)
-        return self._folder.exists(local)
+        return self._folder.exists(collection_id)
 
-    def sibling(self, local: str) -> EdgeStore:
+    def open_collection(self, collection_id: str) -> EdgeStore:
         """Another collection of the folder."""
-        if not self.exists(local):
-            raise StoreRejected(f"{self._folder.path} has no collection {local!r}")
-        return EdgeStore(self._folder, local, vector=self._name, write=self._write)
+        if not self.exists(collection_id):
+            raise StoreRejected(f"{self._folder.path} has no collection {collection_id!r}")
+        return EdgeStore(self._folder, collection_id, vector=self._name, write=self._write)
 
-    def create_like(self, local: str, *, dim: int) -> EdgeStore:
+    def create_like(self, collection_id: str, *, dim: int) -> EdgeStore:
         """An empty collection with the same settings and payload indexes, for vectors of `dim`.
 
         One whose settings do not become the same is dropped again, and `StoreRejected` names the setting.
         """
         self._must_write()
         self.check_create_like(dim=dim)
-        made = not self.exists(local)
+        made = not self.exists(collection_id)
         if made:
             vectors = {**self._shard.config["vectors"], self._name: {**self._params, "size": dim}}
             found = self._ask(lambda edge: edge.info()).payload_schema
             indexes = {field: index.params or index.data_type for field, index in found.items() if field != STAMP}
-            self._folder.create(local, {**self._shard.config, "vectors": vectors}, indexes)
-        store = self.sibling(local)
+            self._folder.create(collection_id, {**self._shard.config, "vectors": vectors}, indexes)
+        store = self.open_collection(collection_id)
         try:
             if (store._dim, store._params["distance"]) != (dim, self._params["distance"]):
                 raise StoreRejected(
-                    f"{local} is there already, with {store._dim}-d vectors instead of {dim}-d ones: remove it"
+                    f"{collection_id} exists already, with {store._dim}-d vectors instead of {dim}-d ones: remove it"
                 )
             if lost := self._lost(store):
                 advice = "use rollout.strategy in_place" if made else "remove it"
-                raise StoreRejected(f"{local} cannot be made like {self._local_name}: {lost} differs: {advice}")
+                raise StoreRejected(f"{collection_id} cannot be made like {self._collection}: {lost} differs: {advice}")
         except StoreRejected:
             if made:
                 store.drop()
@@ -771,7 +771,7 @@ class EdgeStore:
         without = self._ask(lambda edge: edge.count(CountRequest(exact=True))) - self.count()
         if without > 0:
             raise StoreRejected(
-                f"collection {self._local_name} has {without} points without the vector {self._name!r}, which a copy "
+                f"collection {self._collection} has {without} points without the vector {self._name!r}, which a copy "
                 "would lose: use rollout.strategy in_place, or move these points to a collection of their own"
             )
 
@@ -793,7 +793,7 @@ class EdgeStore:
         assert page.vectors is not None
         assert page.payloads is not None
         if page.further is None and self._further_names:
-            raise StoreRejected(f"points of collection {self._local_name} have further vectors, which are not given")
+            raise StoreRejected(f"points of collection {self._collection} have further vectors, which are not given")
         vectors = as_batch(page.vectors, self._dim, page.ids)
         rejected = unusable(page.ids, vectors)
         rejected.update(
@@ -830,23 +830,23 @@ class EdgeStore:
     def drop(self) -> None:
         """Deletes the collection, unless an alias leads to it."""
         self._must_write()
-        for alias, local in self._folder.aliases().items():
-            if local == self._local_name:
-                raise StoreRejected(f"{self._local_name} is not deleted: the alias {alias!r} leads to it")
-        self._folder.remove(self._local_name)
+        for alias, collection_id in self._folder.aliases().items():
+            if collection_id == self._collection:
+                raise StoreRejected(f"{self._collection} is not deleted: the alias {alias!r} leads to it")
+        self._folder.remove(self._collection)
         self._open = False
 
     def _must_write(self) -> None:
         if not self._open:
-            raise StoreRejected(f"{self._local_name} was closed")
+            raise StoreRejected(f"{self._collection} was closed")
         if not self._write:
-            raise StoreRejected(f"{self._local_name} was opened for reading only")
+            raise StoreRejected(f"{self._collection} was opened for reading only")
 
     def close(self) -> None:
-        """Lets go of the shard. Safe to repeat."""
+        """Releases the shard. Safe to repeat."""
         if self._open:
             self._open = False
-            self._folder.let_go(self._shard)
+            self._folder.release(self._shard)
 
 
 def _as_given(vector: NDArray[np.float64] | Sparse) -> Any:

@@ -64,7 +64,7 @@ def open_backfill(project: Project, new_encoder_id: str, manifest: str = "{}") -
     ledger.save_plan(
         project.name,
         collection=info.name,
-        source=info.local,
+        source=info.collection_id,
         alias=info.alias,
         strategy="in_place",
         old_encoder_id="old",

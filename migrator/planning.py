@@ -138,7 +138,7 @@ def make_plan(project: Project, report: Callable[..., None] = lambda *_: None) -
         "shadow_refused": lost,
         "collection": {
             "name": info.name,
-            "local": info.local,
+            "collection_id": info.collection_id,
             "alias": info.alias,
             "items": info.count,
             "dim": info.dim,
@@ -178,7 +178,7 @@ def make_plan(project: Project, report: Callable[..., None] = lambda *_: None) -
     project.ledger.save_plan(
         project.name,
         collection=info.name,
-        source=info.local,
+        source=info.collection_id,
         alias=info.alias,
         strategy=strategy,
         old_encoder_id=old_id,
@@ -327,7 +327,7 @@ def check_same_collection(project: Project, store: Store) -> None:
     """Refuses if the configuration has come to name another collection than the migration's."""
     migration, info = project.migration(), store.describe()
     name = info.name
-    if name != migration.collection and (migration.shadow is None or info.local != migration.shadow):
+    if name != migration.collection and (migration.shadow is None or info.collection_id != migration.shadow):
         raise PreconditionFailed(
             f"{project.name} migrates {migration.collection}, but the configuration now names {name}: undo the change"
         )

@@ -127,10 +127,10 @@ class Project:
                 migration is not None
                 and migration.state in ("active", "rolling_back")
                 and migration.shadow is not None
-                and store.describe().local == migration.shadow
+                and store.describe().collection_id == migration.shadow
             ):
                 # The cutover has moved the alias, and the collection that is migrated stays the one it was.
-                shadow, store = store, store.sibling(migration.source)
+                shadow, store = store, store.open_collection(migration.source)
                 shadow.close()
             store = retrying_store(store, seconds=self.settings.backfill.retry_for)
             if migration is not None and self._needs_stamp_log(migration) and not store.capabilities.stamps:

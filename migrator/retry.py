@@ -82,6 +82,6 @@ class _RetryingStore:
 
         def call(*args: Any, **kwargs: Any) -> Any:
             found = with_retries(lambda: value(*args, **kwargs), seconds=self._seconds)
-            return _RetryingStore(found, self._seconds) if name in ("sibling", "create_like") else found
+            return _RetryingStore(found, self._seconds) if name in ("open_collection", "create_like") else found
 
         return call

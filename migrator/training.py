@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from migrator.backfill.transfer import walk
+from migrator.backfill.transfer import iter_ids
 from migrator.config import ItemsFrom, Train
 from migrator.errors import ConfigError, PreconditionFailed
 from migrator.labels import training_label
@@ -171,7 +171,7 @@ def _items_of_store(project: Project, label: str | None) -> TrainingItems:
     labels: list[str] = []
     fields: dict[str, None] = {}
     with project.store() as store:
-        for item, payload in payloads(store, walk(store)):
+        for item, payload in payloads(store, iter_ids(store)):
             try:
                 path = images.locate(item, payload)
             except ImageProblem:

@@ -124,17 +124,17 @@ class Kind(ABC):
         with closing(open_store(migration.store.settings(), write=False)) as store:
             yield store
 
-    def items(self, local: str | None = None) -> dict[Any, Item]:
+    def items(self, collection_id: str | None = None) -> dict[Any, Item]:
         """Everything in the collection, or in another one beside it."""
         with self.opened() as first:
-            if local is None:
+            if collection_id is None:
                 return _items(first)
-            with closing(first.sibling(local)) as store:
+            with closing(first.open_collection(collection_id)) as store:
                 return _items(store)
 
-    def exists(self, local: str) -> bool:
+    def exists(self, collection_id: str) -> bool:
         with self.opened() as store:
-            return store.exists(local)
+            return store.exists(collection_id)
 
     def upsert_images(self, ids: Sequence[Any], names: Sequence[str], which: str = "old") -> None:
         """The application embeds images with one of the encoders and writes the items."""
@@ -522,7 +522,7 @@ class MilvusLite(Kind):
         with self.client() as client:
             client.load_collection("toys")
             yield milvus_search(client)
-        kept.let_go()
+        kept.release()
 
     def adapter(self) -> type[Any]:
         from migrator.adapters.milvus import MilvusStore

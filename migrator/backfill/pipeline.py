@@ -237,5 +237,7 @@ class Pipeline:
             return
         refused = [Failure(item, "store", reason) for item, reason in report.rejected.items()]
         self.finish(
-            Finished(taken.chunk, [*taken.repeated, *report.written], len(report.gone), [*encoded.failures, *refused])
+            Finished(
+                taken.chunk, [*taken.repeated, *report.written], len(report.deleted), [*encoded.failures, *refused]
+            )
         )

@@ -103,22 +103,22 @@ class StampedBeside:
         page = self._stamped(self._store.read(ids, vectors=True, payload=payload))
         return page if vectors else dataclasses.replace(page, vectors=None)
 
-    def scan(self, *, after: ItemId | None, upto: ItemId | None = None, limit: int) -> Page:
+    def scan(self, *, after: ItemId | None, up_to: ItemId | None = None, limit: int) -> Page:
         """The next `limit` items."""
         self._log.refresh()
-        return self._stamped(self._store.scan(after=after, upto=upto, limit=limit))
+        return self._stamped(self._store.scan(after=after, up_to=up_to, limit=limit))
 
     def _stamped(self, page: Page) -> Page:
         assert page.vectors is not None
         return dataclasses.replace(page, stamps=self._log.of(page.ids, page.vectors))
 
     def write_vectors(
-        self, ids: Sequence[ItemId], vectors: Vectors, stamp: str | None, made_from: Page | None = None
+        self, ids: Sequence[ItemId], vectors: Vectors, stamp: str | None, expected: Page | None = None
     ) -> WriteReport:
         """Writes down the stamps, then the vectors."""
         if vectors.ndim == 2 and len(vectors) == len(ids):  # what else is wrong with a batch the store will say
             self._log.record(ids, vectors, stamp)
-        return self._store.write_vectors(ids, vectors, stamp, made_from)
+        return self._store.write_vectors(ids, vectors, stamp, expected)
 
     def insert(self, page: Page) -> WriteReport:
         """Writes down the stamps, then whole items."""
@@ -152,9 +152,9 @@ class StampedBeside:
                 return
             after = page.ids[-1]
 
-    def forget_migration(self) -> None:
+    def clear_migration_state(self) -> None:
         """Drops the log too."""
-        self._store.forget_migration()
+        self._store.clear_migration_state()
         self._log.drop()
 
 

@@ -85,7 +85,7 @@ def open_transfer(project: Project, migration: Migration) -> Iterator[Transfer]:
             yield InPlace(source, undo, migration.new_encoder_id, lambda: project.ledger.chunks(migration.id))
             return
         assert migration.shadow is not None, "prepare names the shadow"
-        with closing(source.sibling(migration.shadow)) as target:
+        with closing(source.open_collection(migration.shadow)) as target:
             yield Shadow(source, target, project.copy_log(migration), project.ledger, migration)
 
 
@@ -99,7 +99,7 @@ class InPlace:
 
     def everything(self) -> Iterator[ItemId]:
         """All ids, in order."""
-        return walk(self.source)
+        return iter_ids(self.source)
 
     def outstanding(self, leave: Collection[ItemId]) -> Iterator[ItemId]:
         """Ids of items without the stamp."""
@@ -133,8 +133,8 @@ class InPlace:
 
     def _due(self, chunk: Chunk, leave: Collection[ItemId]) -> list[ItemId]:
         """Ids, in order, of the items in a chunk's range that do not carry the stamp."""
-        after, upto = bounds(chunk)
-        last = order_key(upto)
+        after, up_to = bounds(chunk)
+        last = order_key(up_to)
         inside = itertools.takewhile(lambda item: order_key(item) <= last, self._unstamped(after, chunk.items + 1))
         return [item for item in inside if item not in leave]
 
@@ -145,32 +145,32 @@ class InPlace:
         old = _rows(taken.page, rows)
         assert old.vectors is not None
         # Before the write: a crash between the two only repeats the chunk.
-        # A repeated chunk may find what an attempt cut off has written, which bears a stamp or an adapter's claim to
-        # one; a vector without either is the application's, perhaps newer than what the first attempt recorded.
+        # A repeated chunk may find what an interrupted attempt has written, with a stamp or an adapter's write intent
+        # for one; a vector without either is the application's, perhaps newer than what the first attempt recorded.
         theirs = [item for item, stamp in zip(old.ids, old.stamps, strict=True) if stamp is None]
         recorded = self._recorded_earlier(taken.chunk, old)
         first = _rows(old, [row for row, item in enumerate(old.ids) if item not in recorded]) if recorded else old
         assert first.vectors is not None
         self._undo.record(taken.chunk, OldVectors(first.ids, first.vectors, first.stamps), theirs)
-        return self.source.write_vectors(old.ids, vectors, self._stamp, made_from=old)
+        return self.source.write_vectors(old.ids, vectors, self._stamp, expected=old)
 
     def _recorded_earlier(self, chunk: Chunk, page: Page) -> set[ItemId]:
-        """Items that bear a claim to our stamp, perhaps beside a vector of ours, and whose old one an earlier pass has.
+        """Items with a write intent for our stamp, perhaps with a vector of ours, whose old one an earlier pass has.
 
         A write of that pass was cut off, and before it was repeated the application changed the item's payload.
         """
         if chunk.pass_number == 0:
             return set()
-        claimed = {
+        intended = {
             item
             for item, stamp in zip(page.ids, page.stamps, strict=True)
             if stamp is not None and stamp.startswith(self._stamp)
         }
         recorded: set[ItemId] = set()
-        for earlier in self._chunks() if claimed else ():
-            if earlier.pass_number < chunk.pass_number and any(_inside(item, *bounds(earlier)) for item in claimed):
+        for earlier in self._chunks() if intended else ():
+            if earlier.pass_number < chunk.pass_number and any(_inside(item, *bounds(earlier)) for item in intended):
                 there = self._undo.read(earlier)
-                recorded |= claimed.intersection(() if there is None else there.ids)
+                recorded |= intended.intersection(() if there is None else there.ids)
         return recorded
 
     def set_fence(self, fence: Fence | None) -> None:
@@ -197,7 +197,7 @@ class Shadow:
 
     def everything(self) -> Iterator[ItemId]:
         """All ids of the source, in order."""
-        return walk(self.source)
+        return iter_ids(self.source)
 
     def outstanding(self, leave: Collection[ItemId]) -> Iterator[ItemId]:
         """Ids of items whose copy is missing, out of date, or left over."""
@@ -213,19 +213,19 @@ class Shadow:
 
     def take(self, chunk: Chunk, leave: Collection[ItemId]) -> Taken:
         """The items of a chunk's range whose copy is due, and the copies there that are left over."""
-        after, upto = bounds(chunk)
+        after, up_to = bounds(chunk)
         if chunk.pass_number > 0 and self._remembered is not None:
-            due = [item for item in self._remembered if _inside(item, after, upto) and item not in leave]
+            due = [item for item in self._remembered if _inside(item, after, up_to) and item not in leave]
             page = read_whole(self.source, due)
             there = set(page.ids)
             return Taken(chunk, page, surplus=[item for item in due if item not in there])
         if chunk.pass_number > 0:
-            found = [(item, due) for item, due in self._differences(after, upto) if item not in leave]
+            found = [(item, due) for item, due in self._differences(after, up_to) if item not in leave]
             page = read_whole(self.source, [item for item, due in found if due])
             return Taken(chunk, page, surplus=[item for item, due in found if not due])
-        page = _joined(list(whole_pages(self.source, after, upto, size=chunk.items + 1)))
+        page = _joined(list(whole_pages(self.source, after, up_to, size=chunk.items + 1)))
         copies = {**self._log.read(chunk), **self._later()}
-        there = set(walk(self.target, after, upto)) if copies else set()
+        there = set(iter_ids(self.target, after, up_to)) if copies else set()
         can = self.source.capabilities
         due_rows = [
             row
@@ -243,7 +243,7 @@ class Shadow:
         rejected: dict[ItemId, str] = {}
         lost: list[ItemId] = []
         if rows:
-            made_from = digests(page, self.source.capabilities)
+            expected = digests(page, self.source.capabilities)
             ids = [page.ids[row] for row in rows]
             # Before the write: a copy that a kill leaves unrecorded would look like the application's own.
             self._log.record(taken.chunk, dict.fromkeys(ids, BEGUN))
@@ -254,7 +254,7 @@ class Shadow:
             written = report.written
             back = read_whole(self.target, written)
             copied = dict(zip(back.ids, digests(back, self.target.capabilities), strict=True))
-            source = {page.ids[row]: made_from[row] for row in rows}
+            source = {page.ids[row]: expected[row] for row in rows}
             self._log.record(taken.chunk, {item: Copy(source[item], copied[item]) for item in copied})
             lost = [item for item in written if item not in copied]  # deleted by the application, perhaps
             rejected.update(dict.fromkeys(lost, "the store took the item and does not have it"))
@@ -278,11 +278,11 @@ class Shadow:
 
     # -- comparing ------------------------------------------------------------------------------------------------
 
-    def _differences(self, after: ItemId | None, upto: ItemId | None) -> Iterator[tuple[ItemId, bool]]:
-        """Items in (after, upto], in order: True where a copy is due, False where a copy is left over."""
+    def _differences(self, after: ItemId | None, up_to: ItemId | None) -> Iterator[tuple[ItemId, bool]]:
+        """Items in (after, up_to], in order: True where a copy is due, False where a copy is left over."""
         can = self.source.capabilities
-        for lower, higher, copies in self.stretches(after, upto):
-            there = set(walk(self.target, lower, higher))
+        for lower, higher, copies in self.stretches(after, up_to):
+            there = set(iter_ids(self.target, lower, higher))
             due: list[ItemId] = []
             for page in whole_pages(self.source, lower, higher):
                 for item, digest in zip(page.ids, digests(page, can), strict=True):
@@ -297,9 +297,9 @@ class Shadow:
             )
 
     def stretches(
-        self, after: ItemId | None = None, upto: ItemId | None = None
+        self, after: ItemId | None = None, up_to: ItemId | None = None
     ) -> Iterator[tuple[ItemId | None, ItemId | None, Copies]]:
-        """(after, upto] cut into pieces that fit into memory, with the log's entries for each."""
+        """(after, up_to] cut into pieces that fit into memory, with the log's entries for each."""
         later = self._later()
         lower, copies, items = after, dict(later), 0
         for chunk in self._ledger.chunks(self._migration.id):
@@ -307,16 +307,16 @@ class Shadow:
                 break
             if after is not None and order_key(bounds(chunk)[1]) <= order_key(after):
                 continue
-            if upto is not None and chunk.after_id is not None and order_key(bounds(chunk)[0]) >= order_key(upto):  # type: ignore[arg-type]
+            if up_to is not None and chunk.after_id is not None and order_key(bounds(chunk)[0]) >= order_key(up_to):  # type: ignore[arg-type]
                 break
             copies = {**self._log.read(chunk), **copies}
             items += chunk.items
             if items >= ITEMS:
-                higher = _smaller(bounds(chunk)[1], upto)
+                higher = _smaller(bounds(chunk)[1], up_to)
                 yield lower, higher, copies
                 lower, copies, items = higher, dict(later), 0
-        if upto is None or lower is None or order_key(lower) < order_key(upto):
-            yield lower, upto, copies
+        if up_to is None or lower is None or order_key(lower) < order_key(up_to):
+            yield lower, up_to, copies
 
     def _later(self) -> Copies:
         """The entries of all further passes, which win over those of the first."""
@@ -327,23 +327,23 @@ class Shadow:
 
 
 def bounds(chunk: Chunk) -> tuple[ItemId | None, ItemId]:
-    """The range (after, upto] of a chunk; it covers a chunk that is a list."""
+    """The range (after, up_to] of a chunk; it covers a chunk that is a list."""
     return None if chunk.after_id is None else json.loads(chunk.after_id), json.loads(chunk.upto_id)
 
 
-def walk(store: Store, after: ItemId | None = None, upto: ItemId | None = None) -> Iterator[ItemId]:
-    """The ids in (after, upto], in order, page by page."""
-    while ids := store.scan_ids(after=after, upto=upto, limit=IDS):
+def iter_ids(store: Store, after: ItemId | None = None, up_to: ItemId | None = None) -> Iterator[ItemId]:
+    """The ids in (after, up_to], in order, page by page."""
+    while ids := store.scan_ids(after=after, up_to=up_to, limit=IDS):
         yield from ids
         if len(ids) < IDS:
             return
         after = ids[-1]
 
 
-def pages(store: Store, after: ItemId | None = None, upto: ItemId | None = None, size: int = ITEMS) -> Iterator[Page]:
-    """The items in (after, upto], in order, with vectors and payloads; at least one page, which may be empty."""
+def pages(store: Store, after: ItemId | None = None, up_to: ItemId | None = None, size: int = ITEMS) -> Iterator[Page]:
+    """The items in (after, up_to], in order, with vectors and payloads; at least one page, which may be empty."""
     while True:
-        page = store.scan(after=after, upto=upto, limit=size)
+        page = store.scan(after=after, up_to=up_to, limit=size)
         yield page
         if len(page) < size:
             return
@@ -351,10 +351,10 @@ def pages(store: Store, after: ItemId | None = None, upto: ItemId | None = None,
 
 
 def whole_pages(
-    store: Store, after: ItemId | None = None, upto: ItemId | None = None, size: int = ITEMS
+    store: Store, after: ItemId | None = None, up_to: ItemId | None = None, size: int = ITEMS
 ) -> Iterator[Page]:
     """As `pages`, with further vectors."""
-    return (with_further(store, page) for page in pages(store, after, upto, size))
+    return (with_further(store, page) for page in pages(store, after, up_to, size))
 
 
 def read_whole(store: Store, ids: Sequence[ItemId]) -> Page:
@@ -362,8 +362,8 @@ def read_whole(store: Store, ids: Sequence[ItemId]) -> Page:
     return with_further(store, store.read(ids, vectors=True, payload=True))
 
 
-def _inside(item: ItemId, after: ItemId | None, upto: ItemId) -> bool:
-    return (after is None or order_key(item) > order_key(after)) and order_key(item) <= order_key(upto)
+def _inside(item: ItemId, after: ItemId | None, up_to: ItemId) -> bool:
+    return (after is None or order_key(item) > order_key(after)) and order_key(item) <= order_key(up_to)
 
 
 def _smaller(one: ItemId, other: ItemId | None) -> ItemId:

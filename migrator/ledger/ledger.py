@@ -673,7 +673,7 @@ class Ledger:
         ranges: Sequence[tuple[int | str | None, int | str, int]],
         lists: Sequence[Sequence[int | str]] | None = None,
     ) -> None:
-        """Stores the ranges (after, upto, items) of one pass, all or none. A pass already stored stays as it is.
+        """Stores the ranges (after, up_to, items) of one pass, all or none. A pass already stored stays as it is.
 
         With `lists` each chunk is that list of ids, which its range covers.
         """
@@ -687,7 +687,7 @@ class Ledger:
                     "pass_number": pass_number,
                     "ordinal": ordinal,
                     "after_id": None if after is None else json.dumps(after),
-                    "upto_id": json.dumps(upto),
+                    "upto_id": json.dumps(up_to),
                     "ids": None if lists is None else json.dumps(lists[ordinal]),
                     "items": items,
                     "state": "pending",
@@ -696,7 +696,7 @@ class Ledger:
                     "failed": 0,
                     "gone": 0,
                 }
-                for ordinal, (after, upto, items) in enumerate(ranges)
+                for ordinal, (after, up_to, items) in enumerate(ranges)
             ]
             if rows:
                 session.execute(sa.insert(Chunk), rows)

@@ -74,7 +74,7 @@ class Restore:
             raise PreconditionFailed(
                 f"{left} items still carry the new encoder's stamp: again `migrator rollback {self.project.name}`"
             )
-        self.store.forget_migration()
+        self.store.clear_migration_state()
 
     def _restore_chunk(
         self, chunk: Chunk, ids: list[ItemId] | None, handled: set[ItemId], failed: set[ItemId]
@@ -96,7 +96,9 @@ class Restore:
             back: dict[str | None, list[int]] = {}
             for item, vector, stamp in zip(now.ids, now.vectors, now.stamps, strict=True):
                 row = rows[item]
-                if stamp is not None and stamp.startswith(self.stamp):  # an adapter's claim on a cut-off write too
+                if stamp is not None and stamp.startswith(
+                    self.stamp
+                ):  # also an adapter's write intent, of an interrupted write
                     back.setdefault(old.stamps[row], []).append(row)
                 elif self.after_cutover and vector.tobytes() != old.vectors[row].tobytes():
                     if self.project.old_is_stored:
@@ -123,10 +125,10 @@ class Restore:
         report = self.store.write_vectors(ids, vectors, stamp)
         self.problems.update({item: f"the store refused it: {why}" for item, why in report.rejected.items()})
 
-    def _unstamped(self, after: ItemId | None, upto: ItemId | None) -> Iterator[ItemId]:
+    def _unstamped(self, after: ItemId | None, up_to: ItemId | None) -> Iterator[ItemId]:
         while ids := self.store.unstamped(self.stamp, after=after, limit=PAGE):
             for item in ids:
-                if upto is not None and order_key(item) > order_key(upto):
+                if up_to is not None and order_key(item) > order_key(up_to):
                     return
                 yield item
             after = ids[-1]

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from migrator.adapters.base import ItemId, Page, Store, StoreError, StoreRejected, same_value
 from migrator.backfill.copies import Copies, digests, further_digest
-from migrator.backfill.transfer import ITEMS, Shadow, open_transfer, read_whole, walk, whole_pages
+from migrator.backfill.transfer import ITEMS, Shadow, iter_ids, open_transfer, read_whole, whole_pages
 from migrator.encoding import embed, locate
 from migrator.errors import PreconditionFailed
 from migrator.ledger import Migration, Route
@@ -59,9 +59,9 @@ def discard_unused(project: Project, migration: Migration) -> None:
             _drop_empty(source, migration.shadow)
 
 
-def _drop_empty(source: Store, local: str) -> None:
-    if source.exists(local):
-        with closing(source.sibling(local)) as shadow:
+def _drop_empty(source: Store, collection_id: str) -> None:
+    if source.exists(collection_id):
+        with closing(source.open_collection(collection_id)) as shadow:
             if shadow.count() == 0:
                 shadow.drop()
 
@@ -108,10 +108,10 @@ def drop_source(project: Project, migration: Migration, tell: Tell) -> None:
     assert route is not None
     wait_for_clients(project, route.epoch, tell)
     with project.store(write=True) as store:
-        if store.describe().local == migration.source:
+        if store.describe().collection_id == migration.source:
             store.drop()
         elif store.exists(migration.source):
-            with closing(store.sibling(migration.source)) as source:
+            with closing(store.open_collection(migration.source)) as source:
                 source.drop()
 
 
@@ -160,7 +160,7 @@ def take_back(
         if result.refused or (project.old_is_stored and _any_missing(source, list(result.problems))):
             result.kept = migration.shadow
         elif source.exists(migration.shadow):
-            with closing(source.sibling(migration.shadow)) as target:
+            with closing(source.open_collection(migration.shadow)) as target:
                 target.drop()
     return result
 
@@ -225,7 +225,7 @@ class _BackSync:
             ]
             self._re_encode(page, changed)
             self.result.synced.update({page.ids[row]: now[row] for row in changed})
-        deleted = [item for item in walk(self.source, lower, higher) if item in copies and item not in there]
+        deleted = [item for item in iter_ids(self.source, lower, higher) if item in copies and item not in there]
         if deleted:
             self.source.delete(deleted)
             self.result.removed += len(deleted)

@@ -399,7 +399,7 @@ def _finalize(project: Project, migration: Migration, options: Options) -> Step:
         if in_place:
             project.undo_log(migration).drop()
             with project.store(write=True) as store:
-                store.forget_migration()
+                store.clear_migration_state()
         else:
             project.copy_log(migration).drop()
         return f"{name} is finished; {old} is gone. Before the next migration set {configure} to what is served now"

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 
 from migrator.adapters.base import Hits, ItemId, Payload, Store
-from migrator.backfill.transfer import walk
+from migrator.backfill.transfer import iter_ids
 from migrator.old_vectors import payloads
 from migrator.verify.metrics import Relevance, parse_metric, summarise
 
@@ -75,7 +75,7 @@ def ask_live(
     known: dict[ItemId, Described] = {}
     members: dict[str, list[ItemId]] = {}
     if questions.relevant is None:
-        known = {item: describe(item, payload) for item, payload in payloads(store, walk(store))}
+        known = {item: describe(item, payload) for item, payload in payloads(store, iter_ids(store))}
         for item, (tags, _) in known.items():
             for tag in tags:
                 members.setdefault(tag, []).append(item)

@@ -427,7 +427,7 @@ def _served(project: Project, migration: Migration, gallery: Gallery) -> Iterato
         if migration.shadow is None or gallery != "new":
             yield store
         else:
-            with closing(store.sibling(migration.shadow)) as beside:
+            with closing(store.open_collection(migration.shadow)) as beside:
                 yield beside
 
 

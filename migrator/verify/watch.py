@@ -113,7 +113,7 @@ def _served(project: Project, migration: Migration) -> Iterator[Store]:
         if migration.shadow is None:
             yield store
         else:
-            with closing(store.sibling(migration.shadow)) as beside:
+            with closing(store.open_collection(migration.shadow)) as beside:
                 yield beside
 
 

@@ -106,9 +106,9 @@ class Frozen:
         code = self.worker.commands.wait(60.0)
         assert code in (0, 3, 4), f"the worker ended with {code}"
 
-    def wrong(self, which: dict[str, np.ndarray], local: str | None = None) -> int:
+    def wrong(self, which: dict[str, np.ndarray], collection_id: str | None = None) -> int:
         """Items that do not hold the vector that they should."""
-        items = self.kind.items(local)
+        items = self.kind.items(collection_id)
         assert len(items) == ITEMS
         return sum(not item.near(which[item.payload["path"]]) for item in items.values())
 

@@ -225,7 +225,9 @@ def test_after_the_cutover_and_back(stages: Stages, gone: int) -> None:
     assert all((vector == old[item]).all() for item, vector in back.by_id().items())
 
 
-@pytest.mark.parametrize(("owner", "name", "after"), [(Ledger, "set_restored", 7), (FaissStore, "forget_migration", 0)])
+@pytest.mark.parametrize(
+    ("owner", "name", "after"), [(Ledger, "set_restored", 7), (FaissStore, "clear_migration_state", 0)]
+)
 def test_what_the_application_wrote_after_the_cutover(
     stages: Stages, gone: int, owner: type, name: str, after: int
 ) -> None:

@@ -125,14 +125,14 @@ def test_shadow_there_and_back_through_trouble(migrated: Migrated) -> None:
     assert expected(kind, "new", shadow)
     assert set(kind.items(shadow)) == {*before, 500} - {2}
     with kind.opened() as store:
-        assert store.describe().local == shadow
+        assert store.describe().collection_id == shadow
     # The application goes on with the new encoder, and then it is all taken back.
     kind.upsert_images([501, 6], ["00013.png", "00014.png"], "new")
     kind.delete([7])
     with migrated.trouble():
         assert migrated.again("rollback") == 0
     with kind.opened() as store:
-        assert store.describe().local == "toys_v1"
+        assert store.describe().collection_id == "toys_v1"
     assert not kind.exists(shadow)
     assert expected(kind, "old")
     assert set(kind.items()) == {*before, 500, 501} - {2, 7}

@@ -376,8 +376,8 @@ def test_a_store_that_refuses_half_way_keeps_no_collection(
     shadow = prepared_shadow(world, migrator)
     create_like = kind.adapter().create_like
 
-    def half(store: Any, local: str, *, dim: int) -> Any:
-        create_like(store, local, dim=dim).close()
+    def half(store: Any, collection_id: str, *, dim: int) -> Any:
+        create_like(store, collection_id, dim=dim).close()
         raise StoreRejected("an index cannot be made")
 
     with monkeypatch.context() as patch:

@@ -30,9 +30,9 @@ def names(kind: Kind) -> list[str]:
     return [item.payload["path"] for item in kind.items().values()]
 
 
-def expected(kind: Kind, which: str, local: str | None = None) -> bool:
+def expected(kind: Kind, which: str, collection_id: str | None = None) -> bool:
     """Every item has the vector of its image by that encoder."""
-    items = kind.items(local)
+    items = kind.items(collection_id)
     vectors = embed_images(kind.world, which, [item.payload["path"] for item in items.values()])
     return all(item.near(vector) for item, vector in zip(items.values(), vectors, strict=True))
 
@@ -98,7 +98,7 @@ def route(world: World) -> RouteClient:
 def test_shadow_there_and_back(kind: Kind, world: World, migrator: Call, capsys: pytest.CaptureFixture[str]) -> None:
     before = kind.items()
     with kind.opened() as store:
-        source, alias = store.describe().local, store.describe().alias
+        source, alias = store.describe().collection_id, store.describe().alias
     shadow = prepared_shadow(world, migrator)
     assert not kind.exists(shadow)
     assert migrator("rollout", "--stage", "canary") == 3  # there is nothing to send queries to
@@ -130,7 +130,7 @@ def test_shadow_there_and_back(kind: Kind, world: World, migrator: Call, capsys:
     assert (client.choose("k").encoder, client.choose("k").collection) == (new_id, shadow)
     client.close()
     with kind.opened() as store:
-        assert store.describe().local == (shadow if alias else source)
+        assert store.describe().collection_id == (shadow if alias else source)
     assert kind.exists(source)
     assert expected(kind, "old", source)
     assert expected(kind, "new", shadow)
@@ -146,7 +146,7 @@ def test_shadow_there_and_back(kind: Kind, world: World, migrator: Call, capsys:
     result = json.loads(capsys.readouterr().out)
     assert (result["re_encoded"], result["removed"], result["problems"]) == ((2, 1, {}) if alias else (0, 0, {}))
     with kind.opened() as store:
-        assert (store.describe().local, store.describe().alias) == (source, alias)
+        assert (store.describe().collection_id, store.describe().alias) == (source, alias)
     assert not kind.exists(shadow)
     assert expected(kind, "old")
     after = kind.items()
@@ -166,7 +166,7 @@ def some(kind: Kind, *ids: int) -> dict[int, object]:
 
 def test_the_old_collection_goes_only_when_told(kind: Kind, world: World, migrator: Call) -> None:
     with kind.opened() as store:
-        source, alias = store.describe().local, store.describe().alias
+        source, alias = store.describe().collection_id, store.describe().alias
     shadow = prepared_shadow(world, migrator)
     assert migrator("rollout", "--stage", "backfill") == 0
     assert migrator("backfill") == 0

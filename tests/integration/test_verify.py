@@ -221,9 +221,9 @@ def test_vectors_that_are_not_the_encoders_pause_the_backfill(
     to_backfill(migrator)
     right = FaissStore.write_vectors
 
-    def shifted(self: FaissStore, ids: Any, vectors: np.ndarray, stamp: str | None, made_from: Any = None) -> Any:
+    def shifted(self: FaissStore, ids: Any, vectors: np.ndarray, stamp: str | None, expected: Any = None) -> Any:
         """Each item gets its neighbour's vector, with the right stamp: no count and no checksum notices."""
-        return right(self, ids, np.roll(vectors, 1, axis=0), stamp, made_from)
+        return right(self, ids, np.roll(vectors, 1, axis=0), stamp, expected)
 
     monkeypatch.setattr(FaissStore, "write_vectors", shifted)
     world.configure(backfill__measure=False)

@@ -42,11 +42,11 @@ class Ids:
         self.limits.append(limit)
         return sorted((i for i in ids if after is None or order_key(i) > order_key(after)), key=order_key)[:limit]
 
-    def scan_ids(self, *, after: ItemId | None, upto: ItemId | None = None, limit: int) -> list[ItemId]:
-        return self._page((i for i in self.stamps if upto is None or order_key(i) <= order_key(upto)), after, limit)
+    def scan_ids(self, *, after: ItemId | None, up_to: ItemId | None = None, limit: int) -> list[ItemId]:
+        return self._page((i for i in self.stamps if up_to is None or order_key(i) <= order_key(up_to)), after, limit)
 
-    def scan(self, *, after: ItemId | None, upto: ItemId | None = None, limit: int) -> Page:
-        return self._items(self.scan_ids(after=after, upto=upto, limit=limit))
+    def scan(self, *, after: ItemId | None, up_to: ItemId | None = None, limit: int) -> Page:
+        return self._items(self.scan_ids(after=after, up_to=up_to, limit=limit))
 
     def read(self, ids: Sequence[ItemId], *, vectors: bool, payload: bool) -> Page:
         return self._items([item for item in ids if item in self.stamps])
@@ -84,11 +84,11 @@ class Passes:
     def chunks(self, number: int) -> list[Chunk]:
         return [
             Chunk(
-                pass_number=number, ordinal=ordinal, items=count, upto_id=json.dumps(upto),
+                pass_number=number, ordinal=ordinal, items=count, upto_id=json.dumps(up_to),
                 after_id=None if after is None else json.dumps(after),
                 ids=None if number or self.lists is None else json.dumps(self.lists[ordinal]),
             )
-            for ordinal, (after, upto, count) in enumerate(self.passes[number])
+            for ordinal, (after, up_to, count) in enumerate(self.passes[number])
         ] if number < len(self.passes) else []  # fmt: skip
 
 

@@ -370,7 +370,7 @@ def test_after_a_migration_the_files_of_vectors_are_outdated(files: Files, facto
     with closing(files.open(write=True)) as store:
         store.write_vectors(range(N), vectors(seed=1), "new")
         store.publish(final=True)
-        store.forget_migration()
+        store.clear_migration_state()
         np.testing.assert_allclose(
             store.read(range(N), vectors=True, payload=False).vectors, vectors(seed=1), atol=0.01
         )
@@ -405,7 +405,7 @@ def test_what_the_application_writes_into_the_index_meanwhile_is_seen(files: Fil
     with closing(files.open(write=True)) as store:
         page = store.read([4, 5], vectors=True, payload=True)
         files.put_index(built("SQ8", newer))
-        report = store.write_vectors([4, 5], vectors(2, seed=1), "new", made_from=page)
+        report = store.write_vectors([4, 5], vectors(2, seed=1), "new", expected=page)
         assert (list(report.written), list(report.changed)) == ([4], [5])
 
 
@@ -546,7 +546,7 @@ def test_not_a_number_is_no_change(odd: Path) -> None:
         page = store.read(range(8), vectors=True, payload=True)
         pq.write_table(as_read(odd), odd / "new")
         (odd / "new").replace(odd / "items.parquet")
-        report = store.write_vectors(range(8), vectors(8, seed=1), "new", made_from=page)
+        report = store.write_vectors(range(8), vectors(8, seed=1), "new", expected=page)
         assert list(report.written) == list(range(8))
         table = as_read(odd)
         names = table.schema.names
@@ -554,7 +554,7 @@ def test_not_a_number_is_no_change(odd: Path) -> None:
         page = store.read(range(8), vectors=True, payload=True)
         pq.write_table(changed, odd / "new")
         (odd / "new").replace(odd / "items.parquet")
-        report = store.write_vectors(range(8), vectors(8, seed=2), "next", made_from=page)
+        report = store.write_vectors(range(8), vectors(8, seed=2), "next", expected=page)
         assert list(report.changed) == list(range(8))
 
 

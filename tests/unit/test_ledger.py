@@ -281,13 +281,13 @@ class LedgerSuite:
             migration = open_backfill(old, chunks=0)
         engine = sa.create_engine(empty_url, poolclass=sa.NullPool)
         with engine.begin() as connection:
-            for ordinal, upto in enumerate(('"7"', "8")):
+            for ordinal, up_to in enumerate(('"7"', "8")):
                 connection.execute(
                     sa.text(
                         "INSERT INTO chunks (migration_id, pass_number, ordinal, upto_id, items, state, attempts, "
-                        "written, failed, gone) VALUES (:migration, 0, :ordinal, :upto, 5, 'pending', 0, 0, 0, 0)"
+                        "written, failed, gone) VALUES (:migration, 0, :ordinal, :up_to, 5, 'pending', 0, 0, 0, 0)"
                     ),
-                    {"migration": migration.id, "ordinal": ordinal, "upto": upto},
+                    {"migration": migration.id, "ordinal": ordinal, "up_to": up_to},
                 )
             connection.execute(
                 sa.text(

@@ -25,7 +25,7 @@ class Items:
         self.items = dict(sorted(items.items(), key=lambda pair: order_key(pair[0])))
         self.scans = 0
 
-    def scan(self, *, after: ItemId | None, upto: ItemId | None = None, limit: int) -> Page:
+    def scan(self, *, after: ItemId | None, up_to: ItemId | None = None, limit: int) -> Page:
         self.scans += after is None
         rest = [item for item in self.items if after is None or order_key(item) > order_key(after)]
         return self._page(rest[:limit])

@@ -34,7 +34,7 @@ class Fragile:
         self._try()
         return 7 if stamp is None else 3
 
-    def sibling(self, local: str) -> Fragile:
+    def open_collection(self, collection_id: str) -> Fragile:
         self._try()
         return Fragile(2)
 
@@ -61,7 +61,7 @@ def test_every_call_is_tried_again() -> None:
 
 
 def test_other_collections_are_tried_again_too() -> None:
-    assert seen(Fragile(1)).sibling("other").count() == 7
+    assert seen(Fragile(1)).open_collection("other").count() == 7
 
 
 def test_it_gives_up_in_the_end() -> None:

@@ -41,7 +41,7 @@ class Collection(ABC):
 
     @abstractmethod
     def alias_leads_to(self) -> str:
-        """The `local` name of the collection that the alias leads to, read without the adapter."""
+        """The `collection_id` of the collection that the alias leads to, read without the adapter."""
 
     @abstractmethod
     def all_names(self) -> set[str]:
@@ -179,7 +179,7 @@ class StoreContract:
                 assert store.unstamped("s", after=None, limit=10) == []
             page = store.read([7], vectors=True, payload=True)
             assert (len(page), vectors_of(store, [7]).shape, page.payloads) == (0, (0, DIM), [])
-            assert store.write_vectors([7], unit_vectors(1), "s").gone == [7]
+            assert store.write_vectors([7], unit_vectors(1), "s").deleted == [7]
             for exact in (False, True):
                 assert [list(row) for row in store.search(unit_vectors(2), 3, exact=exact).ids] == [[], []]
             store.publish()
@@ -196,14 +196,14 @@ class StoreContract:
         with closing(make(ids, unit_vectors(len(ids)), payloads_of(ids)).open(write=False)) as store:
             assert everything(store, page=data.draw(st.integers(1, 31))) == order
             for _ in range(3):
-                after, upto = data.draw(bounds), data.draw(bounds)
+                after, up_to = data.draw(bounds), data.draw(bounds)
                 limit = data.draw(st.integers(0, 31))
                 beyond = [item for item in order if after is None or order_key(item) > order_key(after)]
-                between = [item for item in beyond if upto is None or order_key(item) <= order_key(upto)]
-                assert store.scan_ids(after=after, upto=upto, limit=limit) == between[:limit]
+                between = [item for item in beyond if up_to is None or order_key(item) <= order_key(up_to)]
+                assert store.scan_ids(after=after, up_to=up_to, limit=limit) == between[:limit]
                 if store.capabilities.stamps:
                     assert store.unstamped("s", after=after, limit=limit) == beyond[:limit]
-                scanned = store.scan(after=after, upto=upto, limit=limit)
+                scanned = store.scan(after=after, up_to=up_to, limit=limit)
                 assert_same_page(scanned, store.read(between[:limit], vectors=True, payload=True))
             page = store.read(ids, vectors=False, payload=True)
             assert list(page.ids) == ids
@@ -248,7 +248,7 @@ class StoreContract:
     def test_a_scan_tells_the_stamps(self, stamped: Store, ids: list[ItemId], new: Vectors) -> None:
         stamped.write_vectors(ids[:30], new[:30], "new")
         order = sorted(ids, key=order_key)
-        page = stamped.scan(after=order[9], upto=order[150], limit=10**6)
+        page = stamped.scan(after=order[9], up_to=order[150], limit=10**6)
         assert_same_page(page, stamped.read(order[10:151], vectors=True, payload=True))
         assert [item for item, stamp in zip(page.ids, page.stamps, strict=True) if stamp == "new"] == [
             item for item in order[10:151] if item in ids[:30]
@@ -257,7 +257,7 @@ class StoreContract:
     def test_an_integer_and_its_digits_are_two_items(self, store: Store, ids: list[ItemId]) -> None:
         other = str(ids[0]) if isinstance(ids[0], int) else 7
         assert len(store.read([other], vectors=True, payload=True)) == 0
-        assert store.write_vectors([other], unit_vectors(1), "s").gone == [other]
+        assert store.write_vectors([other], unit_vectors(1), "s").deleted == [other]
         assert store.count() == len(ids)
 
     # -- reading --------------------------------------------------------------------------------------------------
@@ -304,7 +304,7 @@ class StoreContract:
     ) -> None:
         untouched = vectors_of(stamped, ids[20:])
         report = stamped.write_vectors(ids[:20], new[:20], "new")
-        assert (list(report.written), list(report.gone), dict(report.rejected)) == (ids[:20], [], {})
+        assert (list(report.written), list(report.deleted), dict(report.rejected)) == (ids[:20], [], {})
         assert_same(stamped, vectors_of(stamped, ids[:20]), new[:20])
         np.testing.assert_array_equal(vectors_of(stamped, ids[20:]), untouched)
         assert stamps_of(stamped, ids) == ["new"] * 20 + [None] * (len(ids) - 20)
@@ -314,7 +314,7 @@ class StoreContract:
     def test_a_write_never_creates_an_item(self, store: Store, ids: list[ItemId]) -> None:
         missing: ItemId = 10**6 + 1 if isinstance(ids[0], int) else self.missing
         report = store.write_vectors([ids[0], missing], unit_vectors(2, seed=5), "new")
-        assert (list(report.written), list(report.gone), dict(report.rejected)) == ([ids[0]], [missing], {})
+        assert (list(report.written), list(report.deleted), dict(report.rejected)) == ([ids[0]], [missing], {})
         assert store.count() == len(ids)
         assert missing not in everything(store)
 
@@ -325,8 +325,8 @@ class StoreContract:
         theirs = unit_vectors(1, seed=15)
         collection.replace(ids[:1], theirs)
         collection.delete(ids[1:2])
-        report = stamped.write_vectors(ids[:6], new[:6], "new", made_from=page)
-        assert (list(report.written), list(report.changed), list(report.gone)) == (ids[2:6], ids[:1], ids[1:2])
+        report = stamped.write_vectors(ids[:6], new[:6], "new", expected=page)
+        assert (list(report.written), list(report.changed), list(report.deleted)) == (ids[2:6], ids[:1], ids[1:2])
         assert stamps_of(stamped, [ids[0], *ids[2:6]]) == [None, *["new"] * 4]
         if stamped.capabilities.exact_vectors:
             assert_same(stamped, vectors_of(stamped, ids[:1]), theirs)
@@ -379,8 +379,8 @@ class StoreContract:
     ) -> None:
         page = stamped.read(ids[:9], vectors=True, payload=True)
         for _ in range(2):
-            report = stamped.write_vectors(ids[:9], new[:9], "new", made_from=page)
-            assert (list(report.written), list(report.changed), list(report.gone)) == (ids[:9], [], [])
+            report = stamped.write_vectors(ids[:9], new[:9], "new", expected=page)
+            assert (list(report.written), list(report.changed), list(report.deleted)) == (ids[:9], [], [])
         assert_same(stamped, vectors_of(stamped, ids[:9]), new[:9])
         assert stamped.count(stamp="new") == 9
 
@@ -412,7 +412,7 @@ class StoreContract:
         stamped.write_vectors(ids, new, "new")
         stamped.publish(final=True)
         visible = collection.visible()
-        stamped.forget_migration()
+        stamped.clear_migration_state()
         for _ in range(2):
             assert stamped.count(stamp="new") == 0
             assert stamped.unstamped("new", after=None, limit=1) == [min(ids, key=order_key)]
@@ -426,7 +426,7 @@ class StoreContract:
             pytest.skip("nothing waits in this store")
         stamped.write_vectors(ids[:5], new[:5], "new")
         with pytest.raises(StoreRejected, match="5"):
-            stamped.forget_migration()
+            stamped.clear_migration_state()
         assert stamped.count(stamp="new") == 5
 
     # -- searching and publishing ---------------------------------------------------------------------------------
@@ -514,7 +514,7 @@ class StoreContract:
     @pytest.fixture
     def beside(self, store: Store) -> str:
         """The name of a collection that does not exist yet."""
-        return f"{store.describe().local}__shadow"
+        return f"{store.describe().collection_id}__shadow"
 
     def test_an_ordinary_collection_can_be_copied_whole_and_asking_so_leaves_nothing(
         self, store: Store, collection: Collection, ids: list[ItemId]
@@ -541,7 +541,7 @@ class StoreContract:
         with closing(store.create_like(beside, dim=DIM)) as shadow:
             assert store.exists(beside)
             info, like = store.describe(), shadow.describe()
-            assert (like.local, like.count, like.dim, like.alias) == (beside, 0, DIM, None)
+            assert (like.collection_id, like.count, like.dim, like.alias) == (beside, 0, DIM, None)
             assert like.name != info.name
             assert like.metric == info.metric
             assert everything(shadow) == []
@@ -549,7 +549,7 @@ class StoreContract:
             items = Page(page.ids, new, page.payloads, ["new"] * len(ids))
             for _ in range(2):  # a repeated call changes nothing more
                 report = shadow.insert(items)
-                assert (list(report.written), list(report.gone), dict(report.rejected)) == (ids, [], {})
+                assert (list(report.written), list(report.deleted), dict(report.rejected)) == (ids, [], {})
             shadow.publish(final=True)
             assert everything(shadow) == sorted(ids, key=order_key)
             assert shadow.describe().schema == info.schema
@@ -582,12 +582,12 @@ class StoreContract:
             with closing(store.create_like(beside, dim=DIM)) as shadow:
                 assert shadow.count() == (1 if times else 0)
                 shadow.insert(Page(ids[:1], unit_vectors(1), payloads_of(ids[:1]), [None]))
-        with closing(store.sibling(beside)) as shadow:
+        with closing(store.open_collection(beside)) as shadow:
             assert everything(shadow) == ids[:1]
         with pytest.raises(StoreRejected):
             store.create_like(beside, dim=2 * DIM)
         with pytest.raises(StoreRejected):
-            store.sibling(f"{beside}_none")
+            store.open_collection(f"{beside}_none")
 
     def test_items_are_replaced_and_removed(self, store: Store, ids: list[ItemId], new: Vectors, beside: str) -> None:
         with closing(store.create_like(beside, dim=DIM)) as shadow:
@@ -663,33 +663,33 @@ class StoreContract:
             info = first.describe()
         alias = collection.add_alias()
         with closing(collection.open()) as store:
-            assert (store.describe().name, store.describe().local) == (info.name, info.local)
+            assert (store.describe().name, store.describe().collection_id) == (info.name, info.collection_id)
             assert store.describe().alias == alias
-            with closing(store.create_like(f"{info.local}__shadow", dim=DIM)) as shadow:
+            with closing(store.create_like(f"{info.collection_id}__shadow", dim=DIM)) as shadow:
                 shadow.insert(Page(ids[:3], old[:3], payloads_of(ids[:3]), [None] * 3))
                 shadow.publish(final=True)
                 with pytest.raises(StoreRejected):
-                    store.swap_alias(alias, to=f"{info.local}__none")
+                    store.swap_alias(alias, to=f"{info.collection_id}__none")
                 with pytest.raises(StoreRejected):
-                    store.swap_alias(f"{alias}_none", to=info.local)
-                assert collection.alias_leads_to() == info.local
+                    store.swap_alias(f"{alias}_none", to=info.collection_id)
+                assert collection.alias_leads_to() == info.collection_id
                 for _ in range(2):
-                    store.swap_alias(alias, to=shadow.describe().local)
-                    assert collection.alias_leads_to() == shadow.describe().local
+                    store.swap_alias(alias, to=shadow.describe().collection_id)
+                    assert collection.alias_leads_to() == shadow.describe().collection_id
             # The open store goes on with the collection that it opened.
             assert store.count() == len(ids)
-            with closing(store.sibling(f"{info.local}__shadow")) as shadow:
+            with closing(store.open_collection(f"{info.collection_id}__shadow")) as shadow:
                 with pytest.raises(StoreRejected, match=r"alias|link"):
                     shadow.drop()
                 assert shadow.count() == 3
         with closing(collection.open()) as moved:
-            assert (moved.describe().local, moved.count()) == (f"{info.local}__shadow", 3)
-            moved.swap_alias(alias, to=info.local)
+            assert (moved.describe().collection_id, moved.count()) == (f"{info.collection_id}__shadow", 3)
+            moved.swap_alias(alias, to=info.collection_id)
         with closing(collection.open()) as back:
-            assert back.describe().local == info.local
-            back.sibling(f"{info.local}__shadow").drop()
-            assert not back.exists(f"{info.local}__shadow")
-            assert back.exists(info.local)
+            assert back.describe().collection_id == info.collection_id
+            back.open_collection(f"{info.collection_id}__shadow").drop()
+            assert not back.exists(f"{info.collection_id}__shadow")
+            assert back.exists(info.collection_id)
 
     def test_a_collection_is_dropped_whole(
         self, store: Store, collection: Collection, ids: list[ItemId], beside: str
@@ -701,7 +701,7 @@ class StoreContract:
         with pytest.raises(StoreRejected):
             shadow.count()
         with pytest.raises(StoreRejected):
-            store.sibling(beside)
+            store.open_collection(beside)
         assert store.count() == len(ids) == len(collection.visible())
 
     def test_reading_does_not_make_or_change_a_collection(
@@ -750,7 +750,7 @@ class StoreContract:
             for change in (
                 lambda: store.write_vectors(ids[:1], unit_vectors(1), "new"),
                 store.publish,
-                store.forget_migration,
+                store.clear_migration_state,
             ):
                 with pytest.raises(StoreRejected, match="reading"):
                     change()
@@ -801,7 +801,7 @@ class StoreContract:
         collection.delete(ids[:3])
         assert stamped.count() == len(ids) - 3
         assert stamped.count(stamp="new") == 7
-        assert list(stamped.write_vectors(ids[2:5], new[2:5], "new").gone) == [ids[2]]
+        assert list(stamped.write_vectors(ids[2:5], new[2:5], "new").deleted) == [ids[2]]
         stamped.publish(final=True)
         assert set(collection.visible()) == set(everything(stamped)) == set(ids[3:])
         assert list(stamped.read(ids[:5], vectors=True, payload=False).ids) == ids[3:5]
@@ -835,7 +835,7 @@ class StoreContract:
                     page = stamped.read(ids, vectors=True, payload=True)
                     assert page.vectors is not None
                     for row, stamp in enumerate(page.stamps):
-                        if stamp in (None, "new"):  # and not an adapter's claim to a stamp: then it may be either
+                        if stamp in (None, "new"):  # and not an adapter's write intent: then it may be either
                             assert_same(stamped, page.vectors[row], before[row] if stamp is None else new[row])
             except BaseException as problem:
                 problems.append(problem)

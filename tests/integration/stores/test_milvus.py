@@ -132,7 +132,7 @@ def lite_client(lite: str) -> Iterator[MilvusClient]:
     kept = Connection({"uri": lite})
     yield client
     client.close()
-    kept.let_go()
+    kept.release()
 
 
 class InLite(StoreContract):
@@ -197,15 +197,15 @@ def test_in_lite_only_what_others_may_have_changed_is_asked_again(
     with closing(rows.open()) as store:
         page = store.scan(after=None, limit=20)
         monkeypatch.setattr(MilvusClient, "query", watched)
-        assert list(store.write_vectors(ids[:10], new[:10], "new", made_from=_part(page, 10)).written) == ids[:10]
+        assert list(store.write_vectors(ids[:10], new[:10], "new", expected=_part(page, 10)).written) == ids[:10]
         assert store.scan_ids(after=9, limit=100) == ids[10:]
         assert asked == []
         # What it wrote itself is not what the page says any more.
-        assert list(store.write_vectors(ids[:1], new[5:6], "new", made_from=_part(page, 1)).changed) == ids[:1]
+        assert list(store.write_vectors(ids[:1], new[5:6], "new", expected=_part(page, 1)).changed) == ids[:1]
         asked.clear()
         lite_client.delete(rows.name, filter="id in [11, 39]")
-        report = store.write_vectors(ids[10:20], new[10:20], "new", made_from=_part(page, 20, first=10))
-        assert (list(report.written), list(report.gone)) == ([10, *ids[12:20]], [11])
+        report = store.write_vectors(ids[10:20], new[10:20], "new", expected=_part(page, 20, first=10))
+        assert (list(report.written), list(report.deleted)) == ([10, *ids[12:20]], [11])
         assert asked
         assert store.scan_ids(after=9, limit=100) == [10, *ids[12:39]]
         assert store.unstamped("new", after=None, limit=100) == ids[20:39]

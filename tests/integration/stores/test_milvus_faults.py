@@ -83,7 +83,7 @@ def lite(file: str) -> Iterator[MilvusClient]:
     kept = Connection({"uri": file})
     yield client
     client.close()
-    kept.let_go()
+    kept.release()
 
 
 @pytest.fixture(autouse=True)
@@ -132,7 +132,7 @@ def test_one_of_several_vector_fields_is_written_and_the_other_left_alone(lite: 
     ) as two:
         page = two.scan(after=None, limit=10)
         np.testing.assert_array_equal(page.vectors, vectors[::-1])
-        assert list(two.write_vectors(page.ids, unit_vectors(4, seed=2), "new", made_from=page).written) == [0, 1, 2, 3]
+        assert list(two.write_vectors(page.ids, unit_vectors(4, seed=2), "new", expected=page).written) == [0, 1, 2, 3]
         with closing(two.create_like("two_b", dim=DIM)) as copy:
             copy.insert(Page(page.ids, unit_vectors(4, seed=3), page.payloads, [None] * 4))
             np.testing.assert_array_equal(copy.scan(after=None, limit=10).vectors, unit_vectors(4, seed=3))
@@ -260,7 +260,7 @@ def assert_payloads_survive(client: MilvusClient, uri: str, name: str, *, stamp:
     with closing(open_store({"kind": "milvus", "uri": uri, "collection": name}, write=True)) as store:
         page = store.scan(after=None, limit=100)
         assert len(page) == len(before) == 6
-        report = store.write_vectors(page.ids, unit_vectors(6, seed=3), stamp, made_from=page)
+        report = store.write_vectors(page.ids, unit_vectors(6, seed=3), stamp, expected=page)
         assert list(report.written) == list(page.ids)
         assert raw(client, name) == before
         copied = Page(page.ids, np.ones((6, 2 * DIM), np.float32), page.payloads, [None] * 6)
@@ -309,7 +309,7 @@ def assert_rows_stay_in_their_partitions(client: MilvusClient, uri: str) -> None
     with closing(open_store({"kind": "milvus", "uri": uri, "collection": "parted"}, write=True)) as store:
         page = store.scan(after=None, limit=10)
         assert [dict(payload) for payload in page.payloads or ()] == payloads
-        report = store.write_vectors(page.ids, unit_vectors(6, seed=1), "new", made_from=page)
+        report = store.write_vectors(page.ids, unit_vectors(6, seed=1), "new", expected=page)
         assert list(report.written) == list(range(6))
         assert (lie_in("parted"), store.count(), store.describe().count) == (places, 6, 6)
         assert store.count(stamp="new") == 6
@@ -470,7 +470,7 @@ def test_on_a_server_another_database(server: MilvusServer, server_client: Milvu
             info = store.describe()
             assert (info.name.endswith("/other/inside"), info.alias, info.count) == (True, "name", 5)
             page = store.scan(after=None, limit=10)
-            assert list(store.write_vectors(page.ids, unit_vectors(5), "new", made_from=page).written) == list(range(5))
+            assert list(store.write_vectors(page.ids, unit_vectors(5), "new", expected=page).written) == list(range(5))
             with closing(store.create_like("inside_2", dim=DIM)) as copy:
                 copy.insert(page)
                 store.swap_alias("name", to="inside_2")
@@ -541,7 +541,7 @@ def test_on_a_server_rows_too_large_for_one_message(server: MilvusServer, server
         page = store.scan(after=None, limit=items)
         assert list(page.ids) == list(range(items))
         assert len(store.read(page.ids, vectors=True, payload=True)) == items
-        assert len(store.write_vectors(page.ids, unit_vectors(items), "new", made_from=page).written) == items
+        assert len(store.write_vectors(page.ids, unit_vectors(items), "new", expected=page).written) == items
         with closing(store.create_like("large_copy", dim=DIM)) as copy:
             assert len(copy.insert(page).written) == items
             assert copy.count() == items

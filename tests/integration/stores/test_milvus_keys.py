@@ -36,7 +36,7 @@ def lite(file: str) -> Iterator[MilvusClient]:
     kept = Connection({"uri": file})
     yield client
     client.close()
-    kept.let_go()
+    kept.release()
 
 
 @pytest.fixture(autouse=True)
@@ -97,7 +97,7 @@ def test_lite_writes_in_place_under_the_keys_that_it_made(lite: MilvusClient, fi
         assert (list(page.ids), page.payloads[2]) == (keys, {"path": "2.png", "metadata": {"source": "2"}})
         np.testing.assert_array_equal(page.vectors, vectors)
         new = unit_vectors(6, seed=1)
-        assert list(store.write_vectors(page.ids, new, "new", made_from=page).written) == keys
+        assert list(store.write_vectors(page.ids, new, "new", expected=page).written) == keys
         assert lies(lite, "images") == {key: (f"{row}.png", new[row].tobytes()) for row, key in enumerate(keys)}
         assert list(store.write_vectors(keys, vectors, None).written) == keys
     assert lies(lite, "images") == before
@@ -171,7 +171,7 @@ def copied_by_the_recipe(client: MilvusClient, uri: str) -> None:
     with opened(uri, "copy") as store:
         page = store.scan(after=None, limit=100)
         assert list(page.ids) == keys
-        assert list(store.write_vectors(keys, unit_vectors(6, seed=1), "new", made_from=page).written) == keys
+        assert list(store.write_vectors(keys, unit_vectors(6, seed=1), "new", expected=page).written) == keys
         store.check_create_like(dim=4)
         assert store.describe().index == "IVF_FLAT nlist=4" if "://" in uri else "IVF_FLAT"
 
@@ -202,7 +202,7 @@ def test_what_the_client_makes_in_one_call(lite: MilvusClient, file: str, more: 
             ["0.png", "1.png", "2.png"],
         )
         store.check_create_like(dim=4)
-        report = store.write_vectors(keys, unit_vectors(3, seed=1), "new", made_from=page)
+        report = store.write_vectors(keys, unit_vectors(3, seed=1), "new", expected=page)
         assert list(report.written) == keys
         with closing(store.create_like("quick_b", dim=4)) as copy:
             assert list(copy.insert(new_page(store, 4)).written) == keys
@@ -285,7 +285,7 @@ def test_a_server_whose_upsert_keeps_the_key(lite: MilvusClient, file: str, monk
     with opened(file) as store:
         assert store.capabilities.in_place_refusal is None
         page = store.scan(after=None, limit=100)
-        assert sorted(store.write_vectors(page.ids, unit_vectors(6, seed=1), "new", made_from=page).written) == keys
+        assert sorted(store.write_vectors(page.ids, unit_vectors(6, seed=1), "new", expected=page).written) == keys
         with closing(store.create_like("images_b", dim=4)) as copy:
             assert sorted(copy.insert(new_page(store, 4)).written) == keys
     assert lite.describe_collection("images_b")["auto_id"]
@@ -318,7 +318,7 @@ def test_the_key_is_payload_under_its_own_name(lite: MilvusClient, file: str) ->
         assert store.describe().schema["path"] == "VARCHAR"
         page = store.scan(after=None, limit=10)
         assert list(page.payloads) == [{"path": name, "n": row} for row, name in enumerate(names)]
-        report = store.write_vectors(page.ids, unit_vectors(3, seed=1), "new", made_from=page)
+        report = store.write_vectors(page.ids, unit_vectors(3, seed=1), "new", expected=page)
         assert list(report.written) == names
         with closing(store.create_like("images_b", dim=DIM)) as copy:
             assert list(copy.insert(page).written) == names
@@ -388,7 +388,7 @@ def assert_values_survive(client: MilvusClient, uri: str, name: str) -> None:
     with opened(uri, name) as store:
         page = store.scan(after=None, limit=100)
         store.scan(after=None, limit=100)  # what is remembered in Milvus Lite is then not the very same objects
-        report = store.write_vectors(page.ids, unit_vectors(len(page), seed=1), "new", made_from=page)
+        report = store.write_vectors(page.ids, unit_vectors(len(page), seed=1), "new", expected=page)
         assert (list(report.written), list(report.changed)) == (list(page.ids), [])
         assert whole(client, name) == before
         with closing(store.create_like(f"{name}_copy", dim=2 * DIM)) as copy:

@@ -34,7 +34,7 @@ def lite(file: str) -> Iterator[MilvusClient]:
     kept = Connection({"uri": file})
     yield client
     client.close()
-    kept.let_go()
+    kept.release()
 
 
 @pytest.fixture(autouse=True)
@@ -305,9 +305,9 @@ def test_a_function_works_on_in_place_and_in_a_copy(lite: MilvusClient, file: st
         page = store.scan(after=None, limit=10)
         assert list(page.payloads) == [{"text": text} for text in TEXTS], "what is generated is no payload"
         assert any("sparse: filled by functions" in note for note in store.capabilities.notes)
-        report = store.write_vectors(page.ids, unit_vectors(4, seed=1), None, made_from=page)
+        report = store.write_vectors(page.ids, unit_vectors(4, seed=1), None, expected=page)
         assert list(report.written) == [0, 1, 2, 3]
-        with closing(store.sibling("words_copy")) as copy:
+        with closing(store.open_collection("words_copy")) as copy:
             wide = Page(page.ids, np.ones((4, 2 * DIM), np.float32), page.payloads, page.stamps)
             assert list(copy.insert(wide).written) == [0, 1, 2, 3]
     for name in ("words", "words_copy"):
@@ -364,10 +364,10 @@ def test_further_vectors_stay_as_they_are(lite: MilvusClient, file: str) -> None
     assert_carried(lite, file, "many")
     with opened(file, "many") as store:
         page = store.scan(after=None, limit=10)
-        with closing(store.sibling("many_copy")) as copy:
+        with closing(store.open_collection("many_copy")) as copy:
             wide = Page(page.ids, np.ones((4, 2 * DIM), np.float32), page.payloads, page.stamps)
             assert list(copy.insert(wide).written) == [0, 1, 2, 3]
-        assert list(store.write_vectors(page.ids, unit_vectors(4, seed=1), None, made_from=page).written) == [
+        assert list(store.write_vectors(page.ids, unit_vectors(4, seed=1), None, expected=page).written) == [
             0,
             1,
             2,

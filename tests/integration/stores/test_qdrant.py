@@ -175,7 +175,7 @@ LOCAL_MODE = ("ignore:Payload indexes have no effect:UserWarning", "ignore:Local
 
 @pytest.mark.filterwarnings(*LOCAL_MODE)
 class TestWithClaims(QdrantContract):
-    """The way of writing that a server needs, with claims and conditions, which local mode understands too."""
+    """The way of writing that a server needs, with write intents and conditions, which local mode understands too."""
 
     @pytest.fixture
     def make(self, remote: Make) -> Make:
@@ -212,9 +212,9 @@ def test_an_application_writes_between_two_requests(
         return ask(call)
 
     monkeypatch.setattr(store._connection, "ask", interposed)
-    report = store.write_vectors(ids, new, "new", made_from=page)
+    report = store.write_vectors(ids, new, "new", expected=page)
     happened = next(requests) > moment
-    assert sorted([*report.written, *report.gone, *report.changed], key=str) == ids
+    assert sorted([*report.written, *report.deleted, *report.changed], key=str) == ids
     assert {1, 3} <= set(report.written)
     monkeypatch.undo()
     found = store.read([2], vectors=True, payload=True)
@@ -269,7 +269,7 @@ def test_a_folder_keeps_what_was_written(folder: Path) -> None:
     settings = {"kind": "qdrant", "path": str(folder), "collection": "products"}
     new = unit_vectors(5, seed=1)
     with closing(open_store(settings, write=True)) as store:
-        assert store.write_vectors([1, 2, 3, 4, 99], new, "s").gone == [99]
+        assert store.write_vectors([1, 2, 3, 4, 99], new, "s").deleted == [99]
         assert not store.capabilities.concurrent_writers
         with pytest.raises(StoreBusy, match="another process"):
             open_store(settings, write=False)
@@ -341,7 +341,7 @@ def test_a_shadow_would_lose_further_vectors(tmp_path: Path) -> None:
         with pytest.raises(StoreRejected, match="in_place"):
             store.create_like("d", dim=DIM)
         new = unit_vectors(3, seed=1)
-        assert store.write_vectors([0, 3], new[:2], "s").gone == [3]
+        assert store.write_vectors([0, 3], new[:2], "s").deleted == [3]
     with closing(QdrantClient(path=str(tmp_path))) as client:
         (record,) = client.retrieve("c", [0], with_vectors=True)
         np.testing.assert_allclose(record.vector["text"], both[0]["text"], atol=1e-6)

@@ -57,7 +57,7 @@ class Points(Collection):
         try:
             yield shard._edge
         finally:
-            self.folder.let_go(shard)
+            self.folder.release(shard)
 
     def add_alias(self) -> str:
         self.aliases.append(f"{self.name}_alias")
@@ -211,7 +211,7 @@ def opened(path: Path, collection: str = "products", *, write: bool = True, **se
 def test_it_tells_what_it_is(path: Path) -> None:
     with closing(opened(path, write=False)) as store:
         info = store.describe()
-        assert (info.local, info.alias) == ("products_v1", "products")
+        assert (info.collection_id, info.alias) == ("products_v1", "products")
         assert info.name == f"qdrant-edge:{path.resolve()}/products_v1"
         assert info.index == "HNSW m=8 ef_construct=64, scalar quantisation"
         assert info.server.startswith("qdrant-edge 0.")
@@ -293,7 +293,7 @@ def test_what_a_killed_drop_left_is_swept(path: Path) -> None:
 def test_an_alias_may_lead_through_another(path: Path) -> None:
     (path / "shop").symlink_to("products")
     with closing(opened(path, "shop")) as store:
-        assert (store.describe().local, store.describe().alias) == ("products_v1", "shop")
+        assert (store.describe().collection_id, store.describe().alias) == ("products_v1", "shop")
         with pytest.raises(StoreRejected, match="alias"):
             store.drop()
         with closing(store.create_like("products_v2", dim=DIM)) as shadow:
@@ -302,15 +302,15 @@ def test_an_alias_may_lead_through_another(path: Path) -> None:
                 shadow.drop()
         store.drop()
     with closing(opened(path, "shop")) as store:
-        assert store.describe().local == "products_v2"
+        assert store.describe().collection_id == "products_v2"
     assert (path / "products").readlink() == Path("products_v2")
 
 
-def test_a_store_shares_its_collection_with_its_siblings(path: Path) -> None:
+def test_a_store_shares_its_collection_with_stores_opened_from_it(path: Path) -> None:
     with closing(opened(path)) as store:
-        sibling = store.sibling("products_v1")
-        sibling.write_vectors(IDS, unit_vectors(20, seed=1), "new")
-        sibling.close()
+        other = store.open_collection("products_v1")
+        other.write_vectors(IDS, unit_vectors(20, seed=1), "new")
+        other.close()
         assert store.count(stamp="new") == 20
     with closing(edge.EdgeShard.load(str(path / "products_v1"))) as shard:  # the last one let go of it
         assert shard.count(edge.CountRequest()) == 20
@@ -347,12 +347,12 @@ def test_payloads_go_through_a_write_as_they_are(path: Path) -> None:
 
 
 def test_a_page_that_knows_less_is_a_change(path: Path) -> None:
-    """An item that `made_from` does not hold, or whose vector was not a number."""
+    """An item that `expected` does not hold, or whose vector was not a number."""
     odd = np.full((1, DIM), np.nan, np.float32)
     Points(Folder(path), "products_v1", "").insert([4], odd, payloads_of(IDS)[4:5])
     with closing(opened(path)) as store:
         page = store.read([3, 4], vectors=True, payload=True)
-        report = store.write_vectors([3, 4, 5], unit_vectors(3, seed=1), "new", made_from=page)
+        report = store.write_vectors([3, 4, 5], unit_vectors(3, seed=1), "new", expected=page)
         assert (list(report.written), list(report.changed)) == ([3, 4], [5])
 
 
@@ -429,8 +429,8 @@ def test_further_vectors_stay_bit_for_bit(tmp_path: Path, name: str) -> None:
         page = store.scan(after=None, limit=9)
         with pytest.raises(StoreRejected, match="in_place"):
             store.create_like("d", dim=DIM)
-        report = store.write_vectors([0, 1, 2, 3], new, "s", made_from=page)
-        assert (report.written, report.gone, report.changed) == ([0, 1, 2], [3], [])
+        report = store.write_vectors([0, 1, 2, 3], new, "s", expected=page)
+        assert (report.written, report.deleted, report.changed) == ([0, 1, 2], [3], [])
         np.testing.assert_allclose(store.read([0, 1, 2], vectors=True, payload=False).vectors, new[:3], atol=1e-6)
         assert store.count(stamp="s") == 3
     with closing(edge.EdgeShard.load(str(path / "c"))) as shard:

@@ -265,9 +265,9 @@ def test_a_write_that_went_wrong_is_repaired_by_repeating_it(
         place.client.delete("c", [3])
         place.upsert(5)
         with place.fault(what, skip=moment, **how):
-            report = with_retries(lambda: store.write_vectors(IDS, NEW, stamp, made_from=page), seconds=20)  # noqa: B023
+            report = with_retries(lambda: store.write_vectors(IDS, NEW, stamp, expected=page), seconds=20)  # noqa: B023
         ours = [item for item in IDS if item not in (3, 5)]
-        assert (list(report.written), list(report.gone), list(report.changed)) == (ours, [3], [5]), moment
+        assert (list(report.written), list(report.deleted), list(report.changed)) == (ours, [3], [5]), moment
         assert dict(report.rejected) == {}
         found = store.read(IDS, vectors=True, payload=True)
         assert list(found.ids) == [item for item in IDS if item != 3]
@@ -301,7 +301,7 @@ def test_a_deed_that_went_wrong_is_repaired_by_repeating_it(place: Place, what: 
                 return store.swap_alias("a", to="other")
             if deed == "create":
                 return store.create_like("like", dim=8).close()
-            return store.forget_migration()
+            return store.clear_migration_state()
 
         with place.fault(what, skip=moment):
             result = with_retries(act, seconds=20)
@@ -327,13 +327,13 @@ def test_a_write_that_is_not_repeated_leaves_no_stamp_that_lies(any_place: Place
             store = place.store
             page = store.read(IDS, vectors=True, payload=True)
             with place.fault(what, skip=moment), contextlib.suppress(StoreUnavailable):
-                store.write_vectors(IDS, NEW, "new", made_from=page)
+                store.write_vectors(IDS, NEW, "new", expected=page)
             found = store.read(IDS, vectors=True, payload=True)
             assert found.vectors is not None
             for item, vector, stamp in zip(found.ids, found.vectors, found.stamps, strict=True):
                 if stamp == "new":
                     np.testing.assert_array_equal(vector, NEW[item])
-                elif stamp is None:  # or a claim: then it may be either
+                elif stamp is None:  # or a write intent: then it may be either
                     np.testing.assert_array_equal(vector, OLD[item])
             assert found.payloads == payloads_of(IDS)
             assert store.count(stamp="new") == list(found.stamps).count("new")
@@ -384,7 +384,7 @@ def test_a_point_that_is_refused_does_not_stop_the_others(place: Place, deed: st
     store._index_stamps()
     place.front.before = refuse
     if deed == "write":
-        report = store.write_vectors(IDS, NEW, "new", made_from=page)
+        report = store.write_vectors(IDS, NEW, "new", expected=page)
     else:
         report = store.insert(Page(page.ids, NEW, page.payloads, ["new"] * 20))
     place.front.before = None
@@ -433,9 +433,9 @@ def test_an_application_writes_between_two_requests(place: Place, what: str) -> 
         store = place.store
         page = store.read(IDS, vectors=True, payload=True)
         place.front.before = interpose
-        report = store.write_vectors(IDS, NEW, "new", made_from=page)
+        report = store.write_vectors(IDS, NEW, "new", expected=page)
         place.front.before = None
-        assert sorted([*report.written, *report.gone, *report.changed]) == IDS
+        assert sorted([*report.written, *report.deleted, *report.changed]) == IDS
         assert set(IDS) - {2} <= set(report.written)
         found = store.read([2], vectors=True, payload=True)
         assert found.payloads is not None
@@ -510,7 +510,7 @@ def test_an_alias_that_leads_nowhere(place: Place) -> None:
         place.open(collection="a")
     one_line(refusal.value)
     with closing(place.open(collection="a")) as store:
-        assert (store.describe().local, store.describe().alias) == ("c", "a")
+        assert (store.describe().collection_id, store.describe().alias) == ("c", "a")
 
 
 @pytest.mark.parametrize(
@@ -650,7 +650,7 @@ def test_an_answer_that_is_wrong(place: Place, spoil: Any, kind: type[Exception]
         page = store.read(IDS, vectors=True, payload=True)
         place.front.fail("spoiled", times=10**6, path="points$", spoil=spoil)
         with pytest.raises(kind, match=says):
-            store.write_vectors(IDS, NEW, "new", made_from=page)
+            store.write_vectors(IDS, NEW, "new", expected=page)
         place.front.heal()
         assert place.vectors() == before
         assert store.count(stamp="new") == 0

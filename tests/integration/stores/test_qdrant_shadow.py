@@ -358,7 +358,7 @@ def test_further_vectors_are_carried_over_as_they_are(place: Place, name: str) -
     assert retrieved(place.client, "e", name) == retrieved(place.client, "d", name)
     # And in place nothing but the one vector is touched.
     before = retrieved(place.client, "d", name)
-    assert list(store.write_vectors(IDS, NEW, "new", made_from=page).written) == IDS
+    assert list(store.write_vectors(IDS, NEW, "new", expected=page).written) == IDS
     np.testing.assert_array_equal(store.read(IDS, vectors=True, payload=False).vectors, NEW)
     assert list(store.write_vectors(IDS, OLD, None).written) == IDS
     assert retrieved(place.client, "d", name) == before
@@ -381,7 +381,7 @@ def test_an_unnamed_vector_beside_a_sparse_one(place: Place) -> None:
     with pytest.raises(StoreRejected, match="without the vector"):
         store.create_like("e", dim=8)
     assert place.names() == {"d"}
-    assert list(store.write_vectors([1, 3, 4], NEW[:3], "new").gone) == [4]
+    assert list(store.write_vectors([1, 3, 4], NEW[:3], "new").deleted) == [4]
     place.client.delete("d", [4])  # the advice
     store.check_create_like(dim=8)
     with closing(store.create_like("e", dim=DIM)) as shadow:
@@ -409,8 +409,8 @@ def test_nan_in_a_payload_is_refused_where_it_would_be_lost(place: Place) -> Non
         assert list(report.written) == IDS[:4]
         assert repr(place.client.retrieve("d", [1])[0].payload) == "{'a': nan}"
         page = store.read(IDS[:4], vectors=True, payload=True)
-        assert list(store.write_vectors(IDS[:4], NEW[:4], "new", made_from=page).written) == IDS[:4]
-        assert list(store.write_vectors(IDS[:4], NEW[:4], "new", made_from=page).changed) == []
+        assert list(store.write_vectors(IDS[:4], NEW[:4], "new", expected=page).written) == IDS[:4]
+        assert list(store.write_vectors(IDS[:4], NEW[:4], "new", expected=page).changed) == []
     else:
         assert (list(report.written), set(report.rejected)) == ([0, 3], {1, 2})
         assert "NaN or infinity" in report.rejected[1]
@@ -518,9 +518,11 @@ def test_a_setting_that_the_engine_forgets_on_the_edge(edge: Path, monkeypatch: 
             ({}, {"shop": None}, "payload index shop"),
         ):
 
-            def forget(self: Folder, local: str, config: Any, found: Any, drop: Any = (settings, indexes)) -> None:
+            def forget(
+                self: Folder, collection_id: str, config: Any, found: Any, drop: Any = (settings, indexes)
+            ) -> None:
                 config = {k: v for k, v in {**config, **drop[0]}.items() if v is not None}
-                create(self, local, config, {k: v for k, v in found.items() if k not in drop[1]})
+                create(self, collection_id, config, {k: v for k, v in found.items() if k not in drop[1]})
 
             with monkeypatch.context() as patch:
                 patch.setattr(Folder, "create", forget)
