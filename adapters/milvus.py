@@ -65,7 +65,7 @@ WHOLE_ROWS = 5_000  # read and at once written anew: fewer take longer, more lea
 PAGE = 16_000  # the server gives 16,384
 LITE_VERSION = "milvus_lite-"  # what the version of Milvus Lite begins with
 LITE_PAGE = 100_000  # in Milvus Lite every page costs as much as the whole collection
-LOADING = 3600  # seconds, for Milvus Lite, which builds the index then if a kill left it without
+LOADING = 3600  # seconds; Milvus Lite builds the index then if a kill left it without, a busy server lets one wait
 METRICS: Mapping[str, Metric] = {"COSINE": "cosine", "IP": "ip", "L2": "l2"}
 PASSING = {1, 2, 3, 4, 5, 8, 9, 10, 11, 12, 13, 500, 501, 502, 503, 504, 505, 600, 901, 902, 903, 904}
 """Codes of a server that is starting, overloaded or moving things about."""
@@ -992,7 +992,7 @@ class MilvusStore:
     def _load(self, collection_id: str) -> None:
         replicas = self._replicas()
         try:
-            self._call("load_collection", collection_id, **replicas)
+            self._ask(lambda client: client.load_collection(collection_id, timeout=LOADING, **replicas))
         except StoreRejected as refusal:
             number = replicas.get("replica_number", 1)
             raise StoreRejected(

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import random
 import shutil
+import subprocess
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,7 +19,7 @@ import yaml
 
 from migrator.project import Project
 from tests import postgres
-from tests.crash.commands import Commands
+from tests.crash.commands import Commands, faketime
 from tests.crash.test_stores import Killer, vectors_by
 from tests.kinds import Kind, MilvusOnAServer, QdrantOverRest
 from tests.qdrant_front import qdrant_process
@@ -244,6 +246,22 @@ def test_a_worker_that_is_cut_off_from_the_store_leaves_and_a_rollback_follows(
             proxy.heal()
             cut_off.run("rollback")
             assert cut_off.wrong(cut_off.old) == 0
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("ahead", [600, pytest.param(-600, marks=pytest.mark.long)])
+def test_clocks_ten_minutes_apart_change_nothing(
+    commands: tuple[Commands, Commands], first: World, tmp_path: Path, postgresql: str, ahead: int
+) -> None:
+    """Of the worker's machine and of everybody else's, the ledger's among them."""
+    if faketime() is None:
+        pytest.skip("libfaketime is not installed")
+    with Commands(ahead=ahead) as worker, running(first, tmp_path, "1.15.0", postgresql, "in_place") as kind:
+        clock = subprocess.check_output(["date", "+%s"], env=worker.environment)
+        assert abs(int(clock) - ahead - time.time()) < 60
+        shifted = Frozen((worker, commands[1]), kind, 8)
+        frozen_and_rolled_back(shifted, "in_place", trials=1)
+        frozen_and_taken_over(shifted, "in_place", trials=1)
 
 
 @pytest.mark.timeout(600)

@@ -246,15 +246,23 @@ def test_a_named_client_reports_its_epoch_by_itself(ledger, monkeypatch):
         assert client.choose("k").encoder == "new"
 
 
+def replaced_by_a_folder(path: Path) -> bool:
+    for file in path.parent.glob("migrator.db*"):
+        file.unlink(missing_ok=True)
+    try:
+        path.mkdir()
+    except FileExistsError:
+        return False
+    return True
+
+
 def test_a_named_client_searches_on_when_the_ledger_is_gone(ledger, monkeypatch, caplog):
     monkeypatch.setattr(module, "MIN_INTERVAL", 0.01)
     prepare(ledger, ttl=0.0)
     path = Path(ledger.url.database or "")
     client = RouteClient(str(ledger.url), "digits-v2", name="search-1")
     ledger.close()
-    for file in path.parent.glob("migrator.db*"):
-        file.unlink()
-    path.mkdir()
+    until(lambda: replaced_by_a_folder(path))  # the client's thread may make the file once more in between
     with caplog.at_level(logging.WARNING):
         until(lambda: "keeping the route of epoch 1" in caplog.text)
         assert client.choose("k") == Choice("old", "digits", 1)
