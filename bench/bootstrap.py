@@ -12,7 +12,7 @@ import numpy as np
 import scipy
 
 from bench.machine import machine
-from migrator.verify.statistics import bootstrap as cluster_bootstrap
+from migrator.evaluation.bootstrap import bootstrap as cluster_bootstrap
 
 QUERIES, RESAMPLES, COLUMNS = 10_000, 10_000, 6
 

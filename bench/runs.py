@@ -255,8 +255,8 @@ def per_query(
     images: Images, whole: Split, asking: NDArray[np.float32], stored: NDArray[np.float32], metric: str
 ) -> NDArray[np.float64]:
     """A value for each query of each test, one test after the other; NaN where nothing is relevant."""
-    from migrator.verify.metrics import parse_metric, relevance
-    from migrator.verify.ranking import rank
+    from migrator.evaluation.exact_search import rank
+    from migrator.evaluation.metrics import parse_metric, relevance
 
     wanted = parse_metric(metric)
     values = []

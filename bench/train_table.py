@@ -17,7 +17,7 @@ import numpy as np
 from bench.intervals import Interval, over_queries, over_seeds
 from bench.machine import machine
 from bench.results_files import heading, save
-from migrator.verify.metrics import p_1, p_comp, p_up
+from migrator.evaluation.metrics import p_1, p_comp, p_up
 
 if TYPE_CHECKING:
     from bench.runs import Run

@@ -24,7 +24,7 @@ def verify() -> dict[str, Any]:
 
 def of_the_demo() -> dict[str, Any]:
     """Seconds of a whole verification of the demo, and how many of them encoders took."""
-    from migrator.verify.protocol import verify as verify_once
+    from migrator.verify.run import verify as verify_once
 
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name) / "demo"

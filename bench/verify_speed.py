@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 import migrator.cli  # noqa: F401 - first, as for users: it decides how OpenMP's threads wait
 from bench.machine import machine
 from bench.memory import memory_of_this_process
-from migrator.verify.ranking import mixtures, rank
+from migrator.evaluation.exact_search import mixtures, rank
 
 QUERIES, DIM, K, CLASSES = 1_000, 256, 100, 10_000
 SHARES = tuple(share / 10 for share in range(11))

@@ -51,7 +51,7 @@ _SIDE = {"type": "integer", "minimum": 8, "maximum": 4096}
 _UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days"}
 
 METRICS = ("map", "recall", "precision", "ndcg", "mrr")
-"""Those of `migrator.verify.metrics`, named here so that reading a file does not load numpy."""
+"""Those of `migrator.evaluation.metrics`, named here so that reading a file does not load numpy."""
 FLIPS = "negative_flips"
 """The share of queries whose first answer was right and is wrong now."""
 MAX_ANSWERS = 1000

@@ -127,7 +127,7 @@ def _train_old(folder: Path) -> Encoder:
 def _save_gallery(
     folder: Path, store: str, gallery: NDArray[np.int64], labels: NDArray[np.int64], old: Encoder
 ) -> None:
-    from migrator.encoding import embed
+    from migrator.embedding.embed import embed
     from migrator.trainer.images import ImageSource
 
     paths = [_file(number) for number in gallery]
@@ -183,7 +183,7 @@ def walk(folder: Path, *, keep_at: str | None, run: Run, say: Say) -> None:
 
 
 def _next_command(folder: Path) -> str | None:
-    from migrator.status import status_of
+    from migrator.lifecycle.status import status_of
 
     with Project.open(folder / "migrations.yaml") as project:
         return status_of(project).next_command
@@ -210,7 +210,7 @@ def check(folder: Path) -> list[str]:
 
     Raises `PreconditionFailed` if anything is not as it must be.
     """
-    from migrator.encoding import embed
+    from migrator.embedding.embed import embed
 
     with Project.open(folder / "migrations.yaml") as project:
         migration = project.migration()

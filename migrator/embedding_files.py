@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TextIO
 import numpy as np
 from numpy.typing import NDArray
 
-from migrator.encoding import embed
+from migrator.embedding.embed import embed
 from migrator.errors import UsageProblem
 from migrator.trainer.errors import ImageProblem
 from migrator.trainer.files import sync_folder
@@ -194,7 +194,7 @@ def embed_files(
 ) -> dict[str, str]:
     """Embeds image files into a sink, and returns the path and reason of each that has no vector.
 
-    Where no image has one, the sink is left unfinished. `loading` is for `migrator.encoding.embed`.
+    Where no image has one, the sink is left unfinished. `loading` is for `migrator.embedding.embed.embed`.
     """
     source = LocalFiles(max_pixels)
     problems: dict[str, str] = {}

@@ -14,10 +14,10 @@ from migrator.backfill.stamps import StampLog, stamped_beside
 from migrator.backfill.undo import UndoLog
 from migrator.config import POST_HOC, Config, Encoder, find_migration, load_config
 from migrator.config import Migration as Settings
+from migrator.embedding.stored_encoder import StoredEncoder, is_stored
 from migrator.errors import ConfigError, PreconditionFailed
 from migrator.ledger import Ledger, Migration
 from migrator.retry import retrying_store
-from migrator.stored_encoder import StoredEncoder, is_stored
 from migrator.training_runs import DEFAULT_RUN, encoder_of, folder_of, list_runs
 
 if TYPE_CHECKING:
@@ -143,7 +143,7 @@ class Project:
             store.close()
 
     def loading(self) -> dict[str, Any]:
-        """How `migrator.encoding.embed` is to load images."""
+        """How `migrator.embedding.embed.embed` is to load images."""
         backfill = self.settings.backfill
         return {
             "batch_size": backfill.batch_size, "threads": backfill.image_threads, "retry_for": backfill.retry_for,

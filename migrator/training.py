@@ -13,10 +13,10 @@ import numpy as np
 
 from migrator.backfill.transfer import iter_ids
 from migrator.config import ItemsFrom, Train
+from migrator.embedding.stored_vectors import old_vectors, payloads
 from migrator.errors import ConfigError, PreconditionFailed
 from migrator.labels import training_label
-from migrator.old_vectors import old_vectors, payloads
-from migrator.planning import check_fresh
+from migrator.plan.run import check_fresh
 from migrator.project import Project
 from migrator.trainer.errors import ImageProblem
 from migrator.trainer.templates import MAX_FIELDS, field_advice, fields_of

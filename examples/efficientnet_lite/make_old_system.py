@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from PIL import Image
 
-from migrator.encoding import embed
+from migrator.embedding.embed import embed
 from migrator.project import Project
 from migrator.trainer.encoder import load_encoder
 

@@ -13,9 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from migrator.adapters.base import ItemId, Payload, Store, Vectors
+from migrator.embedding.stored_encoder import unit
+from migrator.embedding.stored_vectors import scan
 from migrator.errors import UsageProblem
-from migrator.old_vectors import scan
-from migrator.stored_encoder import unit
 from migrator.trainer.errors import TrainingProblem
 from migrator.trainer.pseudo import default_k, pseudo_classes
 

@@ -22,7 +22,7 @@ import numpy as np
 
 from migrator.adapters.base import ItemId, Payload, StoreRejected
 from migrator.backfill.transfer import Taken, Transfer
-from migrator.encoding import encode_batch
+from migrator.embedding.embed import encode_batch
 from migrator.ledger import Chunk, Failure
 from migrator.retry import with_retries
 from migrator.trainer.errors import ImageProblem

@@ -20,10 +20,10 @@ from migrator.backfill.transfer import Transfer, open_transfer
 from migrator.errors import PreconditionFailed, TemporarilyUnavailable
 from migrator.labels import label_of
 from migrator.ledger import BACKFILL_STAGES, Chunk, LeaseLost, Ledger, Migration, this_process
-from migrator.planning import check_fresh
+from migrator.plan.run import check_fresh
 from migrator.project import Project
 from migrator.trainer.errors import ImagesUnavailable
-from migrator.verify.watch import catch_up_check, is_check_due, look
+from migrator.verify.health_check import catch_up_check, is_check_due, look
 
 if TYPE_CHECKING:
     from migrator.trainer.encoder import Encoder

@@ -36,7 +36,7 @@ def command(
     and leaves with exit code 130; a second one leaves at once.
     """
     from migrator.backfill.run import Progress, backfill, check_stage
-    from migrator.status import status_of
+    from migrator.lifecycle.status import status_of
 
     with open_project(config_path, name) as project:
         migration = check_stage(project)

@@ -16,8 +16,8 @@ from migrator.cli.common import (
     progress,
     say,
 )
+from migrator.evaluation.verdicts import amount
 from migrator.formatting import disk_needed, duration, when
-from migrator.verify.verdicts import amount
 
 
 @click.command("plan")
@@ -29,8 +29,8 @@ def command(name: str | None, config_path: Path, as_json: bool) -> None:
     Checks that the old encoder made the stored vectors, measures speed on a sample, names risks, and saves the plan.
     Nothing in the collection is changed.
     """
-    from migrator.agreement import Disagreement
-    from migrator.planning import make_plan
+    from migrator.embedding.agreement import Disagreement
+    from migrator.plan.run import make_plan
 
     with open_project(config_path, name) as project, progress("sampling") as advance:
         try:

@@ -48,8 +48,8 @@ def command(
     yes: bool,
 ) -> None:
     """Open the next stage: prepare, canary, backfill, cutover, finalize."""
+    from migrator.lifecycle.status import status_of
     from migrator.rollout.stages import Options, step
-    from migrator.status import status_of
 
     with open_project(config_path, name) as project:
         options = Options(percent, accept_failures, drop_old, tell=partial(say, err=True))

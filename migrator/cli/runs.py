@@ -7,8 +7,8 @@ from pathlib import Path
 import click
 
 from migrator.cli.common import json_option, migration_options, open_project, print_json, print_table, say
+from migrator.evaluation.verdicts import state_of
 from migrator.training_runs import RunSummary, list_runs
-from migrator.verify.verdicts import state_of
 
 
 @click.command("runs")

@@ -11,7 +11,7 @@ from migrator.cli.common import json_option, migration_options, open_project, pr
 from migrator.formatting import duration
 
 if TYPE_CHECKING:
-    from migrator.status import Status
+    from migrator.lifecycle.status import Status
 
 
 @click.command("status")
@@ -21,7 +21,7 @@ def command(name: str | None, config_path: Path, as_json: bool) -> None:
     """Show where a migration stands and the next command."""
     import json
 
-    from migrator.status import status_of
+    from migrator.lifecycle.status import status_of
 
     with open_project(config_path, name) as project:
         status = status_of(project)

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from migrator.cli.common import json_option, migration_options, open_project, print_json, print_table, progress, say
-from migrator.verify.verdicts import finding_state, state_of, summary
+from migrator.evaluation.verdicts import finding_state, state_of, summary
 
 MEANING = {
     "old": "old query, old gallery: today's search",
@@ -47,7 +47,7 @@ def command(
     Exit code 0 if the gate passes, 3 if it fails or the queries cannot decide. The questions are drawn once and then
     kept, so that a later verification asks the same ones.
     """
-    from migrator.verify.protocol import is_served_by_new, measure_mixed, verify
+    from migrator.verify.run import is_served_by_new, measure_mixed, verify
 
     if mixed and new_questions:
         raise click.UsageError("--new-questions is for a verification, and --mixed is none")

@@ -9,14 +9,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from migrator.evaluation.verdicts import state_of
 from migrator.ledger import Migration, Plan, Verification, now
+from migrator.lifecycle.status import status_of
+from migrator.lifecycle.validity import why_not
 from migrator.project import Project
 from migrator.report.verdict import verdict
 from migrator.route import describe
-from migrator.status import status_of
 from migrator.training_runs import read_epochs
-from migrator.verify.standing import why_not
-from migrator.verify.verdicts import state_of
 
 MAX_FAILURES = 100
 """Item failures that are listed; the others are counted."""

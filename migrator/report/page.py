@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Any
 
 from migrator import formatting
 from migrator.errors import ConfigError, TemporarilyUnavailable, UsageProblem
+from migrator.evaluation.verdicts import TITLES, finding_state, state_of
 from migrator.project import Project
 from migrator.report import charts
 from migrator.report.facts import facts_of
 from migrator.report.thumbnails import Thumbnail, thumbnails
 from migrator.report.verdict import is_moved, meaning
 from migrator.trainer.files import write_whole
-from migrator.verify.verdicts import TITLES, finding_state, state_of
 
 if TYPE_CHECKING:
     from jinja2 import Environment

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from migrator.evaluation.verdicts import losses, main_loss
 from migrator.formatting import is_number, metric_name, number, percent, sanitized, sentence, signed
-from migrator.verify.verdicts import losses, main_loss
 
 _MEANING = {
     "map": "1 means that every right answer comes before every wrong one",

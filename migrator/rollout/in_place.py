@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING
 
 from migrator.adapters.base import ItemId, Store, Vectors, order_key
-from migrator.encoding import embed, locate
+from migrator.embedding.embed import embed, locate
 from migrator.errors import PreconditionFailed
 from migrator.ledger import Chunk, Migration
 from migrator.project import Project

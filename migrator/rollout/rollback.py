@@ -10,7 +10,7 @@ from time import monotonic, sleep
 from migrator.adapters.base import ItemId, StoreBusy
 from migrator.errors import InUse, PreconditionFailed
 from migrator.ledger import Migration
-from migrator.planning import check_same_collection
+from migrator.plan.run import check_same_collection
 from migrator.project import Project
 from migrator.rollout import write_alias
 from migrator.rollout.clients import Tell, wait_for_clients

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from migrator.adapters.base import ItemId, Page, Store, StoreError, StoreRejected, same_value
 from migrator.backfill.copies import Copies, digests, further_digest
 from migrator.backfill.transfer import ITEMS, Shadow, iter_ids, open_transfer, read_whole, whole_pages
-from migrator.encoding import embed, locate
+from migrator.embedding.embed import embed, locate
 from migrator.errors import PreconditionFailed
 from migrator.ledger import Migration, Route
 from migrator.project import Project

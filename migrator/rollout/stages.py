@@ -15,15 +15,15 @@ from typing import Any
 
 from migrator.adapters.base import Store
 from migrator.errors import PreconditionFailed, UsageProblem
+from migrator.evaluation.verdicts import losses
 from migrator.ledger import Migration, Plan, Route
-from migrator.planning import check_fresh, check_shadow, check_unmixed
+from migrator.lifecycle.validity import why_not
+from migrator.plan.run import check_fresh, check_shadow, check_unmixed
 from migrator.project import Project
 from migrator.rollout import shadow, write_alias
 from migrator.rollout.clients import Tell, wait_for_clients
 from migrator.route import initial_route
-from migrator.verify.standing import why_not
-from migrator.verify.verdicts import losses
-from migrator.verify.watch import catch_up_check, is_check_due
+from migrator.verify.health_check import catch_up_check, is_check_due
 
 READ_BACK = 256
 """Items read over a fresh connection after the cutover's publication, to see that what was written is there."""

@@ -21,11 +21,11 @@ import migrator
 from migrator import errors, formatting
 from migrator.adapters.base import StoreBusy, StoreError, StoreRejected, StoreUnavailable
 from migrator.adapters.files import Vanished
-from migrator.agreement import Disagreement, Tried
 from migrator.cli import VERBS, common, run
 from migrator.cli import status as status_verb
 from migrator.config import load_config
 from migrator.config_template import TEMPLATE
+from migrator.embedding.agreement import Disagreement, Tried
 from migrator.ledger import BackfillRun, Failure, LeaseLost, Ledger, Migration, RouteMoved, this_process
 from migrator.route import choose, initial_route
 from migrator.trainer import errors as trainer_errors

@@ -20,7 +20,7 @@ from pydantic import ValidationError
 from migrator.config import MAX_ANSWERS, METRICS, Config, Gate, Section, find_migration, load_config, schema
 from migrator.config_template import TEMPLATE
 from migrator.errors import ConfigError, UsageProblem
-from migrator.verify.metrics import parse_metric
+from migrator.evaluation.metrics import parse_metric
 
 EXAMPLE = """\
 version: 1

@@ -21,8 +21,8 @@ from docs._site.configuration import table as keys_of
 from migrator.cli import VERBS, cli
 from migrator.config import Section, Verify, load_config
 from migrator.ledger.ledger import SCHEMA
+from migrator.lifecycle.status import Status
 from migrator.rollout.stages import _STEPS
-from migrator.status import Status
 from migrator.trainer.fit import FitSettings
 
 ROOT = Path(__file__).parents[2]

@@ -12,8 +12,8 @@ import pytest
 import yaml
 from PIL import Image, ImageOps
 
-from migrator.agreement import MODELS, PIXELS
 from migrator.config import OldEncoder
+from migrator.embedding.agreement import MODELS, PIXELS
 from migrator.trainer.images import ImageSource
 from migrator.trainer.preprocessing import Preprocessing, timm_preprocessing
 from tests.unit.test_docs import section, table

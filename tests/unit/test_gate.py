@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from migrator.config import Gate, Threshold
-from migrator.verify.gate import Measured, Verdict, gate
-from migrator.verify.statistics import bootstrap, spent
+from migrator.evaluation.bootstrap import bootstrap, spent
+from migrator.evaluation.gate import Measured, Verdict, gate
 
 MAP = "map@100"
 QUICK = Gate(min_queries=10, resamples=200)

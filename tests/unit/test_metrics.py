@@ -11,9 +11,9 @@ from sklearn.metrics import average_precision_score, ndcg_score
 from sklearn.preprocessing import MultiLabelBinarizer
 
 from migrator import config
-from migrator.verify import metrics
-from migrator.verify.metrics import Relevance, graded_relevance, parse_metric, relevance, summarise, tag_relevance
-from migrator.verify.ranking import rank
+from migrator.evaluation import metrics
+from migrator.evaluation.exact_search import rank
+from migrator.evaluation.metrics import Relevance, graded_relevance, parse_metric, relevance, summarise, tag_relevance
 
 
 def test_relevance_by_hand():

@@ -83,7 +83,7 @@ def test_a_collection_page_by_page_is_in_the_same_order(labels, size, seed, cell
     in_order = list(store.items)
     rows = [ids.index(item) for item in in_order]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("migrator.old_vectors.PAGE", size)
+        patch.setattr("migrator.embedding.stored_vectors.PAGE", size)
         patch.setattr(module, "CELLS", cells)
         found = ids_worst_first(store)
     assert sorted(map(repr, found)) == sorted(map(repr, ids)), "each item once, and 7 is not '7'"

@@ -18,7 +18,7 @@ from migrator.trainer.data import read_items
 from migrator.trainer.errors import TableProblem, TrainerError, TrainingProblem
 from migrator.trainer.images import ImageSource
 from migrator.trainer.tables import Header, read_table
-from migrator.verify.questions import _read_queries
+from migrator.verify.query_set.draw import _read_queries
 
 
 def both(file: Path) -> list[str]:

@@ -17,7 +17,7 @@ import yaml
 
 from migrator.cli import cli
 from migrator.config import Method, load_config
-from migrator.verify.ways_on import NEXT_METHOD, Situation, _untried, ways_on
+from migrator.lifecycle.next_steps import NEXT_METHOD, Situation, _untried, ways_on
 
 PLAIN = Situation(
     name="toys", active=False, in_place=True, method="bct", labels_needed=False, independent=True,

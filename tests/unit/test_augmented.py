@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from migrator.verify import views
-from migrator.verify.views import altered
+from migrator.verify.query_set import augmented
+from migrator.verify.query_set.augmented import altered
 
 
 def picture(width: int = 60, height: int = 40, seed: int = 0) -> Image.Image:
@@ -80,7 +80,7 @@ def test_some_views_are_compressed_and_others_blurred(monkeypatch: pytest.Monkey
     assert min(saved) >= 60
     assert max(saved) <= 90
     saved.clear()
-    monkeypatch.setattr(views, "_JPEG_LONGEST", 10)
+    monkeypatch.setattr(augmented, "_JPEG_LONGEST", 10)
     for seed in range(40):
         altered(picture(), "x", seed)
     assert saved == []

@@ -19,22 +19,14 @@ import numpy as np
 
 from migrator.adapters.base import ItemId, Payload, Store
 from migrator.config import FLIPS, Gate
-from migrator.encoding import embed, locate
+from migrator.embedding.embed import embed, locate
+from migrator.embedding.stored_encoder import unit
+from migrator.embedding.stored_vectors import old_vectors
 from migrator.errors import PreconditionFailed
-from migrator.labels import Tags, tags_of
-from migrator.ledger import Migration
-from migrator.old_vectors import old_vectors
-from migrator.planning import check_fresh
-from migrator.project import Project
-from migrator.stored_encoder import unit
-from migrator.trainer.templates import NotText
-from migrator.verify.answers import Answers, write_answers
-from migrator.verify.asked import Asked, at_rows
-from migrator.verify.breakdown import examples, worst_groups
-from migrator.verify.curve import SHARES, BackfillCurve, curve_facts, measure_curve
-from migrator.verify.gate import Measured, Verdict, gate
-from migrator.verify.live import Live, ask_live
-from migrator.verify.metrics import (
+from migrator.evaluation.bootstrap import Interval, Sure, bootstrap
+from migrator.evaluation.exact_search import rank
+from migrator.evaluation.gate import Measured, Verdict, gate
+from migrator.evaluation.metrics import (
     Relevance,
     negative_flips,
     overlap_at_k,
@@ -45,14 +37,29 @@ from migrator.verify.metrics import (
     positive_flips,
     summarise,
 )
-from migrator.verify.questions import Questions, frozen_questions
-from migrator.verify.ranking import rank
-from migrator.verify.scores import draw_listed_pairs, draw_pairs, draw_tag_pairs, score_histograms, score_pairs, shift
-from migrator.verify.standing import Gallery, gallery_of, look_of
-from migrator.verify.statistics import Interval, Sure, bootstrap
-from migrator.verify.verdicts import Test
-from migrator.verify.views import altered
-from migrator.verify.ways_on import situation_of, ways_on
+from migrator.evaluation.similarity import (
+    draw_listed_pairs,
+    draw_pairs,
+    draw_tag_pairs,
+    score_histograms,
+    score_pairs,
+    shift,
+)
+from migrator.evaluation.verdicts import Test
+from migrator.labels import Tags, tags_of
+from migrator.ledger import Migration
+from migrator.lifecycle.next_steps import situation_of, ways_on
+from migrator.lifecycle.validity import Gallery, gallery_of, look_of
+from migrator.plan.run import check_fresh
+from migrator.project import Project
+from migrator.trainer.templates import NotText
+from migrator.verify.backfill_curve import SHARES, BackfillCurve, curve_facts, measure_curve
+from migrator.verify.baseline import Answers, write_answers
+from migrator.verify.judged_queries import Asked, at_rows
+from migrator.verify.live_index import Live, ask_live
+from migrator.verify.query_set.augmented import altered
+from migrator.verify.query_set.draw import Questions, frozen_questions
+from migrator.verify.regressions import examples, worst_groups
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

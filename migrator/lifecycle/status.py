@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from migrator.evaluation.verdicts import losses, state_of
 from migrator.ledger import BACKFILL_STAGES, Counts, Migration, Route
+from migrator.lifecycle.next_steps import situation_of, ways_on
+from migrator.lifecycle.validity import EARLIER_VERSION, gallery_of, looks, why_not
 from migrator.project import Project
-from migrator.verify.standing import EARLIER_VERSION, gallery_of, looks, why_not
-from migrator.verify.verdicts import losses, state_of
-from migrator.verify.ways_on import situation_of, ways_on
 
 RATE_RUNS = 5
 """The last runs from which the rate is taken, of those that worked on the first pass."""

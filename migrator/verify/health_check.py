@@ -14,18 +14,18 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from migrator.adapters.base import ItemId, Store
-from migrator.agreement import SAME_ENCODER, as_kept_by, cosines
 from migrator.config import FLIPS, Gate
-from migrator.encoding import embed, locate
+from migrator.embedding.agreement import SAME_ENCODER, as_kept_by, cosines
+from migrator.embedding.embed import embed, locate
+from migrator.evaluation.gate import Measured, Verdict, gate
+from migrator.evaluation.verdicts import Test, amount
 from migrator.ledger import Migration
+from migrator.lifecycle.validity import looks
 from migrator.project import Project
-from migrator.verify.answers import read_answers
-from migrator.verify.curve import expected
-from migrator.verify.gate import Measured, Verdict, gate
-from migrator.verify.protocol import ask_as_is
-from migrator.verify.questions import read_frozen
-from migrator.verify.standing import looks
-from migrator.verify.verdicts import Test, amount
+from migrator.verify.backfill_curve import expected
+from migrator.verify.baseline import read_answers
+from migrator.verify.query_set.draw import read_frozen
+from migrator.verify.run import ask_as_is
 
 if TYPE_CHECKING:
     from migrator.trainer.encoder import Encoder

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from migrator.adapters.base import StoreRejected, StoreUnavailable
-from migrator.encoding import Embedded, embed, encode_batch, locate
+from migrator.embedding.embed import Embedded, embed, encode_batch, locate
 from migrator.retry import with_retries
 from migrator.trainer.errors import EncoderProblem, ImageProblem, ImagesUnavailable
 

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from migrator.verify import scores as module
-from migrator.verify.scores import (
+from migrator.evaluation import similarity as module
+from migrator.evaluation.similarity import (
     LEAST_NEGATIVES,
     Pairs,
     Scores,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from migrator.verify.questions import question_files
+from migrator.verify.query_set.draw import question_files
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

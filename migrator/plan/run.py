@@ -13,15 +13,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from migrator.adapters.base import Capabilities, CollectionInfo, ItemId, Payload, Store, StoreRejected
-from migrator.agreement import as_kept_by, check_agreement
 from migrator.config import POST_HOC, ItemsFrom, OldEncoder
-from migrator.encoding import embed, locate
+from migrator.embedding.agreement import as_kept_by, check_agreement
+from migrator.embedding.embed import embed, locate
+from migrator.embedding.stored_encoder import SAME, StoredEncoder
 from migrator.errors import ConfigError, PreconditionFailed
 from migrator.labels import training_label
 from migrator.ledger import Plan, now
+from migrator.plan.forecast import expected_quality, forecast, loss_risks
 from migrator.project import Project
-from migrator.stored_encoder import SAME, StoredEncoder
-from migrator.verify.forecast import expected_quality, forecast, loss_risks
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -1,7 +1,7 @@
 """The gate: a pure decision, from paired measurements to pass, fail or inconclusive, with reasons.
 
-Each bound is a column of a bootstrap over the queries (`migrator.verify.statistics`), in `lowest` one for each share of
-the backfill: the same queries are put to both searches, and whole classes of them are resampled. A bound holds where
+Each bound is a column of a bootstrap over the queries (`migrator.evaluation.bootstrap`), in `lowest` one for each share
+of the backfill: the same queries are put to both searches, and whole classes of them are resampled. A bound holds where
 the whole interval does.
 """
 
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Literal, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from migrator.verify.statistics import (
+from migrator.evaluation.bootstrap import (
     Bootstrap,
     Interval,
     bootstrap,
@@ -24,7 +24,7 @@ from migrator.verify.statistics import (
     queries_needed,
     spent,
 )
-from migrator.verify.verdicts import TITLES, Test, accepted_note
+from migrator.evaluation.verdicts import TITLES, Test, accepted_note
 
 if TYPE_CHECKING:
     from migrator.config import Gate, Threshold

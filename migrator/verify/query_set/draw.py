@@ -20,7 +20,7 @@ import numpy as np
 
 from migrator.adapters.base import ItemId, Payload, Store, order_key
 from migrator.backfill.files import LogFiles
-from migrator.encoding import locate
+from migrator.embedding.embed import locate
 from migrator.errors import ConfigError, PreconditionFailed
 from migrator.labels import Tags, tags_of
 from migrator.ledger import Migration, now

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from migrator.verify.metrics import Relevance, graded_relevance, relevance, tag_relevance
+from migrator.evaluation.metrics import Relevance, graded_relevance, relevance, tag_relevance
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from migrator.verify.questions import Questions
+    from migrator.verify.query_set.draw import Questions
 
 
 @dataclass(frozen=True, slots=True)

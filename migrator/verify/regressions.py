@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from migrator.verify.statistics import Sure, bootstrap
+from migrator.evaluation.bootstrap import Sure, bootstrap
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from migrator.verify.asked import Asked
+    from migrator.verify.judged_queries import Asked
 
 MAX_GROUPS = 10
 """Classes, and segments, that are listed."""

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from migrator.adapters.base import ItemId, Page, Payload, Store
-from migrator.encoding import locate
-from migrator.stored_encoder import unit
+from migrator.embedding.embed import locate
+from migrator.embedding.stored_encoder import unit
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -15,15 +15,15 @@ import numpy as np
 
 from migrator.adapters.base import ItemId, Store, order_key
 from migrator.backfill.order import worst_first
-from migrator.encoding import embed, locate
+from migrator.embedding.embed import embed, locate
+from migrator.embedding.stored_encoder import unit
+from migrator.evaluation.bootstrap import Interval, bootstrap
+from migrator.evaluation.exact_search import mixtures, rank
+from migrator.evaluation.metrics import parse_metric, relevance, summarise, tag_relevance
+from migrator.evaluation.verdicts import MOMENTS, Test, amount
 from migrator.labels import Tags
 from migrator.project import Project
-from migrator.stored_encoder import unit
-from migrator.verify.metrics import parse_metric, relevance, summarise, tag_relevance
-from migrator.verify.questions import tags_or_refuse
-from migrator.verify.ranking import mixtures, rank
-from migrator.verify.statistics import Interval, bootstrap
-from migrator.verify.verdicts import MOMENTS, Test, amount
+from migrator.verify.query_set.draw import tags_or_refuse
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -9,8 +9,8 @@ import datetime as dt
 from collections.abc import Sequence
 from typing import Literal, TypeAlias
 
+from migrator.evaluation.verdicts import covers_tests
 from migrator.ledger import Counts, Migration, Plan, StageEvent, Verification, now
-from migrator.verify.verdicts import covers_tests
 
 Gallery: TypeAlias = Literal["old", "mixed", "new"]
 

@@ -10,16 +10,16 @@ import numpy as np
 from migrator.backfill.order import worst_first
 from migrator.config import FLIPS
 from migrator.errors import UsageProblem
-from migrator.verify.metrics import Relevance, backfill_auc, negative_flips, parse_metric, summarise
-from migrator.verify.ranking import mixtures
-from migrator.verify.statistics import Interval, Sure, bootstrap
+from migrator.evaluation.bootstrap import Interval, Sure, bootstrap
+from migrator.evaluation.exact_search import mixtures
+from migrator.evaluation.metrics import Relevance, backfill_auc, negative_flips, parse_metric, summarise
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from numpy.typing import NDArray
 
-    from migrator.verify.asked import Asked
+    from migrator.verify.judged_queries import Asked
 
 SHARES = tuple(share / 10 for share in range(11))
 

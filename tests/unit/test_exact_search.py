@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from migrator.verify import ranking
-from migrator.verify.ranking import mixtures, pair_scores, rank
+from migrator.evaluation import exact_search
+from migrator.evaluation.exact_search import mixtures, pair_scores, rank
 
 # Small whole numbers: many ties, and inner products that are exact in float32 and float64.
 INTEGERS = st.integers(-3, 3)
@@ -29,7 +29,7 @@ def searches(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray, int, np.ndarray]:
 @contextmanager
 def blocks(scores: int, queries: int = 2048, passing: int = 1 << 22) -> Iterator[None]:
     """Small blocks, as a large gallery has many of."""
-    with patch.multiple(ranking, _SCORES=scores, _QUERIES=queries, _PASSING=passing):
+    with patch.multiple(exact_search, _SCORES=scores, _QUERIES=queries, _PASSING=passing):
         yield
 
 
@@ -117,7 +117,7 @@ def test_a_gallery_of_nothing_but_ties_is_ranked_by_index_and_kept_small():
         most = max(most, len(pairs))
         return pair_scores(queries, gallery, pairs)
 
-    with blocks(12_000, passing=300), patch.object(ranking, "pair_scores", watched):
+    with blocks(12_000, passing=300), patch.object(exact_search, "pair_scores", watched):
         assert rank(queries, gallery, 10, exclude=np.array([-1, 0, 4])).tolist() == [
             list(range(10)),
             list(range(1, 11)),
@@ -253,13 +253,13 @@ def test_mixtures_pass_each_gallery_once():
     random = np.random.default_rng(7)
     galleries = [unit(random, 100, 8) for _ in range(2)]
     searched = {id(gallery): 0 for gallery in galleries}
-    search = ranking._search
+    search = exact_search._search
 
     def counted(queries, gallery, rows, *rest):
         searched[id(gallery)] += len(rows)
         return search(queries, gallery, rows, *rest)
 
-    with patch.object(ranking, "_search", counted):
+    with patch.object(exact_search, "_search", counted):
         mixtures(galleries[0][:4], *galleries, np.arange(100), [0, 0.25, 0.5, 0.75, 1], 3)
         assert list(searched.values()) == [100, 100]
         mixtures(galleries[0][:4], *galleries, np.arange(100), [0.25, 0.5], 3)
@@ -297,6 +297,6 @@ def test_pair_scores_by_hand_in_any_number_of_steps():
     gallery = np.array([[1, 1], [4, -1], [2**-24, 1]], np.float32)
     pairs = np.array([[0, 0], [0, 1], [1, 1], [0, 2]])
     for numbers in (1, 4, 1 << 20):
-        with patch.object(ranking, "_PAIRS", numbers):
+        with patch.object(exact_search, "_PAIRS", numbers):
             assert pair_scores(queries, gallery, pairs).tolist() == [3, 2, -0.5, 2 + 2**-24]
     assert pair_scores(queries, gallery, np.empty((0, 2), np.int64)).shape == (0,)

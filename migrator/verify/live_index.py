@@ -10,13 +10,13 @@ import numpy as np
 
 from migrator.adapters.base import Hits, ItemId, Payload, Store
 from migrator.backfill.transfer import iter_ids
-from migrator.old_vectors import payloads
-from migrator.verify.metrics import Relevance, parse_metric, summarise
+from migrator.embedding.stored_vectors import payloads
+from migrator.evaluation.metrics import Relevance, parse_metric, summarise
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from migrator.verify.questions import Questions
+    from migrator.verify.query_set.draw import Questions
 
 Described: TypeAlias = tuple[tuple[str, ...], str | None]
 """The classes of an item, and the path of its image, None for none."""

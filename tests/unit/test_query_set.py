@@ -26,9 +26,9 @@ from migrator.labels import label_of
 from migrator.ledger import Migration
 from migrator.project import Project
 from migrator.trainer.images import ImageSource
-from migrator.verify import questions as module
-from migrator.verify.asked import Asked
-from migrator.verify.questions import (
+from migrator.verify.judged_queries import Asked
+from migrator.verify.query_set import draw as module
+from migrator.verify.query_set.draw import (
     COUNTS,
     Questions,
     draw_questions,

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from migrator.verify.statistics import (
+from migrator.evaluation.bootstrap import (
     Interval,
     bootstrap,
     exact_share,

@@ -16,13 +16,13 @@ import pytest
 import yaml
 
 from migrator.config import find_migration, load_config
-from migrator.encoding import embed
+from migrator.embedding.embed import embed
 from migrator.errors import PreconditionFailed
 from migrator.ledger import Migration
 from migrator.project import Project
-from migrator.verify.asked import Asked
-from migrator.verify.questions import Questions, frozen_questions, read_frozen
-from migrator.verify.views import altered
+from migrator.verify.judged_queries import Asked
+from migrator.verify.query_set.augmented import altered
+from migrator.verify.query_set.draw import Questions, frozen_questions, read_frozen
 from tests.world import NAME, World, write_gallery
 
 MIGRATION = Migration(id=1, created_at=dt.datetime(2026, 11, 25, tzinfo=dt.UTC))

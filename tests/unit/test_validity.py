@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 
 from migrator.config import Gate
+from migrator.evaluation.bootstrap import Interval
+from migrator.evaluation.verdicts import amount, finding_state, losses, main_loss, state_of, summary
 from migrator.ledger import Counts
-from migrator.verify.forecast import Quality, loss_risks
-from migrator.verify.standing import gallery_of
-from migrator.verify.statistics import Interval
-from migrator.verify.verdicts import amount, finding_state, losses, main_loss, state_of, summary
+from migrator.lifecycle.validity import gallery_of
+from migrator.plan.forecast import Quality, loss_risks
 
 
 def counts(passes: int = 0, failures: int = 0) -> Counts:

@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from migrator.verify.metrics import tag_matrices
-from migrator.verify.ranking import pair_scores
+from migrator.evaluation.exact_search import pair_scores
+from migrator.evaluation.metrics import tag_matrices
 
 LIMIT = 50_000
 """Pairs of each kind that are scored."""

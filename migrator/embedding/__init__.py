@@ -1,0 +1,1 @@
+"""Images to vectors, and the vectors that a collection holds already."""

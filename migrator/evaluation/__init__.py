@@ -1,0 +1,1 @@
+"""Pure measurements and decisions: no store, no ledger."""

@@ -1,0 +1,1 @@
+"""Where a migration stands, what still counts, and which command comes next."""

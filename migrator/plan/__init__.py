@@ -1,0 +1,1 @@
+"""What an upgrade costs, and whether it can be done."""

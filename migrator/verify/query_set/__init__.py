@@ -1,0 +1,1 @@
+"""The queries of a verification: drawn once, then pinned."""
