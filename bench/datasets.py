@@ -32,7 +32,7 @@ from numpy.typing import NDArray
 DATA = Path("bench-data")
 FASHION = Path("/usr/share/datasets/fashion-mnist")
 EMOJI_SIDE = 64
-FEWEST_ARTISTS = 4
+MIN_ARTISTS = 4
 
 
 @dataclass(frozen=True)
@@ -176,7 +176,7 @@ def emoji(data: Path) -> Iterator[Drawn]:
             if found in wanted:
                 drawings.setdefault(found, {})[artist.artist] = image
     for found, by_artist in sorted(drawings.items()):
-        if len(by_artist) >= FEWEST_ARTISTS:
+        if len(by_artist) >= MIN_ARTISTS:
             for artist, image in sorted(by_artist.items()):
                 yield Drawn(f"{artist}/{found}.png", found, image, artist=artist)
 

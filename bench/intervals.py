@@ -27,8 +27,8 @@ def over_seeds(values: ArrayLike) -> Interval:
     mean = float(each.mean())
     if len(each) < 2:
         return Interval(mean, float("nan"), float("nan"))
-    reach = float(t.ppf((1 + CONFIDENCE) / 2, len(each) - 1) * each.std(ddof=1) / np.sqrt(len(each)))
-    return Interval(mean, mean - reach, mean + reach)
+    margin = float(t.ppf((1 + CONFIDENCE) / 2, len(each) - 1) * each.std(ddof=1) / np.sqrt(len(each)))
+    return Interval(mean, mean - margin, mean + margin)
 
 
 def over_queries(differences: Sequence[NDArray[np.floating]], *, resamples: int = 4000, seed: int = 0) -> Interval:

@@ -1,7 +1,7 @@
 """One training as a folder: what it is made of is its name, what came of it lies in it, and it is never done twice.
 
 A folder's name is a hash of everything that decides the outcome but the code: data, split, encoder, all settings, and
-the runs that it builds on. After a change of the code, `--again` does the selected runs anew.
+the runs that it builds on. After a change of the code, `--again` does the selected runs again.
 """
 
 from __future__ import annotations

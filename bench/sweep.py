@@ -53,7 +53,7 @@ MEASURES = {
 def variants() -> dict[str, tuple[str, dict[str, Any]]]:
     """What `bench.train.cases` takes as methods: the defaults, and each value that is not one of them.
 
-    Settings that the trainer does not have are left out and named.
+    Settings that the trainer does not have are skipped and named.
     """
     from migrator.trainer.losses import LossSettings
 
@@ -61,7 +61,7 @@ def variants() -> dict[str, tuple[str, dict[str, Any]]]:
     found: dict[str, tuple[str, dict[str, Any]]] = {DEFAULTS: ("advbct", {})}
     for name, values in TRIED.items():
         if name not in known:
-            print(f"{name} is no setting of the trainer: left out")
+            print(f"{name} is no setting of the trainer: skipped")
             continue
         found |= {f"{name}={value}": ("advbct", {name: value}) for value in values if value != known[name]}
     return found
@@ -94,15 +94,15 @@ def table(done: list[Case]) -> list[dict[str, Any]]:
         for place in [*places, None]:
             row: dict[str, Any] = {"variant": name, "place": "/".join(place) if place else "average"}
             for measure in MEASURES:
-                ours, base = (
+                tried, base = (
                     np.array([mean_over([place] if place else places, seed, which, found, measure) for seed in seeds])
                     for which in (name, DEFAULTS)
                 )
-                both = np.isfinite(ours) & np.isfinite(base)
+                both = np.isfinite(tried) & np.isfinite(base)
                 row["seeds"] = int(both.sum())
                 if both.any():
-                    row[measure] = over_seeds(ours[both])._asdict()
-                    row[f"{measure}, gain"] = over_seeds(ours[both] - base[both])._asdict()
+                    row[measure] = over_seeds(tried[both])._asdict()
+                    row[f"{measure}, gain"] = over_seeds(tried[both] - base[both])._asdict()
             rows.append(row)
     return rows
 

@@ -144,7 +144,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seeds", type=int, help="how many")
     parser.add_argument("--only", action="append", default=[], metavar="DATASET/PROTOCOL/METHOD", help="repeatable")
     parser.add_argument(
-        "--again", action="store_true", help="do the selected runs anew: for after a change of the code"
+        "--again", action="store_true", help="do the selected runs again: for after a change of the code"
     )
     parser.add_argument("--table", action="store_true", help="write the table of what is done; train nothing")
 

@@ -87,16 +87,16 @@ def aims(table: list[dict[str, Any]]) -> list[dict[str, Any]]:
             by_place[one["dataset"], one["protocol"]][one["method"]] = one
     gaps = []
     for (dataset, protocol), methods in by_place.items():
-        ours = methods.get("advbct")
-        if ours is None:
+        advbct = methods.get("advbct")
+        if advbct is None:
             continue
-        cross, same = ours["cross_minus_old"], ours["self_minus_independent"]
+        cross, same = advbct["cross_minus_old"], advbct["self_minus_independent"]
         rivals = {}
         for name, other in methods.items():
             if name != "advbct":
-                rivals[name] = against(ours, other)._asdict()
+                rivals[name] = against(advbct, other)._asdict()
                 if name == "bct":
-                    gaps.append(p1_gaps(ours, other))
+                    gaps.append(p1_gaps(advbct, other))
         # Below by more than the interval; of one seed, which has no interval, below at all.
         beaten_by = [name for name, gap in rivals.items() if gap["mean"] < 0 and not gap["high"] >= 0]
         found.append(
@@ -118,19 +118,19 @@ def aims(table: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return found
 
 
-def p1_gaps(ours: dict[str, Any], other: dict[str, Any]) -> np.ndarray:
+def p1_gaps(advbct: dict[str, Any], other: dict[str, Any]) -> np.ndarray:
     """Differences in P_1 of the seeds that both have."""
-    shared = [seed for seed in ours["seeds"] if seed in other["seeds"]]
+    shared = [seed for seed in advbct["seeds"] if seed in other["seeds"]]
     return np.array(
         [
-            ours["values"]["p_1"][ours["seeds"].index(seed)] - other["values"]["p_1"][other["seeds"].index(seed)]
+            advbct["values"]["p_1"][advbct["seeds"].index(seed)] - other["values"]["p_1"][other["seeds"].index(seed)]
             for seed in shared
         ]
     )
 
 
-def against(ours: dict[str, Any], other: dict[str, Any]) -> Interval:
-    return over_seeds(p1_gaps(ours, other))
+def against(advbct: dict[str, Any], other: dict[str, Any]) -> Interval:
+    return over_seeds(p1_gaps(advbct, other))
 
 
 # --- as Markdown ----------------------------------------------------------------------------------------------------

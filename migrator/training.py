@@ -25,7 +25,7 @@ from migrator.training_runs import DEFAULT_RUN, run_with
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from migrator.trainer.data import LeftOut, TrainingItems
+    from migrator.trainer.data import Excluded, TrainingItems
     from migrator.trainer.fit import FitResult, FitSettings, Progress
 
 log = logging.getLogger(__name__)
@@ -105,7 +105,7 @@ def train(
         error=None,
         is_candidate=other is None or other.run == run,
     )
-    return replace(result, left_out=[*without_vector, *result.left_out])
+    return replace(result, excluded=[*without_vector, *result.excluded])
 
 
 def _fit_settings(project: Project, config: Train, method: str | None) -> FitSettings:
@@ -116,18 +116,18 @@ def _fit_settings(project: Project, config: Train, method: str | None) -> FitSet
     return FitSettings(**{**given, "method": method, "trackers": tuple(config.trackers)})
 
 
-def _items(project: Project, config: Train) -> tuple[TrainingItems, NDArray[np.float32] | None, list[LeftOut]]:
+def _items(project: Project, config: Train) -> tuple[TrainingItems, NDArray[np.float32] | None, list[Excluded]]:
     """The images to learn from; where there is no old model, with the stored vector of each, (n, dim) of unit length.
 
-    Images without such a vector are left out and named. Raises `PreconditionFailed` where none has one.
+    Images without such a vector are excluded and named. Raises `PreconditionFailed` where none has one.
     """
-    from migrator.trainer.data import LeftOut, folder_items, read_items, training_items
+    from migrator.trainer.data import Excluded, folder_items, read_items, training_items
 
     if not isinstance(config.items, ItemsFrom):
         items = read_items(config.items, project.images(), need_labels=False)
     elif config.items.source == "folders":
         items = folder_items(Path(project.settings.images.root.removeprefix("file://")))
-        _tell_skipped(items)
+        _warn_skipped(items)
     else:
         items = _items_of_store(project, config.items.label)
     if not project.old_is_stored:
@@ -144,14 +144,14 @@ def _items(project: Project, config: Train) -> tuple[TrainingItems, NDArray[np.f
     rows = np.flatnonzero(known).tolist()
     labels = None if items.labels is None else [items.labels[row] for row in rows]
     kept = training_items([items.paths[row] for row in rows], labels, source="train.items, as far as stored,")
-    left_out = [
-        LeftOut(items.paths[row], "no item of the collection with a usable vector has this image")
+    excluded = [
+        Excluded(items.paths[row], "no item of the collection with a usable vector has this image")
         for row in np.flatnonzero(~known).tolist()
     ]
-    return kept, vectors[known], left_out
+    return kept, vectors[known], excluded
 
 
-def _tell_skipped(items: TrainingItems) -> None:
+def _warn_skipped(items: TrainingItems) -> None:
     """What an image folder holds besides its training images."""
     if items.skipped:
         total = sum(one.count for one in items.skipped)

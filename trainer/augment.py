@@ -22,8 +22,8 @@ class Views:
 
 def draw_views(count: int, size: tuple[int, int], *, flip: bool, generator: torch.Generator) -> Views:
     """For each image a shift by up to an eighth of its sides, and for half of them a mirror if `flip`."""
-    reaches = [side // 8 for side in size]
-    shift = torch.stack([torch.randint(-reach, reach + 1, (count,), generator=generator) for reach in reaches])
+    limits = [side // 8 for side in size]
+    shift = torch.stack([torch.randint(-limit, limit + 1, (count,), generator=generator) for limit in limits])
     mirrored = torch.rand(count, generator=generator) < (0.5 if flip else 0.0)
     return Views(shift, mirrored)
 

@@ -41,7 +41,7 @@ PROGRAMS = {"file:pt2": ".pt2", "file:onnx": ".onnx"}
 """Architectures that are files, and their suffixes."""
 
 
-def spoken(arch: str) -> str:
+def display_name(arch: str) -> str:
     """The architecture as messages call it."""
     if arch in PROGRAMS:
         return "the exported program" if arch == "file:pt2" else "the ONNX model"
@@ -59,7 +59,7 @@ def one_line(foreign: object) -> str:
 
 
 def timm_settings(arch: str) -> Any:
-    """What timm's registry says about an architecture; None where that is nothing. Raises EncoderProblem."""
+    """timm's configuration of an architecture's pretrained weights; None where it has none. Raises EncoderProblem."""
     timm = import_timm()
     if not timm.is_model(arch):
         near = difflib.get_close_matches(arch, timm.list_models(), n=3)
@@ -316,8 +316,10 @@ class Program(nn.Module):
             raise EncoderProblem(
                 f"{self.named} takes neither floating-point numbers nor bytes: export it with a float32 or uint8 input"
             )
-        said = isinstance(shape[1], int) or isinstance(shape[3], int)
-        self._hint = "" if said else "; if it takes channels last, export it with the input's shape (n, H, W, 3) in it"
+        has_channels = isinstance(shape[1], int) or isinstance(shape[3], int)
+        self._hint = (
+            "" if has_channels else "; if it takes channels last, export it with the input's shape (n, H, W, 3) in it"
+        )
         self._least, self._most = limits
         self._require_rows_apart(height, width)
 

@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from migrator.trainer.data import LeftOut
+from migrator.trainer.data import Excluded
 from migrator.trainer.errors import ImageProblem, TrainingProblem
 from migrator.trainer.files import sync_folder
 from migrator.trainer.preprocessing import fingerprint_image
@@ -40,11 +40,11 @@ if TYPE_CHECKING:
     from migrator.trainer.preprocessing import Preprocessing
 
 SHARD_BYTES = 2**28
-MOST_SHARDS = 256
+MAX_SHARDS = 256
 """Large runs get larger shards: each one that is read costs one of the 1,024 files that a process may have open."""
 CHUNK_BYTES = 2**25
 CHUNK_IMAGES = 256
-PATIENCE_SECONDS = 1.0
+LOCK_POLL_SECONDS = 1.0
 
 _KEY = np.dtype([("sha256", np.uint8, 32), ("crc32", "<u4")])
 _FORMAT = 1
@@ -112,7 +112,7 @@ def open_pixels(folder: Path, preprocessing: Preprocessing, digests: Sequence[by
                     return None
                 shards.append(np.memmap(file, preprocessing.dtype, "r", shape=(shard.count, *shelf.shape)))
             with contextlib.suppress(PermissionError):  # a cache that may only be read evicts nothing
-                os.utime(shard.keys)  # by this is told which were used last
+                os.utime(shard.keys)  # eviction starts with those used longest ago
     except FileNotFoundError:  # evicted just now
         return None
     except OSError as error:
@@ -181,7 +181,7 @@ class ImageCache:
             )
         return pixels
 
-    def add(self, paths: Sequence[str], images: ImageSource, *, workers: int) -> Iterator[list[bytes | LeftOut]]:
+    def add(self, paths: Sequence[str], images: ImageSource, *, workers: int) -> Iterator[list[bytes | Excluded]]:
         """Reads the images at `paths`, in threads, and keeps those that are new.
 
         Yields the SHA-256 of each file, or why its image cannot be used, in the order of the paths, some at a time;
@@ -196,9 +196,9 @@ class ImageCache:
                 f"train.cache_gib: raise it (image cache {self.folder}), lower image_size, or train on fewer images"
             )
         for shelf in self._shelves:
-            shelf.shard_rows = max(1, max(SHARD_BYTES, needed // MOST_SHARDS) // shelf.row_bytes)
+            shelf.shard_rows = max(1, max(SHARD_BYTES, needed // MAX_SHARDS) // shelf.row_bytes)
         size = max(1, min(CHUNK_IMAGES, CHUNK_BYTES // bytes_of_one))
-        ahead: deque[list[tuple[str, Future[_Read | LeftOut]]]] = deque()
+        ahead: deque[list[tuple[str, Future[_Read | Excluded]]]] = deque()
         pool = ThreadPoolExecutor(workers, "image")
         try:
             for start in range(0, len(paths), size):
@@ -211,7 +211,7 @@ class ImageCache:
         finally:
             pool.shutdown(cancel_futures=True)
 
-    def _read(self, path: str, images: ImageSource) -> _Read | LeftOut:
+    def _read(self, path: str, images: ImageSource) -> _Read | Excluded:
         try:
             data = images.read(path)
             digest = hashlib.sha256(data).digest()
@@ -221,12 +221,12 @@ class ImageCache:
             image = images.decode(data, path)
             return _Read(digest, {shelf.key: shelf.preprocessing.prepare(image) for shelf in shelves})
         except ImageProblem as problem:
-            return LeftOut(path, str(problem))
+            return Excluded(path, str(problem))
 
-    def _keep(self, chunk: list[tuple[str, Future[_Read | LeftOut]]], images: ImageSource) -> list[bytes | LeftOut]:
+    def _keep(self, chunk: list[tuple[str, Future[_Read | Excluded]]], images: ImageSource) -> list[bytes | Excluded]:
         results = [(path, future.result()) for path, future in chunk]
         self.lacks([result.digest for _, result in results if isinstance(result, _Read)])  # keeps those that are there
-        read: list[_Read | LeftOut] = []
+        read: list[_Read | Excluded] = []
         for path, result in results:
             # Evicted between its reading and now: then it was not decoded.
             again = isinstance(result, _Read) and any(
@@ -245,16 +245,16 @@ class ImageCache:
                     self._size += shelf.append(new)
                 except OSError as error:
                     raise _unusable(self.folder, error) from error
-        return [result if isinstance(result, LeftOut) else result.digest for result in read]
+        return [result if isinstance(result, Excluded) else result.digest for result in read]
 
     def _make_room(self, wanted: int, *, required: bool = True) -> None:
         """Evicts until `wanted` bytes more are within the limit."""
         if self._size + wanted <= self.limit:
             return
-        ours = {shelf.folder: shelf for shelf in self._shelves}
+        own = {shelf.folder: shelf for shelf in self._shelves}
         shards = [_Shard(path.with_suffix("")) for path in self.folder.glob("*/[0-9]*.keys")]
         for shard in sorted(shards, key=lambda shard: shard.keys.stat().st_mtime):
-            shelf = ours.get(shard.name.parent)
+            shelf = own.get(shard.name.parent)
             if shelf is None or int(shard.name.name) not in shelf.used:
                 self._size -= shard.evict()
                 if shelf is not None and not shard.keys.exists():
@@ -424,16 +424,16 @@ def _turn(folder: Path, waiting: Callable[[], None]) -> Iterator[None]:
     from filelock import FileLock, Timeout
 
     lock = FileLock(folder / ".lock")
-    told = False
+    warned = False
     while True:
         try:
             # Two runs of the same images would read them twice if the second did not wait.
-            lock.acquire(timeout=PATIENCE_SECONDS)
+            lock.acquire(timeout=LOCK_POLL_SECONDS)
             break
         except Timeout:
-            if not told:
+            if not warned:
                 log.warning("another process fills the image cache %s: waiting for it", folder)
-            told = True
+            warned = True
             waiting()
     try:
         yield

@@ -49,7 +49,7 @@ _EXPECTED_BESIDE = re.compile(
 )
 """Tensors that lie beside a network without being a part of it: counters, losses, metrics, queues."""
 
-_DEEPEST = 4
+_MAX_DEPTH = 4
 """Mappings within mappings that are searched for state dicts."""
 
 
@@ -90,12 +90,12 @@ class Found:
 
     def __str__(self) -> str:
         """Where the weights are, what is not used, in a few words; empty for a file that is just the state dict."""
-        said = [self.place] if self.place else []
+        facts = [self.place] if self.place else []
         if self.beside:
-            said.append(f"without {_some(self.beside)} beside it")
+            facts.append(f"without {_some(self.beside)} beside it")
         if self.renamed:
-            said.append("with names changed as timm does for this architecture")
-        return ", ".join(said)
+            facts.append("with names changed as timm does for this architecture")
+        return ", ".join(facts)
 
 
 def kind(tensor: Tensor) -> str:
@@ -270,7 +270,7 @@ def state_dicts(content: Mapping[Any, Any], place: str = "", depth: int = 0) -> 
         if isinstance(name, str) and isinstance(value, Tensor) and name.rpartition(".")[2] not in _NO_WEIGHTS
     }
     found = {place: tensors} if tensors else {}
-    if depth < _DEEPEST:
+    if depth < _MAX_DEPTH:
         for name, value in content.items():
             if isinstance(name, str) and isinstance(value, Mapping):
                 found |= state_dicts(value, _dotted(place, name), depth + 1)
@@ -288,16 +288,16 @@ def _dotted(*parts: str) -> str:
 def contents(content: Mapping[Any, Any]) -> str:
     """What is in a file, in a few words."""
     tensors = [str(name) for name, value in content.items() if isinstance(value, Tensor)]
-    said = [_some(tensors)] if tensors else []
+    facts = [_some(tensors)] if tensors else []
     for name, value in content.items():
         if isinstance(value, Mapping) and (
             inner := [str(key) for key, one in value.items() if isinstance(one, Tensor)]
         ):
-            said.append(f"{name} with {_some(inner)}")
+            facts.append(f"{name} with {_some(inner)}")
         elif not isinstance(value, Tensor):
-            said.append(str(name))
-    shown = [" ".join(text.split())[:120] for text in said[:8]]
-    return ", ".join(shown) + (f" and {len(said) - 8} more" if len(said) > 8 else "") if shown else "nothing"
+            facts.append(str(name))
+    sanitized = [" ".join(text.split())[:120] for text in facts[:8]]
+    return ", ".join(sanitized) + (f" and {len(facts) - 8} more" if len(facts) > 8 else "") if sanitized else "nothing"
 
 
 _ELSEWHERE = (

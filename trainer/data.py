@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
     from migrator.trainer.images import ImageSource
 
-FEWEST_TO_HOLD_OUT = 3
-"""A class with fewer images stays in training whole."""
+MIN_TO_HOLD_OUT = 3
+"""All images of a smaller class stay in training."""
 
 T = TypeVar("T")
 
@@ -262,7 +262,7 @@ def held_out_split(
     for label in np.unique(labels):
         rows = np.flatnonzero(labels == label)
         wanted = int(len(rows) * share + random.random())
-        if len(rows) >= FEWEST_TO_HOLD_OUT:
+        if len(rows) >= MIN_TO_HOLD_OUT:
             held_out[random.permutation(rows)[: min(wanted, len(rows) - 2)]] = True
     if not held_out.any():
         raise TrainingProblem(
@@ -319,7 +319,7 @@ def batches_ahead(make: Callable[[int], T], count: int) -> Generator[T, None, No
 
 
 @dataclass(frozen=True)
-class LeftOut:
+class Excluded:
     """An image that could not be used, and why."""
 
     path: str

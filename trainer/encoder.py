@@ -28,8 +28,8 @@ from migrator.trainer.backbones import (
     Program,
     TimmLayout,
     call_factory,
+    display_name,
     one_line,
-    spoken,
     timm_backbone,
     timm_layout,
 )
@@ -54,8 +54,8 @@ FINGERPRINT_AGREEMENT = 0.9999
 _MANIFEST_FORMAT = 2
 _FINGERPRINT_KEYS = {1: "probe", 2: "fingerprint"}
 """What the fingerprint is called in a manifest of each format."""
-_LARGEST_DIM = 65_536
-_SMALLEST_NORM = 1e-12
+_MAX_DIM = 65_536
+_MIN_NORM = 1e-12
 
 
 @dataclass(frozen=True)
@@ -260,8 +260,8 @@ def build_model(spec: EncoderSpec) -> EmbeddingNet:
     _require_dim(spec)
     if spec.arch in PROGRAMS:
         raise EncoderProblem(
-            f"{spoken(spec.arch)} {_named(spec)} can be run but not trained: give arch or module, or train a map to "
-            f"the old space ({', '.join(POST_HOC)})"
+            f"{display_name(spec.arch)} {_named(spec)} can be run but not trained: give arch or module, or train a map "
+            f"to the old space ({', '.join(POST_HOC)})"
         )
     return _fresh_model(spec, torch.device("cpu"))
 
@@ -282,9 +282,9 @@ def untrained_encoder(spec: EncoderSpec, *, device: str = "auto") -> Encoder:
 def load_encoder(spec: EncoderSpec, *, expected: Manifest | None = None, device: str = "auto") -> Encoder:
     """The encoder of `spec`, checked against `expected`, or else against the manifest beside its weights, if any.
 
-    Weights are either ours (`backbone.*`, `projection.weight`, `norm.*`; with a map `base.*` and `map.*`), or a plain
-    state dict of the timm model or of the factory's module, or a program. Of a plain timm one the classifier layer
-    gives the embedding where it has `dim` outputs, else the pooled features do, which must then be `dim` wide.
+    Weights are either migrator's (`backbone.*`, `projection.weight`, `norm.*`; with a map `base.*` and `map.*`), or a
+    plain state dict of the timm model or of the factory's module, or a program. Of a plain timm one the classifier
+    layer gives the embedding where it has `dim` outputs, else the pooled features do, which must then be `dim` wide.
     `device` is `auto` (CUDA where available), `cpu`, `cuda` or `cuda:1`.
 
     Raises EncoderMismatch where the encoder is not what the manifest says, EncoderProblem where it cannot be loaded.
@@ -337,7 +337,7 @@ def _checked(
     try:
         model = model.to(device, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
     except RuntimeError as error:
-        raise EncoderProblem(f"{spoken(spec.arch)} cannot be moved to {device}: {one_line(error)}") from error
+        raise EncoderProblem(f"{display_name(spec.arch)} cannot be moved to {device}: {one_line(error)}") from error
     fingerprint = _fingerprint(model, spec.preprocessing, device)
     if manifest is None:
         manifest = _make_manifest(spec, model, fingerprint)
@@ -435,7 +435,7 @@ def _encode(
                 )
             norms = torch.linalg.vector_norm(embeddings, dim=1, keepdim=True)
             vectors: NDArray[np.float32] = (embeddings / norms).cpu().numpy()
-            usable = (torch.isfinite(norms) & (norms > _SMALLEST_NORM)).squeeze(1).cpu().numpy()
+            usable = (torch.isfinite(norms) & (norms > _MIN_NORM)).squeeze(1).cpu().numpy()
     except torch.OutOfMemoryError as error:
         raise EncoderProblem(
             f"{len(batch)} images at once do not fit into the memory of {device}: lower batch_size"
@@ -488,18 +488,18 @@ def _width(backbone: nn.Module, spec: EncoderSpec) -> int:
         raise
     except Exception as error:
         raise EncoderProblem(
-            f"{spoken(spec.arch)} cannot take pictures of {height} x {width} pixels: {one_line(error)}"
+            f"{display_name(spec.arch)} cannot take pictures of {height} x {width} pixels: {one_line(error)}"
         ) from error
     finally:
         backbone.train(training)
     if not isinstance(features, torch.Tensor):
         raise EncoderProblem(
-            f"{spoken(spec.arch)} gives a {type(features).__name__}, not one tensor with a row a picture"
+            f"{display_name(spec.arch)} gives a {type(features).__name__}, not one tensor with one row per picture"
         )
     if features.ndim != 2 or len(features) != 1 or not features.shape[1]:
         raise EncoderProblem(
-            f"{spoken(spec.arch)} gives features of shape {tuple(features.shape)} for a picture, not (1, d): "
-            "pool them to one row a picture"
+            f"{display_name(spec.arch)} gives features of shape {tuple(features.shape)} for a picture, not (1, d): "
+            "pool them to one row per picture"
         )
     return features.shape[1]
 
@@ -530,7 +530,9 @@ def _load_model(
             raise EncoderProblem(f"weights {_named(spec)} are one encoder with its map: remove checkpoint_key")
         return _mapped_model(spec, state_dicts(content)[""], device), None
     if spec.arch in PROGRAMS:
-        raise EncoderProblem(f"weights {_named(spec)} hold no map to follow {spoken(spec.arch)}: name that file itself")
+        raise EncoderProblem(
+            f"weights {_named(spec)} hold no map to follow {display_name(spec.arch)}: name that file itself"
+        )
     parts = _parts(spec, device)
     found = find_weights(spec.weights, content, parts.network, spec.checkpoint_key)
     if found.fits:
@@ -563,9 +565,9 @@ class _Parts:
 def _parts(spec: EncoderSpec, device: torch.device) -> _Parts:
     if spec.arch.startswith(MODULE):
         module = _create_backbone(spec, device)
-        return _Parts(Network(spoken(spec.arch), module.state_dict()), module=module)
+        return _Parts(Network(display_name(spec.arch), module.state_dict()), module=module)
     layout = timm_layout(spec.arch, image_size=spec.preprocessing.image_size)
-    return _Parts(Network(spoken(spec.arch), layout.features, layout.in_head, layout.renamed), timm=layout)
+    return _Parts(Network(display_name(spec.arch), layout.features, layout.in_head, layout.renamed), timm=layout)
 
 
 def _mapped_model(spec: EncoderSpec, state: Mapping[str, torch.Tensor], device: torch.device) -> MappedNet:
@@ -652,8 +654,9 @@ def _head(spec: EncoderSpec, state: Mapping[str, torch.Tensor], layout: TimmLayo
     replaced = [name for name in state if layout.in_head(name) and name not in layout.head]
     if replaced and spec.head != "none":
         raise EncoderProblem(
-            f"weights {_named(spec)} hold {', '.join(replaced[:3])} in place of the classifier of {spoken(spec.arch)}: "
-            "set head to none for the pooled features below it, or give a module that builds the whole network"
+            f"weights {_named(spec)} hold {', '.join(replaced[:3])} in place of the classifier of "
+            f"{display_name(spec.arch)}: set head to none for the pooled features below it, or give a module that "
+            "builds the whole network"
         )
     return spec.head or ("classifier" if layout.outputs(state) == {spec.dim} else "none")
 
@@ -705,7 +708,9 @@ def _require_fit(model: nn.Module, state: Mapping[str, torch.Tensor], spec: Enco
     }
     found = [f"{len(names)} {what} ({', '.join(names[:2])})" for what, names in problems.items() if names]
     if found:
-        raise EncoderProblem(f"weights {_named(spec)} do not fit {spoken(spec.arch)}: {one_line('; '.join(found))}")
+        raise EncoderProblem(
+            f"weights {_named(spec)} do not fit {display_name(spec.arch)}: {one_line('; '.join(found))}"
+        )
 
 
 def _require_finite(model: nn.Module, named: str) -> None:
@@ -717,14 +722,14 @@ def _require_finite(model: nn.Module, named: str) -> None:
 def _require_features(width: int, spec: EncoderSpec) -> None:
     if width != spec.dim:
         raise EncoderProblem(
-            f"{spoken(spec.arch)} gives {width}-d features and its weights have no layer of {spec.dim} outputs: "
+            f"{display_name(spec.arch)} gives {width}-d features and its weights have no layer of {spec.dim} outputs: "
             f"set dim to {width}"
         )
 
 
 def _require_dim(spec: EncoderSpec) -> None:
-    if not 1 <= spec.dim <= _LARGEST_DIM:
-        raise EncoderProblem(f"dim {spec.dim} must be from 1 to {_LARGEST_DIM}")
+    if not 1 <= spec.dim <= _MAX_DIM:
+        raise EncoderProblem(f"dim {spec.dim} must be from 1 to {_MAX_DIM}")
 
 
 def require_same_declaration(spec: EncoderSpec, manifest: Manifest) -> None:
@@ -781,7 +786,9 @@ def _require_program(spec: EncoderSpec) -> None:
     if spec.arch in PROGRAMS:
         suffix = PROGRAMS[spec.arch]
         if spec.weights is None or spec.weights.suffix not in (suffix, ".safetensors"):
-            raise EncoderProblem(f"{spoken(spec.arch)} has no file: set weights to a {suffix} file, not {spec.weights}")
+            raise EncoderProblem(
+                f"{display_name(spec.arch)} has no file: set weights to a {suffix} file, not {spec.weights}"
+            )
 
 
 def _make_manifest(spec: EncoderSpec, model: EmbeddingNet | MappedNet, fingerprint: NDArray[np.float32]) -> Manifest:
@@ -820,4 +827,4 @@ def manifest_path(weights: Path) -> Path:
 def _named(spec: EncoderSpec) -> str:
     if spec.weights:
         return repr(str(spec.weights))
-    return spoken(spec.arch) if spec.arch.startswith(MODULE) else f"timm's hub for {spec.arch!r}"
+    return display_name(spec.arch) if spec.arch.startswith(MODULE) else f"timm's hub for {spec.arch!r}"

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import nn
 
-from migrator.trainer.backbones import MODULE, PROGRAMS, Program, one_line, spoken
+from migrator.trainer.backbones import MODULE, PROGRAMS, Program, display_name, one_line
 from migrator.trainer.encoder import (
     FINGERPRINT_AGREEMENT,
     Encoder,
@@ -111,7 +111,7 @@ def _require_exportable(encoder: Encoder, path: Path, form: Format) -> None:
     program = next((part for part in encoder.model.modules() if isinstance(part, Program)), None)
     mapped = isinstance(encoder.model, MappedNet)
     if program is not None and not (mapped and form == "safetensors"):
-        what = spoken(f"file:{program.path.suffix.removeprefix('.')}")
+        what = display_name(f"file:{program.path.suffix.removeprefix('.')}")
         if mapped:
             raise EncoderProblem(
                 f"encoder {encoder.id} is {what} with a map behind it, which cannot be one file: use safetensors, "
@@ -150,7 +150,7 @@ def _write(encoder: Encoder, spec: EncoderSpec, path: Path, form: Format) -> Enc
                 )  # fmt: skip
     except Exception as error:  # tracers raise all kinds over networks that they cannot follow
         raise EncoderProblem(
-            f"{spoken(spec.arch)} cannot be exported as {form} for any number of pictures: {one_line(error)}"
+            f"{display_name(spec.arch)} cannot be exported as {form} for any number of pictures: {one_line(error)}"
         ) from error
     preprocessing = spec.preprocessing
     if preprocessing.transform is not None:  # a factory's own transform is now that of no factory of the encoder

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from migrator.trainer import run_folder, validation
 from migrator.trainer.augment import augmented, draw_views
 from migrator.trainer.cache import open_pixels, pixel_key
-from migrator.trainer.data import LeftOut, TrainingItems, batches_ahead, epoch_rows
+from migrator.trainer.data import Excluded, TrainingItems, batches_ahead, epoch_rows
 from migrator.trainer.encoder import (
     EmbeddingNet,
     Encoder,
@@ -54,7 +54,7 @@ from migrator.trainer.transforms import open_transform
 __all__ = ["FitResult", "FitSettings", "Progress", "fit", "follow"]
 
 REPORT_EVERY = 20
-"""Steps between two looks at the losses; each look waits for the device."""
+"""Steps between two reports of the losses; each report waits for the device."""
 GRADIENT_LIMIT = 5.0
 """Norm above which a step's gradient is scaled down."""
 NEUTRAL = (
@@ -89,7 +89,7 @@ class FitResult:
     validation: dict[str, float]
     """mAP@100 of held-out queries: `self`; with an old encoder also `old` (both sides old), `cross`, `reverse`, and
     `procrustes`: the cross-test of the untrained backbone behind a rotation to the old space, the baseline to beat."""
-    left_out: list[LeftOut]
+    excluded: list[Excluded]
     best_epoch: int = 0
     """The epoch whose weights the encoder has; 0 for a post-hoc map."""
 
@@ -169,15 +169,15 @@ def fit(
             if finished is None and settings.method in POST_HOC:
                 finished = _fit_map(items, images, old, spec, settings, out, report)
             if finished is not None:
-                _tell(handle, "leave")
+                _broadcast(handle, "leave")
                 return finished
             inputs = _inputs(items, images, old, spec, settings, out, report)
             if handle.num_processes > 1:
                 share(inputs, out, settings)
         except BaseException:
-            _tell(handle, "leave")
+            _broadcast(handle, "leave")
             raise
-        _tell(handle, "train")
+        _broadcast(handle, "train")
         run = setup(inputs, spec, settings, handle)
         baseline = _baseline(run, out)
         history = _resume(run, out)[0] if finish else train(run, out, report, stop)
@@ -191,7 +191,7 @@ def follow(spec: EncoderSpec, settings: FitSettings, out: Path) -> None:
     """
     settings = settings.resolved()
     handle = accelerator(settings.device)
-    if _heard(handle) == "train":
+    if _received(handle) == "train":
         with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
             inputs, labelled = shared(out, spec, settings)
             settings = replace(settings, labelled=labelled)
@@ -247,7 +247,7 @@ def _inputs(
     out: Path,
     report: Callable[[Progress], None],
 ) -> Inputs:
-    def told(stage: Literal["images", "old vectors"], done: int, of: int, images_per_second: float) -> None:
+    def report_inputs(stage: Literal["images", "old vectors"], done: int, of: int, images_per_second: float) -> None:
         report(Progress(stage, 0, settings.epochs, done, of, images_per_second=images_per_second))
 
     return load_inputs(
@@ -261,11 +261,11 @@ def _inputs(
         batch_size=settings.batch_size,
         flip=settings.flip,
         image_threads=settings.image_threads,
-        most_left_out=settings.most_left_out,
+        max_excluded=settings.max_excluded,
         pseudo_classes=settings.pseudo_classes,
         cache=settings.cache,
         cache_gib=settings.cache_gib,
-        report=told,
+        report=report_inputs,
     )
 
 
@@ -485,16 +485,16 @@ def _batch(run: Run, order: NDArray[np.int64], epoch: int, step: int) -> list[tu
     part = micro // handle.num_processes
     found = []
     for start in range(handle.process_index * part, size, micro):
-        mine = slice(start, start + part)
-        seen = views.part(mine)
-        pixels = augmented(torch.from_numpy(inputs.pixels.take(rows[mine])), seen)
+        own = slice(start, start + part)
+        seen = views.part(own)
+        pixels = augmented(torch.from_numpy(inputs.pixels.take(rows[own])), seen)
         old = None
         if inputs.old is not None:
-            vectors = inputs.old[rows[mine]]
+            vectors = inputs.old[rows[own]]
             if inputs.old_flipped is not None:
-                vectors = np.where(seen.mirrored.numpy()[:, None], inputs.old_flipped[rows[mine]], vectors)
+                vectors = np.where(seen.mirrored.numpy()[:, None], inputs.old_flipped[rows[own]], vectors)
             old = torch.from_numpy(vectors)
-        labels = torch.from_numpy(inputs.labels[rows[mine]])
+        labels = torch.from_numpy(inputs.labels[rows[own]])
         if handle.device.type == "cuda":
             pixels, labels = pixels.pin_memory(), labels.pin_memory()
             old = old.pin_memory() if old is not None else None
@@ -625,7 +625,7 @@ def _save(out: Path, run: Run, history: list[dict[str, float]], baseline: dict[s
     measured = {**validate(run, reverse=True), **baseline}
     save_encoder(run.learner.encoder, run.spec, out / "encoder.safetensors")
     _save_classifier(run, out / "classifier.safetensors")
-    return _write_result(out, run.inputs.left_out, history, measured, best)
+    return _write_result(out, run.inputs.excluded, history, measured, best)
 
 
 def _save_classifier(run: Run, path: Path) -> None:
@@ -672,13 +672,13 @@ def read_classifier(path: Path, class_names: list[str], dim: int) -> NDArray[np.
 
 
 def _write_result(
-    out: Path, left_out: list[LeftOut], history: list[dict[str, float]], measured: dict[str, float], best: int
+    out: Path, excluded: list[Excluded], history: list[dict[str, float]], measured: dict[str, float], best: int
 ) -> FitResult:
     document = {
         "format": 1,
         "history": history,
         "validation": measured,
-        "left_out": [asdict(entry) for entry in left_out],
+        "excluded": [asdict(entry) for entry in excluded],
         "best_epoch": best,
     }
     run_folder.write_json(out / "result.json", document)
@@ -697,8 +697,8 @@ def _read_result(out: Path) -> FitResult | None:
     manifest = read_manifest(weights)
     if manifest is None or not weights.exists():
         raise TrainingProblem(f"{out} holds a finished run whose encoder is gone: put it back, or train with --restart")
-    left_out = [LeftOut(**entry) for entry in noted["left_out"]]
-    return FitResult(manifest, weights, noted["history"], noted["validation"], left_out, noted["best_epoch"])
+    excluded = [Excluded(**entry) for entry in noted.get("excluded", noted.get("left_out", ()))]  # earlier runs
+    return FitResult(manifest, weights, noted["history"], noted["validation"], excluded, noted["best_epoch"])
 
 
 def _fingerprint(
@@ -763,7 +763,7 @@ def _fit_map(
             if kind == "procrustes":
                 measured["procrustes"] = found["cross"]
     save_mapped_encoder(base, spec, maps[settings.method], spec.dim, out / "encoder.safetensors")
-    return _write_result(out, inputs.left_out, [], measured, 0)
+    return _write_result(out, inputs.excluded, [], measured, 0)
 
 
 def _mapped(fitted: Map, vectors: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -822,7 +822,7 @@ def shared(out: Path, spec: EncoderSpec, settings: FitSettings) -> tuple[Inputs,
         class_names=names,
         old=old[0],
         old_flipped=old[1],
-        left_out=[],
+        excluded=[],
         train=noted["train"],
         queries=noted["queries"],
         gallery=noted["gallery"],
@@ -830,18 +830,18 @@ def shared(out: Path, spec: EncoderSpec, settings: FitSettings) -> tuple[Inputs,
     return inputs, bool(noted["labelled"])
 
 
-def _tell(handle: Any, what: Literal["train", "leave"]) -> None:
-    """Lets the other processes go on, once all that they need lies in the run folder."""
+def _broadcast(handle: Any, what: Literal["train", "leave"]) -> None:
+    """Lets the other processes continue, once all that they need lies in the run folder."""
     if handle.num_processes > 1:
         from accelerate.utils import broadcast_object_list
 
         broadcast_object_list([what])
 
 
-def _heard(handle: Any) -> str:
+def _received(handle: Any) -> str:
     from accelerate.utils import broadcast_object_list
 
-    heard = ["leave"]
+    message = ["leave"]
     if handle.num_processes > 1:
-        broadcast_object_list(heard)
-    return heard[0]
+        broadcast_object_list(message)
+    return message[0]

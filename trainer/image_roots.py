@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 TIMEOUT = 30.0
 """Seconds without a byte from a server, unless another number is given."""
-PATIENCE = 10
+TIMEOUTS_PER_FILE = 10
 """A whole file may take this many timeouts."""
 MAX_REDIRECTS = 5
 EXTRAS = {"s3": "s3", "s3a": "s3", "http": "http", "https": "http"}
@@ -113,18 +113,18 @@ class LocalFolder:
             resolved = os.path.realpath(Path(self._real, path), strict=True)
             inside = Path(os.path.relpath(resolved, self._real))
             if inside.parts[:1] == (os.pardir,):
-                raise ImageProblem(f"image {shown(path)} leads out of {self.root!r} through a symbolic link")
+                raise ImageProblem(f"image {sanitized(path)} leads out of {self.root!r} through a symbolic link")
             descriptor = _open_beneath(folder, inside)
         except OSError as error:
             if error.errno in _PATH_ERRNOS:
-                raise ImageProblem(f"image {shown(path)} cannot be read: {error.strerror}") from error
+                raise ImageProblem(f"image {sanitized(path)} cannot be read: {error.strerror}") from error
             raise self._unavailable(error) from error
         finally:
             os.close(folder)
         try:
             status = os.fstat(descriptor)
             if not stat.S_ISREG(status.st_mode):
-                raise ImageProblem(f"image {shown(path)} is not a regular file")
+                raise ImageProblem(f"image {sanitized(path)} is not a regular file")
             _require_size(status.st_size, path, max_bytes)
             with os.fdopen(descriptor, "rb", closefd=False) as file:
                 return file.read(status.st_size)
@@ -226,7 +226,7 @@ class HttpFolder:
         import httpx
 
         url = f"{self._base}/{quote(path, safe='/')}"
-        deadline = time.monotonic() + PATIENCE * self._timeout
+        deadline = time.monotonic() + TIMEOUTS_PER_FILE * self._timeout
         try:
             for _ in range(MAX_REDIRECTS):
                 with self._client.stream("GET", url) as response:
@@ -237,10 +237,10 @@ class HttpFolder:
         except httpx.TimeoutException as error:
             raise self._unavailable(f"no answer within {self._timeout:g} s") from error
         except (httpx.InvalidURL, httpx.UnsupportedProtocol, httpx.DecodingError) as error:
-            raise ImageProblem(f"image {shown(path)} cannot be read: {one_line(error)}") from error
+            raise ImageProblem(f"image {sanitized(path)} cannot be read: {one_line(error)}") from error
         except httpx.TransportError as error:
             raise self._unavailable(one_line(error)) from error
-        raise ImageProblem(f"image {shown(path)} is redirected more than {MAX_REDIRECTS} times")
+        raise ImageProblem(f"image {sanitized(path)} is redirected more than {MAX_REDIRECTS} times")
 
     def _redirected(self, url: str, path: str) -> str:
         try:
@@ -248,7 +248,7 @@ class HttpFolder:
         except ImageProblem as problem:
             target = without_credentials(url).partition("?")[0]
             raise ImageProblem(
-                f"image {shown(path)} is redirected to {shown(target)}, which is not below images.root "
+                f"image {sanitized(path)} is redirected to {sanitized(target)}, which is not below images.root "
                 f"{self.root!r}: set images.root to where the images are"
             ) from problem
         return f"{self._base}/{quote(place, safe='/')}"
@@ -262,9 +262,11 @@ class HttpFolder:
             hint = ""
             if status == 404 and unquote(path) != path:
                 hint = ": a path is a file's name, and its % is sent as %25; store decoded names, or whole URLs"
-            raise ImageProblem(f"image {shown(path)} cannot be read: the server answers {answer}{hint}")
+            raise ImageProblem(f"image {sanitized(path)} cannot be read: the server answers {answer}{hint}")
         if status < 400:
-            raise ImageProblem(f"image {shown(path)} cannot be read: the server answers {answer} in place of a file")
+            raise ImageProblem(
+                f"image {sanitized(path)} cannot be read: the server answers {answer} in place of a file"
+            )
         delay = response.headers.get("Retry-After", "")
         raise self._unavailable(
             f"the server answers {answer}", retry_after=float(delay) if re.fullmatch(r"\d{1,5}", delay) else None
@@ -278,7 +280,7 @@ class HttpFolder:
             data += chunk
             _require_size(len(data), path, max_bytes)
             if time.monotonic() > deadline:
-                raise self._unavailable(f"a file did not arrive within {PATIENCE * self._timeout:g} s")
+                raise self._unavailable(f"a file did not arrive within {TIMEOUTS_PER_FILE * self._timeout:g} s")
         return bytes(data)
 
     def _unavailable(self, why: str, *, retry_after: float | None = None) -> ImagesUnavailable:
@@ -356,7 +358,7 @@ class RemoteFolder:
             if not _blames_path(error):
                 raise self._unavailable(error) from error
             self._require_root(again=isinstance(error, PermissionError))
-            raise ImageProblem(f"image {shown(path)} cannot be read: {one_line(error)}") from error
+            raise ImageProblem(f"image {sanitized(path)} cannot be read: {one_line(error)}") from error
         self._seen = True
         _require_size(len(data), path, max_bytes)
         return data
@@ -443,22 +445,22 @@ def _require_text(path: str) -> None:
 
 
 def _unsafe(path: str, why: str) -> ImageProblem:
-    return ImageProblem(f"image path {shown(path)} {why}")
+    return ImageProblem(f"image path {sanitized(path)} {why}")
 
 
 def _outside(path: str, root: str) -> ImageProblem:
-    return ImageProblem(f"image path {shown(without_credentials(path))} is not below images.root {root!r}")
+    return ImageProblem(f"image path {sanitized(without_credentials(path))} is not below images.root {root!r}")
 
 
 def _require_size(size: int, path: str, max_bytes: int) -> None:
     if size > max_bytes:
-        raise ImageProblem(f"image {shown(path)} is larger than {max_bytes:,} bytes")
+        raise ImageProblem(f"image {sanitized(path)} is larger than {max_bytes:,} bytes")
 
 
 # --- text -----------------------------------------------------------------------------------------------------------
 
 
-def shown(value: object) -> str:
+def sanitized(value: object) -> str:
     """A value from outside as one line of bounded length."""
     try:
         text = repr(value)

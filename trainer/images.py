@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from migrator.trainer.errors import ImageProblem, TrainerError
-from migrator.trainer.image_roots import TIMEOUT, one_line, open_root, shown
+from migrator.trainer.image_roots import TIMEOUT, one_line, open_root, sanitized
 from migrator.trainer.templates import NotText, parse
 
 if TYPE_CHECKING:
@@ -68,9 +68,9 @@ class ImageSource:
         try:
             path = self._template.fill({**payload, "id": item_id})
         except NotText as problem:
-            raise ImageProblem(f"item {shown(item_id)} has no usable image path: {problem}") from None
+            raise ImageProblem(f"item {sanitized(item_id)} has no usable image path: {problem}") from None
         if path is None:
-            raise ImageProblem(f"item {shown(item_id)} has no value in a field that {self.uri} names")
+            raise ImageProblem(f"item {sanitized(item_id)} has no value in a field that {self.uri} names")
         return self.below_root(path)
 
     def below_root(self, path: str) -> str:
@@ -105,7 +105,7 @@ class ImageSource:
 def decode(data: bytes, path: str, max_pixels: int) -> Image.Image:
     """The picture in an image file's bytes, as `ImageSource.decode` gives it. Raises ImageProblem."""
     if not data:
-        raise ImageProblem(f"image {shown(path)} is empty (0 bytes)")
+        raise ImageProblem(f"image {sanitized(path)} is empty (0 bytes)")
     try:
         image = _open(data)
         width, height = image.size
@@ -115,7 +115,7 @@ def decode(data: bytes, path: str, max_pixels: int) -> Image.Image:
         image.filename = path  # by which a problem found later is named; nothing reads from it
         return image
     except Exception as error:  # over a forged file a decoder may raise anything
-        raise ImageProblem(f"image {shown(path)} cannot be decoded: {one_line(error)}") from error
+        raise ImageProblem(f"image {sanitized(path)} cannot be decoded: {one_line(error)}") from error
 
 
 def open_file(path: str | Path, max_pixels: int) -> Image.Image:
@@ -126,11 +126,13 @@ def open_file(path: str | Path, max_pixels: int) -> Image.Image:
     name = str(path)
     try:
         if not Path(path).is_file():
-            raise ImageProblem(f"image {shown(name)} is {'not a regular file' if Path(path).exists() else 'not there'}")
+            raise ImageProblem(
+                f"image {sanitized(name)} is {'not a regular file' if Path(path).exists() else 'not there'}"
+            )
         data = Path(path).read_bytes()
     except (OSError, ValueError) as error:  # ValueError: a path with a null byte
         reason = getattr(error, "strerror", None) or error
-        raise ImageProblem(f"image {shown(name)} cannot be read: {reason}") from error
+        raise ImageProblem(f"image {sanitized(name)} cannot be read: {reason}") from error
     return decode(data, name, max_pixels)
 
 

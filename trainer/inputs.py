@@ -1,9 +1,9 @@
 """What a training reads: pixels from the image cache, labels, the old side's vectors, and which images are held out.
 
 The run folder notes them in `inputs.json` (which images are used, and what their files held), `old_vectors.npy`, and
-for mirrored views `old_vectors_mirrored.npy`. A run that goes on after a kill takes them from there, reads again only
+for mirrored views `old_vectors_mirrored.npy`. A run that continues after a kill takes them from there, reads again only
 the images that the cache has lost, and refuses those that have changed. Old vectors are written as they come: the next
-run goes on after the last whole batch.
+run continues after the last whole batch.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from migrator.trainer.cache import ImageCache, Pixels, open_pixels, pixel_key
-from migrator.trainer.data import LeftOut, TrainingItems, batches_ahead, held_out_split
+from migrator.trainer.data import Excluded, TrainingItems, batches_ahead, held_out_split
 from migrator.trainer.encoder import Encoder, Preprocessing
 from migrator.trainer.errors import EncoderProblem, TrainingProblem
 from migrator.trainer.images import ImageSource
@@ -48,7 +48,7 @@ class Inputs:
     old: NDArray[np.float32] | None  # (n, D) unit length
     old_flipped: NDArray[np.float32] | None
     """The same of the mirrored images, where images are mirrored in training and an old encoder can say."""
-    left_out: list[LeftOut]
+    excluded: list[Excluded]
     train: NDArray[np.int64]  # rows
     queries: NDArray[np.int64]  # rows held out
     gallery: NDArray[np.int64]  # rows of `train`
@@ -56,11 +56,11 @@ class Inputs:
 
 @dataclass(frozen=True)
 class _Noted:
-    """What `inputs.json` says."""
+    """The content of `inputs.json`."""
 
     rows: list[int]  # of the items
     digests: list[bytes]
-    left_out: list[LeftOut]
+    excluded: list[Excluded]
     pseudo_classes: list[int] | None = None
 
     def write(self, file: Path) -> None:
@@ -68,7 +68,7 @@ class _Noted:
             "format": 2,
             "rows": self.rows,
             "sha256": [digest.hex() for digest in self.digests],
-            "left_out": [asdict(entry) for entry in self.left_out],
+            "excluded": [asdict(entry) for entry in self.excluded],
             "pseudo_classes": self.pseudo_classes,
         }
         write_json(file, document)
@@ -80,8 +80,10 @@ class _Noted:
             if noted["format"] != 2:
                 raise ValueError(noted["format"])
             digests = [bytes.fromhex(digest) for digest in noted["sha256"]]
-            left_out = [LeftOut(**entry) for entry in noted["left_out"]]
-            return cls(noted["rows"], digests, left_out, noted["pseudo_classes"])
+            # `left_out` before the word changed: a run that was cut off then is continued.
+            entries = noted["excluded"] if "excluded" in noted else noted["left_out"]
+            excluded = [Excluded(**entry) for entry in entries]
+            return cls(noted["rows"], digests, excluded, noted["pseudo_classes"])
         except FileNotFoundError:
             return None
         except (ValueError, KeyError, TypeError) as error:
@@ -102,7 +104,7 @@ def load_inputs(
     batch_size: int,
     flip: bool,
     image_threads: int,
-    most_left_out: float,
+    max_excluded: float,
     pseudo_classes: int | None,
     cache: Path | None,
     cache_gib: float,
@@ -110,9 +112,9 @@ def load_inputs(
 ) -> Inputs:
     """The inputs of the run in folder `out`, prepared where they are not yet.
 
-    `validation` is the share held out, `most_left_out` the share of images that may be unusable. Items without labels
+    `validation` is the share held out, `max_excluded` the share of images that may be unusable. Items without labels
     get `pseudo_classes` classes (or a number that suits) by k-means over the old vectors. `cache` is the folder of
-    prepared images, in the run folder unless given, and `cache_gib` its limit.
+    prepared images (default: in the run folder), and `cache_gib` its limit.
 
     Raises TrainingProblem for images, labels, stored vectors or a cache that cannot be used, ImagesUnavailable and
     EncoderProblem as the image source and the encoder do. What was prepared until then is kept.
@@ -123,7 +125,7 @@ def load_inputs(
             "order of the images"
         )
     folder = out / "images" if cache is None else cache
-    gather = _Gather(items, images, out / "inputs.json", image_threads, most_left_out, report)
+    gather = _Gather(items, images, out / "inputs.json", image_threads, max_excluded, report)
     noted = _Noted.read(gather.file)
     steps = [preprocessing]
     views: list[Path] = []
@@ -163,7 +165,7 @@ def load_inputs(
         class_names=class_names,
         old=vectors[0] if vectors else None,
         old_flipped=vectors[1] if len(vectors) > 1 else None,
-        left_out=noted.left_out,
+        excluded=noted.excluded,
         train=train,
         queries=np.sort(random.permutation(held_out)[:QUERY_LIMIT]),
         gallery=np.sort(random.permutation(train)[:GALLERY_LIMIT]),
@@ -181,7 +183,7 @@ class _Gather:
     images: ImageSource
     file: Path
     workers: int
-    most_left_out: float
+    max_excluded: float
     report: Report
 
     def all(self, cache: ImageCache) -> _Noted:
@@ -189,18 +191,18 @@ class _Gather:
         paths = self.items.paths
         noted = _Noted([], [], [])
         for batch in self._batches(cache, paths):
-            for row, result in enumerate(batch, len(noted.rows) + len(noted.left_out)):
-                if isinstance(result, LeftOut):
-                    noted.left_out.append(result)
+            for row, result in enumerate(batch, len(noted.rows) + len(noted.excluded)):
+                if isinstance(result, Excluded):
+                    noted.excluded.append(result)
                 else:
                     noted.rows.append(row)
                     noted.digests.append(result)
-            if len(noted.left_out) > self.most_left_out * len(paths):
+            if len(noted.excluded) > self.max_excluded * len(paths):
                 break  # no use in reading the others
-        if len(noted.left_out) > self.most_left_out * len(paths) or not noted.rows:
+        if len(noted.excluded) > self.max_excluded * len(paths) or not noted.rows:
             raise TrainingProblem(
-                f"{len(noted.left_out)} of {len(paths)} training images cannot be used (first: "
-                f"{noted.left_out[0].reason}): repair or remove them; up to {self.most_left_out:.0%} may be left out"
+                f"{len(noted.excluded)} of {len(paths)} training images cannot be used (first: "
+                f"{noted.excluded[0].reason}): repair or remove them; up to {self.max_excluded:.0%} may be excluded"
             )
         noted.write(self.file)
         return noted
@@ -213,13 +215,13 @@ class _Gather:
         for batch in self._batches(cache, paths):
             for path, position, result in zip(paths[done:], positions[done:], batch, strict=False):
                 if result != noted.digests[position]:
-                    change = f"cannot be used any more ({result.reason})" if isinstance(result, LeftOut) else "changed"
+                    change = f"cannot be used any more ({result.reason})" if isinstance(result, Excluded) else "changed"
                     raise TrainingProblem(
                         f"image {path!r} {change} since this run read it: put it back, or start over with --restart"
                     )
             done += len(batch)
 
-    def _batches(self, cache: ImageCache, paths: Sequence[str]) -> Iterator[list[bytes | LeftOut]]:
+    def _batches(self, cache: ImageCache, paths: Sequence[str]) -> Iterator[list[bytes | Excluded]]:
         started, done = time.monotonic(), 0
         for batch in cache.add(paths, self.images, workers=self.workers):
             done += len(batch)
@@ -289,7 +291,7 @@ def _old_vectors(
 
 
 def _whole(file: Path, rows: int, dim: int) -> NDArray[np.float32] | None:
-    """The vectors in a file, if it holds so many."""
+    """The vectors in a file, if it holds all of them."""
     try:
         vectors: NDArray[np.float32] = np.load(file, mmap_mode="r")
     except (FileNotFoundError, ValueError, EOFError):
@@ -307,7 +309,7 @@ def _encode_all(
     size: int,
     progress: Callable[[int, float], None],
 ) -> None:
-    """Makes `part` a .npy file of all vectors, batch by batch, going on behind the whole batches that are in it."""
+    """Makes `part` a .npy file of all vectors, batch by batch, continuing after the whole batches that are in it."""
     header = io.BytesIO()
     np.lib.format.write_array_header_1_0(
         header, {"descr": "<f4", "fortran_order": False, "shape": (len(pixels), old.dim)}

@@ -29,7 +29,7 @@ _HIDDEN = 256
 _STEPS = 2_000
 """Of the residual MLP: seconds to minutes on a CPU, for as many vectors as there may be."""
 _BATCH = 512
-_LOOK_EVERY = 50
+_EVALUATE_EVERY = 50
 _RATE = 0.01
 """Learning rate at the start. Lower ones, and stopping early, gave up while the first gain was still to come."""
 
@@ -172,7 +172,7 @@ def _residual_mlp(new: NDArray[np.float32], old: NDArray[np.float32], *, seed: i
         optimizer.zero_grad()
         loss_of(rows).backward()
         optimizer.step()
-        if step % _LOOK_EVERY == 0 and (loss := held_out_loss()) < least:
+        if step % _EVALUATE_EVERY == 0 and (loss := held_out_loss()) < least:
             least, best = loss, {name: tensor.clone() for name, tensor in residual.state_dict().items()}
     if best is None:
         fitted = _linear("residual_mlp", *ridge(new, old, best_ridge(new, old)))

@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 
 from migrator.trainer.errors import TrainingProblem
 
-FEWEST_FOR_OUTLIERS = 4
-"""Below this many images of a class its quartiles say nothing, and no distance is dropped as an outlier."""
+MIN_FOR_OUTLIERS = 4
+"""In smaller classes quartiles are meaningless, and no distance is dropped as an outlier."""
 CHUNK = 65_536
 """Rows looked at together."""
 
@@ -87,9 +87,9 @@ def measure_old_space(
     distances to the centre, after distances beyond [Q1 - 1.5 IQR, Q3 + 1.5 IQR] are dropped in classes of at least
     four images.
 
-    Of fewer than four images the distances say little, and of one nothing: with `shrink` such a radius is drawn towards
-    the median radius of the classes that have four, with weight 1 from one image and 1/3 from three (n images have
-    n - 1 free distances of the 3 that are asked for). Without it a class of one image is not `known`, as published.
+    The distances of fewer than four images are a poor estimate: with `shrink` such a radius is drawn towards the median
+    radius of the classes that have four, with weight 1 for one image and 1/3 for three (n images have n - 1 free
+    distances of the 3 that are required). Without it a class of one image is not `known`, as published.
     Raises TrainingProblem for a vector that is zero or not finite.
     """
     lengths = _lengths(vectors)
@@ -105,17 +105,17 @@ def measure_old_space(
         distances[rows] = np.linalg.norm(_unit(vectors, lengths, rows) - centres[labels[rows]], axis=1)
 
     first, third = (_class_quantiles(distances, labels, classes, q) for q in (0.25, 0.75))
-    reach = 1.5 * (third - first)
+    margin = 1.5 * (third - first)
     # A hair of tolerance: in a class whose distances are all equal, rounding must not make an outlier.
-    inside = (distances >= (first - reach)[labels] - 1e-9) & (distances <= (third + reach)[labels] + 1e-9)
-    kept = inside | (counts < FEWEST_FOR_OUTLIERS)[labels]
+    inside = (distances >= (first - margin)[labels] - 1e-9) & (distances <= (third + margin)[labels] + 1e-9)
+    kept = inside | (counts < MIN_FOR_OUTLIERS)[labels]
     radii = _class_quantiles(distances[kept], labels[kept], classes, quantile)
 
     known = counts >= 2
-    enough = counts >= FEWEST_FOR_OUTLIERS
+    enough = counts >= MIN_FOR_OUTLIERS
     usual = radii[enough] if enough.any() else radii[known]
     if shrink and len(usual):
-        share = ((counts - 1) / (FEWEST_FOR_OUTLIERS - 1)).clip(0, 1)
+        share = ((counts - 1) / (MIN_FOR_OUTLIERS - 1)).clip(0, 1)
         radii = share * radii + (1 - share) * np.median(usual)
         known = counts >= 1
     return OldSpace(

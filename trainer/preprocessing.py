@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from migrator.trainer.conversion import Convert, Exif, to_rgb
 from migrator.trainer.errors import EncoderProblem, ImageProblem
-from migrator.trainer.image_roots import one_line, shown
+from migrator.trainer.image_roots import one_line, sanitized
 from migrator.trainer.resizing import WITHOUT_ANTIALIAS, Interpolation, Span, resized, scaled_size
 
 if TYPE_CHECKING:
@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 Resize = Literal["squash", "crop", "letterbox", "border"]
 Channels = Literal["rgb", "bgr"]
 
-LARGEST_IMAGE = 4096
-LEAST_CROP, GREATEST_CROP = 0.1, 2.0
+MAX_IMAGE_SIZE = 4096
+MIN_CROP, MAX_CROP = 0.1, 2.0
 _COLOUR = re.compile(r"white|black|#[0-9a-fA-F]{6}")
 _FIRST_FIELDS = frozenset({"image_size", "resize", "interpolation", "mean", "std", "crop_pct"})
 """What every manifest holds. A later field is in it, and so in the encoder's id, only when it is not at its default."""
@@ -77,8 +77,8 @@ class Preprocessing:
             object.__setattr__(self, name, _checked_numbers(name, getattr(self, name)))
         if isinstance(self.crop_pct, bool) or not isinstance(self.crop_pct, int | float):
             raise EncoderProblem(f"crop_pct {self.crop_pct!r} must be a number")
-        if not LEAST_CROP <= self.crop_pct <= GREATEST_CROP:
-            raise EncoderProblem(f"crop_pct {self.crop_pct!r} must be from {LEAST_CROP} to {GREATEST_CROP}")
+        if not MIN_CROP <= self.crop_pct <= MAX_CROP:
+            raise EncoderProblem(f"crop_pct {self.crop_pct!r} must be from {MIN_CROP} to {MAX_CROP}")
         object.__setattr__(self, "crop_pct", float(self.crop_pct))
         object.__setattr__(self, "alpha", _checked_colour("alpha", self.alpha, "drop"))
         object.__setattr__(self, "fill", _checked_colour("fill", self.fill))
@@ -93,10 +93,10 @@ class Preprocessing:
 
     def _leave_to_transform(self) -> None:
         """Refuses what the transform does itself. It normalises too: nothing is subtracted or divided afterwards."""
-        theirs = {"resize", "interpolation", "mean", "std", "crop_pct", "fill", "antialias", "channels"}
+        replaced = {"resize", "interpolation", "mean", "std", "crop_pct", "fill", "antialias", "channels"}
         neutral = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
         for field in fields(self):
-            if field.name in theirs and getattr(self, field.name) not in (field.default, neutral.get(field.name)):
+            if field.name in replaced and getattr(self, field.name) not in (field.default, neutral.get(field.name)):
                 raise EncoderProblem(f"{field.name} is a matter of the transform {self.transform!r}: remove it")
         for name, value in neutral.items():
             object.__setattr__(self, name, value)
@@ -170,7 +170,7 @@ class Preprocessing:
 def _problem(image: Image.Image, what: str, error: Exception) -> ImageProblem:
     """By the name of the picture's file, where it is known."""
     name = getattr(image, "filename", "")
-    return ImageProblem(f"image {shown(name) + ' ' if name else ''}{what}: {one_line(error)}")
+    return ImageProblem(f"image {sanitized(name) + ' ' if name else ''}{what}: {one_line(error)}")
 
 
 def fingerprint_image() -> Image.Image:
@@ -193,9 +193,9 @@ def _require_one_of(name: str, value: object, known: tuple[object, ...]) -> None
 def _checked_size(value: Any) -> int | tuple[int, int]:
     """One number for a square, however it is written, so that the same input has the same id."""
     sides = tuple(value) if isinstance(value, list | tuple) else (value, value)
-    if len(sides) != 2 or any(type(side) is not int or not 1 <= side <= LARGEST_IMAGE for side in sides):
+    if len(sides) != 2 or any(type(side) is not int or not 1 <= side <= MAX_IMAGE_SIZE for side in sides):
         raise EncoderProblem(
-            f"image_size {value!r} must be a whole number from 1 to {LARGEST_IMAGE}, or [height, width] of such"
+            f"image_size {value!r} must be a whole number from 1 to {MAX_IMAGE_SIZE}, or [height, width] of such"
         )
     return sides[0] if sides[0] == sides[1] else sides
 
@@ -219,7 +219,7 @@ def _checked_colour(name: str, value: Any, *others: str) -> str:
 
 
 def timm_preprocessing(arch: str, **given: Any) -> Preprocessing:
-    """What timm's data config says of an architecture's pretrained weights; `given` fields of Preprocessing go first.
+    """timm's data config of an architecture's pretrained weights; `given` fields of Preprocessing take precedence.
 
     Raises EncoderProblem where timm knows no such architecture or has it prepared in a way that is not supported.
     """

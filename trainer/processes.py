@@ -19,25 +19,25 @@ from torch import Tensor, nn
 from migrator.trainer.errors import TrainingProblem
 from migrator.trainer.torchvision_cpu import import_timm
 
-LONGEST_WAIT = timedelta(days=2)
+MAX_WAIT = timedelta(days=2)
 """Others wait for the first process while it prepares images; if it dies, the launcher ends them all."""
 
 
 def is_first_process() -> bool:
     """Whether this process is the only one or the first of several: the one that reads, writes and reports.
 
-    Asked before torch.distributed is set up: the launchers tell by environment variables.
+    Read from the launchers' environment variables, since torch.distributed is not set up yet.
     """
     return os.environ.get("RANK", "0") == "0"
 
 
-def launched_together() -> bool:
+def is_distributed() -> bool:
     """Whether a launcher started this process as one of several."""
     return os.environ.get("WORLD_SIZE", "1") != "1"
 
 
 def accelerator(device: str, *, trackers: Sequence[str] = (), folder: Path | None = None) -> Any:
-    """Accelerate's handle on devices and processes. Raises TrainingProblem where they cannot be had.
+    """Accelerate's handle on devices and processes. Raises TrainingProblem where they are unavailable.
 
     `trackers` are names of Accelerate's trackers (`tensorboard`, `wandb`), which write below `folder`.
     """
@@ -61,7 +61,7 @@ def accelerator(device: str, *, trackers: Sequence[str] = (), folder: Path | Non
             mixed_precision="no",
             log_with=list(trackers) or None,
             project_dir=folder,
-            kwargs_handlers=[InitProcessGroupKwargs(timeout=LONGEST_WAIT)],
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=MAX_WAIT)],
         )
     except ValueError as error:
         # accelerate fixes the device once for a process.

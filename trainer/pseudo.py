@@ -10,16 +10,16 @@ from numpy.typing import NDArray
 from migrator.trainer.errors import TrainingProblem
 
 ITERATIONS = 25
-MOST_PER_CENTRE = 64
+MAX_PER_CENTRE = 64
 """Images by which a centre is placed, on average at most. faiss asks for 39 at least, and its own limit of 256 would
 make k-means take four times as long where there are a million images."""
-FEWEST_PER_CLASS = 8
+MIN_PER_CLASS = 8
 """Images that a class of `default_k` has on average at least: fewer give no centre to speak of."""
 
 
 def default_k(n: int) -> int:
     """How many classes suit n images: 4 sqrt(n), as inverted files are cut, but at least 8 images for each."""
-    return max(2, min(round(4 * math.sqrt(n)), n // FEWEST_PER_CLASS))
+    return max(2, min(round(4 * math.sqrt(n)), n // MIN_PER_CLASS))
 
 
 def pseudo_classes(vectors: NDArray[np.float32], k: int, *, seed: int) -> NDArray[np.int64]:
@@ -48,7 +48,7 @@ def pseudo_classes(vectors: NDArray[np.float32], k: int, *, seed: int) -> NDArra
         seed=seed,
         spherical=True,
         min_points_per_centroid=1,
-        max_points_per_centroid=MOST_PER_CENTRE,
+        max_points_per_centroid=MAX_PER_CENTRE,
     )
     clustering.train(data)
     _, nearest = clustering.index.search(data, 1)

@@ -85,10 +85,10 @@ def _taps(span: Span, interpolation: Interpolation) -> tuple[NDArray[np.int64], 
         exact = (places + 0.5) * span.original / span.scaled - 0.5
         before = np.floor(exact)
         part = exact - before
-        reach = np.array([0, 1] if interpolation == "bilinear" else [-1, 0, 1, 2])[:, None]
-        distance = np.abs(reach - part)
+        offsets = np.array([0, 1] if interpolation == "bilinear" else [-1, 0, 1, 2])[:, None]
+        distance = np.abs(offsets - part)
         weights = 1 - distance if interpolation == "bilinear" else _cubic(distance)
-        taps = before.astype(np.int64) + reach
+        taps = before.astype(np.int64) + offsets
     return np.clip(taps, 0, span.original - 1), weights
 
 

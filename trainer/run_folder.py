@@ -20,7 +20,9 @@ from migrator.trainer.files import write_whole
 _CHECKPOINT = re.compile(r"checkpoint-(\d{5})(?:-(\d{7}))?\.pt")
 LOCK_WAIT = 2.0
 """Seconds: whoever lists the runs holds a lock for an instant, to see whether a process trains there."""
-_OURS = (
+_RENAMED = {"train.most_left_out": "train.max_excluded"}
+"""Settings by their names in earlier runs, which can still be resumed."""
+_RUN_FILES = (
     "result.json", "encoder.json", "encoder.safetensors", "classifier.safetensors", "best.pt", "baseline.json",
     "inputs.json", "old_vectors.npy", "old_vectors_mirrored.npy", "shared.npz", "metrics.csv",
 )  # fmt: skip
@@ -56,10 +58,11 @@ def bind(out: Path, fingerprint: dict[str, Any], *, restart: bool) -> None:
     before = None
     if noted.exists():
         try:
-            before = json.loads(noted.read_text())["fingerprint"]
-        except (ValueError, KeyError, TypeError):
+            stored = json.loads(noted.read_text())["fingerprint"]
+            before = {_RENAMED.get(name, name): value for name, value in stored.items()}
+        except (ValueError, KeyError, TypeError, AttributeError):
             before = {}
-    # Before the first checkpoint nothing is lost: who corrects a setting that was refused need not say restart.
+    # Before the first checkpoint nothing is lost: a setting that was refused is corrected without --restart.
     if not restart and (finished or checkpoints(out)):
         if not before:
             raise TrainingProblem(f"{noted} is damaged or missing: start over with --restart")
@@ -75,7 +78,7 @@ def bind(out: Path, fingerprint: dict[str, Any], *, restart: bool) -> None:
                 "--restart"
             )
     if restart or before != fingerprint:
-        for path in [*checkpoints(out), *(out / name for name in _OURS)]:
+        for path in [*checkpoints(out), *(out / name for name in _RUN_FILES)]:
             path.unlink(missing_ok=True)
         write_json(noted, {"format": 1, "fingerprint": fingerprint})
 

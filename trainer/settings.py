@@ -30,8 +30,8 @@ class FitSettings(LossSettings):
     """Share of the images held out; 0 for none."""
     upper_bound: float | None = None
     """mAP@100 of an independent encoder's self-test on the same split, which P_1 is measured against if it is known."""
-    most_left_out: float = 0.1
-    """Share of the images that may be unreadable."""
+    max_excluded: float = 0.1
+    """Share of the images that may be excluded because they are unreadable."""
     pseudo_classes: int | None = None
     """Without labels: as many classes, found by k-means over the old vectors."""
     class_balanced: bool = False
@@ -45,18 +45,18 @@ class FitSettings(LossSettings):
     compile: bool = False
     """Compile the encoder with torch.compile: minutes at the start, faster steps."""
     trackers: tuple[str, ...] = ()
-    """Accelerate's trackers that hear of every report, such as tensorboard."""
+    """Accelerate's trackers that receive every report, such as tensorboard."""
     keep_checkpoints: int = 2
     checkpoint_minutes: float = 10.0
     """A checkpoint is written at the end of each epoch, and within it as often as this."""
     cache: Path | None = None
-    """Folder of prepared images, shared between runs; in the run folder unless given."""
+    """Folder of prepared images, shared between runs (default: in the run folder)."""
     cache_gib: float = 50.0
     device: Literal["auto", "cpu", "cuda"] = "auto"
     image_threads: int = 4
 
     def __post_init__(self) -> None:
-        shares = ("validation", "most_left_out", "radius_quantile")
+        shares = ("validation", "max_excluded", "radius_quantile")
         counts = ("epochs", "batch_size", "accumulate", "keep_checkpoints", "image_threads")
         positive = ("lr", "arcface_scale", "radius_limit", "temperature", "checkpoint_minutes", "cache_gib")
         weights = ("boundary_weight", "adversarial_weight", "anchor_weight", "influence_weight")

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from migrator.trainer.errors import EncoderProblem
 from migrator.trainer.image_roots import one_line
-from migrator.trainer.preprocessing import LARGEST_IMAGE, Preprocessing, fingerprint_image
+from migrator.trainer.preprocessing import MAX_IMAGE_SIZE, Preprocessing, fingerprint_image
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -94,7 +94,7 @@ def _result(name: str, picture: Image.Image) -> NDArray[np.float32]:
         kind = f"tensor of {result.dtype}" if isinstance(result, torch.Tensor) else type(result).__name__
         raise ValueError(f"{named} gives a {kind}, not a float tensor (3, height, width)")
     shape = tuple(result.shape)
-    if len(shape) != 3 or shape[0] != 3 or not 0 < min(shape) <= max(shape) <= LARGEST_IMAGE:
+    if len(shape) != 3 or shape[0] != 3 or not 0 < min(shape) <= max(shape) <= MAX_IMAGE_SIZE:
         raise ValueError(f"{named} gives a tensor {shape}, not (3, height, width)")
     array: NDArray[np.float32] = np.ascontiguousarray(result.detach().cpu().float().numpy())
     if not np.isfinite(array).all():

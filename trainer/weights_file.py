@@ -42,8 +42,10 @@ def read_weights(path: Path) -> Mapping[Any, Any]:
     """
     named = f"weights {str(path)!r}"
     if not path.is_file():
-        told = "is a folder: name a file in it" if path.is_dir() else "is not there: check weights in the configuration"
-        raise EncoderProblem(f"{named} {told}")
+        reason = (
+            "is a folder: name a file in it" if path.is_dir() else "is not there: check weights in the configuration"
+        )
+        raise EncoderProblem(f"{named} {reason}")
     try:
         with path.open("rb") as file:
             head = file.read(512)
@@ -51,9 +53,9 @@ def read_weights(path: Path) -> Mapping[Any, Any]:
         raise EncoderProblem(f"{named} cannot be read: {error.strerror}") from error
     if path.suffix == ".safetensors" and not head.startswith(b"version https://git-lfs"):
         return _read_safetensors(path, named)
-    for magic, told in _FOREIGN:
+    for magic, reason in _FOREIGN:
         if head.lstrip().startswith(magic):
-            raise EncoderProblem(f"{named} {told}")
+            raise EncoderProblem(f"{named} {reason}")
     if head[257:262] == b"ustar":
         raise EncoderProblem(f"{named} is a tar archive: unpack it, and name the weights in it")
     if path.suffix == ".json" or head.lstrip().startswith(b"{"):
@@ -96,19 +98,19 @@ def _check_archive(path: Path, named: str) -> None:
     except (zipfile.BadZipFile, OSError) as error:
         raise EncoderProblem(f"{named} cannot be loaded, it may be damaged: {_one_line(error)}") from error
     if "constants.pkl" in entries and any(entry.startswith("code/") for entry in entries):
-        told = (
+        reason = (
             "is a TorchScript program: write its weights with torch.save(torch.jit.load(FILE).state_dict(), "
             "'weights.pt'), or give a module whose factory returns torch.jit.load(FILE)"
         )
     elif any(entry.endswith(("models/model.json", "serialized_exported_program.json")) for entry in entries):
-        told = "is a program of torch.export: rename it to .pt2, and leave arch and module away"
+        reason = "is a program of torch.export: rename it to .pt2, and leave arch and module away"
     elif entries and all(entry.endswith(".npy") for entry in entries):
-        told = "is a NumPy archive: save a state dict"
+        reason = "is a NumPy archive: save a state dict"
     elif "data.pkl" not in entries:
-        told = "is a zip archive without weights of torch.save: unpack it, and name the weights in it"
+        reason = "is a zip archive without weights of torch.save: unpack it, and name the weights in it"
     else:
         return
-    raise EncoderProblem(f"{named} {told}")
+    raise EncoderProblem(f"{named} {reason}")
 
 
 def _read_pickled(path: Path, named: str) -> Mapping[Any, Any]:

@@ -65,12 +65,12 @@ def command(
     several GPUs or machines it is started by `torchrun ... -m migrator train` or `accelerate launch -m migrator train`.
     """
     from migrator.trainer.errors import TrainingInterrupted
-    from migrator.trainer.processes import is_first_process, launched_together
+    from migrator.trainer.processes import is_distributed, is_first_process
     from migrator.training import train
 
     if restart and (finish or resume):
         raise UsageProblem(f"--restart and --{'finish' if finish else 'resume'} exclude each other")
-    if finish and launched_together():
+    if finish and is_distributed():
         raise UsageProblem("--finish trains nothing: run it without torchrun or accelerate launch")
     with open_project(config_path, name) as project:
         if is_first_process():
@@ -85,7 +85,7 @@ def command(
                 again = ", continuing the run that was cut off," if is_cut_off(folder) and not restart else again
                 confirm(f"{how}{again} in {folder}", yes=yes)
         # A launcher stops its processes together, and those that train along could not be told in time.
-        stopping = nullcontext() if launched_together() else stop_on_signal("step")
+        stopping = nullcontext() if is_distributed() else stop_on_signal("step")
         is_done = (project.training_folder(run) / "result.json").exists() and not restart
         with stopping as stop, progress("training") as advance:
 
@@ -131,9 +131,9 @@ def command(
                 if test in result.validation
             ],
         )
-        if result.left_out:
-            first = result.left_out[0]
-            say(f"{len(result.left_out)} images were left out, for instance {first.path}: {first.reason}")
+        if result.excluded:
+            first = result.excluded[0]
+            say(f"{len(result.excluded)} images were excluded, for instance {first.path}: {first.reason}")
         if is_done:
             say("trained already: --restart trains it again, --run NAME another one beside it")
         if result.best_epoch:

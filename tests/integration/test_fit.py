@@ -176,6 +176,24 @@ def test_resume_gives_the_uninterrupted_result_and_a_finished_run_is_left_alone(
     assert fit(few, images, old, SPEC, settings, tmp_path / "parts", report=not_again) == parts
 
 
+def test_a_run_is_continued_that_called_excluded_images_left_out(
+    few: TrainingItems, images: ImageSource, tmp_path: Path
+) -> None:
+    settings = replace(FAST, method="independent")
+    whole = fit(few, images, None, SPEC, settings, tmp_path / "whole")
+    out = tmp_path / "earlier"
+    with pytest.raises(Stop):
+        fit(few, images, None, SPEC, settings, out, report=stop_after(1))
+    for name, now, then in (("run", "train.max_excluded", "train.most_left_out"), ("inputs", "excluded", "left_out")):
+        text = (out / f"{name}.json").read_text()
+        assert f'"{now}"' in text
+        (out / f"{name}.json").write_text(text.replace(f'"{now}"', f'"{then}"'))
+    assert weights_of(fit(few, images, None, SPEC, settings, out)) == weights_of(whole)
+    finished = (out / "result.json").read_text()
+    (out / "result.json").write_text(finished.replace('"excluded"', '"left_out"'))
+    assert fit(few, images, None, SPEC, settings, out).excluded == []
+
+
 def test_stop_writes_a_checkpoint_within_the_epoch_and_finish_takes_the_best_whole_one(
     few: TrainingItems, images: ImageSource, old: Encoder, tmp_path: Path
 ) -> None:
@@ -324,12 +342,12 @@ def test_images_that_cannot_be_read_are_left_out_up_to_a_share(
     some_gone = training_items([*few.paths, "absent.png"], [*few.labels, "1"], source="list")
     settings = replace(FAST, method="independent", epochs=1)
     result = fit(some_gone, images, None, SPEC, settings, tmp_path / "some")
-    assert [entry.path for entry in result.left_out] == ["absent.png"]
+    assert [entry.path for entry in result.excluded] == ["absent.png"]
     with pytest.raises(TrainingProblem, match=r"1 of 201 training images cannot be used .*absent"):
-        fit(some_gone, images, None, SPEC, replace(settings, most_left_out=0.001), tmp_path / "none")
+        fit(some_gone, images, None, SPEC, replace(settings, max_excluded=0.001), tmp_path / "none")
     all_gone = training_items(["x.png", "y.png"], ["1", "2"], source="list")
     with pytest.raises(TrainingProblem, match="2 of 2 training images cannot be used"):
-        fit(all_gone, images, None, SPEC, replace(settings, most_left_out=1), tmp_path / "all")
+        fit(all_gone, images, None, SPEC, replace(settings, max_excluded=1), tmp_path / "all")
 
 
 def test_unusable_input_is_refused(few: TrainingItems, images: ImageSource, old: Encoder, tmp_path: Path) -> None:

@@ -79,7 +79,7 @@ def load(
     **changed: Any,
 ) -> Inputs:
     options: dict[str, Any] = {
-        "validation": 0.2, "seed": 0, "batch_size": 8, "flip": False, "image_threads": 2, "most_left_out": 0.1,
+        "validation": 0.2, "seed": 0, "batch_size": 8, "flip": False, "image_threads": 2, "max_excluded": 0.1,
         "pseudo_classes": None, "cache": folder / "cache", "cache_gib": 1.0, **changed,
     }  # fmt: skip
     return load_inputs(items, source or Source(folder), old, preprocessing, folder / "run", **options)
@@ -103,7 +103,7 @@ def test_rows_are_the_usable_images(folder: Path, old: Encoder) -> None:
     assert inputs.class_names == ["class 0", "class 1", "class 2", "class 3"]
     assert inputs.classes == 4
     assert inputs.labels.tolist() == [number % 4 for number in USABLE]
-    assert [entry.path for entry in inputs.left_out] == ["3.png"]
+    assert [entry.path for entry in inputs.excluded] == ["3.png"]
     assert inputs.old is not None
     np.testing.assert_allclose(inputs.old, old.encode(prepared(folder)), atol=1e-6)
     assert inputs.old_flipped is None
@@ -186,7 +186,7 @@ def test_a_run_that_goes_on_reads_no_image(folder: Path, old: Encoder, monkeypat
     for mine, other in zip(vars(first).values(), vars(again).values(), strict=True):
         if isinstance(mine, np.ndarray):
             np.testing.assert_array_equal(mine, other)
-    assert again.left_out == first.left_out
+    assert again.excluded == first.excluded
 
 
 def test_another_run_decodes_nothing_again(folder: Path) -> None:
@@ -295,16 +295,16 @@ def test_damaged_old_vectors_are_made_again(folder: Path, old: Encoder, harm: by
 
 
 def test_too_many_unusable_images(folder: Path) -> None:
-    message = refused(folder, most_left_out=0.02)
+    message = refused(folder, max_excluded=0.02)
     assert "1 of 40 training images cannot be used (first: image '3.png'" in message
-    assert "up to 2% may be left out" in message
+    assert "up to 2% may be excluded" in message
     assert not (folder / "run" / "inputs.json").exists()
 
 
 def test_reading_ends_where_too_many_are_unusable(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("migrator.trainer.cache.CHUNK_IMAGES", 4)
     source = Source(folder)
-    refused(folder, most_left_out=0, source=source)
+    refused(folder, max_excluded=0, source=source)
     assert len(source.reads) <= 12
 
 
@@ -320,7 +320,7 @@ def test_too_few_images_for_a_batch(folder: Path) -> None:
 
 def test_images_of_one_class(folder: Path) -> None:
     items = training_items(["3.png", "1.png", "2.png"], ["a", "b", "b"], source="x")
-    assert "all of one class" in refused(folder, items=items, batch_size=2, most_left_out=0.5)
+    assert "all of one class" in refused(folder, items=items, batch_size=2, max_excluded=0.5)
 
 
 @pytest.mark.parametrize("text", ["", "{}", '{"format": 1, "rows": []}', '{"format": 2, "rows": [], "sha256": ["zz"]}'])

@@ -240,12 +240,12 @@ def test_training_items_come_with_their_stored_vectors(lost: World) -> None:
     vectors[5] *= 3
     rewrite(lost.gallery, range(120), [*NAMES[:-1], NAMES[11]], vectors)
 
-    items, found, left_out = items_of(lost, {"from": "store", "label": "{kind}"})
+    items, found, excluded = items_of(lost, {"from": "store", "label": "{kind}"})
     rows = [row for row in range(119) if row not in (3, 4)]
     assert items.paths == tuple(NAMES[row] for row in rows)
     assert items.labels == tuple(f"kind {row % 3}" for row in rows)
     np.testing.assert_allclose(found, expected[rows], atol=1e-6)
-    assert [each.path for each in left_out] == [NAMES[3], NAMES[4]]
+    assert [each.path for each in excluded] == [NAMES[3], NAMES[4]]
 
     assert items_of(lost, {"from": "store"})[0].labels is None
     with pytest.raises(ConfigError, match=r"train\.items\.label: no item with an image has a value for '{knd}'"):
@@ -254,10 +254,10 @@ def test_training_items_come_with_their_stored_vectors(lost: World) -> None:
 
 def test_training_items_of_a_file_are_joined_by_path(lost: World) -> None:
     (lost.folder / "train.csv").write_text("path,label\n00009.png,b\nelsewhere.png,a\n00002.png,a\n")
-    items, found, left_out = items_of(lost, "train.csv")
+    items, found, excluded = items_of(lost, "train.csv")
     assert (items.paths, items.labels) == (("00009.png", "00002.png"), ("b", "a"))
     np.testing.assert_allclose(found, lost.vectors()[[9, 2]], atol=1e-6)
-    assert [each.path for each in left_out] == ["elsewhere.png"]
+    assert [each.path for each in excluded] == ["elsewhere.png"]
 
     (lost.folder / "train.csv").write_text(f"path\n./00009.png\n{lost.images}/00002.png\n")
     items, found, _ = items_of(lost, "train.csv")
@@ -276,8 +276,8 @@ def test_training_items_of_folders(world: World) -> None:
     for kind in ("boots", "hats"):
         save_images(world.images / kind, [f"{number}.png" for number in range(4)], np.random.default_rng(1))
     write_gallery(world, range(8), names)
-    items, vectors, left_out = items_of(world, {"from": "folders"})
-    assert (items.paths, vectors, left_out) == (tuple(names), None, [])
+    items, vectors, excluded = items_of(world, {"from": "folders"})
+    assert (items.paths, vectors, excluded) == (tuple(names), None, [])
     assert items.labels == ("boots",) * 4 + ("hats",) * 4
     world.configure(old_encoder="stored")
     np.testing.assert_allclose(items_of(world, {"from": "folders"})[1], world.vectors(), atol=1e-6)

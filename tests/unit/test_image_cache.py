@@ -13,7 +13,7 @@ import pytest
 
 from migrator.trainer import cache
 from migrator.trainer.cache import ImageCache, Pixels, open_pixels, pixel_key
-from migrator.trainer.data import LeftOut
+from migrator.trainer.data import Excluded
 from migrator.trainer.encoder import Preprocessing
 from migrator.trainer.errors import ImageProblem, ImagesUnavailable, TrainingProblem
 from migrator.trainer.images import ImageSource
@@ -68,13 +68,13 @@ def add(
     preprocessings: Sequence[Preprocessing] = (SMALL,),
     limit: int = LARGE,
     source: Source | None = None,
-) -> tuple[list[bytes | LeftOut], Source]:
+) -> tuple[list[bytes | Excluded], Source]:
     source = source or Source(folder)
     with ImageCache(folder / "cache", preprocessings, limit=limit) as store:
         return [result for batch in store.add(paths, source, workers=2) for result in batch], source
 
 
-def digests_of(results: Sequence[bytes | LeftOut]) -> list[bytes]:
+def digests_of(results: Sequence[bytes | Excluded]) -> list[bytes]:
     digests = [result for result in results if isinstance(result, bytes)]
     assert len(digests) == len(results)
     return digests
@@ -149,8 +149,8 @@ def test_images_that_cannot_be_used_are_named_in_their_place(folder: Path) -> No
     (folder / "1.png").write_bytes(b"no image")
     (folder / "3.png").unlink()
     results, _ = add(folder, names(0, 1, 2, 3, 4))
-    assert [isinstance(result, LeftOut) for result in results] == [False, True, False, True, False]
-    assert isinstance(results[1], LeftOut)
+    assert [isinstance(result, Excluded) for result in results] == [False, True, False, True, False]
+    assert isinstance(results[1], Excluded)
     assert results[1].path == "1.png"
     assert "cannot be decoded" in results[1].reason
 
@@ -363,7 +363,7 @@ def test_a_full_disk_is_told_in_one_line_and_loses_nothing(
 
 
 def test_the_second_process_waits_and_finds_everything_there(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cache, "PATIENCE_SECONDS", 0.01)
+    monkeypatch.setattr(cache, "LOCK_POLL_SECONDS", 0.01)
     first = ImageCache(folder / "cache", [SMALL], limit=LARGE)
     first.__enter__()
     digests = [result for batch in first.add(names(1, 2), Source(folder), workers=1) for result in batch]
@@ -386,7 +386,7 @@ def test_reading_waits_for_nobody(folder: Path) -> None:
 
 def test_a_source_may_refuse_single_images_without_reading_them(folder: Path) -> None:
     results, _ = add(folder, ["../outside.png", "1.png"])
-    assert isinstance(results[0], LeftOut)
+    assert isinstance(results[0], Excluded)
     assert "leads out" in results[0].reason
     with pytest.raises(ImageProblem):
         Source(folder).read("../outside.png")

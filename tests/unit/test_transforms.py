@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from migrator.trainer.cache import ImageCache, pixel_key
-from migrator.trainer.data import LeftOut
+from migrator.trainer.data import Excluded
 from migrator.trainer.encoder import EncoderSpec, build_model, load_encoder, save_encoder
 from migrator.trainer.errors import EncoderMismatch, EncoderProblem, ImageProblem
 from migrator.trainer.images import ImageSource
@@ -299,7 +299,7 @@ def test_prepared_images_keep_what_the_transform_gave(folder: Path) -> None:
     source = ImageSource(str(folder))
     with ImageCache(folder / "cache", [preprocessing, Preprocessing((8, 6))], limit=2**24) as cache:
         (results,) = cache.add(names, source, workers=2)
-        assert [isinstance(result, LeftOut) for result in results] == [True, True, False, False, False]
+        assert [isinstance(result, Excluded) for result in results] == [True, True, False, False, False]
         digests = [result for result in results if isinstance(result, bytes)]
         floats = cache.open(preprocessing, digests).take(np.arange(3))
         pixels = cache.open(Preprocessing((8, 6)), digests).take(np.arange(3))

@@ -62,7 +62,7 @@ class LossSettings:
     temperature: float = 0.05
     """Of the contrast (`hot_refresh`, and the anchor of `advbct`)."""
     labelled: bool = True
-    """Whether labels say what is the same; without, `hot_refresh` contrasts every two images."""
+    """Whether the images have labels; without, `hot_refresh` contrasts every two images."""
     reference: bool = False
     """The published recipe: SGD in steps, largest distance as radius, T = 1, equal weights; it needs much data."""
 

@@ -15,7 +15,7 @@ class ArcFace(nn.Module):
     L = -log( exp(s cos(theta_y + m)) / (exp(s cos(theta_y + m)) + sum_{j != y} exp(s cos theta_j)) )
 
     Source: ArcFace, https://arxiv.org/abs/1801.07698, equation 3; used in AdvBCT, https://arxiv.org/abs/2305.02610,
-    section 3.2. Beyond theta_y = pi - m, where cos(theta_y + m) would rise again, the target logit goes on
+    section 3.2. Beyond theta_y = pi - m, where cos(theta_y + m) would rise again, the target logit keeps
     falling as cos(theta_y) - m sin(m), as the authors' code does.
     """
 

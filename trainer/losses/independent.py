@@ -10,7 +10,7 @@ from migrator.trainer.old_space import OldSpace
 
 
 class Independent(nn.Module):
-    """ArcFace alone; the vectors cannot be compared with anybody else's."""
+    """ArcFace alone; the vectors cannot be compared with those of another encoder."""
 
     def __init__(self, classification: ArcFace) -> None:
         super().__init__()
@@ -19,7 +19,7 @@ class Independent(nn.Module):
     def forward(
         self, features: Tensor, labels: Tensor, old: Tensor | None, *, progress: float, remaining: float
     ) -> dict[str, Tensor]:
-        """The classification term; the old vectors are not looked at."""
+        """The classification term; the old vectors are not used."""
         return {"classification": self.classification(features, labels)}
 
 

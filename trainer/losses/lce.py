@@ -42,8 +42,8 @@ class AngularBoundary(nn.Module):
     L = mean over the samples of known classes of max(0, theta(f, c_y) - theta_y). theta_y belongs to the radius of the
     class's ball: a unit vector at distance r from the centre c, not of unit length itself, has
     cos theta = (1 + |c|^2 - r^2) / 2|c|.
-    Source: LCE, the boundary loss, checked against the authors' code. Two departures: theirs takes the largest angle
-    of a class, which is the radius at quantile 1; and it compares cosines, whose slope fades near the centre.
+    Source: LCE, the boundary loss, checked against the authors' code, which departs in two ways: it takes the largest
+    angle of a class, which is the radius at quantile 1; and it compares cosines, whose slope fades near the centre.
     """
 
     directions: Tensor
