@@ -81,7 +81,8 @@ def make_world(folder: Path, *, items: int = 120, seed: int = 0) -> World:
                             "sample": 60,
                             "gate": {"metric": "map@100", "min_gain": -1.0, "resamples": 200},
                         },
-                        "rollout": {"route_ttl": 0},  # nothing but a test searches: nobody is to be waited for
+                        # Nothing but a test searches: nobody is to be waited for. Several steps have their own tests.
+                        "rollout": {"route_ttl": 0, "canary": [100]},
                         "backfill": {"chunk_size": 10, "batch_size": 8, "image_threads": 2, "retry_for": 0.0},
                     }
                 },

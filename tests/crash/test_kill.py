@@ -43,8 +43,7 @@ def to_backfill(commands: Commands, world: World) -> None:
     succeed(commands, world, "plan")
     succeed(commands, world, "verify")
     succeed(commands, world, "rollout", "--stage", "prepare")
-    for _ in range(4):
-        succeed(commands, world, "rollout", "--stage", "canary")
+    succeed(commands, world, "rollout", "--stage", "canary")
     succeed(commands, world, "rollout", "--stage", "backfill")
 
 

@@ -44,8 +44,9 @@ def refused(world: World, migrator: Migrator, capsys: pytest.CaptureFixture[str]
 
 
 def test_every_stage_refuses_to_come_too_early_and_names_the_command_before_it(
-    migrator: Migrator, refused: Callable[..., str]
+    world: World, migrator: Migrator, refused: Callable[..., str]
 ) -> None:
+    world.configure(rollout__canary=[1, 10, 50, 100])
     assert "migrator plan" in refused(3, "verify")
     assert "migrator plan" in refused(3, "rollout", "--stage", "prepare")
     assert migrator("plan") == 0
@@ -183,6 +184,7 @@ def test_a_half_migrated_collection_without_its_ledger_is_not_planned_anew(
 def test_a_canary_goes_on_only_while_the_verification_holds(
     world: World, migrator: Migrator, refused: Callable[..., str]
 ) -> None:
+    world.configure(rollout__canary=[1, 10, 50, 100])
     to_stage(migrator, "prepare")
     assert migrator("rollout", "--stage", "canary") == 0
     assert migrator("rollout", "--stage", "canary") == 0
