@@ -17,12 +17,16 @@ os.environ.setdefault("MKL_NUM_THREADS", "1")
 pytest.register_assert_rewrite("tests.integration.stores.contract")
 
 from migrator.cli import run  # noqa: E402
+from migrator.ledger import Ledger  # noqa: E402
 from tests.world import World, make_world  # noqa: E402
 
 
 @pytest.fixture(scope="session")
 def _first_world(tmp_path_factory: pytest.TempPathFactory) -> World:
-    return make_world(tmp_path_factory.mktemp("world"))
+    world = make_world(tmp_path_factory.mktemp("world"))
+    # An empty ledger, which takes a command as long to make as all else that it does. The tests of ledgers make theirs.
+    Ledger(f"sqlite:///{world.folder / 'migrator.db'}").close()
+    return world
 
 
 @pytest.fixture

@@ -1,9 +1,7 @@
-"""Scanned digits as files, for tests of training, and the processes that train on them."""
+"""Scanned digits as files, for tests of training."""
 
 from __future__ import annotations
 
-import multiprocessing
-from multiprocessing.context import ForkServerContext
 from pathlib import Path
 
 import numpy as np
@@ -24,10 +22,3 @@ def digits_with_old_encoder(folder: Path, count: int, spec: EncoderSpec) -> None
     (folder / "items.csv").write_text("\n".join(lines))
     torch.manual_seed(0)
     save_encoder(build_model(spec), spec, folder / "old.safetensors")
-
-
-def trainers() -> ForkServerContext:
-    """Starts processes from one that has torch already; importing it anew each time would take most of a test."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["migrator.trainer.fit", "accelerate", "sklearn.datasets"])
-    return context

@@ -6,13 +6,18 @@ real images, a real index and a real model. Training has its own tests, and `mak
 
 from __future__ import annotations
 
+import functools
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import yaml
+
+if TYPE_CHECKING:
+    from migrator.trainer.encoder import Encoder
 
 ARCH, DIM, SIZE = "test_resnet", 24, 16
 NAME = "toys"
@@ -83,7 +88,7 @@ def make_world(folder: Path, *, items: int = 120, seed: int = 0) -> World:
                         },
                         # Nothing but a test searches: nobody is to be waited for. Several steps have their own tests.
                         "rollout": {"route_ttl": 0, "canary": [100]},
-                        "backfill": {"chunk_size": 10, "batch_size": 8, "image_threads": 2, "retry_for": 0.0},
+                        "backfill": {"chunk_size": 10, "batch_size": 32, "image_threads": 2, "retry_for": 0.0},
                     }
                 },
             }
@@ -107,15 +112,22 @@ def save_images(folder: Path, names: Sequence[str], rng: np.random.Generator) ->
 
 def embed_images(world: World, which: str, names: Sequence[str]) -> np.ndarray:
     """Vectors of images by the old or the new encoder, outside of migrator's own machinery."""
-    from migrator.trainer.encoder import EncoderSpec, Preprocessing, load_encoder
     from migrator.trainer.images import ImageSource
 
-    spec = EncoderSpec(
-        arch=ARCH, dim=DIM, preprocessing=Preprocessing(image_size=SIZE), weights=world.folder / f"{which}.safetensors"
-    )
-    encoder = load_encoder(spec)
+    encoder = _encoder((world.folder / f"{which}.safetensors").read_bytes())
     source = ImageSource(str(world.images))
     return encoder.encode(np.stack([encoder.prepare(source.load(name)) for name in names]))
+
+
+@functools.cache
+def _encoder(weights: bytes) -> Encoder:
+    """The encoder of these weights; worlds that are copies of one another have the same."""
+    from migrator.trainer.encoder import EncoderSpec, Preprocessing, load_encoder
+
+    with tempfile.NamedTemporaryFile(suffix=".safetensors") as file:
+        file.write(weights)
+        file.flush()
+        return load_encoder(EncoderSpec(ARCH, DIM, Preprocessing(SIZE), Path(file.name)))
 
 
 def write_gallery(world: World, ids: Sequence[Any], names: Sequence[str], *, factory: str = "Flat") -> None:

@@ -6,7 +6,6 @@ Run as a program this is a small server: it loads the libraries once and forks a
 
 from __future__ import annotations
 
-import dataclasses
 import gc
 import json
 import os
@@ -38,12 +37,13 @@ class Commands:
                 "LD_PRELOAD": str(faketime()), "FAKETIME": f"{ahead:+d}", "FAKETIME_DONT_FAKE_MONOTONIC": "1",
             }  # fmt: skip
         self._server = subprocess.Popen(
-            [sys.executable, __file__],
+            [sys.executable, "-m", "tests.crash.commands"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
             bufsize=1,
             env=self.environment,
+            cwd=Path(__file__).parents[2],
         )
         self._pid: int | None = None
         assert self._answer(120.0) == "ready"
@@ -117,54 +117,10 @@ class Commands:
         return code, time.monotonic() - began
 
 
-def load_everything() -> None:
-    """What commands load when they first need it, which would be in each child. It must leave no thread behind."""
-    import encodings.cp437  # noqa: F401
-    import tempfile
-    from pathlib import Path
-
-    import accelerate  # noqa: F401
-    import alembic.command
-    import alembic.config  # noqa: F401
-    import faiss  # noqa: F401
-    import fsspec.implementations.local  # noqa: F401
-    import milvus_lite  # noqa: F401
-    import numpy as np
-    import numpy.testing
-    import PIL.Image
-    import pyarrow.dataset
-    import pyarrow.pandas_compat
-    import pyarrow.parquet  # noqa: F401
-    import pymilvus  # noqa: F401
-    import qdrant_client  # noqa: F401
-    import qdrant_edge  # noqa: F401
-    import rich._emoji_codes  # noqa: F401
-    import scipy.special  # noqa: F401
-    import sqlalchemy.dialects.postgresql.psycopg
-    import sqlalchemy.dialects.sqlite  # noqa: F401
-
-    import migrator.adapters.faiss
-    import migrator.adapters.milvus
-    import migrator.adapters.qdrant_edge
-    import migrator.backfill.run
-    import migrator.rollout.rollback
-    import migrator.rollout.stages
-    import migrator.status  # noqa: F401
-    from migrator.trainer.encoder import EncoderSpec, Preprocessing, build_model, load_encoder, save_encoder
-
-    PIL.Image.init()
-    # torch and timm load much at the first network of a kind; this is the one of `tests.world`.
-    spec = EncoderSpec("test_resnet", 24, Preprocessing(16))
-    with tempfile.TemporaryDirectory() as folder:
-        weights = Path(folder) / "weights.safetensors"
-        save_encoder(build_model(spec), spec, weights)
-        load_encoder(dataclasses.replace(spec, weights=weights)).encode(np.zeros((8, 3, 16, 16), np.uint8))
-
-
 def serve() -> None:
+    import tests.support.loaded  # noqa: F401
     from migrator.cli import run
 
-    load_everything()
     gc.collect()
     gc.freeze()  # or the first collection in each child copies the pages of all that was loaded
     print(json.dumps("ready"), flush=True)

@@ -18,9 +18,6 @@ from tests.world import World, embed_images, make_world
 
 pytestmark = pytest.mark.crash
 
-ITEMS = 600
-KILLS = 30
-
 
 @pytest.fixture(scope="module")
 def commands() -> Iterator[Commands]:
@@ -74,8 +71,9 @@ def stamps(world: World) -> tuple[int, int]:
 
 
 @pytest.mark.timeout(600)
-def test_killed_again_and_again(commands: Commands, tmp_path: Path) -> None:
-    first = make_world(tmp_path / "first", items=ITEMS)
+@pytest.mark.parametrize(("items", "kills"), [(320, 16), pytest.param(600, 30, marks=pytest.mark.long)])
+def test_killed_again_and_again(commands: Commands, tmp_path: Path, items: int, kills: int) -> None:
+    first = make_world(tmp_path / "first", items=items)
     first.configure(backfill__chunk_size=20)
     old = first.vectors()
     original = (first.gallery / "index.faiss").read_bytes()
@@ -94,24 +92,24 @@ def test_killed_again_and_again(commands: Commands, tmp_path: Path) -> None:
     rng = random.Random(20)
     to_backfill(commands, world)
     killed = 0
-    while killed < KILLS:
+    while killed < kills:
         # Short runs, so that many of the kills fall into the publication at a run's end.
         took = kill_at_random(commands, world, rng, part, "backfill", "--max-items", "40")
         killed += took is None
         # The machine may have been busier when the calm run was measured: the kills are to meet this one.
         part = min(part, took or part)
         each_is_one_of(world.vectors(), old, new)
-        if stamps(world)[1] == ITEMS:
+        if stamps(world)[1] == items:
             break
-    assert killed >= KILLS / 2, "too few kills hit a running backfill for this to mean anything"
+    assert killed >= kills / 2, "too few kills hit a running backfill for this to mean anything"
     succeed(commands, world, "backfill")
-    assert stamps(world) == (ITEMS, ITEMS)
+    assert stamps(world) == (items, items)
     np.testing.assert_array_equal(world.vectors(), new)
     with Project.open(world.config) as project:
         migration = project.migration()
         counts = project.ledger.counts(migration.id)
-        assert counts.by_state == {"done": ITEMS // 20}
-        assert (counts.written, counts.open_failures) == (ITEMS, 0)
+        assert counts.by_state == {"done": items // 20}
+        assert (counts.written, counts.open_failures) == (items, 0)
 
     for _ in range(5):
         kill_at_random(commands, world, rng, cut, "rollout", "--stage", "cutover")
@@ -132,7 +130,7 @@ def test_killed_again_and_again(commands: Commands, tmp_path: Path) -> None:
         succeed(commands, world, "rollback")
     np.testing.assert_array_equal(world.vectors(), old)
     assert (world.gallery / "index.faiss").read_bytes() == original
-    assert stamps(world) == (ITEMS, 0)
+    assert stamps(world) == (items, 0)
 
 
 def killed_once(commands: Commands, world: World, state: str, verb: str) -> None:

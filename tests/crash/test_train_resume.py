@@ -16,7 +16,8 @@ from migrator.trainer.data import read_items
 from migrator.trainer.encoder import EncoderSpec, Preprocessing, load_encoder
 from migrator.trainer.fit import FitSettings, Progress, fit
 from migrator.trainer.images import ImageSource
-from tests.digits import digits_with_old_encoder, trainers
+from tests.digits import digits_with_old_encoder
+from tests.support.forked import forked
 
 pytestmark = pytest.mark.crash
 
@@ -26,7 +27,7 @@ KILLS = 3
 
 @pytest.fixture(scope="module")
 def context() -> ForkServerContext:
-    return trainers()
+    return forked()
 
 
 @pytest.fixture(scope="module")

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
+import os
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -13,21 +12,19 @@ import pytest
 
 from migrator.adapters.base import StoreUnavailable
 from migrator.backfill import run as backfill_run
+from migrator.cli import run
 from migrator.project import Project
 from tests.integration.test_walk import to_stage
+from tests.support.forked import forked
 from tests.world import DIM, World
 
 Migrator = Callable[..., int]
 
-KILLED_BEFORE_ITS_CHECK = """
-import os, signal, sys
-import migrator.backfill.run as run
 
-run._look = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
-from migrator.cli import run as call
-
-call(["backfill", "--yes", "--config", sys.argv[1]])
-"""
+def backfill_killed_before_its_check(config: str) -> None:
+    """In a process of its own."""
+    backfill_run._look = lambda *_: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[assignment]
+    run(["backfill", "--yes", "--config", config])
 
 
 def checks(world: World) -> list[dict[str, Any]]:
@@ -37,8 +34,10 @@ def checks(world: World) -> list[dict[str, Any]]:
 
 
 def kill_before_the_check(world: World) -> None:
-    process = subprocess.run([sys.executable, "-c", KILLED_BEFORE_ITS_CHECK, str(world.config)], check=False)
-    assert process.returncode == -signal.SIGKILL
+    process = forked().Process(target=backfill_killed_before_its_check, args=(str(world.config),))
+    process.start()
+    process.join(120)
+    assert process.exitcode == -signal.SIGKILL
     with Project.open(world.config) as project:
         assert set(project.ledger.counts(project.migration().id).by_state) == {"done"}
     assert checks(world) == []

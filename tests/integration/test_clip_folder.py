@@ -77,7 +77,7 @@ class ClipFolder:
         if vectors:
             section["store"]["vectors"] = "./clip/img_emb/*.npy"
         section["images"]["uri"] = "{image_path}"
-        section["rollout"] = {"strategy": strategy, "route_ttl": 0}
+        section["rollout"]["strategy"] = strategy
         self.world.config.write_text(yaml.safe_dump(document))
 
     def embeddings(self) -> np.ndarray:

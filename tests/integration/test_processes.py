@@ -18,7 +18,8 @@ from migrator.trainer.data import read_items
 from migrator.trainer.encoder import EncoderSpec, Preprocessing, load_encoder
 from migrator.trainer.fit import FitSettings, Progress, fit, follow
 from migrator.trainer.images import ImageSource
-from tests.digits import digits_with_old_encoder, trainers
+from tests.digits import digits_with_old_encoder
+from tests.support.forked import forked
 
 # Three convolutional stages with batch norms, some with their activation inside, and our own norm behind them.
 SPEC = EncoderSpec("test_efficientnet", 16, Preprocessing(image_size=16))
@@ -28,7 +29,7 @@ DEADLINE = 120.0
 
 @pytest.fixture(scope="module")
 def context() -> ForkServerContext:
-    return trainers()
+    return forked()
 
 
 @pytest.fixture(scope="module")
