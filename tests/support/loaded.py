@@ -14,6 +14,7 @@ import alembic.command
 import alembic.config
 import faiss
 import fsspec.implementations.local
+import migrator.status
 import milvus_lite
 import numpy as np
 import numpy.testing
@@ -36,7 +37,6 @@ import migrator.adapters.qdrant_edge
 import migrator.backfill.run
 import migrator.rollout.rollback
 import migrator.rollout.stages
-import migrator.status
 import migrator.trainer.fit
 from migrator.trainer.encoder import EncoderSpec, Preprocessing, build_model, load_encoder, save_encoder
 
