@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: venv demo docs test test-crash lint wheel bench bench-train clean
+.PHONY: venv demo docs test test-crash test-long coverage lint wheel bench bench-train clean
 
 venv: $(VENV)/.installed
 
@@ -26,6 +26,17 @@ test: venv
 
 test-crash: venv
 	$(BIN)/python $(TEST) tests/crash
+
+# The long forms: hours.
+test-long: venv
+	$(BIN)/python -m pytest -n 2 -m 'long and not milvus_server'
+	$(BIN)/python -m pytest -m 'long and milvus_server'
+
+# Branch coverage of the three packages by what `make test` runs, processes started by tests included; HTML in
+# build/coverage.
+coverage: venv
+	$(BIN)/python -m pytest -n 2 -m 'not long and not milvus_server' --cov --cov-report=
+	$(BIN)/python -m pytest -m 'not long and milvus_server' --cov --cov-append --cov-report=term:skip-covered --cov-report=html
 
 lint: venv
 	$(BIN)/ruff check .
@@ -50,4 +61,4 @@ bench-train: venv
 	$(BIN)/python -m bench train-speed
 
 clean:
-	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage*
