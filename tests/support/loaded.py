@@ -14,7 +14,6 @@ import alembic.command
 import alembic.config
 import faiss
 import fsspec.implementations.local
-import migrator.status
 import milvus_lite
 import numpy as np
 import numpy.testing
@@ -35,6 +34,7 @@ import migrator.adapters.faiss
 import migrator.adapters.milvus
 import migrator.adapters.qdrant_edge
 import migrator.backfill.run
+import migrator.lifecycle.status
 import migrator.rollout.rollback
 import migrator.rollout.stages
 import migrator.trainer.fit
