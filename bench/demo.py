@@ -20,7 +20,7 @@ def demo() -> dict[str, Any]:
         began = time.perf_counter()
         story.make_folder(folder, replace=False)
         story.make_old_system(folder, "faiss")
-        story.walk(folder, keep_at=None, run=run, say=print)
+        story.run_demo(folder, stop_after=None, run=run, say=print)
         story.check(folder)
         seconds = time.perf_counter() - began
         with Project.open(folder / "migrations.yaml") as project:

@@ -30,7 +30,7 @@ def of_the_demo() -> dict[str, Any]:
         folder = Path(name) / "demo"
         story.make_folder(folder, replace=False)
         story.make_old_system(folder, "faiss")
-        story.walk(folder, keep_at="prepare", run=run, say=print)
+        story.run_demo(folder, stop_after="prepare", run=run, say=print)
         whole, encoding = [], []
         with Project.open(folder / "migrations.yaml") as project:
             for _ in range(ROUNDS):

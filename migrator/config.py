@@ -636,7 +636,7 @@ class ItemsFrom(Section):
 
 
 class Train(Section):
-    """How the new encoder is trained. What is left out takes the trainer's default."""
+    """How the new encoder is trained. Keys that are not set take the trainer's default."""
 
     items: Annotated[
         Annotated[LocalPath, Tag("<file>")] | Annotated[ItemsFrom, Tag("<from>")],
@@ -675,7 +675,7 @@ class Train(Section):
     boundary_weight: NotNegative | None = None
     """Weight of the elastic boundary, which keeps new vectors near their old class."""
     adversarial_weight: NotNegative | None = None
-    """Weight of the discriminator that tells old from new vectors."""
+    """Weight of the discriminator that distinguishes old from new vectors."""
     anchor_weight: NotNegative | None = None
     """`advbct`: weight of the contrast between an image's new and old vector."""
     radius_quantile: Annotated[float, Field(gt=0, le=1)] | None = None
@@ -850,7 +850,7 @@ class Rollout(Section):
 
 
 class Backfill(Section):
-    """How the stored images are embedded anew."""
+    """How the stored images are embedded again."""
 
     chunk_size: Annotated[int, Field(ge=1, le=1_000_000)] = 1000
     """Items that are leased, written and reported together. A kill loses at most the work on the chunks in flight."""

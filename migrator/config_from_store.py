@@ -1,4 +1,4 @@
-"""The `migrations.yaml` that `migrator init --store` writes: what a collection tells by itself is filled in, and what
+"""The `migrations.yaml` that `migrator init --store` writes: what a collection says of itself is filled in, and what
 only its owner knows is named."""
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Draft:
 
     text: str
     to_fill_in: tuple[str, ...]
-    """Keys that the collection cannot tell, such as `images.root`."""
+    """Keys that the collection does not hold, such as `images.root`."""
     collection: str
     """The collection in a few words."""
 
@@ -70,7 +70,7 @@ def draft_config(settings: Mapping[str, Any], file: Path) -> Draft:
     return Draft(text, to_fill_in, summary)
 
 
-# --- what the payloads tell ------------------------------------------------------------------------------------------
+# --- what the payloads say ------------------------------------------------------------------------------------------
 
 
 def _fields(payload: Payload, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -93,7 +93,7 @@ def _columns(payloads: Sequence[Payload]) -> dict[str, list[Any]]:
 
 
 def _find_images(ids: Sequence[ItemId], payloads: Sequence[Payload], folder: Path) -> _Images:
-    """The field that holds the image's place, and the folder that these places start from, where it can be told."""
+    """The field that holds the image's place, and the folder that these places start from, where it can be derived."""
     from migrator.trainer.images import image_suffixes
 
     columns = {**_columns(payloads), "id": list(ids)}

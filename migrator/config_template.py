@@ -32,7 +32,7 @@ migrations:
       weights: ./old.safetensors
       dim: 128
       image_size: 224
-      # mean: [0.485, 0.456, 0.406]       # ImageNet's unless given
+      # mean: [0.485, 0.456, 0.406]       # default: ImageNet's
       # std: [0.229, 0.224, 0.225]
       # resize: squash                    # or crop, letterbox, border, which keep the shape
       # crop_pct: 1.0                     # scale to image_size / crop_pct first

@@ -137,25 +137,25 @@ def _save_gallery(
     STORES[store].fill(folder, Gallery(gallery.tolist(), paths, digits, vectors))
 
 
-def walk(folder: Path, *, keep_at: str | None, run: Run, say: Say) -> None:
+def run_demo(folder: Path, *, stop_after: str | None, run: Run, say: Say) -> None:
     """The migration, command by command. Raises `PreconditionFailed` at the first that does not succeed.
 
-    `keep_at` names a stage: the walk ends when it is open.
+    `stop_after` names a stage: the demo stops once it is open.
     """
     config = str(folder / "migrations.yaml")
 
-    def command(*words: str) -> None:
-        say(f"\n$ migrator {' '.join(words)}")
+    def command(*args: str) -> None:
+        say(f"\n$ migrator {' '.join(args)}")
         # The confirmation is given here, so that what the user reads is what they would type.
-        asks = words[0] in ("train", "rollout", "backfill")
-        code = run([words[0], "--config", config, *words[1:], *(["--yes"] if asks else [])])
+        needs_yes = args[0] in ("train", "rollout", "backfill")
+        code = run([args[0], "--config", config, *args[1:], *(["--yes"] if needs_yes else [])])
         if code != 0:
-            raise PreconditionFailed(f"`migrator {' '.join(words)}` ended with exit code {code}: see {folder}")
+            raise PreconditionFailed(f"`migrator {' '.join(args)}` ended with exit code {code}: see {folder}")
 
     def opened(stage: str) -> bool:
-        if keep_at == stage:
-            say(f"\nStopped with stage {stage} open. Go on by hand: cd {folder} && migrator status")
-        return keep_at == stage
+        if stop_after == stage:
+            say(f"\nStopped with stage {stage} open. Continue by hand: cd {folder} && migrator status")
+        return stop_after == stage
 
     command("plan")
     command("train")

@@ -43,7 +43,7 @@ class Project:
         return cls(config, *find_migration(config, name))
 
     def close(self) -> None:
-        """Lets go of the ledger."""
+        """Releases the ledger."""
         self.ledger.close()
 
     def __enter__(self) -> Project:
@@ -116,7 +116,8 @@ class Project:
     def store(self, *, write: bool = False) -> Iterator[Store]:
         """The collection that is migrated, closed at the end of the block.
 
-        A store that cannot be opened is told at once; one that goes away later is waited for (`backfill.retry_for`).
+        A store that cannot be opened is reported at once; one that goes away later is waited for
+        (`backfill.retry_for`).
         """
         from migrator.adapters.registry import open_store
 
@@ -263,7 +264,7 @@ class Project:
                 require_same_declaration(self._spec(self.settings.new_encoder, weights), manifest)
         except EncoderMismatch as mismatch:
             return str(mismatch)
-        except EncoderProblem:  # a damaged manifest: told where the encoder is loaded
+        except EncoderProblem:  # a damaged manifest: reported where the encoder is loaded
             return None
         return None
 

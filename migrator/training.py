@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from migrator.backfill.transfer import iter_ids
+from migrator.adapters.iterate import iter_ids
 from migrator.config import ItemsFrom, Train
 from migrator.embedding.stored_vectors import old_vectors, payloads
 from migrator.errors import ConfigError, PreconditionFailed

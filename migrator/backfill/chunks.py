@@ -22,7 +22,7 @@ def cut_first_pass(
         ledger.add_chunks(migration.id, 0, ranges)
         return len(ranges)
     lists = [order[start : start + size] for start in range(0, len(order), size)]
-    # The range of a list covers it, for whoever asks only whether an item may be in it.
+    # The range of a list covers it, for whoever needs only whether an item may be in it.
     last = max(order, key=order_key, default=0)
     ledger.add_chunks(migration.id, 0, [(None, last, len(ids)) for ids in lists], lists)
     return len(lists)
@@ -32,7 +32,8 @@ def cut_catch_up(
     transfer: Transfer, ledger: Ledger, migration: Migration, *, size: int, leave: Collection[ItemId]
 ) -> int:
     """Cuts a further pass over the items that are outstanding, but for those in `leave`; returns their number."""
-    # The number comes first: should another process store this pass meanwhile, ours is dropped and not a second one.
+    # The number comes first: if another process stores this pass meanwhile, this one is dropped and no second one
+    # stored.
     number = ledger.counts(migration.id).passes
     ranges = list(_ranges(transfer.outstanding(leave), size))
     ledger.add_chunks(migration.id, number, ranges)

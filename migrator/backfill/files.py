@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 class LogFiles:
     """Files in a folder of their own, `<artifacts>/<name>/<kind>-<key>/`: a local one, or any fsspec URL.
 
-    `key` must be the migration's own for ever: a ledger that begins anew must not find the files of an earlier one.
+    `key` belongs to the migration permanently: a new ledger must not find the files of an earlier one.
     """
 
     def __init__(self, artifacts: str, name: str, kind: str, key: str) -> None:

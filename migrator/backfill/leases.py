@@ -4,7 +4,7 @@ A process may be frozen, or cut off from the ledger, at any moment and for any t
 chunk over or a rollback begins. So that it writes nothing more afterwards,
 
 - a lease ends by the database's clock, and this process counts its time from before the ledger was asked, by a clock
-  that goes on while it sleeps: what is left by its own count is never more than what is left in the ledger;
+  that continues while it sleeps: what is left by its own count is never more than what is left in the ledger;
 - right before each request that changes the store the ledger must confirm the lease by its epoch, and the time left
   must exceed what the request may take.
 
@@ -25,13 +25,13 @@ from migrator.ledger import Chunk, LeaseLost, Ledger
 log = logging.getLogger(__name__)
 
 MAX_INTERVAL = 10.0
-"""Seconds between two heartbeats at most, so that a run hears early of a rollback."""
+"""Seconds between two heartbeats at most, so that a run notices a rollback early."""
 RETRY_INTERVAL = 1.0
 """Seconds until a heartbeat that did not reach the ledger is tried again."""
 
 
 def elapsed() -> float:
-    """Seconds by a clock that only goes on, also while the machine sleeps."""
+    """Seconds by a clock that only advances, also while the machine sleeps."""
     return time.clock_gettime(getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC))
 
 
@@ -68,7 +68,7 @@ class Leases:
         self._thread.join()
         self._ledger.return_leases(self._migration_id, self._owner)
 
-    def take(self, leave: set[int]) -> Chunk | None:
+    def acquire(self, leave: set[int]) -> Chunk | None:
         """The next free chunk, or None. Raises what `Ledger.lease_chunk` does."""
         began = self._clock()
         chunk = self._ledger.lease_chunk(self._migration_id, self._owner, seconds=self._seconds, leave=leave)
@@ -118,6 +118,6 @@ class Leases:
             return False
         with self._guard:
             for chunk_id in held & self._until.keys():
-                # One that the ledger does not know as ours any more is not to be written.
+                # One that the ledger no longer knows as held here is not to be written.
                 self._until[chunk_id] = began + self._seconds if chunk_id in still else 0.0
         return True

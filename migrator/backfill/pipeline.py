@@ -1,9 +1,9 @@
 """One chunk after the other through read, fetch, encode, undo and write, with the three kinds of work side by side.
 
-A reader thread leases chunks, takes their items and has their images decoded in a pool; the calling thread encodes;
-a writer thread brings the vectors into the store and then tells the ledger. At any moment at most one
+A reader thread leases chunks, loads their items and has their images decoded in a pool; the calling thread encodes;
+a writer thread writes the vectors into the store, then records that in the ledger. At any moment at most one
 chunk is being read, one encoded and one written. A chunk's vectors are written in one go, so a kill loses encoding
-work of the chunks in hand and nothing else.
+work of the chunks in flight and nothing else.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, TypeAlias
 import numpy as np
 
 from migrator.adapters.base import ItemId, Payload, StoreRejected
-from migrator.backfill.transfer import Taken, Transfer
+from migrator.backfill.transfer import LoadedChunk, Transfer
 from migrator.embedding.embed import encode_batch
 from migrator.ledger import Chunk, Failure
 from migrator.retry import with_retries
@@ -44,7 +44,7 @@ GROUP = 16
 class Work:
     """A chunk on its way, and its images as they become ready."""
 
-    taken: Taken
+    loaded: LoadedChunk
     images: queue.SimpleQueue[Future[Loaded]] = field(default_factory=queue.SimpleQueue)
     """Groups of images, in the order of the page."""
 
@@ -54,7 +54,7 @@ class Encoded:
     """A chunk whose new vectors are known and not yet written."""
 
     work: Work
-    rows: Sequence[int]  # positions in work.taken.page
+    rows: Sequence[int]  # positions in work.loaded.page
     vectors: NDArray[np.float32]  # (len(rows), dim), unit length
     failures: list[Failure]
 
@@ -118,7 +118,7 @@ class Pipeline:
         self._ahead = threading.Semaphore(2)
 
     def run(self) -> None:
-        """Until `lease` gives no more chunk or it is `enough`. On an error the chunks in hand are dropped."""
+        """Until `lease` gives no more chunk or it is `enough`. On an error the chunks in flight are dropped."""
         works: queue.SimpleQueue[Work | None] = queue.SimpleQueue()
         with (
             ThreadPoolExecutor(self._image_threads, "image") as decoders,
@@ -165,8 +165,8 @@ class Pipeline:
                 self._ahead.acquire()
                 if self._abort.is_set() or (chunk := self.lease()) is None:
                     return
-                taken = self.transfer.take(chunk, self.leave)
-                work, page = Work(taken), taken.page
+                loaded = self.transfer.load_chunk(chunk, self.leave)
+                work, page = Work(loaded), loaded.page
                 works.put(work)
                 assert page.payloads is not None
                 for start in range(0, len(page), GROUP):
@@ -196,7 +196,7 @@ class Pipeline:
         vectors: list[NDArray[np.float32]] = []
         failures: list[Failure] = []
         batch: list[tuple[int, NDArray[np.uint8]]] = []
-        ids = work.taken.page.ids
+        ids = work.loaded.page.ids
         last = len(ids) - 1
         for row, image in enumerate(self._images_of(work)):
             if isinstance(image, ImageProblem):
@@ -218,7 +218,7 @@ class Pipeline:
         return Encoded(work, rows, stacked, failures)
 
     def _images_of(self, work: Work) -> Iterator[NDArray[np.uint8] | ImageProblem]:
-        for _ in range(0, len(work.taken.page), GROUP):
+        for _ in range(0, len(work.loaded.page), GROUP):
             loaded = work.images.get().result()
             self._window.release()
             yield from loaded
@@ -226,18 +226,18 @@ class Pipeline:
     # -- writer ---------------------------------------------------------------------------------------------------
 
     def _write(self, encoded: Encoded) -> None:
-        taken = encoded.work.taken
-        fence = partial(self.check, taken.chunk)
+        loaded = encoded.work.loaded
+        fence = partial(self.check, loaded.chunk)
         fence(0.0)  # before the undo log too, which a rollback may have dropped by now
         self.transfer.set_fence(fence)
         try:
-            report = self.transfer.bring(taken, encoded.rows, encoded.vectors)
+            report = self.transfer.write_chunk(loaded, encoded.rows, encoded.vectors)
         except StoreRejected as error:
-            self.fail(ChunkFailed(taken.chunk, str(error)))
+            self.fail(ChunkFailed(loaded.chunk, str(error)))
             return
         refused = [Failure(item, "store", reason) for item, reason in report.rejected.items()]
         self.finish(
             Finished(
-                taken.chunk, [*taken.repeated, *report.written], len(report.deleted), [*encoded.failures, *refused]
+                loaded.chunk, [*loaded.repeated, *report.written], len(report.deleted), [*encoded.failures, *refused]
             )
         )

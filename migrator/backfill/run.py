@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 Ended: TypeAlias = Literal["complete", "limit", "paused", "interrupted", "busy", "stuck"]
 
-PASSES_A_RUN = 10  # an application that writes without pause must not keep one run going for ever
+PASSES_A_RUN = 10  # an application that writes without pause must not keep one run busy permanently
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +79,7 @@ def backfill(
     try:
         with open_transfer(project, migration) as transfer:
             run = _Run(project, migration, transfer, max_seconds, max_items, stop or threading.Event(), report)
-            summary = run.go()
+            summary = run.run()
     except StoreBusy as busy:
         return Summary("busy", 0, 0, 0, 0, 0.0, 0.0, f"another run is going on: {busy}")
     return _look(project, migration, run, summary)
@@ -173,7 +173,7 @@ class _Run:
         self.encoder: Encoder | None = None
         self.run_id = 0
 
-    def go(self) -> Summary:
+    def run(self) -> Summary:
         """The whole run, from loading the encoder to publishing what was written."""
         check_fresh(self.project, self.transfer.source)
         self.encoder = encoder = self.project.new_encoder()
@@ -282,7 +282,7 @@ class _Run:
     def _lease(self) -> Chunk | None:
         if self.stop.is_set() or (self.leased_items and self._over_limit()):
             return None
-        chunk = self.leases.take(self.tried)
+        chunk = self.leases.acquire(self.tried)
         if chunk is not None:
             self.leased_items += chunk.items
         return chunk

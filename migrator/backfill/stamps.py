@@ -52,7 +52,7 @@ class StampLog:
         if lost:
             raise PreconditionFailed(
                 f"stamp log {self._files.folder} has lost {len(lost)} files (number {min(lost)} first): restore this "
-                "folder from a backup, then go on"
+                "folder from a backup, then continue"
             )
 
     def of(self, ids: Sequence[ItemId], vectors: Vectors) -> list[str | None]:
@@ -200,5 +200,5 @@ def _from_parquet(content: bytes, path: str) -> dict[int, str | None]:
     except (pa.ArrowException, OSError, LookupError, ValueError, TypeError) as error:
         reason = " ".join(str(error).split())
         raise PreconditionFailed(
-            f"stamp log {path} is damaged ({reason}): restore this file from a backup, then go on"
+            f"stamp log {path} is damaged ({reason}): restore this file from a backup, then continue"
         ) from error

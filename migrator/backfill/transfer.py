@@ -1,6 +1,6 @@
 """How new vectors reach the queries: into the items themselves (`InPlace`), or into copies beside them (`Shadow`).
 
-A strategy says which items a chunk still has to do, takes them out, and brings them in with their new vectors.
+A strategy says which items a chunk still has to do, loads them, and writes them with their new vectors.
 """
 
 from __future__ import annotations
@@ -16,22 +16,19 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from migrator.adapters.base import Fence, ItemId, Page, Store, WriteReport, order_key, with_further
+from migrator.adapters.base import Fence, ItemId, Page, Store, WriteReport, order_key
+from migrator.adapters.iterate import IDS, ITEMS, iter_ids, pages, read_whole, whole_pages
 from migrator.backfill.copies import BEGUN, Copies, Copy, CopyLog, digests
 from migrator.backfill.undo import OldVectors, UndoLog
 from migrator.ledger import Chunk, Ledger, Migration
 from migrator.project import Project
 
-IDS = 10_000
-"""Ids a page: large, as only ids travel."""
-ITEMS = 5_000
-"""Items a page where vectors and payloads are compared."""
 REMEMBERED = 1_000_000
 """Ids of a catch-up pass that are kept from its cutting, so that its chunks need not compare everything again."""
 
 
 @dataclass(frozen=True, slots=True)
-class Taken:
+class LoadedChunk:
     """A chunk's items that are still to be done, as they are."""
 
     chunk: Chunk
@@ -44,7 +41,7 @@ class Taken:
 
 
 class Transfer(Protocol):
-    """What the backfill asks of a strategy. `leave` holds items that are not to be touched: open failures."""
+    """What the backfill needs of a strategy. `leave` holds items that are not to be touched: open failures."""
 
     source: Store
     """The collection that is migrated."""
@@ -57,16 +54,16 @@ class Transfer(Protocol):
         """Ids, in order, of items that arrived, changed or went since they were done: a further pass."""
         ...
 
-    def take(self, chunk: Chunk, leave: Collection[ItemId]) -> Taken:
+    def load_chunk(self, chunk: Chunk, leave: Collection[ItemId]) -> LoadedChunk:
         """What a chunk has to do."""
         ...
 
-    def bring(self, taken: Taken, rows: Sequence[int], vectors: NDArray[np.float32]) -> WriteReport:
+    def write_chunk(self, loaded: LoadedChunk, rows: Sequence[int], vectors: NDArray[np.float32]) -> WriteReport:
         """Writes `vectors` (len(rows), dim) of the items at `rows` of the page. May be repeated."""
         ...
 
     def set_fence(self, fence: Fence | None) -> None:
-        """From now on `fence` is asked before each request that changes items; see `Store.set_fence`."""
+        """From now on `fence` is called before each request that changes items; see `Store.set_fence`."""
         ...
 
     def publish(self) -> None:
@@ -112,7 +109,7 @@ class InPlace:
                 return
             after = ids[-1]
 
-    def take(self, chunk: Chunk, leave: Collection[ItemId]) -> Taken:
+    def load_chunk(self, chunk: Chunk, leave: Collection[ItemId]) -> LoadedChunk:
         """The items of a chunk, a range or a list, that do not carry the stamp."""
         before = self._undo.read(chunk)
         begun = set() if before is None else set(before.ids)
@@ -121,7 +118,7 @@ class InPlace:
             begun.difference_update(page.ids)
             stamps = self.source.read(list(begun), vectors=False, payload=False)
             done = [item for item, stamp in zip(stamps.ids, stamps.stamps, strict=True) if stamp == self._stamp]
-            return Taken(chunk, page, repeated=done)
+            return LoadedChunk(chunk, page, repeated=done)
         if chunk.ids is None:
             page = _joined(list(pages(self.source, *bounds(chunk), size=chunk.items + 1)))
         else:
@@ -129,7 +126,7 @@ class InPlace:
         carries = [stamp == self._stamp for stamp in page.stamps]
         due = [row for row, item in enumerate(page.ids) if not carries[row] and item not in leave]
         done = [item for row, item in enumerate(page.ids) if carries[row] and item in begun]
-        return Taken(chunk, page if len(due) == len(page) else _rows(page, due), repeated=done)
+        return LoadedChunk(chunk, page if len(due) == len(page) else _rows(page, due), repeated=done)
 
     def _due(self, chunk: Chunk, leave: Collection[ItemId]) -> list[ItemId]:
         """Ids, in order, of the items in a chunk's range that do not carry the stamp."""
@@ -138,24 +135,24 @@ class InPlace:
         inside = itertools.takewhile(lambda item: order_key(item) <= last, self._unstamped(after, chunk.items + 1))
         return [item for item in inside if item not in leave]
 
-    def bring(self, taken: Taken, rows: Sequence[int], vectors: NDArray[np.float32]) -> WriteReport:
+    def write_chunk(self, loaded: LoadedChunk, rows: Sequence[int], vectors: NDArray[np.float32]) -> WriteReport:
         """Makes the old vectors durable, then writes the new ones."""
         if not rows:
             return WriteReport(())
-        old = _rows(taken.page, rows)
+        old = _rows(loaded.page, rows)
         assert old.vectors is not None
         # Before the write: a crash between the two only repeats the chunk.
-        # A repeated chunk may find what an interrupted attempt has written, with a stamp or an adapter's write intent
-        # for one; a vector without either is the application's, perhaps newer than what the first attempt recorded.
-        theirs = [item for item, stamp in zip(old.ids, old.stamps, strict=True) if stamp is None]
-        recorded = self._recorded_earlier(taken.chunk, old)
+        # A repeated chunk may find what an attempt cut off has written, which bears a stamp or an adapter's write
+        # intent; a vector without either is the application's, perhaps newer than what the first attempt recorded.
+        external = [item for item, stamp in zip(old.ids, old.stamps, strict=True) if stamp is None]
+        recorded = self._recorded_earlier(loaded.chunk, old)
         first = _rows(old, [row for row, item in enumerate(old.ids) if item not in recorded]) if recorded else old
         assert first.vectors is not None
-        self._undo.record(taken.chunk, OldVectors(first.ids, first.vectors, first.stamps), theirs)
+        self._undo.record(loaded.chunk, OldVectors(first.ids, first.vectors, first.stamps), external)
         return self.source.write_vectors(old.ids, vectors, self._stamp, expected=old)
 
     def _recorded_earlier(self, chunk: Chunk, page: Page) -> set[ItemId]:
-        """Items with a write intent for our stamp, perhaps with a vector of ours, whose old one an earlier pass has.
+        """Items with a write intent of this migration, perhaps beside a new vector, whose old one an earlier pass has.
 
         A write of that pass was cut off, and before it was repeated the application changed the item's payload.
         """
@@ -211,18 +208,18 @@ class Shadow:
         if len(found) > REMEMBERED:
             self._remembered = None
 
-    def take(self, chunk: Chunk, leave: Collection[ItemId]) -> Taken:
+    def load_chunk(self, chunk: Chunk, leave: Collection[ItemId]) -> LoadedChunk:
         """The items of a chunk's range whose copy is due, and the copies there that are left over."""
         after, up_to = bounds(chunk)
         if chunk.pass_number > 0 and self._remembered is not None:
             due = [item for item in self._remembered if _inside(item, after, up_to) and item not in leave]
             page = read_whole(self.source, due)
             there = set(page.ids)
-            return Taken(chunk, page, surplus=[item for item in due if item not in there])
+            return LoadedChunk(chunk, page, surplus=[item for item in due if item not in there])
         if chunk.pass_number > 0:
             found = [(item, due) for item, due in self._differences(after, up_to) if item not in leave]
             page = read_whole(self.source, [item for item, due in found if due])
-            return Taken(chunk, page, surplus=[item for item, due in found if not due])
+            return LoadedChunk(chunk, page, surplus=[item for item, due in found if not due])
         page = _joined(list(whole_pages(self.source, after, up_to, size=chunk.items + 1)))
         copies = {**self._log.read(chunk), **self._later()}
         there = set(iter_ids(self.target, after, up_to)) if copies else set()
@@ -233,11 +230,11 @@ class Shadow:
             if item not in leave and (item not in there or item not in copies or copies[item].source != digest)
         ]
         surplus = there.difference(page.ids)
-        return Taken(chunk, _rows(page, due_rows), surplus=[item for item in surplus if item in copies])
+        return LoadedChunk(chunk, _rows(page, due_rows), surplus=[item for item in surplus if item in copies])
 
-    def bring(self, taken: Taken, rows: Sequence[int], vectors: NDArray[np.float32]) -> WriteReport:
+    def write_chunk(self, loaded: LoadedChunk, rows: Sequence[int], vectors: NDArray[np.float32]) -> WriteReport:
         """Writes the copies, reads them back, and notes what they were made from."""
-        page = taken.page
+        page = loaded.page
         assert page.payloads is not None
         written: Sequence[ItemId] = ()
         rejected: dict[ItemId, str] = {}
@@ -246,7 +243,7 @@ class Shadow:
             expected = digests(page, self.source.capabilities)
             ids = [page.ids[row] for row in rows]
             # Before the write: a copy that a kill leaves unrecorded would look like the application's own.
-            self._log.record(taken.chunk, dict.fromkeys(ids, BEGUN))
+            self._log.record(loaded.chunk, dict.fromkeys(ids, BEGUN))
             payloads = [page.payloads[row] for row in rows]
             further = None if page.further is None else [page.further[row] for row in rows]
             report = self.target.insert(Page(ids, vectors, payloads, [None] * len(ids), further))
@@ -255,14 +252,14 @@ class Shadow:
             back = read_whole(self.target, written)
             copied = dict(zip(back.ids, digests(back, self.target.capabilities), strict=True))
             source = {page.ids[row]: expected[row] for row in rows}
-            self._log.record(taken.chunk, {item: Copy(source[item], copied[item]) for item in copied})
+            self._log.record(loaded.chunk, {item: Copy(source[item], copied[item]) for item in copied})
             lost = [item for item in written if item not in copied]  # deleted by the application, perhaps
             rejected.update(dict.fromkeys(lost, "the store took the item and does not have it"))
             written = back.ids
-        surplus = [*taken.surplus, *lost]
+        surplus = [*loaded.surplus, *lost]
         gone: list[ItemId] = []
         if surplus:
-            # Looked at again: an item that came back must not lose its copy.
+            # Read again: an item that came back must not lose its copy.
             there = set(self.source.read(surplus, vectors=False, payload=False).ids)
             gone = [item for item in surplus if item not in there]
             self.target.delete(gone)
@@ -329,37 +326,6 @@ class Shadow:
 def bounds(chunk: Chunk) -> tuple[ItemId | None, ItemId]:
     """The range (after, up_to] of a chunk; it covers a chunk that is a list."""
     return None if chunk.after_id is None else json.loads(chunk.after_id), json.loads(chunk.upto_id)
-
-
-def iter_ids(store: Store, after: ItemId | None = None, up_to: ItemId | None = None) -> Iterator[ItemId]:
-    """The ids in (after, up_to], in order, page by page."""
-    while ids := store.scan_ids(after=after, up_to=up_to, limit=IDS):
-        yield from ids
-        if len(ids) < IDS:
-            return
-        after = ids[-1]
-
-
-def pages(store: Store, after: ItemId | None = None, up_to: ItemId | None = None, size: int = ITEMS) -> Iterator[Page]:
-    """The items in (after, up_to], in order, with vectors and payloads; at least one page, which may be empty."""
-    while True:
-        page = store.scan(after=after, up_to=up_to, limit=size)
-        yield page
-        if len(page) < size:
-            return
-        after = page.ids[-1]
-
-
-def whole_pages(
-    store: Store, after: ItemId | None = None, up_to: ItemId | None = None, size: int = ITEMS
-) -> Iterator[Page]:
-    """As `pages`, with further vectors."""
-    return (with_further(store, page) for page in pages(store, after, up_to, size))
-
-
-def read_whole(store: Store, ids: Sequence[ItemId]) -> Page:
-    """These items with everything: vectors, payloads, further vectors."""
-    return with_further(store, store.read(ids, vectors=True, payload=True))
 
 
 def _inside(item: ItemId, after: ItemId | None, up_to: ItemId) -> bool:

@@ -42,14 +42,14 @@ class UndoLog:
         self._files = files
         self.folder = files.folder
 
-    def record(self, chunk: Chunk, old: OldVectors, theirs: Collection[ItemId] = ()) -> None:
+    def record(self, chunk: Chunk, old: OldVectors, external: Collection[ItemId] = ()) -> None:
         """Makes the old vectors of a chunk durable. Items that its file already holds stay as they are there.
 
-        But for `theirs`, which the application has written since: what it wrote is their old state now.
+        Except `external`, which the application has written since: what it wrote is their old state now.
         """
         before = self.read(chunk)
         if before is not None:
-            renewed = set(theirs)
+            renewed = set(external)
             kept = [row for row, item in enumerate(before.ids) if item not in renewed]
             known = {before.ids[row] for row in kept}
             new = [row for row, item in enumerate(old.ids) if item not in known]
@@ -106,7 +106,7 @@ def _from_parquet(content: bytes, path: str) -> OldVectors:
     except (pa.ArrowException, OSError, LookupError, ValueError, TypeError, AttributeError) as error:
         reason = " ".join(str(error).split())
         raise PreconditionFailed(
-            f"undo log {path} is damaged ({reason}): restore this file from a backup, then go on"
+            f"undo log {path} is damaged ({reason}): restore this file from a backup, then continue"
         ) from error
 
 

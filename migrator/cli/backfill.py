@@ -23,8 +23,8 @@ from migrator.formatting import duration
 
 @click.command("backfill")
 @migration_options
-@click.option("--max-seconds", type=click.FloatRange(0), help="Begin no further chunk after so many seconds.")
-@click.option("--max-items", type=click.IntRange(1), help="Begin no further chunk after so many items.")
+@click.option("--max-seconds", type=click.FloatRange(0), metavar="N", help="Start no further chunk after N seconds.")
+@click.option("--max-items", type=click.IntRange(1), metavar="N", help="Start no further chunk after N items.")
 @json_option
 @yes_option
 def command(
@@ -32,8 +32,8 @@ def command(
 ) -> int:
     """Re-embed stored images in one bounded run, as cron starts it.
 
-    Runs that overlap or are killed do no harm: the same command goes on. SIGTERM or Ctrl-C finishes the chunk in hand
-    and leaves with exit code 130; a second one leaves at once.
+    Runs that overlap or are killed do no harm: the same command continues. SIGTERM or Ctrl-C finishes the chunk in
+    flight and leaves with exit code 130; a second one leaves at once.
     """
     from migrator.backfill.run import Progress, backfill, check_stage
     from migrator.lifecycle.status import status_of

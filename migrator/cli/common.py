@@ -38,7 +38,7 @@ PLAIN_WIDTH = 110
 NARROW = 100
 """Below this many characters a line, a table does without its frame."""
 SPEED_PERIOD = 600.0
-"""Seconds over which the speed is measured that the time left is told by."""
+"""Seconds over which the speed is measured that the time left is computed."""
 
 
 config_option = click.option(
@@ -67,14 +67,14 @@ def open_project(config_path: Path, name: str | None) -> Project:
     return Project.open(config_path, name)
 
 
-def confirm(says: str, *, yes: bool) -> None:
-    """Says what is about to happen and asks, unless `yes`. Refuses where nobody can answer."""
-    say(f"About to {says}.", err=True)
+def confirm(summary: str, *, yes: bool) -> None:
+    """Says what is about to happen and asks for consent, unless `yes`. Refuses where nobody can answer."""
+    say(f"About to {summary}.", err=True)
     if yes:
         return
     if sys.stdin is None or not sys.stdin.isatty():  # None: started with its input closed
         raise UsageProblem("nobody can answer here: add --yes")
-    if not click.confirm("Go on?", err=True):
+    if not click.confirm("Continue?", err=True):
         raise PreconditionFailed("not confirmed, nothing was changed")
 
 
@@ -95,7 +95,7 @@ def waiting(action: Callable[[], T], *, seconds: float, again: Callable[[], T] |
     from migrator.adapters.base import StoreBusy
 
     until = monotonic() + seconds
-    told = False
+    announced = False
     while True:
         try:
             return action()
@@ -104,9 +104,9 @@ def waiting(action: Callable[[], T], *, seconds: float, again: Callable[[], T] |
                 if not seconds:
                     raise type(busy)(f"{busy}; --wait SECONDS waits for that") from busy
                 raise
-            if not told:
+            if not announced:
                 say(f"{busy}: waiting up to {formatting.duration(seconds)}", err=True)
-                told = True
+                announced = True
         action = again or action
         sleep(WAIT_STEP)
 
@@ -171,7 +171,7 @@ def table_of(
 
 
 def print_facts(facts: Sequence[tuple[str, object]]) -> None:
-    """Name and value, a line each, on stdout; what is None is left out. On a terminal values are wrapped."""
+    """Name and value, a line each, on stdout; what is None is omitted. On a terminal values are wrapped."""
     known = [(name, str(value)) for name, value in facts if value is not None]
     width = max(len(name) for name, _ in known)
     for name, value in known:
@@ -223,7 +223,7 @@ def progress_bar(console: Console) -> Progress:
         console=console,
         transient=True,
         expand=True,
-        # Reports may be minutes apart; from one report in the period no time left can be told.
+        # Reports may be minutes apart; from one report in the period no time left can be computed.
         speed_estimate_period=SPEED_PERIOD,
     )
 
@@ -238,17 +238,17 @@ def _plain(what: str) -> Iterator[Advance]:
         nonlocal latest
         latest = f"{done} of {total} {text}".rstrip()
 
-    def tell() -> None:
+    def report() -> None:
         while not finished.wait(PLAIN_EVERY):
             click.echo(f"{what}: {latest}", err=True)
 
-    teller = threading.Thread(target=tell, name="progress", daemon=True)
-    teller.start()
+    reporter = threading.Thread(target=report, name="progress", daemon=True)
+    reporter.start()
     try:
         yield advance
     finally:
         finished.set()
-        teller.join()
+        reporter.join()
 
 
 @contextmanager

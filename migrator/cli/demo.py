@@ -20,12 +20,12 @@ SHOWN = ("map@100", "recall@1", "ndcg@10")
     help="Where the gallery lies: embedded in each case, no server is needed.",
 )  # fmt: skip
 @click.option(
-    "--keep-at",
+    "--stop-after",
     type=click.Choice(["prepare", "canary", "backfill", "cutover"]),
     help="Stop when this stage is open, to play on by hand.",
 )
 @yes_option
-def command(folder: Path, store: str, keep_at: str | None, yes: bool) -> None:
+def command(folder: Path, store: str, stop_after: str | None, yes: bool) -> None:
     """Run a whole migration on scanned digits.
 
     Trains an old encoder and fills a gallery with it, then upgrades it with the commands a user has.
@@ -38,8 +38,8 @@ def command(folder: Path, store: str, keep_at: str | None, yes: bool) -> None:
     demo.make_folder(folder, replace=yes)
     say("Making the old system: images, an encoder trained on few of them, a gallery ...")
     demo.make_old_system(folder, store)
-    demo.walk(folder, keep_at=keep_at, run=run, say=click.echo)
-    if keep_at is not None:
+    demo.run_demo(folder, stop_after=stop_after, run=run, say=click.echo)
+    if stop_after is not None:
         return
     say()
     rows = demo.results(folder)

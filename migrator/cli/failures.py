@@ -58,4 +58,4 @@ def command(name: str | None, config_path: Path, retry: bool, as_json: bool, yes
     elif retry:
         say(f"next: migrator backfill {project.name}")
     else:
-        say(f"mend what can be mended, then: migrator failures {project.name} --retry")
+        say(f"fix what can be fixed, then: migrator failures {project.name} --retry")

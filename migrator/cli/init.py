@@ -37,9 +37,9 @@ PATH_KEYS = ("path", "index", "items", "vectors")
 def command(path: Path, kind: str | None, options: Sequence[str], **given: str | None) -> None:
     """Write a commented migrations.yaml to begin with.
 
-    With --store the collection is opened, and what it tells (fields, dimension, metric, the fields of image and label)
-    is filled in; nothing in it is changed. Without, a commented template is written. An existing file is never
-    overwritten.
+    With --store the collection is opened, and what it says of itself (fields, dimension, metric, the fields of image
+    and label) is filled in; nothing in it is changed. Without, a commented template is written. An existing file is
+    never overwritten.
     """
     if path.exists():
         raise UsageProblem(f"{path} is there already: remove it, or give another path")

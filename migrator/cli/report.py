@@ -15,7 +15,7 @@ from migrator.errors import UsageProblem
 @click.option(
     "--out",
     type=click.Path(path_type=Path),
-    help="The file; report.html beside the migration's artifacts unless given.",
+    help="The file (default: report.html beside the migration's artifacts).",
 )
 @json_option
 def command(name: str | None, config_path: Path, out: Path | None, as_json: bool) -> None:
@@ -25,7 +25,7 @@ def command(name: str | None, config_path: Path, out: Path | None, as_json: bool
     With --json the same facts are printed instead.
     """
     if as_json and out is not None:
-        raise UsageProblem("--json prints the facts and writes no page: leave out --json or --out")
+        raise UsageProblem("--json prints the facts and writes no page: remove --json or --out")
     from migrator.report.facts import facts_of
     from migrator.report.page import write_report
 

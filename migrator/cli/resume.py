@@ -21,4 +21,4 @@ def command(name: str | None, config_path: Path, yes: bool) -> None:
             raise PreconditionFailed(f"{project.name} is not paused")
         confirm(f"lift the pause of {project.name} ({migration.paused})", yes=yes)
         project.ledger.pause(migration, None)
-        say(f"{project.name} goes on with the next `migrator backfill {project.name}`")
+        say(f"{project.name} continues with the next `migrator backfill {project.name}`")

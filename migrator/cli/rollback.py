@@ -29,19 +29,21 @@ from migrator.cli.common import (
 def command(name: str | None, config_path: Path, wait: float, as_json: bool, yes: bool) -> int:
     """Restore every old vector and route queries back.
 
-    Possible at every stage, until finalize was told to drop the undo log. Killed midway, run it again.
+    Possible at every stage, until finalize drops the undo log. Killed midway, run it again.
     """
     from migrator.rollout.rollback import check_can_roll_back, rollback
 
     with open_project(config_path, name) as project:
         migration = check_can_roll_back(project)
         if migration.strategy == "in_place":
-            says = f"restore the old vectors of {migration.collection}, then send every query back to the old encoder"
+            summary = (
+                f"restore the old vectors of {migration.collection}, then send every query back to the old encoder"
+            )
         else:
-            says = f"send every query back to {migration.collection} and delete {migration.shadow}"
+            summary = f"send every query back to {migration.collection} and delete {migration.shadow}"
         if project.old_is_stored and migration.stage in ("cutover", "finalize"):
-            says += "; what was written since the cutover has no model to be embedded with"
-        confirm(says, yes=yes)
+            summary += "; what was written since the cutover has no model to be embedded with"
+        confirm(summary, yes=yes)
         with progress("rollback") as advance:
             tell = partial(say, err=True)
             result = waiting(lambda: rollback(project, advance, tell), seconds=wait)

@@ -30,7 +30,11 @@ from migrator.cli.common import (
 )
 @click.option("--percent", type=click.IntRange(0, 100), help="canary: this step instead of the next one.")
 @click.option(
-    "--accept-failures", type=click.IntRange(0), default=0, help="cutover: go on with up to so many failed items."
+    "--max-failures",
+    type=click.IntRange(0),
+    default=0,
+    metavar="N",
+    help="cutover: continue with up to N failed items.",
 )
 @click.option("--drop-old", is_flag=True, help="finalize: delete the undo log; no rollback after that.")
 @wait_option
@@ -41,7 +45,7 @@ def command(
     config_path: Path,
     stage: str,
     percent: int | None,
-    accept_failures: int,
+    max_failures: int,
     drop_old: bool,
     wait: float,
     as_json: bool,
@@ -52,7 +56,7 @@ def command(
     from migrator.rollout.stages import Options, step
 
     with open_project(config_path, name) as project:
-        options = Options(percent, accept_failures, drop_old, tell=partial(say, err=True))
+        options = Options(percent, max_failures, drop_old, tell=partial(say, err=True))
         change = waiting(lambda: step(project, stage, options), seconds=wait)
         confirm(change.says, yes=yes)
         # Meanwhile another process may have changed what was checked.

@@ -53,15 +53,15 @@ def command(name: str | None, config_path: Path, every: str, systemd: bool) -> N
         found = shutil.which("migrator")
         program = [found] if found else [sys.executable, "-m", "migrator"]
         seconds = minutes * 60 - 20
-        words = [*program, *f"backfill {name} --max-seconds {seconds} --yes --config".split(), str(project.config.path)]
+        args = [*program, *f"backfill {name} --max-seconds {seconds} --yes --config".split(), str(project.config.path)]
         if systemd:
-            line = " ".join(map(_systemd_word, words))
+            line = " ".join(map(_systemd_word, args))
             escaped = str(folder).replace("%", "%%")
             click.echo(SYSTEMD.format(name=name, folder=escaped, line=line, minutes=minutes), nl=False)
             return
         log = shlex.quote(str(folder / f"{name}-backfill.log"))
         # In a crontab % means a new line.
-        line = f"*/{minutes} * * * * cd {shlex.quote(str(folder))} && {shlex.join(words)} >> {log} 2>&1"
+        line = f"*/{minutes} * * * * cd {shlex.quote(str(folder))} && {shlex.join(args)} >> {log} 2>&1"
         click.echo(line.replace("%", r"\%"))
 
 

@@ -84,7 +84,7 @@ def command(
                 again = ", throwing away an earlier run," if restart else ""
                 again = ", continuing the run that was cut off," if is_cut_off(folder) and not restart else again
                 confirm(f"{how}{again} in {folder}", yes=yes)
-        # A launcher stops its processes together, and those that train along could not be told in time.
+        # A launcher stops its processes together, and those that train along could not be stopped in time.
         stopping = nullcontext() if is_distributed() else stop_on_signal("step")
         is_done = (project.training_folder(run) / "result.json").exists() and not restart
         with stopping as stop, progress("training") as advance:

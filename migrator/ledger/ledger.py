@@ -56,7 +56,7 @@ IDLE_TRANSACTION = "25P03"
 """PostgreSQL's code for a transaction that it ended because nothing came for `SECONDS`."""
 
 SPARE = 16
-"""Further chunks that are looked at when the first free ones are lost to their late holders."""
+"""Further chunks that are tried when the first free ones are lost to their late holders."""
 
 BACKFILL_STAGES: Mapping[str, tuple[Stage, ...]] = {"in_place": ("backfill",), "shadow": ("backfill", "canary")}
 """The stages in which chunks are worked on. A shadow is kept up with the collection until the cutover."""
@@ -173,7 +173,7 @@ class Ledger:
     def _create_engine(self) -> Engine:
         try:
             if self.url.get_backend_name() != "sqlite":
-                # A host that does not answer must not hold up the application that asks for its route.
+                # A host that does not answer must not hold up the application that reads its route.
                 return self._server_engine()
             if self.url.database in (None, "", ":memory:"):
                 raise UsageProblem("a ledger in memory forgets all: name a file, for instance sqlite:///migrator.db")
@@ -260,7 +260,7 @@ class Ledger:
                 return
         if self.url.get_backend_name() == "sqlite":
             with self._engine.connect() as connection:
-                # Readers go on while a writer writes; the mode stays with the file.
+                # Readers continue while a writer writes; the mode stays with the file.
                 connection.exec_driver_sql("COMMIT")
                 connection.exec_driver_sql("PRAGMA journal_mode = WAL")
         from alembic import command
@@ -302,7 +302,7 @@ class Ledger:
         return at.astimezone(dt.UTC)
 
     def close(self) -> None:
-        """Lets go of the database."""
+        """Releases the database connections."""
         self._engine.dispose()
 
     # -- encoders -----------------------------------------------------------------------------------------------
@@ -393,7 +393,7 @@ class Ledger:
         if found is not None and found.state != "planned":
             raise PreconditionFailed(
                 f"{name} is under way (stage {found.stage}): finish it, or `migrator rollback {name}`, "
-                "before planning anew"
+                "before planning again"
             )
         return found
 

@@ -262,7 +262,7 @@ class BackfillRun(Base):
     chunks: Mapped[int]
     items: Mapped[int]
     ended: Mapped[str | None] = mapped_column(Text)
-    """Why the run ended; NULL while it runs, and for ever if it was killed."""
+    """Why the run ended; NULL while it runs, and permanently if it was killed."""
     started_at: Mapped[dt.datetime]
     seen_at: Mapped[dt.datetime]
     """The time of the last finished chunk, or of the end."""

@@ -24,17 +24,17 @@ def wait_for_clients(project: Project, epoch: int, tell: Tell = lambda _: None) 
     database's clock; safe to repeat after a kill.
     """
     collection = project.migration().collection
-    told: str | None = None
+    message: str | None = None
     while (seconds := project.ledger.seconds_to_settle(collection)) > 0:
-        if told is None:
-            told = f"waiting {seconds:.0f} s for clients that may still answer with an earlier row of the route"
-            tell(told)
+        if message is None:
+            message = f"waiting {seconds:.0f} s for clients that may still answer with an earlier row of the route"
+            tell(message)
         time.sleep(seconds)
     longest = 0.0
     while behind := project.ledger.clients_behind(collection, epoch):
         longest = max(longest, *(client.ttl for client in behind))
-        if (now := _still_answer(behind)) != told:
-            told = now
+        if (now := _still_answer(behind)) != message:
+            message = now
             tell(now)
         time.sleep(EVERY)
     if longest:

@@ -1,6 +1,6 @@
 """Taking an in-place migration back: every old vector is restored before the route returns to the old encoder.
 
-Where a vector comes from, when item and undo log are looked at again after a crash or an edit:
+Where a vector comes from, when item and undo log are compared again after a crash or an edit:
 
 - it carries the new stamp: the backfill wrote it, so the undo log's vector goes back;
 - it carries no stamp and equals the undo log's vector: it is restored already;
@@ -47,7 +47,7 @@ class Restore:
         self.stale: list[ItemId] = []
         self._old_encoder: Encoder | None = None
 
-    def go(self) -> None:
+    def run(self) -> None:
         """Chunk by chunk, the latest pass first: the first vector put back for an item is the one that counts."""
         chunks = self.project.ledger.chunks(self.migration.id)
         failed = self.project.open_failures(self.migration)
@@ -96,9 +96,7 @@ class Restore:
             back: dict[str | None, list[int]] = {}
             for item, vector, stamp in zip(now.ids, now.vectors, now.stamps, strict=True):
                 row = rows[item]
-                if stamp is not None and stamp.startswith(
-                    self.stamp
-                ):  # also an adapter's write intent, of an interrupted write
+                if stamp is not None and stamp.startswith(self.stamp):  # an adapter's write intent too
                     back.setdefault(old.stamps[row], []).append(row)
                 elif self.after_cutover and vector.tobytes() != old.vectors[row].tobytes():
                     if self.project.old_is_stored:
@@ -145,7 +143,7 @@ class Restore:
             after = ids[-1]
 
     def _re_encode(self, items: Iterable[ItemId]) -> None:
-        """Embeds items that the application wrote with the new encoder once more, with the old one."""
+        """Embeds items that the application wrote with the new encoder, with the old one."""
         if self.project.old_is_stored:
             self.problems.update(dict.fromkeys(items, NO_MODEL))
             return

@@ -133,7 +133,7 @@ def wait_for_leases(project: Project, migration: Migration) -> None:
 def _restore(project: Project, migration: Migration, report: Report) -> RolledBack:
     with project.store(write=True) as store:
         restore = Restore(project, migration, store, report)
-        restore.go()
+        restore.run()
     return RolledBack(restore.restored, restore.re_encoded, 0, restore.stale, None, restore.problems)
 
 

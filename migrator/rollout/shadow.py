@@ -15,8 +15,9 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from migrator.adapters.base import ItemId, Page, Store, StoreError, StoreRejected, same_value
+from migrator.adapters.iterate import ITEMS, iter_ids, read_whole, whole_pages
 from migrator.backfill.copies import Copies, digests, further_digest
-from migrator.backfill.transfer import ITEMS, Shadow, iter_ids, open_transfer, read_whole, whole_pages
+from migrator.backfill.transfer import Shadow, open_transfer
 from migrator.embedding.embed import embed, locate
 from migrator.errors import PreconditionFailed
 from migrator.ledger import Migration, Route
@@ -155,7 +156,7 @@ def take_back(
     if migration.stage in ("canary", "cutover", "finalize"):  # before, no route has named the shadow
         wait_for_clients(project, route.epoch + 1, tell)
     if migration.stage in ("cutover", "finalize"):
-        _back_sync(project, migration, result, report)  # what applications wrote that had not heard of it yet
+        _back_sync(project, migration, result, report)  # what applications wrote that did not know it yet
     with project.store(write=True) as source:
         if result.refused or (project.old_is_stored and _any_missing(source, list(result.problems))):
             result.kept = migration.shadow

@@ -3,7 +3,7 @@
 in place: prepare -> canary (step by step to 100 %) -> backfill -> cutover -> finalize
 shadow:   prepare -> backfill -> canary (step by step to 100 %) -> cutover -> finalize
 
-In place, old queries must never meet new vectors, so the queries move first. A shadow is filled before it is asked.
+In place, old queries must never meet new vectors, so the queries move first. A shadow is filled before it is searched.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Options:
     """What the command line may add to a stage."""
 
     percent: int | None = None
-    accept_failures: int = 0
+    max_failures: int = 0
     drop_old: bool = False
     tell: Tell = lambda _: None
     """Gets a line for each thing that a stage waits for."""
@@ -66,7 +66,7 @@ def step(project: Project, stage: str, options: Options) -> Step:
     if migration.state == "rolling_back":
         raise PreconditionFailed(f"{project.name} is being rolled back: finish with `migrator rollback {project.name}`")
     if migration.state == "rolled_back":
-        raise PreconditionFailed(f"{project.name} was rolled back: begin anew with `migrator plan {project.name}`")
+        raise PreconditionFailed(f"{project.name} was rolled back: start again with `migrator plan {project.name}`")
     change = _STEPS[stage](project, migration, options)
     accepted = _accepted_losses(project, migration)
     return Step(f"{change.says}{accepted}", lambda: f"{change.make()}{accepted}") if accepted else change
@@ -119,7 +119,7 @@ def _prepare(project: Project, migration: Migration, _: Options) -> Step:
         )
         return f"{migration.collection} is claimed; every query goes to the old encoder {migration.old_encoder_id}"
 
-    return Step(f"claim {migration.collection} and write its route, with every query at the old encoder", make)
+    return Step(f"reserve {migration.collection} and write its route, with every query at the old encoder", make)
 
 
 def check_verified(project: Project, migration: Migration, plan: Plan) -> None:
@@ -274,10 +274,10 @@ def _check_backfilled(project: Project, migration: Migration, options: Options) 
                 f"{name}: {failed} chunks failed: `migrator failures {name}`, then --retry and backfill"
             )
         raise PreconditionFailed(f"{name}: {undone or 'all'} chunks are not done: `migrator backfill {name}`")
-    if counts.open_failures > options.accept_failures:
+    if counts.open_failures > options.max_failures:
         raise PreconditionFailed(
-            f"{name}: {counts.open_failures} items failed (`migrator failures {name}`): mend them and "
-            f"`migrator failures {name} --retry`, or go on without with --accept-failures {counts.open_failures}"
+            f"{name}: {counts.open_failures} items failed (`migrator failures {name}`): fix them and "
+            f"`migrator failures {name} --retry`, or continue without them: --max-failures {counts.open_failures}"
         )
     return counts.open_failures
 

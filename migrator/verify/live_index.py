@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 
 from migrator.adapters.base import Hits, ItemId, Payload, Store
-from migrator.backfill.transfer import iter_ids
+from migrator.adapters.iterate import iter_ids
 from migrator.embedding.stored_vectors import payloads
 from migrator.evaluation.metrics import Relevance, parse_metric, summarise
 

@@ -229,8 +229,8 @@ def test_bad_images_are_dead_letters_and_can_be_retried(
     capsys.readouterr()
     assert migrator("failures", "--json") == 0
     assert [failure["id"] for failure in json.loads(capsys.readouterr().out)["items"]] == [12, 13]
-    assert migrator("rollout", "--stage", "cutover", "--accept-failures", "1") == 3
-    assert migrator("rollout", "--stage", "cutover", "--accept-failures", "2") == 0
+    assert migrator("rollout", "--stage", "cutover", "--max-failures", "1") == 3
+    assert migrator("rollout", "--stage", "cutover", "--max-failures", "2") == 0
 
 
 def test_pause_stops_new_runs_and_resume_lifts_it(

@@ -118,7 +118,7 @@ def catch_up(store: Ids, ledger: Passes, size: int, leave: Iterable[ItemId] = ()
 
 
 def to_do(store: Ids, chunk: Chunk, leave: Iterable[ItemId] = ()) -> list[ItemId]:
-    return list(in_place(store).take(chunk, set(leave)).page.ids)
+    return list(in_place(store).load_chunk(chunk, set(leave)).page.ids)
 
 
 def real_ledger(folder: Path) -> tuple[Ledger, Migration]:

@@ -289,7 +289,7 @@ def test_an_interrupt(folder, call, monkeypatch):
         (["rollout"], "--stage"),
         (["rollout", "--stage", "sideways"], "sideways"),
         (["rollout", "--stage", "canary", "--percent", "101"], "101"),
-        (["rollout", "--stage", "cutover", "--accept-failures", "-1"], "-1"),
+        (["rollout", "--stage", "cutover", "--max-failures", "-1"], "-1"),
         (["backfill", "--max-items", "0"], "0"),
         (["backfill", "--max-seconds", "soon"], "soon"),
         (["schedule", "--every", "60"], "60"),
@@ -372,7 +372,7 @@ def test_somebody_is_asked(answer, code, paused, ledger, halfway, call, monkeypa
     monkeypatch.setattr(sys, "stdin", Terminal(answer))
     found, out, err = call("pause")
     assert found == code
-    assert "Go on? [y/N]" in err
+    assert "Continue? [y/N]" in err
     assert ledger.migration("digits-v2").paused == paused
     assert bool(out) == (code == 0)
 

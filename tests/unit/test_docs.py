@@ -237,7 +237,7 @@ def test_every_command_in_the_documentation_exists(line: str) -> None:
 def test_commands_are_found() -> None:
     lines = [str(each.values[0]) for each in commands()]
     assert any(line.startswith("migrator backfill products-v2 --max-seconds") for line in lines)  # in a crontab line
-    assert any("--accept-failures 3" in line for line in lines)  # in a sentence
+    assert any("--max-failures 3" in line for line in lines)  # in a sentence
 
 
 # -- links ------------------------------------------------------------------------------------------------------------

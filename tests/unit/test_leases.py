@@ -47,7 +47,7 @@ def make(ledger: Ledger, migration: Migration, clock: Clock, seconds: float = SE
 
 
 def taken(leases: Leases) -> Chunk:
-    chunk = leases.take(set())
+    chunk = leases.acquire(set())
     assert chunk is not None
     return chunk
 

@@ -157,7 +157,7 @@ def test_whatever_is_repeated_the_first_state_stands(attempts):
 def test_what_the_application_wrote_since_is_the_old_state_now(log):
     log.record(chunk(), old([1, 2, 3]))
     later = old([2, 3, 4], seed=1)
-    log.record(chunk(), later, theirs=[2])
+    log.record(chunk(), later, external=[2])
     found = log.read(chunk())
     expected = {1: old([1, 2, 3]).vectors[0], 2: later.vectors[0], 3: old([1, 2, 3]).vectors[2], 4: later.vectors[2]}
     assert set(found.ids) == set(expected)
