@@ -90,7 +90,7 @@ class Run:
 
 def fit_settings(method: str, seed: int, **chosen: Any) -> tuple[tuple[str, Any], ...]:
     """All settings of a training, those that are not `chosen` by their defaults."""
-    from migrator.trainer.settings import FitSettings
+    from migrator.trainer.training.settings import FitSettings
 
     # All data is trained on: the tests are of other images.
     chosen = {"validation": 0.0, "seed": seed, **chosen}
@@ -140,11 +140,11 @@ def do(run: Run, device: str) -> float:
 
 def trained(run: Run, folder: Path, device: str, result: dict[str, Any]) -> NDArray[np.float32]:
     """Trains by `fit`. The vectors of the test rows; a run that others build on also leaves its encoder."""
-    from migrator.trainer.data import TrainingItems
-    from migrator.trainer.encoder import EncoderSpec, Preprocessing, load_encoder
-    from migrator.trainer.fit import fit
-    from migrator.trainer.images import ImageSource
-    from migrator.trainer.settings import FitSettings
+    from migrator.trainer.data.items import TrainingItems
+    from migrator.trainer.encoders.encoder import EncoderSpec, Preprocessing, load_encoder
+    from migrator.trainer.images.source import ImageSource
+    from migrator.trainer.training.fit import fit
+    from migrator.trainer.training.settings import FitSettings
 
     images = images_of(run.dataset)
     whole = split_of(run)
@@ -200,8 +200,8 @@ def encoded(encoder: Any, images: Images, rows: NDArray[np.int64]) -> NDArray[np
 @cache
 def pixels_of(dataset: str, image_size: int) -> NDArray[np.uint8]:
     """Every image of a data set as an encoder takes it, (n, 3, S, S): made once, then a file for all runs."""
-    from migrator.trainer.encoder import Preprocessing
-    from migrator.trainer.images import ImageSource
+    from migrator.trainer.encoders.encoder import Preprocessing
+    from migrator.trainer.images.source import ImageSource
 
     images = images_of(dataset)
     file = images.root / f"{images.digest[:16]}-{image_size}px.npy"

@@ -55,7 +55,7 @@ def variants() -> dict[str, tuple[str, dict[str, Any]]]:
 
     Settings that the trainer does not have are skipped and named.
     """
-    from migrator.trainer.losses import LossSettings
+    from migrator.trainer.methods.registry import LossSettings
 
     known = {field.name: field.default for field in fields(LossSettings)}
     found: dict[str, tuple[str, dict[str, Any]]] = {DEFAULTS: ("advbct", {})}

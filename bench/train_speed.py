@@ -37,9 +37,9 @@ def step_of(kind: str, arch: str, image_size: int, device: str, *, fast: bool) -
     import torch.nn.functional as F
 
     from bench.published import Published
-    from migrator.trainer.augment import augmented, draw_views
-    from migrator.trainer.encoder import EncoderSpec, Preprocessing, build_model
-    from migrator.trainer.losses import LossSettings, build_objective
+    from migrator.trainer.data.augment import augmented, draw_views
+    from migrator.trainer.encoders.encoder import EncoderSpec, Preprocessing, build_model
+    from migrator.trainer.methods.registry import LossSettings, build_objective
     from migrator.trainer.old_space import measure_old_space
 
     torch.manual_seed(0)

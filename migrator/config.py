@@ -34,7 +34,7 @@ from pydantic import (
 )
 
 from migrator.errors import ConfigError, UsageProblem
-from migrator.trainer.templates import parse
+from migrator.trainer.images.templates import parse
 
 _MAX_BYTES = 1 << 20
 _MAX_DEPTH = 20
@@ -195,7 +195,7 @@ ImageSize: TypeAlias = Annotated[
 Positive: TypeAlias = Annotated[float, Field(gt=0)]
 NotNegative: TypeAlias = Annotated[float, Field(ge=0)]
 Method: TypeAlias = Literal["advbct", "bct", "lce", "hot_refresh", "independent", "procrustes", "ridge", "residual_mlp"]
-"""The methods of `migrator.trainer.losses` and `.maps`, named here so that reading a file does not load torch."""
+"""The methods of `migrator.trainer.methods` and `.maps`, named here so that reading a file does not load torch."""
 POST_HOC: tuple[Method, ...] = ("procrustes", "ridge", "residual_mlp")
 """Those that map the vectors of a new encoder that is finished."""
 
@@ -577,7 +577,7 @@ class Encoder(Section):
         return data.get("module") is not None and "image_size" in data and data["image_size"] is None
 
     def given_preprocessing(self) -> dict[str, Any]:
-        """The fields of `migrator.trainer.preprocessing.Preprocessing` that are given."""
+        """The fields of `migrator.trainer.images.preprocessing.Preprocessing` that are given."""
         return self.model_dump(include=_PREPROCESSING, exclude_none=True)
 
 

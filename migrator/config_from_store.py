@@ -94,7 +94,7 @@ def _columns(payloads: Sequence[Payload]) -> dict[str, list[Any]]:
 
 def _find_images(ids: Sequence[ItemId], payloads: Sequence[Payload], folder: Path) -> _Images:
     """The field that holds the image's place, and the folder that these places start from, where it can be derived."""
-    from migrator.trainer.images import image_suffixes
+    from migrator.trainer.images.source import image_suffixes
 
     columns = {**_columns(payloads), "id": list(ids)}
     suffixes = tuple(image_suffixes())

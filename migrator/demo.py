@@ -20,7 +20,7 @@ from migrator.project import Project
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from migrator.trainer.encoder import Encoder
+    from migrator.trainer.encoders.encoder import Encoder
 
 NAME = "digits-v2"
 QUERIES, TRAINING = 300, 1000
@@ -112,10 +112,10 @@ def _save_list(file: Path, numbers: NDArray[np.int64], labels: NDArray[np.int64]
 
 
 def _train_old(folder: Path) -> Encoder:
-    from migrator.trainer.data import read_items
-    from migrator.trainer.encoder import EncoderSpec, Preprocessing, load_encoder
-    from migrator.trainer.fit import FitSettings, fit
-    from migrator.trainer.images import ImageSource
+    from migrator.trainer.data.items import read_items
+    from migrator.trainer.encoders.encoder import EncoderSpec, Preprocessing, load_encoder
+    from migrator.trainer.images.source import ImageSource
+    from migrator.trainer.training.fit import FitSettings, fit
 
     spec = EncoderSpec(arch="resnet10t", dim=DIM, preprocessing=Preprocessing(image_size=SIZE))
     settings = FitSettings(method="independent", epochs=5, batch_size=50, seed=1)
@@ -128,7 +128,7 @@ def _save_gallery(
     folder: Path, store: str, gallery: NDArray[np.int64], labels: NDArray[np.int64], old: Encoder
 ) -> None:
     from migrator.embedding.embed import embed
-    from migrator.trainer.images import ImageSource
+    from migrator.trainer.images.source import ImageSource
 
     paths = [_file(number) for number in gallery]
     images = ImageSource(str(folder / "images"))

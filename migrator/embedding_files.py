@@ -16,12 +16,12 @@ from migrator.embedding.embed import embed
 from migrator.errors import UsageProblem
 from migrator.trainer.errors import ImageProblem
 from migrator.trainer.files import sync_folder
-from migrator.trainer.images import image_suffixes, open_file
+from migrator.trainer.images.source import image_suffixes, open_file
 
 if TYPE_CHECKING:
     from PIL import Image
 
-    from migrator.trainer.encoder import Encoder
+    from migrator.trainer.encoders.encoder import Encoder
 
 PART = 1024
 """Images that are embedded together: what an interrupted run to stdout loses at most."""

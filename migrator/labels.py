@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, TypeAlias
 
 from migrator.errors import ConfigError
-from migrator.trainer.templates import NotText, parse
+from migrator.trainer.images.templates import NotText, parse
 
 if TYPE_CHECKING:
     from migrator.adapters.base import ItemId, Payload

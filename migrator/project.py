@@ -22,9 +22,9 @@ from migrator.training_runs import DEFAULT_RUN, encoder_of, folder_of, list_runs
 
 if TYPE_CHECKING:
     from migrator.adapters.base import ItemId, Store
-    from migrator.trainer.encoder import Encoder as LoadedEncoder
-    from migrator.trainer.encoder import EncoderSpec
-    from migrator.trainer.images import ImageSource
+    from migrator.trainer.encoders.encoder import Encoder as LoadedEncoder
+    from migrator.trainer.encoders.encoder import EncoderSpec
+    from migrator.trainer.images.source import ImageSource
 
 
 class Project:
@@ -152,7 +152,7 @@ class Project:
 
     def images(self) -> ImageSource:
         """Where the images of the items are."""
-        from migrator.trainer.images import ImageSource
+        from migrator.trainer.images.source import ImageSource
 
         images = self.settings.images
         return ImageSource(images.root, images.uri, max_pixels=images.max_pixels, timeout=images.timeout)
@@ -226,7 +226,7 @@ class Project:
 
         Raises `PreconditionFailed` where it has none, or a migration is under way.
         """
-        from migrator.trainer.encoder import read_manifest
+        from migrator.trainer.encoders.encoder import read_manifest
 
         folder = self.training_folder(run)
         if self.settings.train is None or encoder_of(folder) is None:
@@ -255,7 +255,7 @@ class Project:
 
     def _why_other_than_declared(self, weights: Path) -> str | None:
         """What differs between new_encoder and a trained encoder; None where it is as declared, or has no manifest."""
-        from migrator.trainer.encoder import read_manifest, require_same_declaration
+        from migrator.trainer.encoders.encoder import read_manifest, require_same_declaration
         from migrator.trainer.errors import EncoderMismatch, EncoderProblem
 
         try:
@@ -270,7 +270,7 @@ class Project:
 
     @staticmethod
     def _is_mapped(weights: Path) -> bool:
-        from migrator.trainer.encoder import read_manifest
+        from migrator.trainer.encoders.encoder import read_manifest
 
         manifest = read_manifest(weights)
         return manifest is not None and manifest.map is not None
@@ -318,7 +318,7 @@ class Project:
 
     def load_only(self, spec: EncoderSpec, expected_id: str | None = None, *, device: str = "auto") -> LoadedEncoder:
         """Loads an encoder as `load` does and writes nothing."""
-        from migrator.trainer.encoder import Manifest, load_encoder
+        from migrator.trainer.encoders.encoder import Manifest, load_encoder
 
         manifest = self.ledger.encoder_manifest(expected_id) if expected_id else None
         return load_encoder(spec, expected=Manifest.from_json(manifest) if manifest else None, device=device)
@@ -351,10 +351,10 @@ class Project:
         return spec, ids.get("new")
 
     def _spec(self, encoder: Encoder, weights: Path | None, *, pretrained: bool = False) -> EncoderSpec:
-        from migrator.trainer.backbones import MODULE
-        from migrator.trainer.encoder import EncoderSpec
-        from migrator.trainer.preprocessing import Preprocessing, timm_preprocessing
-        from migrator.trainer.transforms import learn_transform
+        from migrator.trainer.encoders.backbones import MODULE
+        from migrator.trainer.encoders.encoder import EncoderSpec
+        from migrator.trainer.images.preprocessing import Preprocessing, timm_preprocessing
+        from migrator.trainer.images.transforms import learn_transform
 
         given = encoder.given_preprocessing()
         if encoder.preprocessing == "timm" and encoder.arch is not None:

@@ -15,8 +15,8 @@ from migrator.trainer.errors import EncoderProblem, ImageProblem
 if TYPE_CHECKING:
     from PIL import Image
 
-    from migrator.trainer.encoder import Encoder
-    from migrator.trainer.preprocessing import Preprocessing
+    from migrator.trainer.encoders.encoder import Encoder
+    from migrator.trainer.images.preprocessing import Preprocessing
 
 Picture: TypeAlias = Union[str, Path, bytes, bytearray, memoryview, "Image.Image", NDArray[Any]]
 """A file's path, a file's bytes, a decoded picture, or its pixels: (H, W, 3) RGB, uint8, or floating from 0 to 1."""
@@ -110,7 +110,7 @@ class ServedEncoder:
     def _picture(self, image: Picture) -> Image.Image:
         from PIL import Image
 
-        from migrator.trainer.images import decode, open_file
+        from migrator.trainer.images.source import decode, open_file
 
         if isinstance(image, Image.Image):
             return image

@@ -19,14 +19,14 @@ from migrator.labels import training_label
 from migrator.plan.run import check_fresh
 from migrator.project import Project
 from migrator.trainer.errors import ImageProblem
-from migrator.trainer.templates import MAX_FIELDS, field_advice, fields_of
+from migrator.trainer.images.templates import MAX_FIELDS, field_advice, fields_of
 from migrator.training_runs import DEFAULT_RUN, run_with
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from migrator.trainer.data import Excluded, TrainingItems
-    from migrator.trainer.fit import FitResult, FitSettings, Progress
+    from migrator.trainer.data.items import Excluded, TrainingItems
+    from migrator.trainer.training.fit import FitResult, FitSettings, Progress
 
 log = logging.getLogger(__name__)
 
@@ -49,10 +49,10 @@ def train(
     the others train along and give None.
     Raises `TrainingProblem` for data or settings that cannot be used, `TrainingFailed` if training diverged.
     """
-    from migrator.trainer.fit import fit, follow
     from migrator.trainer.maps import POST_HOC
     from migrator.trainer.old_space import stored_vectors
-    from migrator.trainer.processes import is_first_process
+    from migrator.trainer.training.distributed import is_first_process
+    from migrator.trainer.training.fit import fit, follow
 
     config = project.settings.train
     chosen = method or (config.method if config else None)
@@ -109,7 +109,7 @@ def train(
 
 
 def _fit_settings(project: Project, config: Train, method: str | None) -> FitSettings:
-    from migrator.trainer.fit import FitSettings
+    from migrator.trainer.training.fit import FitSettings
 
     given: dict[str, Any] = config.model_dump(exclude={"items"}, exclude_none=True)
     given.setdefault("cache", project.training_folder().parent.parent / "images")  # shared by all runs
@@ -121,7 +121,8 @@ def _items(project: Project, config: Train) -> tuple[TrainingItems, NDArray[np.f
 
     Images without such a vector are excluded and named. Raises `PreconditionFailed` where none has one.
     """
-    from migrator.trainer.data import Excluded, folder_items, read_items, training_items
+    from migrator.trainer.data.folders import folder_items
+    from migrator.trainer.data.items import Excluded, read_items, training_items
 
     if not isinstance(config.items, ItemsFrom):
         items = read_items(config.items, project.images(), need_labels=False)
@@ -163,7 +164,7 @@ def _items_of_store(project: Project, label: str | None) -> TrainingItems:
 
     Raises `ConfigError` where no item has a label, or a label is a list or a structure.
     """
-    from migrator.trainer.data import training_items
+    from migrator.trainer.data.items import training_items
 
     images = project.images()
     key = f"{project.config.path}: migrations.{project.name}.train.items.label"

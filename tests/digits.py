@@ -9,7 +9,7 @@ import PIL.Image
 import torch
 from sklearn.datasets import load_digits
 
-from migrator.trainer.encoder import EncoderSpec, build_model, save_encoder
+from migrator.trainer.encoders.encoder import EncoderSpec, build_model, save_encoder
 
 
 def digits_with_old_encoder(folder: Path, count: int, spec: EncoderSpec) -> None:

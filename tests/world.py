@@ -17,7 +17,7 @@ import numpy as np
 import yaml
 
 if TYPE_CHECKING:
-    from migrator.trainer.encoder import Encoder
+    from migrator.trainer.encoders.encoder import Encoder
 
 ARCH, DIM, SIZE = "test_resnet", 24, 16
 NAME = "toys"
@@ -61,7 +61,7 @@ class World:
 def make_world(folder: Path, *, items: int = 120, seed: int = 0) -> World:
     import torch
 
-    from migrator.trainer.encoder import EncoderSpec, Preprocessing, build_model, save_encoder
+    from migrator.trainer.encoders.encoder import EncoderSpec, Preprocessing, build_model, save_encoder
 
     folder.mkdir(parents=True, exist_ok=True)
     world = World(folder)
@@ -112,7 +112,7 @@ def save_images(folder: Path, names: Sequence[str], rng: np.random.Generator) ->
 
 def embed_images(world: World, which: str, names: Sequence[str]) -> np.ndarray:
     """Vectors of images by the old or the new encoder, outside of migrator's own machinery."""
-    from migrator.trainer.images import ImageSource
+    from migrator.trainer.images.source import ImageSource
 
     encoder = _encoder((world.folder / f"{which}.safetensors").read_bytes())
     source = ImageSource(str(world.images))
@@ -122,7 +122,7 @@ def embed_images(world: World, which: str, names: Sequence[str]) -> np.ndarray:
 @functools.cache
 def _encoder(weights: bytes) -> Encoder:
     """The encoder of these weights; worlds that are copies of one another have the same."""
-    from migrator.trainer.encoder import EncoderSpec, Preprocessing, load_encoder
+    from migrator.trainer.encoders.encoder import EncoderSpec, Preprocessing, load_encoder
 
     with tempfile.NamedTemporaryFile(suffix=".safetensors") as file:
         file.write(weights)

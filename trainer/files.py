@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 from pathlib import Path
+from typing import Any
 
 
 def write_whole(path: Path, content: bytes | memoryview) -> None:
@@ -21,6 +23,11 @@ def write_whole(path: Path, content: bytes | memoryview) -> None:
             draft.unlink()  # on a full disk half a file would keep the room that is missing
         raise
     sync_folder(path.parent)
+
+
+def write_json(path: Path, document: dict[str, Any]) -> None:
+    """Writes a JSON document as `write_whole` does."""
+    write_whole(path, json.dumps(document, indent=1).encode())
 
 
 def sync_folder(folder: Path) -> None:

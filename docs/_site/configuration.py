@@ -8,7 +8,7 @@ from functools import cache
 from typing import Any
 
 from migrator.config import schema
-from migrator.trainer.settings import FitSettings
+from migrator.trainer.training.settings import FitSettings
 
 
 @cache

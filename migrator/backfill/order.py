@@ -16,8 +16,8 @@ from migrator.adapters.base import ItemId, Payload, Store, Vectors
 from migrator.embedding.stored_encoder import unit
 from migrator.embedding.stored_vectors import scan
 from migrator.errors import UsageProblem
+from migrator.trainer.data.pseudo import default_k, pseudo_classes
 from migrator.trainer.errors import TrainingProblem
-from migrator.trainer.pseudo import default_k, pseudo_classes
 
 Label: TypeAlias = Callable[[ItemId, Payload], str]
 """The class of an item; empty where it has none."""

@@ -30,8 +30,8 @@ from migrator.trainer.errors import ImageProblem
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from migrator.trainer.encoder import Encoder
-    from migrator.trainer.images import ImageSource
+    from migrator.trainer.encoders.encoder import Encoder
+    from migrator.trainer.images.source import ImageSource
 
 
 Loaded: TypeAlias = "list[NDArray[np.uint8] | ImageProblem]"

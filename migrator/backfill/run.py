@@ -26,8 +26,8 @@ from migrator.trainer.errors import ImagesUnavailable
 from migrator.verify.health_check import catch_up_check, is_check_due, look
 
 if TYPE_CHECKING:
-    from migrator.trainer.encoder import Encoder
-    from migrator.trainer.images import ImageSource
+    from migrator.trainer.encoders.encoder import Encoder
+    from migrator.trainer.images.source import ImageSource
 
 Ended: TypeAlias = Literal["complete", "limit", "paused", "interrupted", "busy", "stuck"]
 

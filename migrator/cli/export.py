@@ -11,8 +11,8 @@ import click
 from migrator.cli.common import json_option, migration_options, open_project, print_json, say
 
 if TYPE_CHECKING:
-    from migrator.trainer.encoder import EncoderSpec
-    from migrator.trainer.export import Format
+    from migrator.trainer.encoders.encoder import EncoderSpec
+    from migrator.trainer.encoders.export import Format
 
 
 @click.command("export")
@@ -36,7 +36,7 @@ def command(
     """
     with open_project(config_path, name) as project:
         spec, expected = project.declared_encoder(encoder)
-        from migrator.trainer.export import export_encoder
+        from migrator.trainer.encoders.export import export_encoder
 
         loaded = project.load_only(spec, expected, device="cpu")
         exported = export_encoder(loaded, spec, output, form)
@@ -69,7 +69,7 @@ def declaration(spec: EncoderSpec) -> dict[str, Any]:
     """An encoder as `migrations.yaml` declares it, without keys at their defaults."""
     from dataclasses import fields
 
-    from migrator.trainer.backbones import MODULE, PROGRAMS
+    from migrator.trainer.encoders.backbones import MODULE, PROGRAMS
 
     preprocessing = spec.preprocessing
     keys: dict[str, Any] = {}

@@ -25,7 +25,7 @@ from migrator.errors import UsageProblem
 from migrator.training_runs import DEFAULT_RUN, is_cut_off
 
 if TYPE_CHECKING:
-    from migrator.trainer.fit import Progress
+    from migrator.trainer.training.fit import Progress
 
 METHODS = get_args(Method)
 TESTS = {
@@ -65,7 +65,7 @@ def command(
     several GPUs or machines it is started by `torchrun ... -m migrator train` or `accelerate launch -m migrator train`.
     """
     from migrator.trainer.errors import TrainingInterrupted
-    from migrator.trainer.processes import is_distributed, is_first_process
+    from migrator.trainer.training.distributed import is_distributed, is_first_process
     from migrator.training import train
 
     if restart and (finish or resume):

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from PIL import Image
 
-    from migrator.trainer.encoder import Encoder
-    from migrator.trainer.images import ImageSource
+    from migrator.trainer.encoders.encoder import Encoder
+    from migrator.trainer.images.source import ImageSource
 
 
 class Images(Protocol):

@@ -15,7 +15,7 @@ from migrator.embedding.stored_encoder import unit
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from migrator.trainer.images import ImageSource
+    from migrator.trainer.images.source import ImageSource
 
 PAGE = 5_000
 

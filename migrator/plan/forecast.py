@@ -29,8 +29,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from migrator.config import Gate
-    from migrator.trainer.encoder import Encoder
-    from migrator.trainer.images import ImageSource
+    from migrator.trainer.encoders.encoder import Encoder
+    from migrator.trainer.images.source import ImageSource
 
 SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
 ITEMS = 256

@@ -26,7 +26,7 @@ from migrator.project import Project
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from migrator.trainer.encoder import Encoder
+    from migrator.trainer.encoders.encoder import Encoder
 
 SAMPLE = 128
 """Stored items whose image is embedded again, to know the old encoder and the speed of the new one."""
@@ -424,7 +424,7 @@ class _New:
 
 def _new_or_untrained(project: Project) -> _New:
     """The new encoder; before training one of random weights, which is as fast."""
-    from migrator.trainer.encoder import untrained_encoder
+    from migrator.trainer.encoders.encoder import untrained_encoder
 
     spec = project.new_spec()
     if spec is not None:

@@ -14,7 +14,7 @@ from migrator.trainer.errors import ImageProblem, TrainerError
 if TYPE_CHECKING:
     from PIL import Image
 
-    from migrator.trainer.images import ImageSource
+    from migrator.trainer.images.source import ImageSource
 
 SIDE = 96
 """Pixels of a thumbnail's longer side at most."""
@@ -40,7 +40,7 @@ def thumbnails(
 
     A source that cannot be reached is asked once: the others get the same reason without waiting for it.
     """
-    from migrator.trainer.preprocessing import Preprocessing
+    from migrator.trainer.images.preprocessing import Preprocessing
 
     upright = Preprocessing(SIDE)  # as a browser shows them, whatever an encoder makes of them
     wanted = list(dict.fromkeys(path for path in paths if isinstance(path, str)))

@@ -25,7 +25,7 @@ from migrator.ledger import Chunk, Migration
 from migrator.project import Project
 
 if TYPE_CHECKING:
-    from migrator.trainer.encoder import Encoder
+    from migrator.trainer.encoders.encoder import Encoder
 
 PAGE = 5_000
 NO_MODEL = "old_encoder is stored, there is no model; it keeps the new encoder's vector"

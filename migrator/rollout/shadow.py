@@ -26,7 +26,7 @@ from migrator.rollout.clients import Tell, wait_for_clients
 from migrator.route import initial_route
 
 if TYPE_CHECKING:
-    from migrator.trainer.encoder import Encoder
+    from migrator.trainer.encoders.encoder import Encoder
 
 NO_MODEL = "old_encoder is stored, there is no model; it lies in the shadow alone"
 NAMED = 3

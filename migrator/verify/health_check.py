@@ -28,7 +28,7 @@ from migrator.verify.query_set.draw import read_frozen
 from migrator.verify.run import ask_as_is
 
 if TYPE_CHECKING:
-    from migrator.trainer.encoder import Encoder
+    from migrator.trainer.encoders.encoder import Encoder
 
 WRONG_SHARE = 0.05
 """Share of the items read back from which on the backfill pauses. An application may replace an image or two in the

@@ -52,7 +52,7 @@ from migrator.lifecycle.next_steps import situation_of, ways_on
 from migrator.lifecycle.validity import Gallery, gallery_of, look_of
 from migrator.plan.run import check_fresh
 from migrator.project import Project
-from migrator.trainer.templates import NotText
+from migrator.trainer.images.templates import NotText
 from migrator.verify.backfill_curve import SHARES, BackfillCurve, curve_facts, measure_curve
 from migrator.verify.baseline import Answers, write_answers
 from migrator.verify.judged_queries import Asked, at_rows
@@ -64,8 +64,8 @@ from migrator.verify.regressions import examples, worst_groups
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from migrator.trainer.encoder import Encoder
-    from migrator.trainer.images import ImageSource
+    from migrator.trainer.encoders.encoder import Encoder
+    from migrator.trainer.images.source import ImageSource
 
 METRICS = ("map@100", "recall@1", "recall@5", "recall@10", "precision@10", "ndcg@10", "mrr@100")
 """Always measured, beside those that the gate names."""

@@ -8,10 +8,10 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from migrator.trainer import cache
-from migrator.trainer.cache import ImageCache
-from migrator.trainer.images import ImageSource
-from migrator.trainer.preprocessing import Preprocessing
+from migrator.trainer.data import cache
+from migrator.trainer.data.cache import ImageCache
+from migrator.trainer.images.preprocessing import Preprocessing
+from migrator.trainer.images.source import ImageSource
 
 pytestmark = pytest.mark.crash
 

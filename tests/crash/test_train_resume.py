@@ -11,11 +11,11 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 
-from migrator.trainer import fit as fitting
-from migrator.trainer.data import read_items
-from migrator.trainer.encoder import EncoderSpec, Preprocessing, load_encoder
-from migrator.trainer.fit import FitSettings, Progress, fit
-from migrator.trainer.images import ImageSource
+from migrator.trainer.data.items import read_items
+from migrator.trainer.encoders.encoder import EncoderSpec, Preprocessing, load_encoder
+from migrator.trainer.images.source import ImageSource
+from migrator.trainer.training import fit as fitting
+from migrator.trainer.training.fit import FitSettings, Progress, fit
 from tests.digits import digits_with_old_encoder
 from tests.support.forked import forked
 

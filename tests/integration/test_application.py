@@ -105,7 +105,7 @@ def test_files_bytes_and_pictures_are_prepared_to_the_bit_as_in_the_backfill(
     Image.open(files[0]).convert("P").save(tmp_path / "palette.png")
     Image.open(files[0]).convert("I;16").save(tmp_path / "grey.png")
     for file in [*files, tmp_path / "palette.png", tmp_path / "grey.png"]:
-        from migrator.trainer.images import ImageSource
+        from migrator.trainer.images.source import ImageSource
 
         backfill = served._encoder.prepare(ImageSource(str(file.parent)).load(file.name))
         for given in (file, str(file), file.read_bytes(), memoryview(file.read_bytes()), Image.open(file)):
@@ -335,7 +335,7 @@ def test_what_cannot_be_exported_is_refused_in_one_line_and_leaves_nothing(
     )
     assert "does not end in .onnx" in refused(2, "--format", "onnx", "--output", str(world.folder / "other.pt2"))
     assert "there is no folder" in refused(2, "--format", "pt2", "--output", str(world.folder / "no" / "x.pt2"))
-    monkeypatch.setattr("migrator.trainer.export.MAX_ONNX_BYTES", 1000)
+    monkeypatch.setattr("migrator.trainer.encoders.export.MAX_ONNX_BYTES", 1000)
     if importlib.util.find_spec("onnxscript"):
         assert "use pt2" in refused(2, "--format", "onnx", "--output", str(world.folder / "big.onnx"))
     world.configure(new_encoder={"weights": "out.pt2", "dim": 24, "image_size": SIZE})
@@ -346,7 +346,7 @@ def test_what_cannot_be_exported_is_refused_in_one_line_and_leaves_nothing(
     world.configure(new_encoder={"module": "odd:branches", "dim": 24, "image_size": SIZE})
     said = refused(2, "--format", "pt2", "--output", str(world.folder / "odd.pt2"))
     assert "factory 'odd:branches' cannot be exported as pt2 for any number of pictures" in said
-    monkeypatch.setattr("migrator.trainer.export.MAX_DIFFERENCE", -1.0)
+    monkeypatch.setattr("migrator.trainer.encoders.export.MAX_DIFFERENCE", -1.0)
     world.configure(new_encoder={"arch": "test_resnet", "weights": "new.safetensors", "dim": 24, "image_size": SIZE})
     said = refused(3, "--format", "safetensors", "--output", str(world.folder / "worse.safetensors"))
     assert "the export gives other vectors" in said

@@ -93,7 +93,7 @@ def test_in_place_and_back(world: World, migrator: Migrator, factory: str) -> No
 def test_a_shadow_of_another_dimension(world: World, migrator: Migrator, factory: str) -> None:
     import torch
 
-    from migrator.trainer.encoder import EncoderSpec, Preprocessing, build_model, save_encoder
+    from migrator.trainer.encoders.encoder import EncoderSpec, Preprocessing, build_model, save_encoder
 
     was = put(world, factory)
     before = (world.gallery / "index.faiss").read_bytes()

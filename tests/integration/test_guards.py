@@ -129,7 +129,7 @@ def test_changed_weights_under_the_same_name_are_refused(
 ) -> None:
     import torch
 
-    from migrator.trainer.encoder import EncoderSpec, Preprocessing, build_model, save_encoder
+    from migrator.trainer.encoders.encoder import EncoderSpec, Preprocessing, build_model, save_encoder
 
     to_stage(migrator, "prepare")
     torch.manual_seed(99)

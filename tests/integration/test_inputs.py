@@ -11,12 +11,12 @@ import PIL.Image
 import pytest
 import torch
 
-from migrator.trainer.data import TrainingItems, training_items
-from migrator.trainer.encoder import Encoder, EncoderSpec, Preprocessing, untrained_encoder
+from migrator.trainer.data.items import TrainingItems, training_items
+from migrator.trainer.encoders.encoder import Encoder, EncoderSpec, Preprocessing, untrained_encoder
 from migrator.trainer.errors import EncoderProblem, TrainingProblem
-from migrator.trainer.images import ImageSource
-from migrator.trainer.inputs import Inputs, load_inputs
+from migrator.trainer.images.source import ImageSource
 from migrator.trainer.old_space import StoredVectors, stored_vectors
+from migrator.trainer.training.inputs import Inputs, load_inputs
 
 SIZE = Preprocessing(image_size=16)
 SPEC = EncoderSpec("test_resnet", 16, SIZE)
@@ -302,7 +302,7 @@ def test_too_many_unusable_images(folder: Path) -> None:
 
 
 def test_reading_ends_where_too_many_are_unusable(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("migrator.trainer.cache.CHUNK_IMAGES", 4)
+    monkeypatch.setattr("migrator.trainer.data.cache.CHUNK_IMAGES", 4)
     source = Source(folder)
     refused(folder, max_excluded=0, source=source)
     assert len(source.reads) <= 12

@@ -12,13 +12,13 @@ import torch
 from PIL import Image
 from torch import nn
 
-from migrator.trainer.augment import augmented, draw_views
-from migrator.trainer.data import training_items
-from migrator.trainer.encoder import EncoderSpec, Preprocessing, build_model, load_encoder, save_encoder
+from migrator.trainer.data.augment import augmented, draw_views
+from migrator.trainer.data.items import training_items
+from migrator.trainer.encoders.encoder import EncoderSpec, Preprocessing, build_model, load_encoder, save_encoder
 from migrator.trainer.errors import EncoderProblem
-from migrator.trainer.fit import FitSettings, fit
-from migrator.trainer.images import ImageSource
+from migrator.trainer.images.source import ImageSource
 from migrator.trainer.torchvision_cpu import import_timm
+from migrator.trainer.training.fit import FitSettings, fit
 from tests.unit.test_encoder_sources import WIDTH, onnx_file
 
 SIZE = (32, 48)

@@ -200,7 +200,7 @@ def test_a_shadow_may_have_another_dimension(
 ) -> None:
     import torch
 
-    from migrator.trainer.encoder import EncoderSpec, Preprocessing, build_model, save_encoder
+    from migrator.trainer.encoders.encoder import EncoderSpec, Preprocessing, build_model, save_encoder
 
     spec = EncoderSpec(arch="test_resnet", dim=40, preprocessing=Preprocessing(image_size=16))
     torch.manual_seed(5)

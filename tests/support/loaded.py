@@ -37,8 +37,8 @@ import migrator.backfill.run
 import migrator.lifecycle.status
 import migrator.rollout.rollback
 import migrator.rollout.stages
-import migrator.trainer.fit
-from migrator.trainer.encoder import EncoderSpec, Preprocessing, build_model, load_encoder, save_encoder
+import migrator.trainer.training.fit
+from migrator.trainer.encoders.encoder import EncoderSpec, Preprocessing, build_model, load_encoder, save_encoder
 
 PIL.Image.init()
 # torch and timm load much at the first network of a kind; this is the one of `tests.world`.

@@ -15,7 +15,7 @@ import yaml
 
 from migrator.cli import VERBS, cli
 from migrator.config import Migration, Section, Train, load_config
-from migrator.trainer.data import held_out_split
+from migrator.trainer.data.batches import held_out_split
 from migrator.trainer.errors import TrainingProblem
 
 ROOT = Path(__file__).parents[2]

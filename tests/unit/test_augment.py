@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from migrator.trainer.augment import Views, augmented, draw_views
+from migrator.trainer.data.augment import Views, augmented, draw_views
 
 
 def views_of(count: int, side: int, *, flip: bool, seed: int = 0) -> Views:

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import nn
 
-from migrator.trainer.encoder import EncoderSpec, Preprocessing, build_model, load_encoder, save_encoder
+from migrator.trainer.encoders.encoder import EncoderSpec, Preprocessing, build_model, load_encoder, save_encoder
 from migrator.trainer.errors import EncoderProblem
 from migrator.trainer.torchvision_cpu import import_timm
 

@@ -16,16 +16,11 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image
 
-from migrator.trainer.data import (
-    batches_ahead,
-    epoch_rows,
-    folder_items,
-    held_out_split,
-    read_items,
-    training_items,
-)
+from migrator.trainer.data.batches import batches_ahead, epoch_rows, held_out_split
+from migrator.trainer.data.folders import folder_items
+from migrator.trainer.data.items import read_items, training_items
 from migrator.trainer.errors import TrainingProblem
-from migrator.trainer.images import ImageSource
+from migrator.trainer.images.source import ImageSource
 
 
 def write_csv(file: Path, text: str, encoding: str = "utf-8") -> Path:

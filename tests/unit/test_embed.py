@@ -274,7 +274,7 @@ def test_a_view_is_of_the_picture_as_each_encoder_declares_it(orientation: int):
     """And is not turned a second time, however often it is converted."""
     from PIL import Image
 
-    from migrator.trainer.preprocessing import Preprocessing
+    from migrator.trainer.images.preprocessing import Preprocessing
 
     image = Image.new("RGBA", (6, 4), (10, 20, 30, 0))
     image.paste((10, 20, 30, 255), (0, 0, 3, 4))

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from migrator.trainer.encoder import (
+from migrator.trainer.encoders.encoder import (
     EmbeddingNet,
     Encoder,
     EncoderSpec,
@@ -409,7 +409,7 @@ def test_the_weights_hash_is_over_names_types_shapes_and_bytes(saved: Path) -> N
 def test_a_fresh_process_with_other_threads_imports_timm_cleanly_and_agrees_on_the_id(saved: Path) -> None:
     code = (
         "import sys, torch; torch.set_num_threads(2)\n"
-        "from pathlib import Path; from migrator.trainer.encoder import *\n"
+        "from pathlib import Path; from migrator.trainer.encoders.encoder import *\n"
         "from migrator.trainer.torchvision_cpu import import_timm\n"
         "assert import_timm() is import_timm()\n"
         "import torchvision.transforms\n"

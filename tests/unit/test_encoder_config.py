@@ -10,7 +10,7 @@ import torch
 from migrator.config import load_config
 from migrator.errors import ConfigError
 from migrator.project import Project
-from migrator.trainer.encoder import (
+from migrator.trainer.encoders.encoder import (
     EncoderSpec,
     Preprocessing,
     build_model,

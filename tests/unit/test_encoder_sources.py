@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from migrator.trainer.encoder import (
+from migrator.trainer.encoders.encoder import (
     Encoder,
     EncoderSpec,
     Preprocessing,
@@ -29,8 +29,8 @@ from migrator.trainer.encoder import (
     untrained_encoder,
 )
 from migrator.trainer.errors import EncoderMismatch, EncoderProblem
+from migrator.trainer.images.preprocessing import timm_preprocessing
 from migrator.trainer.maps import Map, fit_map
-from migrator.trainer.preprocessing import timm_preprocessing
 from migrator.trainer.torchvision_cpu import import_timm
 
 SIZE, WIDTH = 16, 6
@@ -236,7 +236,7 @@ def test_a_factory_may_import_torchvision_beside_any_torch(tmp_path: Path) -> No
         "def build(): return nn.Sequential(nn.AvgPool2d(16), nn.Flatten())\n"
     )
     code = (
-        "from pathlib import Path; from migrator.trainer.encoder import *\n"
+        "from pathlib import Path; from migrator.trainer.encoders.encoder import *\n"
         "spec = EncoderSpec('module:mine:build', 3, Preprocessing(16), folder=Path('.'))\n"
         "print(load_encoder(spec).manifest.arch)\n"
     )
@@ -730,7 +730,7 @@ def test_mean_and_std_reach_the_scale_of_other_toolkits() -> None:
         def forward(self, images: torch.Tensor) -> torch.Tensor:
             return images.flatten(1)
 
-    from migrator.trainer.encoder import EmbeddingNet, Manifest
+    from migrator.trainer.encoders.encoder import EmbeddingNet, Manifest
 
     width = 3 * SIZE * SIZE
     model = EmbeddingNet(Seen(), width=width, dim=width, head="none")

@@ -14,8 +14,8 @@ from PIL import Image, ImageOps
 
 from migrator.config import OldEncoder
 from migrator.embedding.agreement import MODELS, PIXELS
-from migrator.trainer.images import ImageSource
-from migrator.trainer.preprocessing import Preprocessing, timm_preprocessing
+from migrator.trainer.images.preprocessing import Preprocessing, timm_preprocessing
+from migrator.trainer.images.source import ImageSource
 from tests.unit.test_docs import section, table
 
 PAGE = (Path(__file__).parents[2] / "docs" / "how-to" / "match-the-gallery.md").read_text()

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from migrator.trainer import image_roots
 from migrator.trainer.errors import ImageProblem, ImagesUnavailable, TrainerError
-from migrator.trainer.images import ImageSource
+from migrator.trainer.images import roots as image_roots
+from migrator.trainer.images.source import ImageSource
 from tests.web import Web, serve
 
 NAMES = [

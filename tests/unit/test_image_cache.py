@@ -11,12 +11,12 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from migrator.trainer import cache
-from migrator.trainer.cache import ImageCache, Pixels, open_pixels, pixel_key
-from migrator.trainer.data import Excluded
-from migrator.trainer.encoder import Preprocessing
+from migrator.trainer.data import cache
+from migrator.trainer.data.cache import ImageCache, Pixels, open_pixels, pixel_key
+from migrator.trainer.data.items import Excluded
+from migrator.trainer.encoders.encoder import Preprocessing
 from migrator.trainer.errors import ImageProblem, ImagesUnavailable, TrainingProblem
-from migrator.trainer.images import ImageSource
+from migrator.trainer.images.source import ImageSource
 
 SMALL = Preprocessing(image_size=4)
 ROW = 3 * 4 * 4

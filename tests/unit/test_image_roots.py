@@ -8,8 +8,8 @@ import fsspec
 import pytest
 
 from migrator.trainer.errors import ImageProblem, TrainerError
-from migrator.trainer.image_roots import plain_path
-from migrator.trainer.images import ImageSource
+from migrator.trainer.images.roots import plain_path
+from migrator.trainer.images.source import ImageSource
 
 
 @pytest.fixture

@@ -19,8 +19,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from migrator.trainer.errors import ImageProblem, ImagesUnavailable, TrainerError
-from migrator.trainer.images import ImageSource
-from migrator.trainer.preprocessing import Preprocessing
+from migrator.trainer.images.preprocessing import Preprocessing
+from migrator.trainer.images.source import ImageSource
 
 RED, WHITE = (255, 0, 0), (255, 255, 255)
 

@@ -9,13 +9,14 @@ import torch
 from torch import Tensor
 
 from migrator.trainer.errors import TrainingProblem
-from migrator.trainer.losses import METHODS, LossSettings, build_objective
 from migrator.trainer.losses.adversarial import AdversarialAlignment, GradientReversal, reversal_strength
+from migrator.trainer.losses.angular_boundary import AngularBoundary
 from migrator.trainer.losses.arcface import ArcFace
-from migrator.trainer.losses.bct import Influence
 from migrator.trainer.losses.boundary import ElasticBoundary
+from migrator.trainer.losses.centre_alignment import CentreAlignment
 from migrator.trainer.losses.contrast import HARDEST, Contrast
-from migrator.trainer.losses.lce import AngularBoundary, CentreAlignment
+from migrator.trainer.losses.influence import Influence
+from migrator.trainer.methods.registry import METHODS, LossSettings, build_objective
 from migrator.trainer.old_space import OldSpace
 
 DIM, CLASSES, BATCH = 6, 4, 12
@@ -440,7 +441,7 @@ def test_every_method_is_listed_without_loading_torch(method: str) -> None:
     import sys
 
     code = (
-        "import sys; from migrator.trainer.losses import METHODS\n"
+        "import sys; from migrator.trainer.methods.registry import METHODS\n"
         f"assert {method!r} in METHODS; assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

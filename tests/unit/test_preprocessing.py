@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
-from migrator.trainer.cache import pixel_key
-from migrator.trainer.encoder import Manifest
+from migrator.trainer.data.cache import pixel_key
+from migrator.trainer.encoders.encoder import Manifest
 from migrator.trainer.errors import EncoderProblem, ImageProblem
-from migrator.trainer.images import ImageSource
-from migrator.trainer.preprocessing import Preprocessing, timm_preprocessing
+from migrator.trainer.images.preprocessing import Preprocessing, timm_preprocessing
+from migrator.trainer.images.source import ImageSource
 from migrator.trainer.torchvision_cpu import import_timm
 
 SIZE = 24

@@ -5,8 +5,8 @@ import sys
 import numpy as np
 import pytest
 
+from migrator.trainer.data.pseudo import default_k, pseudo_classes
 from migrator.trainer.errors import TrainingProblem
-from migrator.trainer.pseudo import default_k, pseudo_classes
 
 
 def blobs(count: int, each: int) -> tuple[np.ndarray, np.ndarray]:

@@ -25,7 +25,7 @@ from migrator.errors import ConfigError, MigratorError, PreconditionFailed
 from migrator.labels import label_of
 from migrator.ledger import Migration
 from migrator.project import Project
-from migrator.trainer.images import ImageSource
+from migrator.trainer.images.source import ImageSource
 from migrator.verify.judged_queries import Asked
 from migrator.verify.query_set import draw as module
 from migrator.verify.query_set.draw import (

@@ -14,10 +14,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from migrator.errors import ConfigError, MigratorError
-from migrator.trainer.data import read_items
+from migrator.trainer.data.items import read_items
+from migrator.trainer.data.tables import Header, read_table
 from migrator.trainer.errors import TableProblem, TrainerError, TrainingProblem
-from migrator.trainer.images import ImageSource
-from migrator.trainer.tables import Header, read_table
+from migrator.trainer.images.source import ImageSource
 from migrator.verify.query_set.draw import _read_queries
 
 

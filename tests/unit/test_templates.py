@@ -19,8 +19,8 @@ from qdrant_client import QdrantClient, models
 
 from migrator.labels import label_of
 from migrator.trainer.errors import ImageProblem
-from migrator.trainer.images import ImageSource
-from migrator.trainer.templates import NotText, fields_of, lookup, parse, text_of
+from migrator.trainer.images.source import ImageSource
+from migrator.trainer.images.templates import NotText, fields_of, lookup, parse, text_of
 
 LANGCHAIN = {"page_content": "red boots", "metadata": {"source": "shoes/1.jpg", "kind": {"name": "boots"}, "page": 3}}
 

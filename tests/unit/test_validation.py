@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.metrics import average_precision_score
 
-from migrator.trainer.validation import mean_average_precision, measure, score
+from migrator.trainer.training.validation import mean_average_precision, measure, score
 
 
 def test_map_by_hand() -> None:

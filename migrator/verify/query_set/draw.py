@@ -25,14 +25,14 @@ from migrator.errors import ConfigError, PreconditionFailed
 from migrator.labels import Tags, tags_of
 from migrator.ledger import Migration, now
 from migrator.project import Project
+from migrator.trainer.data.tables import Header, Table, read_table
 from migrator.trainer.errors import ImageProblem, TableProblem
-from migrator.trainer.tables import Header, Table, read_table
-from migrator.trainer.templates import NotText, field_advice, fields_of, is_list, parse
+from migrator.trainer.images.templates import NotText, field_advice, fields_of, is_list, parse
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from migrator.trainer.images import ImageSource
+    from migrator.trainer.images.source import ImageSource
 
 log = logging.getLogger(__name__)
 

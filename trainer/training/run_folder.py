@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from migrator.trainer.errors import TrainingProblem
-from migrator.trainer.files import write_whole
+from migrator.trainer.files import write_json, write_whole
 
 _CHECKPOINT = re.compile(r"checkpoint-(\d{5})(?:-(\d{7}))?\.pt")
 LOCK_WAIT = 2.0
@@ -140,8 +140,3 @@ def write_metrics(out: Path, history: Sequence[dict[str, float]]) -> None:
     writer.writeheader()
     writer.writerows(history)
     write_whole(out / "metrics.csv", table.getvalue().encode())
-
-
-def write_json(path: Path, document: dict[str, Any]) -> None:
-    """A JSON document, durably."""
-    write_whole(path, json.dumps(document, indent=1).encode())

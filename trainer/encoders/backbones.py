@@ -164,7 +164,7 @@ def _highest(name: str, others: Collection[str]) -> str:
 
 Factory = Callable[[], Any]
 Transform = Callable[[Any], Any]
-"""A picture -> a tensor; see `migrator.trainer.transforms`."""
+"""A picture -> a tensor; see `migrator.trainer.images.transforms`."""
 
 _transforms: dict[Factory, Transform] = {}
 """What factories brought. Each image that is prepared asks for it."""

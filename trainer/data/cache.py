@@ -29,15 +29,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from migrator.trainer.data import Excluded
+from migrator.trainer.data.items import Excluded
 from migrator.trainer.errors import ImageProblem, TrainingProblem
-from migrator.trainer.files import sync_folder
-from migrator.trainer.preprocessing import fingerprint_image
-from migrator.trainer.run_folder import write_json
+from migrator.trainer.files import sync_folder, write_json
+from migrator.trainer.images.preprocessing import fingerprint_image
 
 if TYPE_CHECKING:
-    from migrator.trainer.images import ImageSource
-    from migrator.trainer.preprocessing import Preprocessing
+    from migrator.trainer.images.preprocessing import Preprocessing
+    from migrator.trainer.images.source import ImageSource
 
 SHARD_BYTES = 2**28
 MAX_SHARDS = 256

@@ -20,8 +20,8 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import nn
 
-from migrator.trainer.backbones import MODULE, PROGRAMS, Program, display_name, one_line
-from migrator.trainer.encoder import (
+from migrator.trainer.encoders.backbones import MODULE, PROGRAMS, Program, display_name, one_line
+from migrator.trainer.encoders.encoder import (
     FINGERPRINT_AGREEMENT,
     Encoder,
     EncoderSpec,
@@ -32,7 +32,7 @@ from migrator.trainer.encoder import (
 )
 from migrator.trainer.errors import EncoderMismatch, EncoderProblem
 from migrator.trainer.files import sync_folder
-from migrator.trainer.preprocessing import fingerprint_image
+from migrator.trainer.images.preprocessing import fingerprint_image
 
 if TYPE_CHECKING:
     from PIL import Image

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import IO, Any
 
 from migrator.trainer.errors import TableProblem
-from migrator.trainer.image_roots import one_line
-from migrator.trainer.templates import NotText, text_of
+from migrator.trainer.images.roots import one_line
+from migrator.trainer.images.templates import NotText, text_of
 
 MAX_CELL = 1 << 24
 """Characters of a CSV cell."""

@@ -1,4 +1,4 @@
-"""`bct`: backward-compatible training through the old classifier (BCT, https://arxiv.org/abs/2003.11942)."""
+"""The influence loss: what classified the old embeddings classifies the new ones."""
 
 from __future__ import annotations
 
@@ -7,8 +7,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from migrator.trainer.losses import LossSettings
-from migrator.trainer.losses.arcface import ArcFace
 from migrator.trainer.old_space import OldSpace
 
 
@@ -42,32 +40,3 @@ class Influence(nn.Module):
         known = self.known[labels]
         losses = F.cross_entropy(logits, labels, reduction="none")
         return torch.where(known, losses, 0).sum() / known.sum().clamp(min=1)
-
-
-class BCT(nn.Module):
-    """ArcFace + influence."""
-
-    def __init__(self, classification: ArcFace, influence: Influence, *, influence_weight: float) -> None:
-        super().__init__()
-        self.classification = classification
-        self.influence = influence
-        self.influence_weight = influence_weight
-
-    def forward(
-        self, features: Tensor, labels: Tensor, old: Tensor, *, progress: float, remaining: float
-    ) -> dict[str, Tensor]:
-        """Both terms, weighted; the old vectors count through their classes only."""
-        return {
-            "classification": self.classification(features, labels),
-            "influence": self.influence_weight * self.influence(features, labels),
-        }
-
-
-def build(settings: LossSettings, *, dim: int, classes: int, old: OldSpace | None) -> BCT:
-    """The method as `settings` have it."""
-    assert old is not None  # build_objective asks for it
-    return BCT(
-        ArcFace(dim, classes, scale=settings.arcface_scale, margin=settings.arcface_margin),
-        Influence(old, scale=settings.arcface_scale),
-        influence_weight=settings.influence_weight,
-    )

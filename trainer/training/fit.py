@@ -25,11 +25,11 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from migrator.trainer import run_folder, validation
-from migrator.trainer.augment import augmented, draw_views
-from migrator.trainer.cache import open_pixels, pixel_key
-from migrator.trainer.data import Excluded, TrainingItems, batches_ahead, epoch_rows
-from migrator.trainer.encoder import (
+from migrator.trainer.data.augment import augmented, draw_views
+from migrator.trainer.data.batches import batches_ahead, epoch_rows
+from migrator.trainer.data.cache import open_pixels, pixel_key
+from migrator.trainer.data.items import Excluded, TrainingItems
+from migrator.trainer.encoders.encoder import (
     EmbeddingNet,
     Encoder,
     EncoderSpec,
@@ -41,15 +41,16 @@ from migrator.trainer.encoder import (
     save_mapped_encoder,
 )
 from migrator.trainer.errors import TrainingFailed, TrainingInterrupted, TrainingProblem
-from migrator.trainer.files import write_whole
-from migrator.trainer.images import ImageSource
-from migrator.trainer.inputs import Inputs, load_inputs
-from migrator.trainer.losses import METHODS, build_objective, old_is_missing
+from migrator.trainer.files import write_json, write_whole
+from migrator.trainer.images.source import ImageSource
+from migrator.trainer.images.transforms import open_transform
 from migrator.trainer.maps import POST_HOC, Map, fit_map
+from migrator.trainer.methods.registry import METHODS, build_objective, old_is_missing
 from migrator.trainer.old_space import StoredVectors, measure_old_space
-from migrator.trainer.processes import accelerator, gathered, share_batch_statistics
-from migrator.trainer.settings import FitSettings
-from migrator.trainer.transforms import open_transform
+from migrator.trainer.training import run_folder, validation
+from migrator.trainer.training.distributed import accelerator, gathered, share_batch_statistics
+from migrator.trainer.training.inputs import Inputs, load_inputs
+from migrator.trainer.training.settings import FitSettings
 
 __all__ = ["FitResult", "FitSettings", "Progress", "fit", "follow"]
 
@@ -602,7 +603,7 @@ def _baseline(run: Run, out: Path) -> dict[str, float]:
         queries = _mapped(rotation, _embed(run, inputs.queries, backbone))
         found = validation.mean_average_precision(queries, inputs.old[inputs.gallery], *_labels(inputs))
         measured["procrustes"] = found
-    run_folder.write_json(noted, {"format": 1, "validation": measured})
+    write_json(noted, {"format": 1, "validation": measured})
     return measured
 
 
@@ -681,7 +682,7 @@ def _write_result(
         "excluded": [asdict(entry) for entry in excluded],
         "best_epoch": best,
     }
-    run_folder.write_json(out / "result.json", document)
+    write_json(out / "result.json", document)
     # A cache of one's own is needed no more; one that was named is for others too.
     shutil.rmtree(out / "images", ignore_errors=True)
     result = _read_result(out)

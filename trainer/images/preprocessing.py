@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from migrator.trainer.conversion import Convert, Exif, to_rgb
 from migrator.trainer.errors import EncoderProblem, ImageProblem
-from migrator.trainer.image_roots import one_line, sanitized
-from migrator.trainer.resizing import WITHOUT_ANTIALIAS, Interpolation, Span, resized, scaled_size
+from migrator.trainer.images.conversion import Convert, Exif, to_rgb
+from migrator.trainer.images.resizing import WITHOUT_ANTIALIAS, Interpolation, Span, resized, scaled_size
+from migrator.trainer.images.roots import one_line, sanitized
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -39,7 +39,7 @@ class Preprocessing:
     `cv2.resize`, and of torch tensors. Mean and standard deviation default to ImageNet's.
 
     `transform` names a factory (`package.module:factory`) of a callable from the converted picture to a float tensor
-    (3, height, width), which does all the rest; see `migrator.trainer.transforms`.
+    (3, height, width), which does all the rest; see `migrator.trainer.images.transforms`.
 
     Raises EncoderProblem for values outside their range, and for ones that exclude each other.
     """
@@ -52,7 +52,7 @@ class Preprocessing:
     std: tuple[float, ...] = (0.229, 0.224, 0.225)
     crop_pct: float = 1.0
     exif: Exif = "apply"
-    """`exif`, `alpha` and `convert` are those of `migrator.trainer.conversion.to_rgb`."""
+    """`exif`, `alpha` and `convert` are those of `migrator.trainer.images.conversion.to_rgb`."""
     alpha: str = "white"
     convert: Convert = "scaled"
     fill: str = "black"
@@ -137,7 +137,7 @@ class Preprocessing:
         """
         picture = self.to_rgb(image)
         if self.transform is not None:
-            from migrator.trainer.transforms import transformed
+            from migrator.trainer.images.transforms import transformed
 
             try:
                 return transformed(self.transform, picture, self.size)
@@ -223,7 +223,7 @@ def timm_preprocessing(arch: str, **given: Any) -> Preprocessing:
 
     Raises EncoderProblem where timm knows no such architecture or has it prepared in a way that is not supported.
     """
-    from migrator.trainer.backbones import timm_settings
+    from migrator.trainer.encoders.backbones import timm_settings
     from migrator.trainer.torchvision_cpu import import_timm
 
     settings = timm_settings(arch)

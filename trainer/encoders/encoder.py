@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import nn
 
-from migrator.trainer.backbones import (
+from migrator.trainer.encoders.backbones import (
     MODULE,
     PROGRAMS,
     Program,
@@ -33,14 +33,14 @@ from migrator.trainer.backbones import (
     timm_backbone,
     timm_layout,
 )
-from migrator.trainer.checkpoints import Network, advice, find_weights, is_needed, kind, places, state_dicts
+from migrator.trainer.encoders.checkpoints import Network, advice, find_weights, is_needed, kind, places, state_dicts
+from migrator.trainer.encoders.weights_file import read_weights
 from migrator.trainer.errors import EncoderMismatch, EncoderProblem
 from migrator.trainer.files import write_whole
+from migrator.trainer.images.preprocessing import Preprocessing as Preprocessing
+from migrator.trainer.images.preprocessing import fingerprint_image
+from migrator.trainer.images.transforms import open_transform
 from migrator.trainer.maps import POST_HOC, Map
-from migrator.trainer.preprocessing import Preprocessing as Preprocessing
-from migrator.trainer.preprocessing import fingerprint_image
-from migrator.trainer.transforms import open_transform
-from migrator.trainer.weights_file import read_weights
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -62,12 +62,12 @@ _MIN_NORM = 1e-12
 class EncoderSpec:
     """An encoder as a user declares it.
 
-    `weights` is a file with a state dict in it (`migrator.trainer.checkpoints`), or where `arch` is a file, the .pt2 or
-    .onnx.
+    `weights` is a file with a state dict in it (`encoders.checkpoints`), or where `arch` is a file, the
+    .pt2 or .onnx.
     """
 
     arch: str
-    """A timm name, `module:package.module:factory`, `file:pt2` or `file:onnx`; see `migrator.trainer.backbones`."""
+    """A timm name, `module:package.module:factory`, `file:pt2` or `file:onnx`: see `encoders.backbones`."""
     dim: int
     preprocessing: Preprocessing
     weights: Path | None = None
@@ -79,7 +79,7 @@ class EncoderSpec:
     """Of a plain timm state dict: its classifier's output, or its pooled features. By default the classifier's where it
     has `dim` outputs."""
     checkpoint_key: str | None = None
-    """Which of several state dicts in the file of `weights`, as `migrator.trainer.checkpoints.Found.place` names it."""
+    """Which of several state dicts in the file of `weights`, as `encoders.checkpoints.Found.place` names it."""
 
 
 @dataclass(frozen=True)

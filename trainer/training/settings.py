@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from migrator.trainer.errors import TrainingProblem
-from migrator.trainer.losses import METHODS, LossSettings
 from migrator.trainer.maps import POST_HOC
+from migrator.trainer.methods.registry import METHODS, LossSettings
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,13 +21,14 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from migrator.trainer.cache import ImageCache, Pixels, open_pixels, pixel_key
-from migrator.trainer.data import Excluded, TrainingItems, batches_ahead, held_out_split
-from migrator.trainer.encoder import Encoder, Preprocessing
+from migrator.trainer.data.batches import batches_ahead, held_out_split
+from migrator.trainer.data.cache import ImageCache, Pixels, open_pixels, pixel_key
+from migrator.trainer.data.items import Excluded, TrainingItems
+from migrator.trainer.encoders.encoder import Encoder, Preprocessing
 from migrator.trainer.errors import EncoderProblem, TrainingProblem
-from migrator.trainer.images import ImageSource
+from migrator.trainer.files import write_json
+from migrator.trainer.images.source import ImageSource
 from migrator.trainer.old_space import StoredVectors
-from migrator.trainer.run_folder import write_json
 
 QUERY_LIMIT, GALLERY_LIMIT = 2_000, 20_000
 """Most held-out queries and gallery images that validation compares."""
@@ -353,7 +354,7 @@ def _pseudo_labels(
 ) -> tuple[NDArray[np.int64], list[str]]:
     """Labels (n,) by clustering the old vectors, and names for them. Noted, so that a resumed run has the same."""
     if noted.pseudo_classes is None:
-        from migrator.trainer.pseudo import default_k, pseudo_classes
+        from migrator.trainer.data.pseudo import default_k, pseudo_classes
 
         if old is None:
             raise TrainingProblem(

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from migrator.trainer.checkpoints import state_dicts
+from migrator.trainer.encoders.checkpoints import state_dicts
 from migrator.trainer.errors import EncoderProblem
 
 _TORCH_MAGIC = b"\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19"

@@ -16,8 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from migrator.trainer.errors import EncoderProblem
-from migrator.trainer.image_roots import one_line
-from migrator.trainer.preprocessing import MAX_IMAGE_SIZE, Preprocessing, fingerprint_image
+from migrator.trainer.images.preprocessing import MAX_IMAGE_SIZE, Preprocessing, fingerprint_image
+from migrator.trainer.images.roots import one_line
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -74,7 +74,7 @@ def transformed(name: str, picture: Image.Image, size: tuple[int, int]) -> NDArr
 
 
 def _transform(name: str, folder: Path | None = None) -> Callable[[Image.Image], Any]:
-    from migrator.trainer.backbones import call_transform_factory
+    from migrator.trainer.encoders.backbones import call_transform_factory
 
     return call_transform_factory(name, folder)
 

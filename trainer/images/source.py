@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from migrator.trainer.errors import ImageProblem, TrainerError
-from migrator.trainer.image_roots import TIMEOUT, one_line, open_root, sanitized
-from migrator.trainer.templates import NotText, parse
+from migrator.trainer.images.roots import TIMEOUT, one_line, open_root, sanitized
+from migrator.trainer.images.templates import NotText, parse
 
 if TYPE_CHECKING:
     from PIL import Image, ImageFile
@@ -95,7 +95,7 @@ class ImageSource:
         """The picture in an image file's bytes, as it lies there: its own mode, not turned. `path` is its name.
 
         Of an animation it is the first frame. What becomes of mode, transparency and orientation is a matter of the
-        encoder: see `Preprocessing.prepare`, or `migrator.trainer.conversion.to_rgb` to show a picture.
+        encoder: see `Preprocessing.prepare`, or `migrator.trainer.images.conversion.to_rgb` to show a picture.
 
         Raises ImageProblem where it is no picture that can be used.
         """

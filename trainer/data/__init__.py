@@ -1,0 +1,1 @@
+"""What is trained on: lists of images, their prepared pixels, classes, batches and their augmentation."""

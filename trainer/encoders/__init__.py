@@ -1,0 +1,1 @@
+"""Encoders: networks from wherever they come, their weights, manifests and exports."""

@@ -1,0 +1,33 @@
+"""Alignment of the new class centres with the old ones."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from migrator.trainer.old_space import OldSpace
+
+
+class CentreAlignment(nn.Module):
+    """Mean of 1 - cos(w_c, c_c) over the classes of the batch that have an old centre c; w are the new class centres.
+
+    The new centres are the weights of the classifier. Source: LCE, the alignment loss, checked against the authors'
+    code, which has the squared distance of the unit vectors, that is 2 - 2 cos, over all classes. Here only those of
+    the batch count, so that the loss does not fade as classes become many.
+    """
+
+    centres: Tensor
+    known: Tensor
+
+    def __init__(self, old: OldSpace) -> None:
+        super().__init__()
+        self.register_buffer("centres", torch.from_numpy(old.centres))  # (C, D)
+        self.register_buffer("known", torch.from_numpy(old.known))  # (C,)
+
+    def forward(self, weight: Tensor, labels: Tensor) -> Tensor:
+        """Loss of new centres (C, D) for labels (B,); 0 where no class is known."""
+        classes = labels.unique()
+        known = self.known[classes]
+        apart = 1 - F.cosine_similarity(weight[classes], self.centres[classes].to(weight.dtype))
+        return torch.where(known, apart, 0).sum() / known.sum().clamp(min=1)

@@ -1,0 +1,1 @@
+"""Training methods: each adds losses up (`migrator.trainer.methods.registry`)."""

@@ -1,0 +1,1 @@
+"""Training an encoder: settings, inputs, the loop, its run folder, validation, several processes."""
