@@ -54,7 +54,7 @@ class Application:
         try:
             with self.kind.searching() as search:
                 number = 0
-                while not self._stop.is_set():
+                while not self._stop.wait(0.002):  # a pause: without one this thread takes a core
                     number = (number + 7) % 120
                     choice = route.choose(str(number))
                     item, score = search(choice.collection, self.vectors[choice.encoder][number])

@@ -20,19 +20,24 @@ Call = Callable[..., int]
 BAD = 33  # in the fourth of twelve chunks
 
 
-@pytest.fixture(params=KINDS, ids=lambda kind: kind.name)
-def kind(request: pytest.FixtureRequest, world: World) -> Kind:
-    kind: Kind = request.param(world)
+STRATEGIES = ("in_place", "shadow")
+
+
+def pairs(*strategies: Sequence[str]) -> pytest.MarkDecorator:
+    """Runs a test with these strategies, in the order of the kinds of store."""
+    found = [(strategy, kind) for kind, some in zip(KINDS, strategies, strict=True) for strategy in some]
+    return pytest.mark.parametrize("opened", found, ids=[f"{it}-{kind.name}" for it, kind in found], indirect=True)
+
+
+@pytest.fixture
+def opened(request: pytest.FixtureRequest, world: World, migrator: Call) -> Kind:
+    """The backfill may begin, with the strategy and in the kind of store named."""
+    strategy, make = request.param
+    kind: Kind = make(world)
     kind.use()
-    return kind
-
-
-@pytest.fixture(params=["in_place", "shadow"])
-def opened(request: pytest.FixtureRequest, kind: Kind, world: World, migrator: Call) -> Kind:
-    """The backfill may begin, with the strategy named."""
-    world.configure(rollout__strategy=request.param)
+    world.configure(rollout__strategy=strategy)
     to_prepared(migrator)
-    if request.param == "in_place":
+    if strategy == "in_place":
         canary(migrator)
     assert migrator("rollout", "--stage", "backfill") == 0
     return kind
@@ -64,6 +69,8 @@ def to_the_end(kind: Kind, world: World, migrator: Call, failures: Callable[[], 
     assert expected(kind, "new", shadow_of(world))
 
 
+# What is wrong here and with the chunk below is no matter of the store: one strategy each, and both between them.
+@pairs(["in_place"], ["shadow"], ["in_place"], ["shadow"])
 def test_an_image_that_never_decodes(opened: Kind, world: World, migrator: Call, failures: Callable[[], Any]) -> None:
     image = world.images / f"{BAD:05d}.png"
     good = image.read_bytes()
@@ -81,6 +88,7 @@ def test_an_image_that_never_decodes(opened: Kind, world: World, migrator: Call,
     to_the_end(opened, world, migrator, failures)
 
 
+@pairs(*[STRATEGIES] * len(KINDS))
 def test_an_item_that_the_store_refuses(
     opened: Kind, world: World, migrator: Call, failures: Callable[[], Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -120,6 +128,7 @@ def refusing_chunks(kind: Kind, monkeypatch: pytest.MonkeyPatch) -> Iterator[Non
         yield
 
 
+@pairs(["shadow"], ["in_place"], ["shadow"], ["in_place"])
 def test_a_chunk_that_fails_five_times(
     opened: Kind,
     world: World,
