@@ -72,7 +72,8 @@ def measurement(number: int, share: float) -> dict[str, Any]:
     return {
         "run": number, "items_done": round(120 * share), "items_total": 120, "share": share, "metric": "map@100",
         "value": 0.647 + gain, "interval": {"mean": gain, "low": gain - 0.02, "high": gain + 0.02},
-        "forecast": 0.64 + gain, "outcome": "ok", "read_back": {"checked": 24, "wrong": 0, "worst_cosine": 0.99999},
+        "forecast": 0.64 + gain, "outcome": "ok",
+        "read_back": {"checked": 24, "mismatched": 0, "worst_cosine": 0.99999},
     }  # fmt: skip
 
 
@@ -81,16 +82,16 @@ def results(world: World) -> dict[str, Any]:
     paths = sorted(path.name for path in world.images.iterdir())
     return {
         "outcome": "pass", "reasons": ["map@100 gains 0.276"], "interval": {"mean": 0.276, "low": 0.251, "high": 0.301},
-        "served": "cross", "evidence": "answers of the query's class count as right", "kind": "labels",
-        "metric": "map@100", "confidence": 0.975, "look": 2, "minimum_detectable": 0.012,
+        "served": "cross", "evidence": "results of the query's class count as relevant", "kind": "labels",
+        "metric": "map@100", "confidence": 0.975, "interim_analysis": 2, "minimum_detectable": 0.012,
         "tests": {test: _metrics(value) for test, value in _QUALITY.items()},
         "intervals": {test: _around(_metrics(value)) for test, value in _QUALITY.items()},
         "differences": {
-            test: _around({name: at - _metrics(_QUALITY["old"])[name] for name, at in _metrics(value).items()})
+            test: _around({name: at - _metrics(_QUALITY["baseline"])[name] for name, at in _metrics(value).items()})
             for test, value in _QUALITY.items()
-            if test != "old"
+            if test != "baseline"
         },
-        "accepted": False, "ways_on": [],
+        "accepted": False, "next_steps": [],
         "findings": [
             *(_finding(test, gain) for test, gain in (("cross", 0.276), ("lowest", 0.27), ("self", 0.33))),
             {"metric": "negative_flips", "bound": "value <= 0.05", "segment": "shoes", "outcome": "inconclusive",
@@ -120,11 +121,11 @@ def results(world: World) -> dict[str, Any]:
         },
         "shift": "right pairs are 0.12 more similar than today: move fixed cut-offs with them",
         "examples": [_example(paths, n) for n in range(3)],
-        "questions": {"sha256": "ab" * 32, "drawn_at": "2026-11-25T12:00:00+00:00", "kind": "labels", "queries": 300,
-                      "gallery": 120, "passed_over": {"queries_without_answer": 4}},
+        "query_set": {"sha256": "ab" * 32, "drawn_at": "2026-11-25T12:00:00+00:00", "kind": "labels", "queries": 300,
+                      "gallery": 120, "skipped": {"queries_without_answer": 4}},
         "queries": 300, "queries_without_relevant_items": 2, "queries_without_old_vector": 0, "gallery": 120,
         "gallery_gone": 3, "unreadable": {"broken.png": "image 'broken.png' cannot be decoded"},
-        "live": {"tests": {"old": {"map@100": 0.61}}, "index_recall": {"k": 10, "old": 0.98}, "items": 120},
+        "live": {"tests": {"baseline": {"map@100": 0.61}}, "index_recall": {"k": 10, "baseline": 0.98}, "items": 120},
     }  # fmt: skip
 
 
@@ -143,7 +144,7 @@ def before_tests(document: dict[str, Any]) -> dict[str, Any]:
     """A verification as versions kept it whose gate looked at the served test alone."""
     known = ("metric", "bound", "segment", "outcome", "interval", "queries", "minimum_detectable", "reason")
     findings = [{key: finding[key] for key in known} for finding in document["findings"][:1]]
-    return {**{key: at for key, at in document.items() if key not in ("accepted", "ways_on")}, "findings": findings}
+    return {**{key: at for key, at in document.items() if key not in ("accepted", "next_steps")}, "findings": findings}
 
 
 STRANGE = (
@@ -179,7 +180,7 @@ def hostile(document: Any, _at: list[int] | None = None) -> Any:
 
 
 _OURS = ("outcome", "served", "metric", "order", "tests", "intervals", "differences", "curve", "histograms")
-_QUALITY = {"old": 0.647, "cross": 0.923, "self": 0.977, "reverse": 0.71}
+_QUALITY = {"baseline": 0.647, "cross": 0.923, "self": 0.977, "reverse": 0.71}
 
 
 def _finding(test: str, gain: float, **changes: Any) -> dict[str, Any]:
@@ -208,7 +209,7 @@ def _example(paths: list[str], number: int) -> dict[str, Any]:
     def answers(right: int) -> list[dict[str, Any]]:
         return [
             {"id": n if n % 2 else str(n), "path": paths[(7 * number + n) % len(paths)], "label": f"kind {n % 3}",
-             "right": n < right}
+             "relevant": n < right}
             for n in range(5)
         ]  # fmt: skip
 

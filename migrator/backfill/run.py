@@ -23,7 +23,7 @@ from migrator.ledger import BACKFILL_STAGES, Chunk, LeaseLost, Ledger, Migration
 from migrator.plan.run import check_fresh
 from migrator.project import Project
 from migrator.trainer.errors import ImagesUnavailable
-from migrator.verify.health_check import catch_up_check, is_check_due, look
+from migrator.verify.health_check import catch_up_check, check_health, is_check_due
 
 if TYPE_CHECKING:
     from migrator.trainer.encoders.encoder import Encoder
@@ -47,7 +47,7 @@ class Summary:
     encoding_seconds: float
     """Time inside the encoder; the rest is what the pipeline could not hide behind it."""
     message: str = ""
-    looked: str = ""
+    health_check: str = ""
     """What was seen in the collection afterwards."""
 
 
@@ -82,11 +82,11 @@ def backfill(
             summary = run.run()
     except StoreBusy as busy:
         return Summary("busy", 0, 0, 0, 0, 0.0, 0.0, f"another run is going on: {busy}")
-    return _look(project, migration, run, summary)
+    return _check_health(project, migration, run, summary)
 
 
-def _look(project: Project, migration: Migration, run: _Run, summary: Summary) -> Summary:
-    """Looks at the collection after a run that wrote something; what it finds may pause the migration.
+def _check_health(project: Project, migration: Migration, run: _Run, summary: Summary) -> Summary:
+    """The health check after a run that wrote something; it may pause the migration.
 
     Also where an earlier run wrote and was killed before its health check.
     """
@@ -94,15 +94,15 @@ def _look(project: Project, migration: Migration, run: _Run, summary: Summary) -
         return summary
     try:
         if summary.items:
-            looked = look(project, migration, run.encoder, run.written.items, run=run.run_id)
+            checked = check_health(project, migration, run.encoder, run.written.items, run=run.run_id)
         else:
-            looked = catch_up_check(project, migration, run.encoder)
+            checked = catch_up_check(project, migration, run.encoder)
     except (StoreBusy, StoreUnavailable, ImagesUnavailable, TemporarilyUnavailable) as error:
         # The run is done and in the ledger; another process may just have opened a store that is for one at a time.
-        return replace(summary, looked=f"not this time: {error}")
-    if looked.pause is None:
-        return replace(summary, looked=looked.says)
-    return replace(summary, ended="paused", looked=looked.says, message=f"paused: {looked.pause}")
+        return replace(summary, health_check=f"not this time: {error}")
+    if checked.pause is None:
+        return replace(summary, health_check=checked.summary)
+    return replace(summary, ended="paused", health_check=checked.summary, message=f"paused: {checked.pause}")
 
 
 class _Sample:

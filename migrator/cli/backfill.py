@@ -56,8 +56,8 @@ def command(
                 f"{summary.ended}: {summary.items} items in {summary.chunks} chunks, {summary.failed} failed, "
                 f"{summary.gone} gone, {duration(summary.seconds)}"
             )
-        if summary.looked:
-            say(f"looked at the collection: {summary.looked}")
+        if summary.health_check:
+            say(f"health check: {summary.health_check}")
         if summary.message:
             say(summary.message)
         if following:

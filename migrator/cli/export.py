@@ -58,7 +58,7 @@ def command(
     import yaml
 
     say(
-        f"{loaded.id} exported to {output}: the same vectors for {exported.pictures} pictures (least cosine "
+        f"{loaded.id} exported to {output}: the same vectors for {exported.pictures} pictures (minimum cosine "
         f"{exported.cosine:.6f}, greatest difference {exported.difference:.1e})"
     )
     flow = yaml.safe_dump(declared, default_flow_style=True, sort_keys=False, width=10_000).strip()

@@ -37,7 +37,7 @@ def command(name: str | None, config_path: Path, as_json: bool) -> None:
             planned = make_plan(project, advance)
         except Disagreement as refused:
             if as_json:
-                print_json({"plan": None, "old_encoder_check": refused.as_json()})
+                print_json({"plan": None, "old_encoder_check": refused.to_json()})
             raise
     if as_json:
         print_json({"plan": planned.fingerprint, **planned.content})

@@ -26,7 +26,7 @@ def command(name: str | None, config_path: Path, as_json: bool) -> None:
     with open_project(config_path, name) as project:
         status = status_of(project)
     if as_json:
-        click.echo(json.dumps(status.as_json(), indent=2))
+        click.echo(json.dumps(status.to_json(), indent=2))
         return
     done = f"{status.items_done} of {status.items_total}"
     if status.items_total:
@@ -55,7 +55,10 @@ def command(name: str | None, config_path: Path, as_json: bool) -> None:
             ("search", _search(status.search)),
             ("mixed space", "yes: only new-encoder queries are right" if status.mixed_space else "no"),
             ("old vectors", "kept: `migrator rollback` is possible" if status.old_kept else None),
-            ("next", status.next_command or ("one of the ways on" if status.ways_on else "nothing is left to do")),
+            (
+                "next",
+                status.next_command or ("one of the next steps" if status.next_steps else "nothing is left to do"),
+            ),
         ]
     )
 
@@ -70,14 +73,14 @@ def _verification(status: Status) -> list[tuple[str, str | None]]:
         if status.verification != "accepted"
         else [click.style(f"accepted: {status.losses[0]}", fg="yellow"), *status.losses[1:]]
     )
-    ways = [("ways on" if number == 0 else "", way) for number, way in enumerate(status.ways_on)]
-    return [("verification", first), *(("", line) for line in (*others, *invalid)), *ways]
+    steps = [("next steps" if number == 0 else "", step) for number, step in enumerate(status.next_steps)]
+    return [("verification", first), *(("", line) for line in (*others, *invalid)), *steps]
 
 
-def _search(look: dict[str, Any] | None) -> str | None:
-    """What the last look at the collection gave, in a line."""
-    if look is None:
+def _search(check: dict[str, Any] | None) -> str | None:
+    """The last health check, in a line."""
+    if check is None:
         return None
-    forecast = "" if look["forecast"] is None else f", forecast {look['forecast']:.4f}"
-    outcome = look["outcome"] if look["note"] is None else f"{look['outcome']}: {look['note']}"
-    return f"{look['metric']} {look['value']:.4f}{forecast} at {look['share']:.0%} ({outcome}, {look['at']})"
+    forecast = "" if check["forecast"] is None else f", forecast {check['forecast']:.4f}"
+    outcome = check["outcome"] if check["note"] is None else f"{check['outcome']}: {check['note']}"
+    return f"{check['metric']} {check['value']:.4f}{forecast} at {check['share']:.0%} ({outcome}, {check['at']})"

@@ -11,27 +11,31 @@ from migrator.cli.common import json_option, migration_options, open_project, pr
 from migrator.evaluation.verdicts import finding_state, state_of, summary
 
 MEANING = {
-    "old": "old query, old gallery: today's search",
+    "baseline": "old query, old gallery: today's search",
     "cross": "new query, old gallery: the canary",
     "self": "new query, new gallery: after the backfill",
     "reverse": "old query, new gallery: must not happen",
     "mixed": "new query, gallery as it is",
 }
-SHOWN = ("map@100", "recall@1", "recall@10", "ndcg@10", "mrr@100")
+COLUMNS = ("map@100", "recall@1", "recall@10", "ndcg@10", "mrr@100")
 """What the table has room for; --json and the report have the rest."""
 GROUPS = 3
 
 
 @click.command("verify")
 @migration_options
-@click.option("--mixed", is_flag=True, help="Ask the collection as it is now, with the new encoder; no verdict.")
+@click.option("--mixed", is_flag=True, help="Evaluate the new encoder on the collection as it is now; no verdict.")
 @click.option("--run", help="The training run to verify, which becomes the candidate of plan and rollout.")
 @click.option(
     "--live",
     is_flag=True,
     help="Also search through the store's own index, and measure its recall; after the cutover, no verdict.",
 )
-@click.option("--new-questions", is_flag=True, help="Draw questions anew, which counts as a further look at the data.")
+@click.option(
+    "--resample-queries",
+    is_flag=True,
+    help="Draw query_set anew, which counts as a further interim analysis at the data.",
+)
 @json_option
 def command(
     name: str | None,
@@ -39,18 +43,18 @@ def command(
     mixed: bool,
     run: str | None,
     live: bool,
-    new_questions: bool,
+    resample_queries: bool,
     as_json: bool,
 ) -> int:
     """Prove on sampled queries that search gets no worse.
 
-    Exit code 0 if the gate passes, 3 if it fails or the queries cannot decide. The questions are drawn once and then
-    kept, so that a later verification asks the same ones.
+    Exit code 0 if the gate passes, 3 if it fails or the queries cannot decide. The query set is drawn once and then
+    pinned, so that later verifications evaluate the same one.
     """
     from migrator.verify.run import is_served_by_new, measure_mixed, verify
 
-    if mixed and new_questions:
-        raise click.UsageError("--new-questions is for a verification, and --mixed is none")
+    if mixed and resample_queries:
+        raise click.UsageError("--resample-queries is for a verification, and --mixed is none")
     if mixed and run is not None:
         raise click.UsageError("--run chooses a candidate, and --mixed evaluates the collection as it is")
     with open_project(config_path, name) as project, progress("verify") as advance:
@@ -60,38 +64,38 @@ def command(
 
         if run is not None:
             project.choose_run(run)
-        as_is = mixed or (live and not new_questions and is_served_by_new(project))
-        if as_is:
+        evaluate_current = mixed or (live and not resample_queries and is_served_by_new(project))
+        if evaluate_current:
             found = measure_mixed(project, report, live=live)
         else:
-            verified = verify(project, report, new_questions=new_questions, live=live)
-    if as_is:
+            verified = verify(project, report, resample_queries=resample_queries, live=live)
+    if evaluate_current:
         if as_json:
             print_json({"migration": project.name, **found})
         else:
-            _show_as_is(found, project.settings.verify.gate.metric)
+            _print_evaluation(found, project.settings.verify.gate.metric)
         return 0
     if as_json:
         print_json({"migration": project.name, **verified.results})
     else:
-        _show(project.name, verified.results)
+        _print_results(project.name, verified.results)
     return 0 if verified.verdict.outcome == "pass" else 3
 
 
-def _show_as_is(found: dict[str, Any], metric: str) -> None:
+def _print_evaluation(found: dict[str, Any], metric: str) -> None:
     """What the collection gives now; beside it today's search of the verification, for the same queries."""
     test = {"old": "cross", "new": "self"}.get(found["gallery"], "mixed")
-    before = {} if found["today"] is None else {"old": found["today"]}
+    before = {} if found["today"] is None else {"baseline": found["today"]}
     _print_tests({**before, test: found["mixed"]}, metric)
     _print_live(found.get("live"), metric)
 
 
-def _shown(metric: str) -> list[str]:
-    return list(dict.fromkeys([metric, *SHOWN]))[: len(SHOWN)]
+def _columns(metric: str) -> list[str]:
+    return list(dict.fromkeys([metric, *COLUMNS]))[: len(COLUMNS)]
 
 
 def _print_tests(tests: dict[str, dict[str, float]], metric: str) -> None:
-    metrics = _shown(metric)
+    metrics = _columns(metric)
     print_table(
         ("test", *metrics),
         [
@@ -104,7 +108,7 @@ def _print_tests(tests: dict[str, dict[str, float]], metric: str) -> None:
 def _print_live(live: dict[str, Any] | None, metric: str) -> None:
     if live is None:
         return
-    metrics = _shown(metric)
+    metrics = _columns(metric)
     k = live["index_recall"]["k"]
     print_table(
         (f"through the index, {live['items']} items", *metrics, f"index recall@{k}"),
@@ -115,17 +119,17 @@ def _print_live(live: dict[str, Any] | None, metric: str) -> None:
     )
 
 
-def _show(name: str, results: dict[str, Any]) -> None:
+def _print_results(name: str, results: dict[str, Any]) -> None:
     _print_tests(results["tests"], results["metric"])
     _print_live(results["live"], results["metric"])
-    questions = results["questions"]
+    query_set = results["query_set"]
     say(
-        f"{results['queries']} queries against {results['gallery']} items; first answers that turned wrong: "
-        f"{results['flips']['negative']:.1%}, right: {results['flips']['positive']:.1%}"
+        f"{results['queries']} queries against {results['gallery']} items; first results that became irrelevant: "
+        f"{results['flips']['negative']:.1%}, relevant: {results['flips']['positive']:.1%}"
     )
-    say(f"questions {questions['sha256'][:12]} of {questions['drawn_at'][:10]}: {results['evidence']}")
-    for left_out in _left_out(results):
-        say(left_out)
+    say(f"query set {query_set['sha256'][:12]} of {query_set['drawn_at'][:10]}: {results['evidence']}")
+    for line in _excluded(results):
+        say(line)
     for what in ("classes", "segments"):
         groups = results[what]
         losing = [] if groups is None else [group for group in groups["worst"] if group["gain"] < 0][:GROUPS]
@@ -138,7 +142,7 @@ def _show(name: str, results: dict[str, Any]) -> None:
         say(f"{curve['metric']} over the backfill, on average, by its order: {areas}")
         low = curve["lowest"]
         gain = "" if low["gain"] is None else f", {low['gain']['mean']:+.4f} over today"
-        say(f"lowest on the way: {low['value']:.4f} at {low['share']:.0%} of the backfill{gain}")
+        say(f"minimum during the backfill: {low['value']:.4f} at {low['share']:.0%} of the backfill{gain}")
     if results["shift"]:
         say(f"scores: {results['shift']}")
     if results["scores"]:
@@ -148,20 +152,20 @@ def _show(name: str, results: dict[str, Any]) -> None:
         if finding["reason"] not in verdict:
             say(f"{finding_state(finding)}: {finding['reason']}")
     say(verdict, colour="yellow" if state_of(results) == "accepted" else None)
-    if results["ways_on"]:
-        say("ways on:")
-    for way in results["ways_on"]:
-        say(f"  - {way}", hanging="    ")
+    if results["next_steps"]:
+        say("next steps:")
+    for step in results["next_steps"]:
+        say(f"  - {step}", hanging="    ")
     if results["outcome"] == "pass":
         say(f"next: migrator rollout {name} --stage prepare")
 
 
-def _left_out(results: dict[str, Any]) -> list[str]:
+def _excluded(results: dict[str, Any]) -> list[str]:
     found = []
     if number := results["queries_without_relevant_items"]:
-        found.append(f"{number} queries without a relevant item were left out")
+        found.append(f"{number} queries without a relevant item were excluded")
     if number := results["queries_without_old_vector"]:
-        found.append(f"{number} queries were left out: no item of the collection has their image")
+        found.append(f"{number} queries were excluded: no item of the collection has their image")
     if number := results["gallery_gone"]:
         found.append(f"{number} items of the gallery are gone from the collection")
     if unreadable := results["unreadable"]:

@@ -115,7 +115,7 @@ class Tried:
                 named = {key: value for key, value in named.items() if key not in keys} | {"mean and std": name}
         return ", ".join(f"{key}: {_written(value)}" for key, value in named.items()) or "as declared"
 
-    def as_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, Any]:
         """As `migrator plan --json` prints it."""
         return {
             "keys": {key: list(value) if isinstance(value, tuple) else value for key, value in self.keys.items()},
@@ -143,11 +143,11 @@ class Disagreement(PreconditionFailed):
         super().__init__(message)
         self.declared, self.search, self.best = declared, search, best
 
-    def as_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, Any]:
         """As `migrator plan --json` prints it."""
         tried = [] if self.search is None else self.search.tried
-        best = None if self.best is None else self.best.as_json()
-        return {"declared": self.declared.as_json(), "best": best, "tried": [each.as_json() for each in tried[:SHOWN]]}
+        best = None if self.best is None else self.best.to_json()
+        return {"declared": self.declared.to_json(), "best": best, "tried": [each.to_json() for each in tried[:SHOWN]]}
 
 
 AsKept = Callable[[NDArray[np.float32]], NDArray[np.float32]]

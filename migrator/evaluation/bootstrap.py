@@ -1,4 +1,4 @@
-"""How sure a mean over queries is: the bootstrap over clusters of queries, looks at the data, and sample sizes.
+"""The confidence of a mean over queries: bootstrap over clusters of queries, interim analyses, and sample sizes.
 
 Columns of values (q, m) hold one number for each query and each thing measured, such as the difference of a metric
 between two searches; NaN where a query does not count. Paired by construction: the same queries are drawn for all.
@@ -26,13 +26,13 @@ class Interval(NamedTuple):
     low: float
     high: float
 
-    def as_json(self) -> dict[str, float] | None:
+    def to_json(self) -> dict[str, float] | None:
         """For results; None where there is no interval, for JSON has no NaN."""
         return None if math.isnan(self.low) else self._asdict()
 
 
-class Sure(NamedTuple):
-    """How a bootstrap is to be drawn."""
+class BootstrapConfig(NamedTuple):
+    """How a bootstrap is drawn."""
 
     confidence: float
     resamples: int
@@ -86,8 +86,8 @@ class Bootstrap:
         tail = float(ndtr(-math.sqrt(n / (n - 1)) * t))
         resampled = self._resampled[:, column]
         low, high = np.quantile(resampled[~np.isnan(resampled)], [tail, 1 - tail])
-        reach = t * self.error[column]
-        bounds = [min(low, mean - reach), max(high, mean + reach)]
+        margin = t * self.error[column]
+        bounds = [min(low, mean - margin), max(high, mean + margin)]
         # No mean lies outside the data; rounding must not say so where all values are equal to a gate's bound.
         low, high = np.clip(bounds, self._least[column], self._greatest[column])
         return Interval(mean, float(low), float(high))
@@ -193,18 +193,18 @@ def exact_share(share: float, queries: int, confidence: float) -> Interval:
     return Interval(share, low, high)
 
 
-def spent(confidence: float, look: int) -> float:
-    """The two-sided confidence of look number `look` (1, 2, ...) at which all looks together err at most as agreed.
+def interim_confidence(confidence: float, analysis: int) -> float:
+    """The two-sided confidence of interim analysis 1, 2, ... at which all of them together err at most as agreed.
 
     Who verifies again and again until it passes, or measures after each run of a backfill, gets a lucky draw some day:
-    at 95 % one look in twenty errs. So look k spends alpha / (k (k + 1)) of alpha = 1 - confidence; over all k these
-    add up to alpha, and by Bonferroni's inequality no number of looks, decided beforehand or not, errs with a greater
-    probability. The idea of spending: Lan and DeMets, Discrete sequential boundaries for clinical trials, Biometrika
-    70(3), 1983. Raises ValueError for a look below 1.
+    at 95 % one analysis in twenty errs. So analysis k spends alpha / (k (k + 1)) of alpha = 1 - confidence; over all k
+    these add up to alpha, and by Bonferroni's inequality no number of analyses, decided beforehand or not, errs with a
+    greater probability. The idea of spending: Lan and DeMets, Discrete sequential boundaries for clinical trials,
+    Biometrika 70(3), 1983. Raises ValueError for a number below 1.
     """
-    if look < 1:
-        raise ValueError(f"look {look}: looks are counted from 1")
-    return 1 - (1 - confidence) / (look * (look + 1))
+    if analysis < 1:
+        raise ValueError(f"interim analysis {analysis}: they are counted from 1")
+    return 1 - (1 - confidence) / (analysis * (analysis + 1))
 
 
 def minimum_detectable(error: float, confidence: float, power: float = 0.8) -> float:

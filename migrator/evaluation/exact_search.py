@@ -16,14 +16,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 _SCORES = 1 << 24  # of one matrix product, 64 MiB: NumPy compares rows under 8192 numbers three times slower
-_PASSING = 1 << 22  # pairs that are looked at more closely at a time
+_PASSING = 1 << 22  # pairs that are rescored at a time
 _QUERIES = 2048
-_ANSWERS = 1 << 20  # k x queries that are looked for at a time
+_RESULTS = 1 << 20  # k x queries that are searched at a time
 _PAIRS = 1 << 16  # numbers of one side of the pairs that are scored at a time, as many as a core's cache holds
 
 
 class _Nearest(NamedTuple):
-    """Answers of each query, nearest first."""
+    """Results of each query, nearest first."""
 
     rows: NDArray[np.int32]  # (q, k) gallery rows, padded with -1
     scores: NDArray[np.float64]  # (q, k) padded with -inf
@@ -34,9 +34,9 @@ class _Nearest(NamedTuple):
 
 
 class _Candidates(NamedTuple):
-    """Pairs that may be answers, with their score in float32."""
+    """Pairs that may be results, with their score in float32."""
 
-    query: NDArray[np.int16]  # (n,) within the queries that are looked at together
+    query: NDArray[np.int16]  # (n,) within the queries of one block
     row: NDArray[np.int32]  # (n,)
     score: NDArray[np.float32]  # (n,)
 
@@ -51,8 +51,8 @@ def rank(
     """The exact k nearest gallery vectors of each query by inner product: (q, k) gallery indices, nearest first.
 
     queries is (q, d), gallery (g, d), both of unit length where cosine is meant. `exclude` (q,) holds the gallery
-    index of the query itself, or -1: it is never among the answers. Equal scores are ordered by gallery index.
-    Where there are fewer than k answers the row ends in -1. Memory beyond the answers does not grow with q or g. A
+    index of the query itself, or -1: it is never among the results. Equal scores are ordered by gallery index.
+    Where there are fewer than k results the row ends in -1. Memory beyond the results does not grow with q or g. A
     gallery in which nearly everything ties, as of an encoder that gives one vector for all images, takes far longer.
     Queries of several encoders against one gallery are fastest in one call.
 
@@ -143,7 +143,7 @@ def _nearest(
 ) -> _Nearest:
     """The k nearest of the gallery's `rows`, which ascend; without those that have k better ones in `besides`."""
     found = _Nearest.none(len(queries), k)
-    step = max(1, min(_QUERIES, _ANSWERS // k))
+    step = max(1, min(_QUERIES, _RESULTS // k))
     for start in range(0, len(queries), step):
         group = slice(start, start + step)
         own = None if exclude is None else exclude[group]
@@ -198,7 +198,7 @@ def _search(
             kth = np.maximum(kth, np.partition(some, at, axis=1)[:, at])
         np.greater_equal(scores, (kth - slack).astype(np.float32)[:, None], out=over)
         passed = np.flatnonzero(over)  # much faster than nonzero of a matrix
-        # Where nearly all scores tie, nearly all pass: then not all are looked at together, for memory.
+        # Where nearly all scores tie, nearly all pass: then they are rescored in parts, for memory.
         for begin in range(0, len(passed), _PASSING):
             asking, column = np.divmod(passed[begin : begin + _PASSING], len(block))
             row = block_rows[column]

@@ -20,9 +20,9 @@ from migrator.evaluation.bootstrap import (
     Interval,
     bootstrap,
     exact_share,
+    interim_confidence,
     minimum_detectable,
     queries_needed,
-    spent,
 )
 from migrator.evaluation.verdicts import TITLES, Test, accepted_note
 
@@ -34,7 +34,7 @@ Outcome: TypeAlias = Literal["pass", "fail", "inconclusive"]
 Kind: TypeAlias = Literal["min", "max", "min_gain", "min_ratio"]
 
 _EACH = "*"
-_SHOWN = 40  # characters of a segment's name, which may be any text
+_MAX_SHOWN = 40  # characters of a segment's name, which may be any text
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,8 +90,8 @@ class Finding:
     share: float | None = None
     """In `lowest`, the share of the backfill at which the mean is lowest."""
     queries_needed: int | None = None
-    """Of an inconclusive bound: judged queries that decide it at the next look, with 80 % power, if the true value is
-    the mean. None where there is no such number."""
+    """Of an inconclusive bound: judged queries that decide it at the next interim analysis, with 80 % power, if the
+    true value is the mean. None where there is no such number."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,8 +107,8 @@ class Verdict:
     """That count in the first bound."""
     findings: tuple[Finding, ...]
     confidence: float
-    """Of every interval: as `spent` gives it for this look, corrected for the number of default tests."""
-    look: int
+    """Of every interval: as `interim_confidence` gives it, corrected for the number of default tests."""
+    analysis: int
 
     @property
     def accepted(self) -> bool:
@@ -148,10 +148,10 @@ class _Bound:
 
     def outcome(self, interval: Interval) -> Outcome:
         if self.kind == "max":
-            right, wrong = interval.high <= self.limit, interval.low > self.limit
+            holds, violated = interval.high <= self.limit, interval.low > self.limit
         else:
-            right, wrong = interval.low >= self.limit, interval.high < self.limit
-        return "pass" if right else "fail" if wrong else "inconclusive"
+            holds, violated = interval.low >= self.limit, interval.high < self.limit
+        return "pass" if holds else "fail" if violated else "inconclusive"
 
     def side(self, outcome: Outcome) -> str:
         sides = {"pass": "at least", "fail": "below", "inconclusive": "on both sides of"}
@@ -163,15 +163,16 @@ class _Bound:
         return f"{value:.4f}" if self.kind in ("min", "max") else f"{value:+.4f}"
 
 
-def gate(measured: Measured, settings: Gate, *, look: int = 1, seed: int = 0) -> Verdict:
+def gate(measured: Measured, settings: Gate, *, analysis: int = 1, seed: int = 0) -> Verdict:
     """Decides whether the new search may take over: `min_gain` in each default test, and every threshold.
 
-    A bound passes where the whole interval is on its right side, and fails where all of it is on the wrong one. All
+    A bound passes where it holds for the whole interval, and fails where it holds for no part of it. All
     else is inconclusive: an interval on both sides, fewer than `min_queries` queries that count, queries of one class
     only, values that are not finite or known for one search only, tests that were not measured, and segments that no
     query has. One failed bound fails the verdict; else one inconclusive bound makes it inconclusive.
 
-    `look` is the number of the look at such data (`spent`). What it may err is shared equally by the default tests, by
+    `analysis` is the number of the interim analysis (`interim_confidence`). What it may err is shared equally by the
+    default tests, by
     Bonferroni's inequality, and the confidence that results is that of every interval.
 
     The lowest point is chosen by the data, so its interval covers the choice. Its lower end is the lowest of the lower
@@ -194,24 +195,24 @@ def gate(measured: Measured, settings: Gate, *, look: int = 1, seed: int = 0) ->
     rows = [row for block in blocks for values in block for row in values]
 
     def confidence(number: int) -> float:
-        """Of look number `number`, shared by the default tests."""
-        return 1 - (1 - spent(settings.confidence, number)) / len(defaults)
+        """Of interim analysis `number`, shared by the default tests."""
+        return 1 - (1 - interim_confidence(settings.confidence, number)) / len(defaults)
 
     drawn = bootstrap(
         np.stack(rows, axis=1) if rows else np.full((queries, 0), np.nan),
         measured.clusters if settings.cluster == "class" else None,
-        confidence=confidence(look),
+        confidence=confidence(analysis),
         resamples=settings.resamples,
         seed=seed,
     )
     judge = _Judge(
-        least=settings.min_queries,
+        min_queries=settings.min_queries,
         classes=settings.cluster == "class" and measured.clusters is not None,
-        at=f"at {drawn.confidence:.6g} confidence" + (f" (look {look})" if look > 1 else ""),
+        at=f"at {drawn.confidence:.6g} confidence" + (f" (interim analysis {analysis})" if analysis > 1 else ""),
         several=bool(measured.others),
         shares=measured.shares,
         drawn=drawn,
-        next_confidence=confidence(look + 1),
+        next_confidence=confidence(analysis + 1),
     )
     findings = []
     at = 0
@@ -227,7 +228,7 @@ def gate(measured: Measured, settings: Gate, *, look: int = 1, seed: int = 0) ->
         queries=findings[0].queries,
         findings=tuple(findings),
         confidence=drawn.confidence,
-        look=look,
+        analysis=analysis,
     )
 
 
@@ -287,7 +288,7 @@ def _members(segment: str | None, segments: Sequence[str] | None, queries: int) 
 def _where(segment: str | None) -> str:
     if segment is None:
         return ""
-    return f"segment {segment[:_SHOWN]!r}{'…' if len(segment) > _SHOWN else ''}: "
+    return f"segment {segment[:_MAX_SHOWN]!r}{'…' if len(segment) > _MAX_SHOWN else ''}: "
 
 
 def _problem(bound: _Bound, measured: Measured, here: NDArray[np.bool_]) -> str | None:
@@ -319,18 +320,17 @@ def _none(bound: _Bound, reason: str) -> Finding:
 class _Judge:
     """Makes findings of what was drawn."""
 
-    least: int
-    """Queries."""
+    min_queries: int
     classes: bool
     """Whether whole classes were drawn."""
     at: str
-    """The confidence, in words."""
+    """The confidence, as text."""
     several: bool
     """Whether several tests were measured, so that each finding must name its own."""
     shares: Sequence[float]
     drawn: Bootstrap
     next_confidence: float
-    """More queries are another query set, and thereby a further look."""
+    """More queries are another query set, and thereby a further interim analysis."""
 
     def where(self, bound: _Bound, share: float | None = None) -> str:
         at = "" if share is None else f" ({share:.0%})"
@@ -354,9 +354,11 @@ class _Judge:
             if shares:
                 error = _share_error(float(self.drawn.means[worst]), error, queries)
             detectable = minimum_detectable(error, confidence)
-        if queries < self.least:
-            needed = self.least
-            reason = f"{where}{queries} queries have relevant items, the gate needs {self.least}: add labelled queries"
+        if queries < self.min_queries:
+            needed = self.min_queries
+            reason = (
+                f"{where}{queries} queries have relevant items, the gate needs {self.min_queries}: add labelled queries"
+            )
         elif interval is None:
             reason = (
                 f"{where}all {queries} queries are of one class: add queries of other classes, or set "

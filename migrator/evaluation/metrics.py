@@ -27,12 +27,12 @@ _CELLS = 1 << 24
 
 
 class Relevance(NamedTuple):
-    """Which answers are right, and how many right ones there are."""
+    """Which results are relevant, and how many relevant items there are."""
 
     hits: Bools  # (q, k)
     total: NDArray[np.int64]  # (q,)
     grades: Floats | None = None
-    """(q, k) gain of each answer; without it a hit gains 1."""
+    """(q, k) gain of each result; without it a hit gains 1."""
     ideal: Floats | None = None
     """(q, k) gains of the best ranking there could be: the query's grades, largest first, padded with 0."""
 
@@ -43,7 +43,7 @@ def relevance(
     ranking: NDArray[np.integer],
     exclude: NDArray[np.integer] | None = None,
 ) -> Relevance:
-    """Marks the answers of `ranking` (q, k) that have their query's label, and counts the relevant gallery items.
+    """Marks the results of `ranking` (q, k) that have their query's label, and counts the relevant gallery items.
 
     With `exclude` (as in `ranking.rank`) a query's own item does not count as relevant.
     """
@@ -110,13 +110,13 @@ def graded_relevance(relevant: Sequence[Mapping[int, float]], ranking: NDArray[n
     n, k = ranking.shape
     if len(relevant) != n:
         raise ValueError(f"{len(relevant)} queries have relevant items, but the ranking has {n}")
-    # A query and a row as one number, in whose sorted list all answers are looked up at once.
+    # A query and a row as one number, in whose sorted list all results are found at once.
     width = max(row.max(initial=-1), ranking.max(initial=-1)) + 1
     order = np.argsort(query * width + row)
     key = (query * width + row)[order]
-    asked = np.where(ranking >= 0, np.arange(n)[:, None] * width + ranking, -1)
-    place = np.minimum(np.searchsorted(key, asked), max(0, len(key) - 1))
-    hits = key[place] == asked if len(key) else np.zeros((n, k), np.bool_)
+    sought = np.where(ranking >= 0, np.arange(n)[:, None] * width + ranking, -1)
+    place = np.minimum(np.searchsorted(key, sought), max(0, len(key) - 1))
+    hits = key[place] == sought if len(key) else np.zeros((n, k), np.bool_)
     grades = np.where(hits, grade[order][place], 0.0) if len(key) else np.zeros((n, k))
     total = np.bincount(query, minlength=n).astype(np.int64)
     best = np.lexsort((-grade, query))
@@ -155,7 +155,7 @@ def recall_at_k(found: Relevance, k: int) -> Floats:
 
 
 def precision_at_k(found: Relevance, k: int) -> Floats:
-    """The share of relevant items among the first k, where missing answers count as wrong. (q,)
+    """The share of relevant items among the first k, where missing results count as irrelevant. (q,)
 
     NaN where a query has no relevant item.
     """
@@ -163,7 +163,7 @@ def precision_at_k(found: Relevance, k: int) -> Floats:
 
 
 def ndcg_at_k(found: Relevance, k: int) -> Floats:
-    """nDCG@k: the gains of the first k answers, the i-th over log2(i + 1), over those of the best ranking. (q,)
+    """nDCG@k: the gains of the first k results, the i-th over log2(i + 1), over those of the best ranking. (q,)
 
     Järvelin and Kekäläinen, Cumulated gain-based evaluation of IR techniques, ACM TOIS 20(4), 2002, section 2. The
     gain is the grade itself, as in trec_eval and scikit-learn, and 1 for a hit without grades. NaN where a query has no

@@ -1,7 +1,7 @@
-"""How high right and wrong pairs score under each pair of encoders: applications accept answers by a threshold.
+"""How high relevant and irrelevant pairs score under each pair of encoders: applications accept results by a threshold.
 
 A pair is a query and a gallery item, positive where the item is relevant to the query and negative elsewhere. Tests are
-named as in verification: `old` M(old, old), `cross` M(new, old), `self` M(new, new), `reverse` M(old, new).
+named as in verification: `baseline` M(old, old), `cross` M(new, old), `self` M(new, new), `reverse` M(old, new).
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ LIMIT = 50_000
 """Pairs of each kind that are scored."""
 PASS_TODAY = 0.01
 """The share of today's negatives that the threshold of `shift` lets pass."""
-LEAST_NEGATIVES = 1_000
-"""With fewer, 1 % of them are less than ten pairs, which say nothing."""
+MIN_NEGATIVES = 1_000
+"""With fewer, 1 % of them are less than ten pairs, too few to estimate a threshold."""
 TIMES = 3.0
 POINTS = 0.1
 
@@ -48,7 +48,7 @@ class ScoreHistograms(NamedTuple):
     counts: dict[str, tuple[NDArray[np.int64], NDArray[np.int64]]]
     """Test -> positives and negatives in each bin, (bins,) both."""
 
-    def as_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, Any]:
         """The edges, and for each test its counts, as lists."""
         return {
             "edges": self.edges.tolist(),
@@ -81,30 +81,30 @@ class Shift(NamedTuple):
         It does where, in the cross-test and after the backfill, negatives pass at most three times and at least a third
         as often as today, and the share of positives changes by at most ten points.
         """
-        today = self.tests["old"]
+        today = self.tests["baseline"]
         later = {name: self.tests[test] for test, name in _LATER.items() if test in self.tests}
-        moved = [name for name, then in later.items() if _wrong_moved(today, then) or _right_moved(today, then)]
+        moved = [name for name, then in later.items() if _negatives_moved(today, then) or _positives_moved(today, then)]
         if not moved:
             return None
-        told = (
-            f"an application that accepts answers from a score of {self.threshold:.3f} on lets "
-            f"{_percent(today.negatives)} of wrong pairs pass today and would let "
+        text = (
+            f"an application that accepts results from a score of {self.threshold:.3f} on lets "
+            f"{_percent(today.negatives)} of irrelevant pairs pass today and would let "
             + ", ".join(
                 f"{_percent(then.negatives)} {'pass ' if number == 0 else ''}{name}"
                 for number, (name, then) in enumerate(later.items())
             )
         )
-        if any(_right_moved(today, then) for then in later.values()):
-            told += f"; of right pairs {_percent(today.positives)} pass today, " + ", ".join(
+        if any(_positives_moved(today, then) for then in later.values()):
+            text += f"; of relevant pairs {_percent(today.positives)} pass today, " + ", ".join(
                 f"{_percent(then.positives)} {name}" for name, then in later.items()
             )
         if _LATER["cross"] not in later:
-            return f"{told}: set it anew when queries move"
+            return f"{text}: set it again when queries move"
         if _LATER["cross"] not in moved:
-            return f"{told}: set it anew as the backfill goes on"
-        return f"{told}: set it anew, and during the backfill choose it per stage"
+            return f"{text}: set it again as the backfill goes on"
+        return f"{text}: set it again, and during the backfill choose it per stage"
 
-    def as_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, Any]:
         """The threshold, the shares of each test, and the sentence or None."""
         return {
             "threshold": self.threshold,
@@ -234,12 +234,12 @@ def score_histograms(scores: Mapping[str, Scores], bins: int = 40) -> ScoreHisto
 
 
 def shift(scores: Mapping[str, Scores]) -> Shift | None:
-    """What a threshold that lets 1 % of today's negatives (the test `old`) pass, lets pass in each test.
+    """What a threshold that lets 1 % of today's negatives (the test `baseline`) pass, lets pass in each test.
 
-    None where the negatives are fewer than `LEAST_NEGATIVES`.
+    None where the negatives are fewer than `MIN_NEGATIVES`.
     """
-    today = scores["old"].negatives
-    if len(today) < LEAST_NEGATIVES:
+    today = scores["baseline"].negatives
+    if len(today) < MIN_NEGATIVES:
         return None
     at = len(today) - int(PASS_TODAY * len(today))
     threshold = float(np.partition(today, at)[at])
@@ -273,28 +273,28 @@ def _negatives(
     limit: int,
     random: np.random.Generator,
 ) -> NDArray[np.int64]:
-    """Pairs drawn at random, those left out that are relevant. Where nearly all are, the draw ends with fewer."""
+    """Irrelevant pairs, drawn at random. Where nearly all are relevant, the draw ends with fewer."""
     keys = np.empty(0, np.int64)
     for _ in range(_ROUNDS if min(sizes) else 0):
         drawn = random.integers(0, sizes, (limit, 2))
-        wrong = _without_own(drawn[~relevant(drawn)], own)
-        keys = np.unique(np.concatenate([keys, wrong @ [sizes[1], 1]]))
+        irrelevant = _without_own(drawn[~relevant(drawn)], own)
+        keys = np.unique(np.concatenate([keys, irrelevant @ [sizes[1], 1]]))
         if len(keys) >= limit:
             break
     keys = keys[_some(len(keys), limit, random)]
     return np.stack(np.divmod(keys, max(1, sizes[1])), axis=1)
 
 
-def _wrong_moved(today: Passing, then: Passing) -> bool:
+def _negatives_moved(today: Passing, then: Passing) -> bool:
     return then.negatives > TIMES * today.negatives or TIMES * then.negatives < today.negatives
 
 
-def _right_moved(today: Passing, then: Passing) -> bool:
+def _positives_moved(today: Passing, then: Passing) -> bool:
     if today.positives is None or then.positives is None:
         return False
     return abs(then.positives - today.positives) > POINTS
 
 
 def _percent(share: float | None) -> str:
-    assert share is not None  # the positives are the same pairs in all tests: all have them, or none is told
+    assert share is not None  # the positives are the same pairs in all tests: all have them, or none
     return f"{100 * share:.1f} %" if share >= 0.0005 else "less than 0.1 %"

@@ -1,4 +1,4 @@
-"""A verdict in words and states, from the results of a verification as the ledger keeps them; no arrays, no models.
+"""A verdict as text and states, from the results of a verification as the ledger keeps them; no arrays, no models.
 
 `pass` of the gate has two states for people: `pass`, and `accepted`, where search is significantly worse than today
 and the gate holds only because its own limits allow the loss. Results of earlier versions are read too.
@@ -36,7 +36,7 @@ def amount(difference: float) -> str:
 
 
 def accepted_note(gain: float, bound: str, limit: float) -> str:
-    """What is said of a significant loss that a bound, such as min_gain, allows."""
+    """The note on a significant loss that a bound, such as min_gain, allows."""
     return f"worse by {amount(gain)}; accepted by your gate ({bound} {limit:g})"
 
 
@@ -65,7 +65,7 @@ def losses(results: Mapping[str, Any]) -> list[str]:
 
 
 def covers_tests(results: Mapping[str, Any]) -> bool:
-    """Whether the gate that made these results looked at the canary, the backfill and the end state."""
+    """Whether the gate that made these results covered the canary, the backfill and the end state."""
     served = results.get("served") or "cross"
     tested = {finding.get("test") for finding in results.get("findings") or [] if isinstance(finding, Mapping)}
     return served == "self" or {"cross", "lowest", "self"} <= tested
@@ -94,7 +94,7 @@ def _finding_note(finding: Mapping[str, Any]) -> str | None:
 
 
 def _not_covered(results: Mapping[str, Any]) -> list[str]:
-    """Losses that an earlier version measured and its gate did not look at."""
+    """Losses that an earlier version measured and its gate did not cover."""
     metric = results.get("metric") or "map@100"
     after = ((results.get("differences") or {}).get("self") or {}).get(metric)
     lowest = ((results.get("curve") or {}).get("lowest") or {}).get("gain")
@@ -116,7 +116,7 @@ def _is_loss(interval: Any) -> TypeGuard[Mapping[str, float]]:
 
 
 def main_loss(results: Mapping[str, Any]) -> str | None:
-    """The loss to be told first: that of the end state, which stays, where there is one."""
+    """The loss to show first: that of the end state, which stays, where there is one."""
     found = losses(results)
     return next((loss for loss in found if loss.startswith(MOMENTS["self"])), found[0] if found else None)
 

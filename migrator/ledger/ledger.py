@@ -43,7 +43,7 @@ from migrator.ledger.models import (
     Verification,
 )
 
-SCHEMA = "0006"
+SCHEMA = "0007"
 """The newest revision in `versions/`; a ledger that is at it is opened without loading alembic."""
 
 LOCK: dict[str, Any] = {"key_share": True}

@@ -1,6 +1,6 @@
 """What can be done where the gate did not pass, in sentences with the commands; nothing heavy is imported here.
 
-To verify the same encoder again on the same queries gives the same answer, so that is never one of the ways.
+To verify the same encoder again on the same queries gives the same result, so that is never one of the steps.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ NEXT_METHOD: dict[Method, Method] = {
 
 @dataclass(frozen=True, slots=True)
 class Situation:
-    """What the ways depend on, apart from what was measured."""
+    """What the steps depend on, apart from what was measured."""
 
     name: str
     active: bool
@@ -100,12 +100,12 @@ def _untried(project: Project, method: Method) -> Method:
     return NEXT_METHOD[method]
 
 
-def ways_on(results: Mapping[str, Any], situation: Situation) -> list[str]:
-    """The ways, the one that changes least first; empty for a verification that passed."""
+def next_steps(results: Mapping[str, Any], situation: Situation) -> list[str]:
+    """The steps, the one that changes least first; empty for a verification that passed."""
     if results.get("outcome") not in ("fail", "inconclusive"):
         return []
-    ways = [_queries(results, situation), _method(situation), _shadow(results, situation), _stay(situation)]
-    return [way for way in ways if way is not None]
+    steps = [_queries(results, situation), _method(situation), _shadow(results, situation), _stay(situation)]
+    return [step for step in steps if step is not None]
 
 
 def _queries(results: Mapping[str, Any], situation: Situation) -> str | None:
@@ -127,7 +127,7 @@ def _queries(results: Mapping[str, Any], situation: Situation) -> str | None:
 
 def _source(situation: Situation, needed: int | None) -> str:
     sample = "" if needed is None else f"Set `verify.sample: {needed}`"
-    again = f"`migrator verify {situation.name} --new-questions`"
+    again = f"`migrator verify {situation.name} --resample-queries`"
     if situation.queries_file is not None:
         add = f"list the further ones in {situation.queries_file}"
     elif not situation.labelled:

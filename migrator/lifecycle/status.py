@@ -9,8 +9,8 @@ from typing import Any
 
 from migrator.evaluation.verdicts import losses, state_of
 from migrator.ledger import BACKFILL_STAGES, Counts, Migration, Route
-from migrator.lifecycle.next_steps import situation_of, ways_on
-from migrator.lifecycle.validity import EARLIER_VERSION, gallery_of, looks, why_not
+from migrator.lifecycle.next_steps import next_steps, situation_of
+from migrator.lifecycle.validity import EARLIER_VERSION, gallery_of, health_checks, invalid_reason
 from migrator.project import Project
 
 RATE_RUNS = 5
@@ -38,7 +38,7 @@ class Status:
     """Why the latest verification opens no further stage, where one does: the end of a sentence about the migration."""
     losses: list[str]
     """Those of an accepted one, as sentences."""
-    ways_on: list[str]
+    next_steps: list[str]
     """Where it did not pass: what can be done about it."""
     paused: str | None
     epoch: int | None
@@ -52,14 +52,14 @@ class Status:
     items_per_second: float | None
     eta_seconds: int | None
     search: dict[str, Any] | None
-    """What the last look after a backfill run gave: metric, value, forecast, share, outcome, note."""
+    """What the last health check after a backfill run gave: metric, value, forecast, share, outcome, note."""
     mixed_space: bool
     """Vectors of both encoders may lie in the collection: only new-encoder queries are right."""
     old_kept: bool
     """The undo log, or the old collection of a shadow, is there: a rollback is possible."""
     next_command: str | None
 
-    def as_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, Any]:
         """As `migrator status --json` prints it."""
         return {"format": 1, **asdict(self)}
 
@@ -71,7 +71,7 @@ def status_of(project: Project) -> Status:
     if migration is None:
         return Status(
             migration=name, collection=None, strategy=None, shadow=None, stage="none", state="none", plan=None,
-            old_encoder=None, new_encoder=None, verification=None, verification_invalid=None, losses=[], ways_on=[],
+            old_encoder=None, new_encoder=None, verification=None, verification_invalid=None, losses=[], next_steps=[],
             paused=None, epoch=None, canary_percent=None, items_total=0, items_done=0, items_failed=0, items_gone=0,
             catch_up_passes=0, chunks={}, items_per_second=None, eta_seconds=None, search=None, mixed_space=False,
             old_kept=False, next_command=f"migrator plan {name}",
@@ -80,7 +80,7 @@ def status_of(project: Project) -> Status:
     plan = ledger.latest_plan(migration.id)
     route = ledger.route(migration.collection)
     verification = ledger.latest_verification(migration.id)
-    reason = why_not(verification, migration, plan, project.settings.verify.max_age)
+    reason = invalid_reason(verification, migration, plan, project.settings.verify.max_age)
     results = verification.results if verification is not None and reason in (None, EARLIER_VERSION) else {}
     outcome = state_of(results)
     rate = _rate(project, migration) if migration.state in ("active", "finished") else None
@@ -105,7 +105,7 @@ def status_of(project: Project) -> Status:
         verification=outcome,
         verification_invalid=reason if opens else None,
         losses=losses(results) if outcome == "accepted" else [],
-        ways_on=ways_on(results, situation_of(project)) if outcome in ("fail", "inconclusive") else [],
+        next_steps=next_steps(results, situation_of(project)) if outcome in ("fail", "inconclusive") else [],
         paused=migration.paused,
         epoch=route.epoch if route else None,
         canary_percent=route.canary_percent if route else None,
@@ -117,7 +117,7 @@ def status_of(project: Project) -> Status:
         chunks=dict(counts.by_state),
         items_per_second=rate,
         eta_seconds=round(left / rate) if rate and left > 0 and is_running else None,
-        search=_last_look(project, migration),
+        search=_last_health_check(project, migration),
         mixed_space=gallery == "mixed",
         old_kept=migration.old_kept,
         next_command=next_command(name, migration, route, counts, outcome if reason is None else None),
@@ -145,13 +145,13 @@ def _covered(spans: Sequence[tuple[dt.datetime, dt.datetime]]) -> float:
     return total
 
 
-def _last_look(project: Project, migration: Migration) -> dict[str, Any] | None:
-    seen = looks(project.ledger.events(migration.id))
-    if not seen:
+def _last_health_check(project: Project, migration: Migration) -> dict[str, Any] | None:
+    checks = health_checks(project.ledger.events(migration.id))
+    if not checks:
         return None
-    detail = seen[-1].detail
+    detail = checks[-1].detail
     keys = ("metric", "value", "forecast", "share", "outcome")
-    found = {"at": seen[-1].at.isoformat(timespec="seconds"), **{key: detail[key] for key in keys}}
+    found = {"at": checks[-1].at.isoformat(timespec="seconds"), **{key: detail[key] for key in keys}}
     return {**found, "note": detail.get("note")}
 
 
@@ -172,7 +172,7 @@ def next_command(
             return f"migrator train {name}"
         if verified in ("pass", "accepted"):
             return f"migrator rollout {name} --stage prepare"
-        # To verify the same encoder on the same queries again gives the same answer: the ways on say what helps.
+        # To verify the same encoder on the same queries again gives the same result: the next steps say what helps.
         return f"migrator verify {name}" if verified is None else None
     rollout = f"migrator rollout {name} --stage"
     full = route is not None and route.canary_percent >= 100

@@ -15,10 +15,10 @@ from migrator.ledger import Counts, Migration, Plan, StageEvent, Verification, n
 Gallery: TypeAlias = Literal["old", "mixed", "new"]
 
 EARLIER_VERSION = "was verified by an earlier version, whose gate did not cover the backfill and the end state"
-"""The last reason that is looked for: a verification that fails by it alone is still worth showing."""
+"""The last reason that is checked: a verification that is invalid by it alone is still shown."""
 
 
-def why_not(
+def invalid_reason(
     verification: Verification | None, migration: Migration, plan: Plan | None, max_age: dt.timedelta
 ) -> str | None:
     """The reason, as the end of a sentence about the migration, why a verification does not count; None if it does.
@@ -56,16 +56,16 @@ def gallery_of(migration: Migration, counts: Counts) -> Gallery:
     return "new" if moved else "old"
 
 
-def look_of(earlier: Sequence[Verification], *, new_encoder_id: str, questions_sha256: str) -> int:
-    """The number of a look at the data, from 1 on: each pair of encoder and question set is one, the first of them 1.
+def interim_analysis_of(earlier: Sequence[Verification], *, new_encoder_id: str, query_set_sha256: str) -> int:
+    """The number of an interim analysis, from 1 on: each pair of encoder and query set is one, the first of them 1.
 
-    To ask the same questions of the same encoder again is no further look. `earlier` is oldest first.
+    To evaluate the same encoder on the same query set again is no further analysis. `earlier` is oldest first.
     """
-    looks = dict.fromkeys((found.new_encoder_id, found.queries_sha256) for found in earlier)
-    looks[new_encoder_id, questions_sha256] = None
-    return list(looks).index((new_encoder_id, questions_sha256)) + 1
+    analyses = dict.fromkeys((found.new_encoder_id, found.queries_sha256) for found in earlier)
+    analyses[new_encoder_id, query_set_sha256] = None
+    return list(analyses).index((new_encoder_id, query_set_sha256)) + 1
 
 
-def looks(events: Sequence[StageEvent]) -> list[StageEvent]:
-    """Those of an audit log in which the questions were asked again after a backfill run, in the order given."""
+def health_checks(events: Sequence[StageEvent]) -> list[StageEvent]:
+    """The health checks of an audit log that evaluated the query set, in the order given."""
     return [event for event in events if event.event == "measured" and "outcome" in event.detail]

@@ -138,7 +138,7 @@ def loss_risks(quality: Quality | None, gate: Gate) -> list[str]:
     for test, gain in found.items():
         if round(gain.mean, 4) >= 0:
             continue
-        known = gain.as_json() is not None
+        known = gain.to_json() is not None
         between = f" (between {gain.low:+.4f} and {gain.high:+.4f})" if known else ""
         begin = f"forecast {MOMENTS[test]}: {quality.metric} worse by {amount(gain.mean)}{between}"
         limit = gate.least_gain(test)
@@ -200,7 +200,7 @@ def forecast(
             {
                 "share": share,
                 "value": None if value is None else round(value, 4),
-                "gain": None if gain is None else gain.as_json(),
+                "gain": None if gain is None else gain.to_json(),
                 "at": at,
             }
         )

@@ -39,7 +39,7 @@ _SETTINGS: Any = {  # Any: matplotlib types the keys by a list of literals
 _WIDTH = 4.6  # inches of 72 points: what a phone shows with little shrinking
 MAX_POINTS = 400
 """A line of more points is thinned."""
-TESTS = {"old": "today", "cross": "cross-test", "self": "self-test", "reverse": "reverse test"}
+TESTS = {"baseline": "today", "cross": "cross-test", "self": "self-test", "reverse": "reverse test"}
 """How the tests are called, in their order."""
 
 

@@ -12,7 +12,7 @@ from typing import Any
 from migrator.evaluation.verdicts import state_of
 from migrator.ledger import Migration, Plan, Verification, now
 from migrator.lifecycle.status import status_of
-from migrator.lifecycle.validity import why_not
+from migrator.lifecycle.validity import invalid_reason
 from migrator.project import Project
 from migrator.report.verdict import verdict
 from migrator.route import describe
@@ -34,10 +34,10 @@ def facts_of(project: Project) -> dict[str, Any]:
     failures = ledger.failures(migration.id)
     facts: dict[str, Any] = {
         "made_at": now().isoformat(timespec="seconds"),
-        "status": {name: value for name, value in status_of(project).as_json().items() if name != "format"},
+        "status": {name: value for name, value in status_of(project).to_json().items() if name != "format"},
         "verification": _verification(project, migration, plan, verification),
         "measured": [
-            {"at": _when(event.at), "stage": event.stage, **event.detail}
+            {"at": _when(event.at), "stage": event.stage, **_health_check(event.detail)}
             for event in events
             if event.event == "measured"
         ],
@@ -79,6 +79,12 @@ def facts_of(project: Project) -> dict[str, Any]:
     return {"verdict": verdict(facts), **facts}
 
 
+def _health_check(detail: Mapping[str, Any]) -> dict[str, Any]:
+    """A health check from the audit log, in which the terms before ledger version 0007 stay as they were written."""
+    names = {"look": "interim_analysis", "wrong": "mismatched", "wrong_items": "mismatched_items"}
+    return {names.get(key, key): _health_check(value) if key == "read_back" else value for key, value in detail.items()}
+
+
 def finite(value: Any) -> Any:
     """The same JSON value with None for numbers that are none, which JSON cannot hold."""
     if isinstance(value, float) and not math.isfinite(value):
@@ -99,10 +105,10 @@ def _verification(
         "at": _when(verification.created_at),
         "outcome": verification.outcome,
         "state": state_of(verification.results) or verification.outcome,
-        "why_not": why_not(verification, migration, plan, project.settings.verify.max_age),
+        "invalid_reason": invalid_reason(verification, migration, plan, project.settings.verify.max_age),
         "old_encoder": verification.old_encoder_id,
         "new_encoder": verification.new_encoder_id,
-        "questions_sha256": verification.queries_sha256,
+        "query_set_sha256": verification.queries_sha256,
         "results": verification.results,
     }
 

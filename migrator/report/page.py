@@ -33,10 +33,10 @@ MAX_EVENTS = 100
 """Of the audit log and of the measurements the newest are shown."""
 _FOLDER = Path(__file__).parent
 TESTS = {
-    "old": ("Today", "old query, old gallery"),
+    "baseline": ("Today", "old query, old gallery"),
     "cross": ("Cross-test", "new query, old gallery"),
     "self": ("Self-test", "new query, new gallery"),
-    "reverse": ("Reverse test", "old query, new gallery: no stage of a migration asks so"),
+    "reverse": ("Reverse test", "old query, new gallery: no stage of a migration does this"),
 }
 STAGES = {
     "in_place": ("planned", "prepare", "canary", "backfill", "cutover", "finalize"),
@@ -104,7 +104,7 @@ def render(facts: Mapping[str, Any], pictures: Mapping[str, Thumbnail]) -> str:
     verification = facts.get("verification", {})
     results = verification.get("results", {})
     tests = results.get("tests", {})
-    metric = results.get("metric") or next(iter(tests.get("old", {})), "map@100")
+    metric = results.get("metric") or next(iter(tests.get("baseline", {})), "map@100")
     measured = [_measurement(entry, metric) for entry in facts["measured"]]
     plan = facts.get("plan", {})
     return environment.get_template("report.html.j2").render(
@@ -117,7 +117,7 @@ def render(facts: Mapping[str, Any], pictures: Mapping[str, Thumbnail]) -> str:
         metric=metric,
         meaning=meaning(metric),
         metrics=_metrics(tests, metric),
-        tests={test: told for test, told in TESTS.items() if test in tests},
+        tests={test: caption for test, caption in TESTS.items() if test in tests},
         stages=STAGES[facts["status"]["strategy"]],
         findings=_findings(results),
         state=state_of(results) or verification.get("outcome"),
@@ -135,7 +135,7 @@ def render(facts: Mapping[str, Any], pictures: Mapping[str, Thumbnail]) -> str:
                 _of_metric(plan.get("forecast"), metric),
                 measured,
                 metric=metric,
-                today=tests.get("old", {}).get(metric),
+                today=tests.get("baseline", {}).get(metric),
             )
         ),
         forecast=_drawn(_forecast(plan.get("forecast"))),
@@ -177,7 +177,7 @@ def _environment() -> Environment:
         "size": formatting.size,
         "disk": formatting.disk_needed,
         "metric": lambda value: formatting.metric_name(str(value)),
-        "told": _told,
+        "event_summary": _event_summary,
         "commands": _commands,
         "sentence": lambda value: formatting.sentence(str(value)),
     }
@@ -207,8 +207,8 @@ def _commands(text: str) -> Any:
     )
 
 
-def _told(event: Mapping[str, Any]) -> str:
-    """What the audit log says of an event, in a line; of a measurement only what is not in its own table."""
+def _event_summary(event: Mapping[str, Any]) -> str:
+    """An event of the audit log in a line; of a measurement only what is not in its own table."""
     detail = event["detail"]
     if event["event"] == "measured":
         detail = {key: value for key, value in detail.items() if key in ("run", "share", "value", "outcome")}
@@ -301,15 +301,15 @@ def _forecast(forecast: Mapping[str, Any] | None) -> str | None:
 
 
 def _orders(curve: Mapping[str, Any]) -> dict[str, Any]:
-    """Area under the curve of each order, and what it is worth to begin with the worst items."""
+    """Area under the curve of each order, and the gain of beginning with the worst items."""
     orders = curve.get("orders") or {}
     areas = {
         order: found.get("auc") for order, found in orders.items() if formatting.is_number((found or {}).get("auc"))
     }
-    worth = curve.get("worth")
-    if worth is None and {"id", "worst_first"} <= areas.keys():
-        worth = {"mean": areas["worst_first"] - areas["id"]}
-    return {"areas": areas, "worth": worth, "chosen": curve.get("order")}
+    gain = curve.get("auc_gain")
+    if gain is None and {"id", "worst_first"} <= areas.keys():
+        gain = {"mean": areas["worst_first"] - areas["id"]}
+    return {"areas": areas, "auc_gain": gain, "chosen": curve.get("order")}
 
 
 def _histograms(histograms: Mapping[str, Any]) -> list[tuple[str, Any]]:
@@ -349,11 +349,11 @@ def _paths(examples: Sequence[Mapping[str, Any]]) -> list[object]:
     return [
         picture.get("path")
         for example in examples
-        for picture in (example.get("query") or {}, *_answers(example, "old"), *_answers(example, "new"))
+        for picture in (example.get("query") or {}, *_results(example, "old"), *_results(example, "new"))
     ]
 
 
-def _answers(example: Mapping[str, Any], test: str) -> list[Mapping[str, Any]]:
+def _results(example: Mapping[str, Any], test: str) -> list[Mapping[str, Any]]:
     found: list[Mapping[str, Any]] = (example.get(test) or [])[:MAX_ANSWERS]
     return found
 
@@ -369,9 +369,9 @@ def _with_pictures(examples: Sequence[Mapping[str, Any]], pictures: Mapping[str,
         {
             **example,
             "query": shown(example.get("query") or {}),
-            "answers": [
-                ("today", example.get("old_value"), [shown(each) for each in _answers(example, "old")]),
-                ("new", example.get("new_value"), [shown(each) for each in _answers(example, "new")]),
+            "results": [
+                ("today", example.get("old_value"), [shown(each) for each in _results(example, "old")]),
+                ("new", example.get("new_value"), [shown(each) for each in _results(example, "new")]),
             ],
         }
         for example in examples

@@ -1,4 +1,5 @@
-"""The answer in plain words: may the new encoder answer queries, by how much better, how sure, and what loses."""
+"""The verdict as text: may the new encoder answer queries, by how much better, with what confidence, and what gets
+worse."""
 
 from __future__ import annotations
 
@@ -9,11 +10,11 @@ from migrator.evaluation.verdicts import losses, main_loss
 from migrator.formatting import is_number, metric_name, number, percent, sanitized, sentence, signed
 
 _MEANING = {
-    "map": "1 means that every right answer comes before every wrong one",
-    "recall": "1 means that every question finds a right answer",
-    "precision": "1 means that all answers are right",
-    "ndcg": "1 means that the best answers come first",
-    "mrr": "1 means that the first answer is always right",
+    "map": "1 means that every relevant item comes before every irrelevant one",
+    "recall": "1 means that every query finds a relevant item",
+    "precision": "1 means that all results are relevant",
+    "ndcg": "1 means that the best results come first",
+    "mrr": "1 means that the first result is always relevant",
 }
 _TILES = {"cross": "canary", "lowest": "lowest of the backfill", "self": "after the backfill"}
 _NEW_ANSWERS = {"in_place": ("backfill", "cutover", "finalize"), "shadow": ("cutover", "finalize")}
@@ -31,7 +32,7 @@ def meaning(metric: str) -> str:
 
 def verdict(facts: Mapping[str, Any]) -> dict[str, Any]:
     """From the other facts: `answer` (yes, accepted, no, open or back), a `headline`, `sentences` with the reasons, the
-    `ways_on` where it did not pass, and `tiles`: today's search, and the new one at each point that users meet.
+    `next_steps` where it did not pass, and `tiles`: today's search, and the new one at each point that users meet.
 
     `accepted` is a yes to a search that is worse than today's, by leave of the gate.
     """
@@ -42,7 +43,7 @@ def verdict(facts: Mapping[str, Any]) -> dict[str, Any]:
         "answer": answer,
         "headline": headline,
         "sentences": [*sentences, *_during_backfill(facts)],
-        "ways_on": [sanitized(str(way)) for way in facts["status"].get("ways_on") or []],
+        "next_steps": [sanitized(str(step)) for step in facts["status"].get("next_steps") or []],
         "tiles": [] if verification is None else tiles(verification["results"]),
     }
 
@@ -52,7 +53,7 @@ def tiles(results: Mapping[str, Any]) -> list[dict[str, Any]]:
     metric, served = results.get("metric") or "map@100", results.get("served") or "cross"
     tests, lowest = results.get("tests") or {}, (results.get("curve") or {}).get("lowest") or {}
     values = {test: (tests.get(test) or {}).get(metric) for test in ("cross", "self")} | {"lowest": lowest.get("value")}
-    found: list[dict[str, Any]] = [{"title": "today", "value": (tests.get("old") or {}).get(metric)}]
+    found: list[dict[str, Any]] = [{"title": "today", "value": (tests.get("baseline") or {}).get(metric)}]
     for test in ("cross", "lowest", "self") if served == "cross" else ("self",):
         gain = _gain_in(results, test, metric)
         state = "worse" if gain and gain["high"] < 0 else "better" if gain and gain["low"] > 0 else "same"
@@ -84,13 +85,14 @@ def _during_backfill(facts: Mapping[str, Any]) -> list[str]:
     value, read_back = last_with(facts, "value"), last_with(facts, "read_back")
     if value is not None and is_number(value["value"]):
         sentences.append(
-            f"When it was last measured, with {percent(value.get('share'))} of the collection embedded again, search "
+            f"When it was last measured, with {percent(value.get('share'))} of the collection re-embedded, search "
             f"scored {number(value['value'])}."
         )
-    if read_back is not None and read_back["read_back"].get("wrong"):
+    if read_back is not None and read_back["read_back"].get("mismatched"):
         sentences.append(
             f"Of {read_back['read_back'].get('checked', '?')} items that were read back after the last run, "
-            f"{read_back['read_back']['wrong']} did not hold the vector that the new encoder gives for their image."
+            f"{read_back['read_back']['mismatched']} did not hold the vector that the new encoder gives for their "
+            "image."
         )
     return sentences
 
@@ -104,9 +106,9 @@ def _headline(facts: Mapping[str, Any]) -> tuple[str, str]:
     status, verification, last = facts["status"], facts["verification"], last_with(facts, "outcome")
     name, state = status["migration"], status["state"]
     if state == "rolled_back":
-        return "back", "Taken back: the old encoder answers every query again."
+        return "back", "Rolled back: the old encoder answers every query again."
     if state == "rolling_back":
-        return "back", "Being taken back: the old vectors are being restored."
+        return "back", "Rolling back: the old vectors are being restored."
     results = {} if verification is None else verification["results"]
     loss = main_loss(results) if results.get("outcome") == "pass" else None
     if state == "finished":
@@ -119,11 +121,14 @@ def _headline(facts: Mapping[str, Any]) -> tuple[str, str]:
         if status["new_encoder"] is None:
             return "open", f"Not known yet: there is no new encoder. Train one: `migrator train {name}`."
         return "open", f"Not verified yet: old and new search have not been compared. `migrator verify {name}` does it."
-    outcome, lapsed = verification["outcome"], verification["why_not"]
+    outcome, lapsed = verification["outcome"], verification["invalid_reason"]
     moved = is_moved(status)
     if outcome == "pass" and lapsed and not moved:
         how = "passed" if loss is None else "was accepted with a loss"
-        return "open", f"It {how}, but that no longer counts: the migration {lapsed}. Again: `migrator verify {name}`."
+        return (
+            "open",
+            f"It {how}, but that no longer counts: the migration {lapsed}. Verify again: `migrator verify {name}`.",
+        )
     if outcome == "pass" and loss is not None:
         return "accepted", sentence(sanitized(loss))
     if outcome == "pass":
@@ -148,7 +153,7 @@ def _evidence(verification: Mapping[str, Any]) -> list[str]:
 def _gain(results: Mapping[str, Any]) -> list[str]:
     metric, served = results.get("metric") or "map@100", results.get("served") or "cross"
     tests = results.get("tests") or {}
-    today, new = (tests.get(test) or {} for test in ("old", served))
+    today, new = (tests.get(test) or {} for test in ("baseline", served))
     interval = results.get("interval") or {}
     when = {"cross": " at the canary", "self": " after the backfill"}.get(served, "")
     sentences = []
@@ -162,10 +167,11 @@ def _gain(results: Mapping[str, Any]) -> list[str]:
             f"encoder{when} and {number(today[metric])} today: {verb} ({metric_name(metric)}; {meaning(metric)})."
         )
     if is_number(interval.get("low")) and is_number(interval.get("high")):
-        sure = results.get("confidence")
+        confidence = results.get("confidence")
         sentences.append(
-            f"How sure: the true difference{when} lies between {signed(interval['low'])} and {signed(interval['high'])}"
-            + (f", with {percent(sure)} confidence." if is_number(sure) else ".")
+            f"Confidence: the true difference{when} lies between {signed(interval['low'])} and "
+            f"{signed(interval['high'])}"
+            + (f", with {percent(confidence)} confidence." if is_number(confidence) else ".")
         )
     return sentences
 
@@ -175,8 +181,8 @@ def _losers(results: Mapping[str, Any]) -> list[str]:
     flips = results.get("flips") or {}
     if is_number(flips.get("negative")) and is_number(flips.get("positive")):
         sentences.append(
-            f"What loses: for {percent(flips['negative'])} of the queries the first answer was right and is wrong "
-            f"now; for {percent(flips['positive'])} it was wrong and is right now."
+            f"What loses: for {percent(flips['negative'])} of the queries the first result was relevant and "
+            f"no longer is; for {percent(flips['positive'])} it was irrelevant and is relevant now."
         )
     for what, name in (("classes", "class"), ("segments", "segment")):
         groups = [

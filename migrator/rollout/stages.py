@@ -17,7 +17,7 @@ from migrator.adapters.base import Store
 from migrator.errors import PreconditionFailed, UsageProblem
 from migrator.evaluation.verdicts import losses
 from migrator.ledger import Migration, Plan, Route
-from migrator.lifecycle.validity import why_not
+from migrator.lifecycle.validity import invalid_reason
 from migrator.plan.run import check_fresh, check_shadow, check_unmixed
 from migrator.project import Project
 from migrator.rollout import shadow, write_alias
@@ -126,13 +126,13 @@ def check_verified(project: Project, migration: Migration, plan: Plan) -> None:
     """Refuses unless the latest verification passed, for these encoders and this plan, and is young enough."""
     name = project.name
     found = project.ledger.latest_verification(migration.id)
-    reason = why_not(found, migration, plan, project.settings.verify.max_age)
+    reason = invalid_reason(found, migration, plan, project.settings.verify.max_age)
     if found is None or reason is not None:
         raise PreconditionFailed(f"{name} {reason}: `migrator verify {name}`")
     if found.outcome != "pass":
         raise PreconditionFailed(
             f"the verification of {name} came out as {found.outcome}: {'; '.join(found.results['reasons'])}: "
-            f"`migrator status {name}` lists the ways on"
+            f"`migrator status {name}` lists the next steps"
         )
 
 

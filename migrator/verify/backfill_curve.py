@@ -10,7 +10,7 @@ import numpy as np
 from migrator.backfill.order import worst_first
 from migrator.config import FLIPS
 from migrator.errors import UsageProblem
-from migrator.evaluation.bootstrap import Interval, Sure, bootstrap
+from migrator.evaluation.bootstrap import BootstrapConfig, Interval, bootstrap
 from migrator.evaluation.exact_search import mixtures
 from migrator.evaluation.metrics import Relevance, backfill_auc, negative_flips, parse_metric, summarise
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from migrator.verify.judged_queries import Asked
+    from migrator.verify.judged_queries import JudgedQueries
 
 SHARES = tuple(share / 10 for share in range(11))
 
@@ -40,7 +40,7 @@ class BackfillCurve:
 
 
 def measure_curve(
-    asked: Asked,
+    judged_queries: JudgedQueries,
     today: Relevance,
     queries: NDArray[np.float32],
     gallery_old: NDArray[np.float32],
@@ -58,15 +58,15 @@ def measure_curve(
     """
     orders = {"id": np.arange(len(gallery_old))}  # the gallery lies in the store's order
     try:
-        orders["worst_first"] = worst_first(gallery_old, asked.gallery_labels, seed=seed)
+        orders["worst_first"] = worst_first(gallery_old, judged_queries.gallery_labels, seed=seed)
     except UsageProblem:  # neither labels nor faiss are here: it is no choice
         if order == "worst_first":
             raise
     depth = max(parse_metric(metric).k for metric in metrics if metric != FLIPS)
     measured: dict[str, dict[str, NDArray[np.float64]]] = {}
     for name, rows in orders.items():
-        mixed = mixtures(queries, gallery_old, gallery_new, rows, SHARES, depth, exclude=asked.own)
-        judged = [asked.judge(ranking) for ranking in mixed]
+        mixed = mixtures(queries, gallery_old, gallery_new, rows, SHARES, depth, exclude=judged_queries.own)
+        judged = [judged_queries.judge(ranking) for ranking in mixed]
         wanted = metrics if name == order else metrics[:1]
         measured[name] = {metric: np.stack([_values(metric, today, at) for at in judged]) for metric in wanted}
     return BackfillCurve(order, measured)
@@ -77,31 +77,36 @@ def _values(metric: str, today: Relevance, judged: Relevance) -> NDArray[np.floa
 
 
 def curve_facts(
-    curve: BackfillCurve, *, metric: str, gain: Interval | None, clusters: NDArray[np.int64] | None, sure: Sure
+    curve: BackfillCurve,
+    *,
+    metric: str,
+    gain: Interval | None,
+    clusters: NDArray[np.int64] | None,
+    config: BootstrapConfig,
 ) -> dict[str, Any]:
     """Means of `metric` at each of `SHARES`, in both orders, with the area under each; JSON-able.
 
     `lowest` is the point of the chosen order where search is worst: vectors of two encoders side by side can be worse
-    than either alone. `gain` is what the gate found there, over today. `worth` is the area that worst_first gains over
-    id, per query, with its interval.
+    than either alone. `gain` is what the gate found there, over today. `auc_gain` is the area that worst_first gains
+    over id, per query, with its interval.
     """
     means = {name: [summarise(at).or_zero for at in of[metric]] for name, of in curve.orders.items()}
     areas = {name: np.asarray(np.trapezoid(of[metric], SHARES, axis=0)) for name, of in curve.orders.items()}
-    worth = None
+    auc_gain = None
     if "worst_first" in areas:
-        drawn = bootstrap((areas["worst_first"] - areas["id"])[:, None], clusters, **sure._asdict())
-        worth = drawn.interval(0).as_json()
+        drawn = bootstrap((areas["worst_first"] - areas["id"])[:, None], clusters, **config._asdict())
+        auc_gain = drawn.interval(0).to_json()
     at = int(np.argmin(means[curve.order]))
     return {
         "metric": metric,
         "shares": list(SHARES),
         "order": curve.order,
         "orders": {name: {"values": of, "auc": backfill_auc(SHARES, of)} for name, of in means.items()},
-        "worth": worth,
+        "auc_gain": auc_gain,
         "lowest": {
             "share": SHARES[at],
             "value": means[curve.order][at],
-            "gain": None if gain is None else gain.as_json(),
+            "gain": None if gain is None else gain.to_json(),
         },
     }
 

@@ -1,7 +1,7 @@
-"""A look at the collection after each backfill run: does it hold what was written, and does search stay above the gate?
+"""The health check after each backfill run: does the collection hold what was written, is search above the gate?
 
 Vectors can be wrong and yet pass every check of integrity. So a sample of what the run wrote is read over a fresh
-connection, embedded again and compared; and the questions of the verification are asked again.
+connection, embedded again and compared; and the query set of the verification is evaluated again.
 """
 
 from __future__ import annotations
@@ -20,34 +20,36 @@ from migrator.embedding.embed import embed, locate
 from migrator.evaluation.gate import Measured, Verdict, gate
 from migrator.evaluation.verdicts import Test, amount
 from migrator.ledger import Migration
-from migrator.lifecycle.validity import looks
+from migrator.lifecycle.validity import health_checks
 from migrator.project import Project
 from migrator.verify.backfill_curve import expected
-from migrator.verify.baseline import read_answers
-from migrator.verify.query_set.draw import read_frozen
-from migrator.verify.run import ask_as_is
+from migrator.verify.baseline import read_baseline
+from migrator.verify.query_set.draw import read_pinned
+from migrator.verify.run import evaluate
 
 if TYPE_CHECKING:
     from migrator.trainer.encoders.encoder import Encoder
 
-WRONG_SHARE = 0.05
-"""Share of the items read back from which on the backfill pauses. An application may replace an image or two in the
+MAX_MISMATCHED = 0.05
+"""Share of the items read back above which the backfill pauses. An application may replace an image or two in the
 moment between; a broken writer or encoder does not stop at one in twenty."""
-NAMED = 5
+MAX_NAMED = 5
 
 
 @dataclass(frozen=True, slots=True)
-class Looked:
-    """What was seen after a run."""
+class HealthCheck:
+    """The result of the check after a run."""
 
-    says: str
-    """All of it in one line; the audit log has it in numbers."""
+    summary: str
+    """In one line; the audit log has the numbers."""
     pause: str | None
-    """Why the backfill must not go on; None while all is well."""
+    """Why the backfill must not continue; None if the check passed."""
 
 
-def look(project: Project, migration: Migration, encoder: Encoder, written: Sequence[ItemId], *, run: int) -> Looked:
-    """Reads back the items of `written`, asks the questions again, and notes both; pauses the migration if it must.
+def check_health(
+    project: Project, migration: Migration, encoder: Encoder, written: Sequence[ItemId], *, run: int
+) -> HealthCheck:
+    """Reads back the items of `written`, evaluates the query set again and notes both; pauses the migration if needed.
 
     Raises what store and images raise.
     """
@@ -59,25 +61,25 @@ def look(project: Project, migration: Migration, encoder: Encoder, written: Sequ
         "items_total": counts.planned,
         "share": round(share, 4),
     }
-    says: list[str] = []
+    summaries: list[str] = []
     reasons: list[str] = []
     with _served(project, migration) as store:
         if written:
-            read_back, told, wrong = _read_back(project, migration, store, encoder, written)
+            read_back, summary, problems = _read_back(project, migration, store, encoder, written)
             detail["read_back"] = read_back
-            says.append(told)
-            reasons += wrong
-        # Nothing is asked of a shadow before all of it is there.
+            summaries.append(summary)
+            reasons += problems
+        # A shadow is not evaluated before it is complete.
         if project.settings.backfill.measure and (migration.strategy == "in_place" or share == 1):
-            measured, told, below = _measure(project, migration, store, share)
+            measured, summary, problems = _measure(project, migration, store, share)
             detail |= measured
-            says.append(told)
-            reasons += below
+            summaries.append(summary)
+            reasons += problems
     pause = "; ".join(reasons) or None
     project.ledger.note(migration, "measured", detail)
     if pause is not None:
         project.ledger.pause(migration, pause)
-    return Looked("; ".join(says), pause)
+    return HealthCheck("; ".join(summaries), pause)
 
 
 def is_check_due(project: Project, migration: Migration) -> bool:
@@ -98,12 +100,12 @@ def is_check_due(project: Project, migration: Migration) -> bool:
     )
 
 
-def catch_up_check(project: Project, migration: Migration, encoder: Encoder) -> Looked:
+def catch_up_check(project: Project, migration: Migration, encoder: Encoder) -> HealthCheck:
     """The health check that a run did not make, on items drawn from all that is stored, in the last run's name."""
     with _served(project, migration) as store:
         sample = store.sample(project.settings.backfill.read_back, seed=project.settings.verify.seed)
     run = max(run.id for run in project.ledger.runs(migration.id) if run.items)
-    return look(project, migration, encoder, sample, run=run)
+    return check_health(project, migration, encoder, sample, run=run)
 
 
 @contextmanager
@@ -124,91 +126,100 @@ def _read_back(
     assert page.vectors is not None
     assert page.payloads is not None
     # What the application has written since bears no stamp, and is its own. A shadow's copies never bear one.
-    ours = [
+    own = [
         row
         for row, stamp in enumerate(page.stamps)
         if migration.strategy == "shadow" or stamp == migration.new_encoder_id
     ]
     images = project.images()
-    paths = locate(images, [(page.ids[row], page.payloads[row]) for row in ours])
+    paths = locate(images, [(page.ids[row], page.payloads[row]) for row in own])
     found = embed(images, paths, [encoder], **project.loading())
-    rows = [ours[row] for row in found.rows.tolist()]
+    rows = [own[row] for row in found.rows.tolist()]
     agreement = cosines(page.vectors[rows], found.vectors[0], as_kept_by(store))
-    wrong = [page.ids[rows[at]] for at in np.flatnonzero(agreement < SAME_ENCODER).tolist()]
+    mismatched = [page.ids[rows[at]] for at in np.flatnonzero(agreement < SAME_ENCODER).tolist()]
     worst = float(agreement.min()) if len(agreement) else None
     detail = {
         "checked": len(rows),
-        "wrong": len(wrong),
-        "wrong_items": wrong[:NAMED],
+        "mismatched": len(mismatched),
+        "mismatched_items": mismatched[:MAX_NAMED],
         "worst_cosine": None if worst is None else round(worst, 6),
     }
-    says = f"{len(rows)} items read back, {len(wrong)} wrong" if len(rows) else "no item could be read back"
+    summary = (
+        f"{len(rows)} items read back, {len(mismatched)} mismatched" if len(rows) else "no item could be read back"
+    )
     reasons = []
-    if len(wrong) > WRONG_SHARE * len(rows):
+    if len(mismatched) > MAX_MISMATCHED * len(rows):
         reasons.append(
-            f"{len(wrong)} of {len(rows)} items read back, for instance {wrong[0]!r}, do not hold the vector that the "
-            f"new encoder gives for their image (least cosine {worst:.3f}): look at the store before "
+            f"{len(mismatched)} of {len(rows)} items read back, for instance {mismatched[0]!r}, do not hold the "
+            "vector that the "
+            f"new encoder gives for their image (minimum cosine {worst:.3f}): inspect the store before "
             f"`migrator resume {project.name}`, or `migrator rollback {project.name}`"
         )
-    return detail, says, reasons
+    return detail, summary, reasons
 
 
 def _measure(
     project: Project, migration: Migration, store: Store, share: float
 ) -> tuple[dict[str, Any], str, list[str]]:
-    questions, answers = read_frozen(project, migration), read_answers(project, migration)
+    query_set, baseline = read_pinned(project, migration), read_baseline(project, migration)
     settings = project.settings.verify.gate
     if (
-        questions is None
-        or answers is None
-        or answers.questions_sha256 != questions.sha256
-        or answers.new_encoder_id != migration.new_encoder_id
+        query_set is None
+        or baseline is None
+        or baseline.query_set_sha256 != query_set.sha256
+        or baseline.new_encoder_id != migration.new_encoder_id
     ):
-        return {}, "the questions of the verification are not in the artifacts folder and were not asked", []
-    mixed = ask_as_is(project, store, questions, answers.rows, answers.by_new)
-    if unknown := mixed.values.keys() - answers.old.keys():
-        return {}, f"verify.gate names {', '.join(sorted(unknown))}, which was not verified; nothing was asked", []
-    lost = np.where(np.isnan(mixed.firsts_right), np.nan, (answers.firsts_right == 1) & (mixed.firsts_right == 0))
-    number = len(looks(project.ledger.events(migration.id))) + 1
+        return {}, "the query set of the verification is not in the artifacts folder: search was not evaluated", []
+    current = evaluate(project, store, query_set, baseline.rows, baseline.by_new)
+    if unknown := current.values.keys() - baseline.values.keys():
+        return (
+            {},
+            f"verify.gate names {', '.join(sorted(unknown))}, which was not verified: search was not evaluated",
+            [],
+        )
+    lost = np.where(
+        np.isnan(current.first_relevant), np.nan, (baseline.first_relevant == 1) & (current.first_relevant == 0)
+    )
+    number = len(health_checks(project.ledger.events(migration.id))) + 1
     served: Test = "self" if migration.strategy == "shadow" or share == 1 else "lowest"
     verdict = gate(
         Measured(
-            old=answers.old,
-            new={**mixed.values, FLIPS: lost},
-            clusters=mixed.asked.clusters(),
-            segments=mixed.asked.segments,
+            old=baseline.values,
+            new={**current.values, FLIPS: lost},
+            clusters=current.judged_queries.clusters(),
+            segments=current.judged_queries.segments,
             served=served,
         ),
         _bounds_of(settings, served),
-        look=number,
+        analysis=number,
         seed=project.settings.verify.seed,
     )
-    note = _loss(verdict)
-    value = mixed.means[settings.metric]
+    note = _loss_note(verdict)
+    value = current.means[settings.metric]
     verification = project.ledger.latest_verification(migration.id)
     curve = None if verification is None else verification.results.get("curve")
     forecast = None if curve is None else expected(curve, share)
     detail = {
         "metric": settings.metric,
         "value": value,
-        "mixed": mixed.means,
-        "interval": None if verdict.interval is None else verdict.interval.as_json(),
-        "look": number,
+        "mixed": current.means,
+        "interval": None if verdict.interval is None else verdict.interval.to_json(),
+        "interim_analysis": number,
         "forecast": forecast,
         "outcome": "below the gate" if verdict.outcome == "fail" else "ok" if note is None else "accepted",
         "note": note,
     }
-    says = f"{settings.metric} {value:.4f}" + ("" if forecast is None else f", forecast {forecast:.4f}")
-    says += "" if note is None else f"; {note}"
+    summary = f"{settings.metric} {value:.4f}" + ("" if forecast is None else f", forecast {forecast:.4f}")
+    summary += "" if note is None else f"; {note}"
     if verdict.outcome != "fail":
-        return detail, says, []
+        return detail, summary, []
     failed = [finding.reason for finding in verdict.findings if finding.outcome == "fail"]
     reason = (
         f"search fell below the gate at {share:.0%} of the backfill: {'; '.join(failed)}: "
         f"`migrator report {project.name}` shows where, `migrator rollback {project.name}` takes it back, "
-        f"`migrator resume {project.name}` goes on all the same"
+        f"`migrator resume {project.name}` continues anyway"
     )
-    return detail, says, [reason]
+    return detail, summary, [reason]
 
 
 def _bounds_of(settings: Gate, served: Test) -> Gate:
@@ -225,8 +236,8 @@ def _bounds_of(settings: Gate, served: Test) -> Gate:
     )
 
 
-def _loss(verdict: Verdict) -> str | None:
-    """What is said of a significant loss that is not below the gate; None where there is none."""
+def _loss_note(verdict: Verdict) -> str | None:
+    """The note on a significant loss that is not below the gate; None where there is none."""
     if verdict.outcome == "fail":
         return None
     for finding in verdict.findings:

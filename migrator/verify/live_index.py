@@ -1,4 +1,4 @@
-"""The same questions through the store's own search, against the whole collection as it answers now."""
+"""The same query set through the store's own search, against the whole collection as it answers now."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from migrator.evaluation.metrics import Relevance, parse_metric, summarise
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from migrator.verify.query_set.draw import Questions
+    from migrator.verify.query_set.draw import QuerySet
 
 Described: TypeAlias = tuple[tuple[str, ...], str | None]
 """The classes of an item, and the path of its image, None for none."""
@@ -38,14 +38,14 @@ class Live:
     """Test -> share of the exact first ten answers that the index gives among its first ten."""
     items: int
 
-    def as_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, Any]:
         """As `migrator verify --live --json` prints it."""
         return {"tests": self.tests, "index_recall": {"k": RECALL_AT, **self.index_recall}, "items": self.items}
 
 
-def ask_live(
+def evaluate_live(
     store: Store,
-    questions: Questions,
+    query_set: QuerySet,
     rows: NDArray[np.int64],
     vectors: Mapping[str, NDArray[np.float32]],
     *,
@@ -53,7 +53,7 @@ def ask_live(
     describe: Describe,
     report: Callable[[int, int], None] = lambda _done, _of: None,
 ) -> Live:
-    """Asks the questions at `rows` (q,) of the index, for each test with its query vectors (q, dim).
+    """Searches the index with the queries at `rows` (q,), for each test with its query vectors (q, dim).
 
     Where answers are right by their class, every payload of the collection is read once, to know how many right ones
     there are. A query's own item is known by its path, wherever it lies. Raises what the store raises.
@@ -74,7 +74,7 @@ def ask_live(
 
     known: dict[ItemId, Described] = {}
     members: dict[str, list[ItemId]] = {}
-    if questions.relevant is None:
+    if query_set.relevant is None:
         known = {item: describe(item, payload) for item, payload in payloads(store, iter_ids(store))}
         for item, (tags, _) in known.items():
             for tag in tags:
@@ -92,16 +92,16 @@ def ask_live(
                 ]
             )
         )
-        if questions.relevant is not None:
+        if query_set.relevant is not None:
             found = dict.fromkeys(item for some in answers for item in some)
             known |= {item: describe(item, payload) for item, payload in payloads(store, found)}
-        judged = _judge(questions, rows, answers, depth, members, known)
+        judged = _judge(query_set, rows, answers, depth, members, known)
         tests[test] = {metric: summarise(parse_metric(metric).per_query(judged)).or_zero for metric in metrics}
     return Live(tests, recall, store.count())
 
 
 def _judge(
-    questions: Questions,
+    query_set: QuerySet,
     rows: NDArray[np.int64],
     answers: Sequence[Sequence[ItemId]],
     depth: int,
@@ -116,16 +116,16 @@ def _judge(
     tags_at = {path: tags for tags, path in known.values()}
     for at, row in enumerate(rows.tolist()):
         # An altered view is to find its own item.
-        own = None if questions.kind == "instance" else questions.paths[row]
+        own = None if query_set.kind == "instance" else query_set.paths[row]
         found = [item for item in answers[at] if own is None or known.get(item, _NOTHING)[1] != own][:depth]
-        if questions.relevant is not None:
-            right = questions.relevant[row]
+        if query_set.relevant is not None:
+            right = query_set.relevant[row]
             best = sorted(right.values(), reverse=True)[:depth]
             total[at] = len(right)
             gained = [right.get(item, 0.0) for item in found]
         else:
-            assert questions.labels is not None
-            wanted = {questions.labels[row]} if questions.tags is None else set(questions.tags[row])
+            assert query_set.labels is not None
+            wanted = {query_set.labels[row]} if query_set.tags is None else set(query_set.tags[row])
             total[at] = _count(wanted, members) - (not wanted.isdisjoint(tags_at.get(own, ())))
             best = [1.0] * min(int(total[at]), depth)
             gained = [float(not wanted.isdisjoint(known.get(item, _NOTHING)[0])) for item in found]

@@ -1,4 +1,4 @@
-"""Who gains and who loses: the worst classes and segments, and queries of theirs to look at."""
+"""What gets worse: the classes and segments that lose most, and example queries of theirs."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from migrator.evaluation.bootstrap import Sure, bootstrap
+from migrator.evaluation.bootstrap import BootstrapConfig, bootstrap
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from migrator.verify.judged_queries import Asked
+    from migrator.verify.judged_queries import JudgedQueries
 
 MAX_GROUPS = 10
 """Classes, and segments, that are listed."""
@@ -21,12 +21,14 @@ RESULTS = 5
 """Answers of an example."""
 
 RESAMPLES = 2_000
-"""At most: these intervals are to be looked at, and decide nothing."""
+"""At most: these intervals are shown, and decide nothing."""
 
 Values = Mapping[str, "NDArray[np.float64]"]
 
 
-def worst_groups(names: Sequence[str], values: Values, *, sure: Sure, limit: int = MAX_GROUPS) -> dict[str, Any]:
+def worst_groups(
+    names: Sequence[str], values: Values, *, config: BootstrapConfig, limit: int = MAX_GROUPS
+) -> dict[str, Any]:
     """The groups of queries with the least gain, by `names` (q,); JSON-able.
 
     `values` holds `old`, `new` and `negative_flips`, (q,) each. A group's interval is over its own queries.
@@ -41,14 +43,14 @@ def worst_groups(names: Sequence[str], values: Values, *, sure: Sure, limit: int
 
     before, after, lost = means(old), means(new), means(values["negative_flips"])
     worst = np.lexsort((after, (after - before).round(9)))[:limit]
-    told = []
+    groups = []
     if len(worst):
         gains = (new - old)[counted]
         columns = np.stack([np.where(codes == at, gains, np.nan) for at in worst], axis=1)
-        drawn = bootstrap(columns, None, **sure._replace(resamples=min(sure.resamples, RESAMPLES))._asdict())
+        drawn = bootstrap(columns, None, **config._replace(resamples=min(config.resamples, RESAMPLES))._asdict())
         for column, at in enumerate(worst.tolist()):
             interval = drawn.interval(column)
-            told.append(
+            groups.append(
                 {
                     "name": str(known[at]),
                     "queries": int(sizes[at]),
@@ -60,20 +62,20 @@ def worst_groups(names: Sequence[str], values: Values, *, sure: Sure, limit: int
                     "negative_flips": float(lost[at]),
                 }
             )
-    return {"count": len(known), "worst": told}
+    return {"count": len(known), "worst": groups}
 
 
 def examples(
-    asked: Asked,
+    judged_queries: JudgedQueries,
     rankings: Mapping[str, NDArray[np.int32]],
     values: Values,
     classes: Mapping[str, Any] | None,
 ) -> list[dict[str, Any]]:
-    """For each of the worst classes (None: of all queries) the one that lost most, with the first answers of today's
+    """For each of the worst classes (None: of all queries) the one that lost most, with the first results of today's
     search and of the new one; JSON-able. `rankings` holds `old` and `new`, (q, k) each."""
     old, new = values["old"], values["new"]
     losses = np.where(np.isnan(old), np.inf, new - old)
-    labels = asked.labels
+    labels = judged_queries.labels
     if labels is None or classes is None:
         chosen = np.lexsort((new, losses))[:EXAMPLES].tolist()
     else:
@@ -81,15 +83,18 @@ def examples(
         for group in classes["worst"][:EXAMPLES]:
             members = [row for row, label in enumerate(labels) if label == group["name"] and np.isfinite(losses[row])]
             chosen += sorted(members, key=lambda row: (losses[row], new[row]))[:1]
-    judged = {which: asked.judge(ranking[:, :RESULTS]).hits for which, ranking in rankings.items()}
+    judged = {which: judged_queries.judge(ranking[:, :RESULTS]).hits for which, ranking in rankings.items()}
     return [
         {
             "class": None if labels is None else labels[row],
-            "query": {"path": asked.questions.paths[asked.rows[row]], "label": None if labels is None else labels[row]},
+            "query": {
+                "path": judged_queries.query_set.paths[judged_queries.rows[row]],
+                "label": None if labels is None else labels[row],
+            },
             **{
                 which: [
-                    _answer(asked, int(item), bool(right))
-                    for item, right in zip(rankings[which][row, :RESULTS], judged[which][row], strict=True)
+                    _result(judged_queries, int(item), bool(hit))
+                    for item, hit in zip(rankings[which][row, :RESULTS], judged[which][row], strict=True)
                     if item >= 0
                 ]
                 for which in ("old", "new")
@@ -102,15 +107,15 @@ def examples(
     ]
 
 
-def _answer(asked: Asked, item: int, right: bool) -> dict[str, Any]:
-    at = int(asked.gallery[item])
-    questions = asked.questions
-    label = None if questions.gallery_labels is None else questions.gallery_labels[at]
-    if questions.gallery_tags is not None:
-        label = ", ".join(questions.gallery_tags[at])
+def _result(judged_queries: JudgedQueries, item: int, relevant: bool) -> dict[str, Any]:
+    at = int(judged_queries.gallery[item])
+    query_set = judged_queries.query_set
+    label = None if query_set.gallery_labels is None else query_set.gallery_labels[at]
+    if query_set.gallery_tags is not None:
+        label = ", ".join(query_set.gallery_tags[at])
     return {
-        "id": questions.gallery[at],
-        "path": questions.gallery_paths[at],
+        "id": query_set.gallery[at],
+        "path": query_set.gallery_paths[at],
         "label": label,
-        "right": right,
+        "relevant": relevant,
     }

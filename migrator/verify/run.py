@@ -1,9 +1,9 @@
-"""The tests that decide whether the new encoder may answer queries, on frozen questions and a sampled gallery.
+"""The tests that decide whether the new encoder may answer queries, on a pinned query set and a sampled gallery.
 
-M(q, g): queries by encoder q, gallery by encoder g. `old` is M(old, old), today's search; `cross` M(new, old), what
-the canary will show; `self` M(new, new), what the finished migration will show; `reverse` M(old, new), what would
-happen if queries stayed behind. Every encoder embeds every image once. `measure_mixed` asks the collection as it is
-at this moment, with new queries.
+M(q, g): queries by encoder q, gallery by encoder g. `baseline` is M(old, old), today's search; `cross` M(new, old),
+what the canary will show; `self` M(new, new), what the finished migration will show; `reverse` M(old, new), what would
+happen if queries stayed behind. Every encoder embeds every image once. `measure_mixed` evaluates new
+queries on the collection as it is at this moment.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from migrator.embedding.embed import embed, locate
 from migrator.embedding.stored_encoder import unit
 from migrator.embedding.stored_vectors import old_vectors
 from migrator.errors import PreconditionFailed
-from migrator.evaluation.bootstrap import Interval, Sure, bootstrap
+from migrator.evaluation.bootstrap import BootstrapConfig, Interval, bootstrap
 from migrator.evaluation.exact_search import rank
 from migrator.evaluation.gate import Measured, Verdict, gate
 from migrator.evaluation.metrics import (
@@ -48,17 +48,17 @@ from migrator.evaluation.similarity import (
 from migrator.evaluation.verdicts import Test
 from migrator.labels import Tags, tags_of
 from migrator.ledger import Migration
-from migrator.lifecycle.next_steps import situation_of, ways_on
-from migrator.lifecycle.validity import Gallery, gallery_of, look_of
+from migrator.lifecycle.next_steps import next_steps, situation_of
+from migrator.lifecycle.validity import Gallery, gallery_of, interim_analysis_of
 from migrator.plan.run import check_fresh
 from migrator.project import Project
 from migrator.trainer.images.templates import NotText
 from migrator.verify.backfill_curve import SHARES, BackfillCurve, curve_facts, measure_curve
-from migrator.verify.baseline import Answers, write_answers
-from migrator.verify.judged_queries import Asked, at_rows
-from migrator.verify.live_index import Live, ask_live
+from migrator.verify.baseline import Baseline, write_baseline
+from migrator.verify.judged_queries import JudgedQueries, at_rows
+from migrator.verify.live_index import Live, evaluate_live
 from migrator.verify.query_set.augmented import altered
-from migrator.verify.query_set.draw import Questions, frozen_questions
+from migrator.verify.query_set.draw import QuerySet, pinned_query_set
 from migrator.verify.regressions import examples, worst_groups
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ if TYPE_CHECKING:
 
 METRICS = ("map@100", "recall@1", "recall@5", "recall@10", "precision@10", "ndcg@10", "mrr@100")
 """Always measured, beside those that the gate names."""
-TESTS = ("old", "cross", "self", "reverse")
+TESTS = ("baseline", "cross", "self", "reverse")
 OVERLAP_AT = 10
 DEFAULT_TESTS: dict[str, tuple[Test, ...]] = {"cross": ("cross", "lowest", "self"), "self": ("self",)}
 """What `gate.min_gain` bounds, by the test that is served."""
@@ -88,41 +88,49 @@ class Verified:
 
 
 def verify(
-    project: Project, report: Report = lambda *_: None, *, new_questions: bool = False, live: bool = False
+    project: Project, report: Report = lambda *_: None, *, resample_queries: bool = False, live: bool = False
 ) -> Verified:
     """Runs the four tests, decides, and keeps the result in the ledger. Needs a fresh plan and a new encoder.
 
-    The questions are those of the first verification, unless `new_questions` draws others. `live` also asks the
-    store's own index. Raises `PreconditionFailed` once the collection is mixed, and where no image can be read.
+    The query set is that of the first verification (with `resample_queries`: a new one). `live` also searches
+    through the store's own index. Raises `PreconditionFailed` once the collection is mixed, and where no image can be
+    read.
     """
     migration = project.migration()
     check_old_gallery(project, migration)
     with project.store() as store:
         plan = check_fresh(project, store)
-        tests = _run_tests(project, migration, store, report, new_questions=new_questions)
+        tests = _run_tests(project, migration, store, report, resample_queries=resample_queries)
         seen = None
         if live:
-            asks = {"old": tests.pairs["old"][0]}
+            vectors = {"baseline": tests.pairs["baseline"][0]}
             if "cross" in tests.pairs:
-                asks["cross"] = tests.pairs["cross"][0]
-            seen = _live(project, store, tests.asked, asks, report)
-    questions, new_id = tests.asked.questions, tests.new_encoder_id
-    look = look_of(project.ledger.verifications(migration.id), new_encoder_id=new_id, questions_sha256=questions.sha256)
-    verdict = gate(tests.measured(), project.settings.verify.gate, look=look, seed=project.settings.verify.seed)
+                vectors["cross"] = tests.pairs["cross"][0]
+            seen = _live(project, store, tests.judged_queries, vectors, report)
+    query_set, new_id = tests.judged_queries.query_set, tests.new_encoder_id
+    analysis = interim_analysis_of(
+        project.ledger.verifications(migration.id), new_encoder_id=new_id, query_set_sha256=query_set.sha256
+    )
+    verdict = gate(tests.measured(), project.settings.verify.gate, analysis=analysis, seed=project.settings.verify.seed)
     results = {
-        **_told(verdict),
-        **_results(project, tests, verdict),
-        "live": None if seen is None else seen.as_json(),
+        **_verdict_facts(verdict),
+        **_measurement_facts(project, tests, verdict),
+        "live": None if seen is None else seen.to_json(),
     }
-    results["ways_on"] = ways_on(results, situation_of(project))
+    results["next_steps"] = next_steps(results, situation_of(project))
     # The encoder may have been made elsewhere; from here on the migration is bound to it.
     project.ledger.set_new_encoder(migration.id, new_id)
-    today = tests.judged["old"]
-    write_answers(
+    today = tests.judged["baseline"]
+    write_baseline(
         project,
         migration,
-        Answers(
-            questions.sha256, new_id, tests.asked.rows, tests.pairs["self"][0], tests.values["old"], firsts_right(today)
+        Baseline(
+            query_set.sha256,
+            new_id,
+            tests.judged_queries.rows,
+            tests.pairs["self"][0],
+            tests.values["baseline"],
+            first_relevant(today),
         ),
     )
     project.ledger.save_verification(
@@ -130,7 +138,7 @@ def verify(
         plan_fingerprint=plan.fingerprint,
         old_encoder_id=project.encoder_ids()[0],
         new_encoder_id=new_id,
-        queries_sha256=questions.sha256,
+        queries_sha256=query_set.sha256,
         outcome=verdict.outcome,
         results=results,
     )
@@ -155,9 +163,9 @@ def check_old_gallery(project: Project, migration: Migration) -> None:
 
 @dataclass(frozen=True, slots=True)
 class _Tests:
-    """The tests, run: each a pair of vectors, its ranking, and what every query is worth in it."""
+    """The tests, run: each a pair of vectors, its ranking, and the metrics of every query."""
 
-    asked: Asked
+    judged_queries: JudgedQueries
     new_encoder_id: str
     served: Test
     """The test that queries meet first: `cross` in place, `self` with a shadow."""
@@ -176,13 +184,13 @@ class _Tests:
 
     @property
     def lost(self) -> NDArray[np.float64]:
-        """1 for each query whose first answer turned wrong."""
-        return negative_flips(self.judged["old"], self.judged[self.served])
+        """1 for each query whose first result became irrelevant."""
+        return negative_flips(self.judged["baseline"], self.judged[self.served])
 
     def measured(self) -> Measured:
         """For the gate. What users meet on the way is tested by default: in place all of it, of a shadow the end."""
         sides: dict[Test, dict[str, NDArray[np.float64]]] = {
-            test: {**self.values[test], FLIPS: negative_flips(self.judged["old"], self.judged[test])}
+            test: {**self.values[test], FLIPS: negative_flips(self.judged["baseline"], self.judged[test])}
             for test in ("cross", "self")
             if test in self.values
         }
@@ -190,10 +198,10 @@ class _Tests:
             sides["lowest"] = self.curve.chosen
         new = sides.pop(self.served)
         return Measured(
-            old=self.values["old"],
+            old=self.values["baseline"],
             new=new,
-            clusters=self.asked.clusters(),
-            segments=self.asked.segments,
+            clusters=self.judged_queries.clusters(),
+            segments=self.judged_queries.segments,
             served=self.served,
             others=sides,
             default_tests=DEFAULT_TESTS[self.served],
@@ -201,24 +209,26 @@ class _Tests:
         )
 
 
-def _run_tests(project: Project, migration: Migration, store: Store, report: Report, *, new_questions: bool) -> _Tests:
+def _run_tests(
+    project: Project, migration: Migration, store: Store, report: Report, *, resample_queries: bool
+) -> _Tests:
     images = project.images()
     old, new = None if project.old_is_stored else project.old_encoder(), project.new_encoder()
-    questions = frozen_questions(project, migration, store, images, anew=new_questions)
-    gallery, stored = _stored_gallery(store, questions)
-    asking, by_own = np.arange(len(questions.paths)), None
+    query_set = pinned_query_set(project, migration, store, images, resample=resample_queries)
+    gallery, stored = _stored_gallery(store, query_set)
+    asking, by_own = np.arange(len(query_set.paths)), None
     if old is None:
         project.check_old_encoder(store)
-        asking, by_own = _with_own_vectors(store, images, questions)
+        asking, by_own = _with_own_vectors(store, images, query_set)
     began = time.monotonic()
-    embedded = _embed(project, images, questions, asking, gallery, old, new, report)
+    embedded = _embed(project, images, query_set, asking, gallery, old, new, report)
     encoding = time.monotonic() - began
-    asked = Asked.of(questions, embedded.query_rows, embedded.gallery_rows)
+    judged_queries = JudgedQueries.of(query_set, embedded.query_rows, embedded.gallery_rows)
     by_new = embedded.by_new
-    by_old = embedded.by_old if by_own is None else by_own[np.searchsorted(asking, asked.rows)]
-    gallery_old, gallery_new = stored[np.searchsorted(gallery, asked.gallery)], embedded.gallery_by_new
+    by_old = embedded.by_old if by_own is None else by_own[np.searchsorted(asking, judged_queries.rows)]
+    gallery_old, gallery_new = stored[np.searchsorted(gallery, judged_queries.gallery)], embedded.gallery_by_new
     pairs = {
-        "old": (by_old, gallery_old),
+        "baseline": (by_old, gallery_old),
         "cross": (by_new, gallery_old),
         "self": (by_new, gallery_new),
         "reverse": (by_old, gallery_new),
@@ -227,19 +237,19 @@ def _run_tests(project: Project, migration: Migration, store: Store, report: Rep
         del pairs["cross"], pairs["reverse"]
     metrics = _metrics(project.settings.verify.gate)
     rankings: dict[str, NDArray[np.int32]] = {}
-    for number, against in enumerate((("old", "cross"), ("self", "reverse"))):
+    for number, against in enumerate((("baseline", "cross"), ("self", "reverse"))):
         report("ranking", number, 2)
-        asks = [test for test in against if test in pairs]
-        queries = np.concatenate([pairs[test][0] for test in asks])  # one pass over a gallery serves both encoders
-        found = rank(queries, pairs[asks[0]][1], _depth(metrics), exclude=np.tile(asked.own, len(asks)))
-        rankings |= dict(zip(asks, np.split(found, len(asks)), strict=True))
-    judged = {test: asked.judge(ranking) for test, ranking in rankings.items()}
+        tested = [test for test in against if test in pairs]
+        queries = np.concatenate([pairs[test][0] for test in tested])  # one pass over a gallery serves both encoders
+        found = rank(queries, pairs[tested[0]][1], _depth(metrics), exclude=np.tile(judged_queries.own, len(tested)))
+        rankings |= dict(zip(tested, np.split(found, len(tested)), strict=True))
+    judged = {test: judged_queries.judge(ranking) for test, ranking in rankings.items()}
     # In place, new queries meet old vectors; beside a shadow they only ever meet new ones.
     served: Test = "cross" if migration.strategy == "in_place" else "self"
     report("backfill curve", 0, 1)
-    curve = _curve(project, asked, judged["old"], pairs, served)
+    curve = _curve(project, judged_queries, judged["baseline"], pairs, served)
     return _Tests(
-        asked=asked,
+        judged_queries=judged_queries,
         new_encoder_id=new.id,
         served=served,
         pairs=pairs,
@@ -247,8 +257,8 @@ def _run_tests(project: Project, migration: Migration, store: Store, report: Rep
         judged=judged,
         values={test: _values(found, metrics) for test, found in judged.items()},
         curve=curve,
-        without_old_vector=len(questions.paths) - len(asking),
-        gone=len(questions.gallery) - len(gallery),
+        without_old_vector=len(query_set.paths) - len(asking),
+        gone=len(query_set.gallery) - len(gallery),
         unreadable=embedded.unreadable,
         encoding_seconds=encoding,
     )
@@ -256,7 +266,7 @@ def _run_tests(project: Project, migration: Migration, store: Store, report: Rep
 
 def _curve(
     project: Project,
-    asked: Asked,
+    judged_queries: JudgedQueries,
     today: Relevance,
     pairs: Mapping[str, tuple[NDArray[np.float32], NDArray[np.float32]]],
     served: Test,
@@ -268,13 +278,13 @@ def _curve(
         return None
     queries, gallery = pairs["cross"]
     return measure_curve(
-        asked, today, queries, gallery, pairs["self"][1],
+        judged_queries, today, queries, gallery, pairs["self"][1],
         order=project.settings.backfill.order, metrics=tuple(dict.fromkeys([settings.gate.metric, *named])),
         seed=settings.seed,
     )  # fmt: skip
 
 
-def _told(verdict: Verdict) -> dict[str, Any]:
+def _verdict_facts(verdict: Verdict) -> dict[str, Any]:
     """What the gate decided, JSON-able."""
     return {
         "outcome": verdict.outcome,
@@ -282,7 +292,7 @@ def _told(verdict: Verdict) -> dict[str, Any]:
         "reasons": list(verdict.reasons),
         "interval": _interval(verdict.interval),
         "confidence": verdict.confidence,
-        "look": verdict.look,
+        "interim_analysis": verdict.analysis,
         "minimum_detectable": verdict.findings[0].minimum_detectable,
         "findings": [
             {**asdict(finding), "interval": _interval(finding.interval), "gain": _interval(finding.gain)}
@@ -292,62 +302,64 @@ def _told(verdict: Verdict) -> dict[str, Any]:
 
 
 def _interval(interval: Interval | None) -> dict[str, float] | None:
-    return None if interval is None else interval.as_json()
+    return None if interval is None else interval.to_json()
 
 
-def _results(project: Project, tests: _Tests, verdict: Verdict) -> dict[str, Any]:
+def _measurement_facts(project: Project, tests: _Tests, verdict: Verdict) -> dict[str, Any]:
     """All that was measured, JSON-able: what `migrator report` draws. Every interval is at the verdict's confidence."""
     settings = project.settings.verify
-    asked, questions, values = tests.asked, tests.asked.questions, tests.values
-    clusters = asked.clusters() if settings.gate.cluster == "class" else None
+    judged_queries, query_set, values = tests.judged_queries, tests.judged_queries.query_set, tests.values
+    clusters = judged_queries.clusters() if settings.gate.cluster == "class" else None
     metric, served = settings.gate.metric, tests.served
-    sure = Sure(verdict.confidence, settings.gate.resamples, settings.seed)
+    config = BootstrapConfig(verdict.confidence, settings.gate.resamples, settings.seed)
     means = {test: {name: _mean(found) for name, found in of.items()} for test, of in values.items()}
-    ways = {"old": values["old"][metric], "new": values[served][metric], FLIPS: tests.lost}
+    ways = {"old": values["baseline"][metric], "new": values[served][metric], FLIPS: tests.lost}
     classes = segments = None
-    if asked.labels is not None:
-        classes = worst_groups(asked.labels, ways, sure=sure)
-    if asked.segments is not None:
-        segments = worst_groups(asked.segments, ways, sure=sure)
+    if judged_queries.labels is not None:
+        classes = worst_groups(judged_queries.labels, ways, config=config)
+    if judged_queries.segments is not None:
+        segments = worst_groups(judged_queries.segments, ways, config=config)
     curve = None
     if tests.curve is not None:
         lowest = next(
             (at for at in verdict.findings if (at.test, at.metric, at.segment) == ("lowest", metric, None)), None
         )
         gain = None if lowest is None else lowest.gain
-        curve = curve_facts(tests.curve, metric=metric, gain=gain, clusters=clusters, sure=sure)
-    overlap = overlap_at_k(tests.rankings["old"], tests.rankings[served], OVERLAP_AT)
-    counted = tests.judged["old"].total > 0
+        curve = curve_facts(tests.curve, metric=metric, gain=gain, clusters=clusters, config=config)
+    overlap = overlap_at_k(tests.rankings["baseline"], tests.rankings[served], OVERLAP_AT)
+    counted = tests.judged["baseline"].total > 0
     return {
         "served": served,
-        "kind": questions.kind,
-        "evidence": questions.evidence,
+        "kind": query_set.kind,
+        "evidence": query_set.evidence,
         "metric": metric,
         "tests": means,
-        **_intervals(values, clusters, sure),
+        **_intervals(values, clusters, config),
         "flips": {
             "negative": _mean(tests.lost),
-            "positive": _mean(positive_flips(tests.judged["old"], tests.judged[served])),
+            "positive": _mean(positive_flips(tests.judged["baseline"], tests.judged[served])),
         },
         "scores": _scores(means, metric, settings.upper_bound),
         "overlap": {f"overlap@{OVERLAP_AT}": _mean(overlap)},
         "classes": classes,
         "segments": segments,
-        "examples": examples(asked, {"old": tests.rankings["old"], "new": tests.rankings[served]}, ways, classes),
+        "examples": examples(
+            judged_queries, {"old": tests.rankings["baseline"], "new": tests.rankings[served]}, ways, classes
+        ),
         "curve": curve,
         **_score_facts(tests, seed=settings.seed),
-        "questions": {
-            "sha256": questions.sha256,
-            "kind": questions.kind,
-            "drawn_at": questions.drawn_at,
-            "queries": len(questions.paths),
-            "gallery": len(questions.gallery),
-            "passed_over": questions.counts,
+        "query_set": {
+            "sha256": query_set.sha256,
+            "kind": query_set.kind,
+            "drawn_at": query_set.drawn_at,
+            "queries": len(query_set.paths),
+            "gallery": len(query_set.gallery),
+            "skipped": query_set.counts,
         },
         "queries": int(counted.sum()),
         "queries_without_relevant_items": int((~counted).sum()),
         "queries_without_old_vector": tests.without_old_vector,
-        "gallery": len(asked.gallery),
+        "gallery": len(judged_queries.gallery),
         "gallery_gone": tests.gone,
         "unreadable": tests.unreadable,
         "encoding_seconds": round(tests.encoding_seconds, 3),
@@ -355,13 +367,13 @@ def _results(project: Project, tests: _Tests, verdict: Verdict) -> dict[str, Any
 
 
 @dataclass(frozen=True, slots=True)
-class Mixed:
-    """New queries asked of the collection as it is."""
+class Evaluation:
+    """New queries, evaluated on the collection as it is."""
 
-    asked: Asked
+    judged_queries: JudgedQueries
     values: dict[str, NDArray[np.float64]]
     """Metric -> value of each query, NaN where it has no relevant item."""
-    firsts_right: NDArray[np.float64]  # (q,)
+    first_relevant: NDArray[np.float64]  # (q,)
 
     @property
     def means(self) -> dict[str, float]:
@@ -369,23 +381,23 @@ class Mixed:
         return {metric: _mean(values) for metric, values in self.values.items()}
 
 
-def ask_as_is(
+def evaluate(
     project: Project,
     store: Store,
-    questions: Questions,
+    query_set: QuerySet,
     rows: NDArray[np.int64],
     by_new: NDArray[np.float32],
-) -> Mixed:
-    """Asks the questions at `rows` (q,), embedded as `by_new` (q, dim), of the vectors that lie in `store` now."""
-    gallery, stored = _stored_gallery(store, questions)
-    asked = Asked.of(questions, rows, gallery)
+) -> Evaluation:
+    """Evaluates the queries at `rows` (q,), embedded as `by_new` (q, dim), on the vectors that are in `store` now."""
+    gallery, stored = _stored_gallery(store, query_set)
+    judged_queries = JudgedQueries.of(query_set, rows, gallery)
     metrics = _metrics(project.settings.verify.gate)
-    judged = asked.judge(rank(by_new, stored, _depth(metrics), exclude=asked.own))
-    return Mixed(asked, _values(judged, metrics), firsts_right(judged))
+    judged = judged_queries.judge(rank(by_new, stored, _depth(metrics), exclude=judged_queries.own))
+    return Evaluation(judged_queries, _values(judged, metrics), first_relevant(judged))
 
 
-def firsts_right(judged: Relevance) -> NDArray[np.float64]:
-    """1 where the first answer is right, else 0, (q,); NaN where a query has no relevant item."""
+def first_relevant(judged: Relevance) -> NDArray[np.float64]:
+    """1 where the first result is relevant, else 0, (q,); NaN where a query has no relevant item."""
     return np.where(judged.total > 0, judged.hits[:, 0].astype(np.float64), np.nan)
 
 
@@ -411,18 +423,18 @@ def measure_mixed(project: Project, report: Report = lambda *_: None, *, live: b
                 f"{info.name} holds {info.dim}-d vectors, which the new encoder's {new.dim}-d queries cannot search "
                 f"before the cutover: `migrator status {project.name}` names the next command"
             )
-        questions = frozen_questions(project, migration, store, images)
-        rows, by_new, _ = embed_queries(project, images, questions, np.arange(len(questions.paths)), [new], report)
-        mixed = ask_as_is(project, store, questions, rows, by_new[0])
+        query_set = pinned_query_set(project, migration, store, images)
+        rows, by_new, _ = embed_queries(project, images, query_set, np.arange(len(query_set.paths)), [new], report)
+        current = evaluate(project, store, query_set, rows, by_new[0])
         found: dict[str, Any] = {
             "gallery": gallery,
-            "mixed": mixed.means,
+            "mixed": current.means,
             "queries": len(rows),
-            "today": _today(project, migration, questions),
+            "today": _today(project, migration, query_set),
         }
         if live:
             test = "self" if gallery == "new" else "mixed"
-            found["live"] = _live(project, store, mixed.asked, {test: by_new[0]}, report).as_json()
+            found["live"] = _live(project, store, current.judged_queries, {test: by_new[0]}, report).to_json()
     project.ledger.note(migration, "measured", found)
     return found
 
@@ -438,11 +450,11 @@ def _served(project: Project, migration: Migration, gallery: Gallery) -> Iterato
                 yield beside
 
 
-def _today(project: Project, migration: Migration, questions: Questions) -> dict[str, float] | None:
+def _today(project: Project, migration: Migration, query_set: QuerySet) -> dict[str, float] | None:
     """What the old search gave for the same queries before the migration, by the last verification that has them."""
     for verification in reversed(project.ledger.verifications(migration.id)):
-        if verification.queries_sha256 == questions.sha256:
-            found: dict[str, float] = verification.results["tests"]["old"]
+        if verification.queries_sha256 == query_set.sha256:
+            found: dict[str, float] = verification.results["tests"]["baseline"]
             return found
     return None
 
@@ -452,51 +464,51 @@ def _today(project: Project, migration: Migration, questions: Questions) -> dict
 
 @dataclass(frozen=True, slots=True)
 class _Embedded:
-    query_rows: NDArray[np.int64]  # positions in the questions
+    query_rows: NDArray[np.int64]  # positions in the query set
     by_new: NDArray[np.float32]
     by_old: NDArray[np.float32]  # empty where there is no old model
-    gallery_rows: NDArray[np.int64]  # positions in questions.gallery
+    gallery_rows: NDArray[np.int64]  # positions in query_set.gallery
     gallery_by_new: NDArray[np.float32]
     unreadable: dict[str, str]
 
 
-def _stored_gallery(store: Store, questions: Questions) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+def _stored_gallery(store: Store, query_set: QuerySet) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
     """Which of the gallery's items are still there, as ascending positions (n,), and their vectors (n, dim): of unit
     length where the store compares directions, whatever length they have there."""
-    where = {item: at for at, item in enumerate(questions.gallery)}
-    page = store.read(questions.gallery, vectors=True, payload=False)
+    where = {item: at for at, item in enumerate(query_set.gallery)}
+    page = store.read(query_set.gallery, vectors=True, payload=False)
     assert page.vectors is not None
     if not len(page):
         raise PreconditionFailed(
-            "none of the gallery's items is left in the collection: draw new questions with --new-questions"
+            "none of the gallery's items is left in the collection: draw a new query set with --resample-queries"
         )
     vectors = unit(page.vectors) if store.describe().metric == "cosine" else page.vectors
     return np.array([where[item] for item in page.ids], np.int64), vectors  # a page keeps the order asked for
 
 
 def _with_own_vectors(
-    store: Store, images: ImageSource, questions: Questions
+    store: Store, images: ImageSource, query_set: QuerySet
 ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-    """The questions that are items of the collection, as positions (n,), with their stored vectors, (n, dim).
+    """The queries that are items of the collection, as positions (n,), with their stored vectors, (n, dim).
 
-    Today's search is then asked as an item asks for its like. Raises `PreconditionFailed` where no query is an item.
+    Today's search is then a search for items like an item. Raises `PreconditionFailed` where no query is an item.
     """
-    own = [item for item in questions.own if item is not None]
+    own = [item for item in query_set.own if item is not None]
     page = store.read(list(dict.fromkeys(own)), vectors=True, payload=False)
     assert page.vectors is not None
     row_of = {item: row for row, item in enumerate(page.ids)}
-    vectors = np.zeros((len(questions.paths), page.vectors.shape[1] or store.describe().dim), np.float32)
-    for row, item in enumerate(questions.own):
+    vectors = np.zeros((len(query_set.paths), page.vectors.shape[1] or store.describe().dim), np.float32)
+    for row, item in enumerate(query_set.own):
         if item in row_of:
             vectors[row] = page.vectors[row_of[item]]
-    elsewhere = [row for row, item in enumerate(questions.own) if item is None]  # not sampled, but perhaps an item
+    elsewhere = [row for row, item in enumerate(query_set.own) if item is None]  # not sampled, but perhaps an item
     if elsewhere:
-        vectors[elsewhere] = old_vectors(store, images, at_rows(questions.paths, np.array(elsewhere)))
+        vectors[elsewhere] = old_vectors(store, images, at_rows(query_set.paths, np.array(elsewhere)))
     vectors = unit(vectors)
     rows = np.flatnonzero(vectors.any(axis=1))
     if len(rows) == 0:
         raise PreconditionFailed(
-            f"old_encoder is stored, and none of {len(vectors)} queries, for instance {questions.paths[0]!r}, is an "
+            f"old_encoder is stored, and none of {len(vectors)} queries, for instance {query_set.paths[0]!r}, is an "
             f"item of {store.describe().name}: list paths as images.uri makes them, or leave verify.queries out"
         )
     return rows, vectors[rows]
@@ -505,15 +517,15 @@ def _with_own_vectors(
 def embed_queries(
     project: Project,
     images: ImageSource,
-    questions: Questions,
+    query_set: QuerySet,
     asking: NDArray[np.int64],
     encoders: Sequence[Encoder],
     report: Report = lambda *_: None,
 ) -> tuple[NDArray[np.int64], Sequence[NDArray[np.float32]], dict[str, str]]:
-    """The questions at `asking` (n,) whose images can be read, as positions (q,); their vectors by each encoder,
+    """The queries at `asking` (n,) whose images can be read, as positions (q,); their vectors by each encoder,
     (q, dim); and path -> reason for the others."""
-    view = partial(altered, seed=questions.made_from["seed"]) if questions.kind == "instance" else None
-    paths = at_rows(questions.paths, asking)
+    view = partial(altered, seed=query_set.made_from["seed"]) if query_set.kind == "instance" else None
+    paths = at_rows(query_set.paths, asking)
     step = _counting(report, "queries", len(paths))
     found = embed(images, paths, encoders, report=step, view=view, **project.loading())
     return asking[found.rows], found.vectors, {paths[row]: why for row, why in found.problems.items()}
@@ -522,7 +534,7 @@ def embed_queries(
 def _embed(
     project: Project,
     images: ImageSource,
-    questions: Questions,
+    query_set: QuerySet,
     asking: NDArray[np.int64],
     gallery: NDArray[np.int64],
     old: Encoder | None,
@@ -530,14 +542,14 @@ def _embed(
     report: Report,
 ) -> _Embedded:
     encoders = [new] if old is None else [new, old]
-    rows, queries, unreadable = embed_queries(project, images, questions, asking, encoders, report)
+    rows, queries, unreadable = embed_queries(project, images, query_set, asking, encoders, report)
     if len(rows) == 0 and unreadable:
         path, why = next(iter(unreadable.items()))
         raise PreconditionFailed(
             f"none of {len(asking)} query images could be read, for instance {path}: {why}: check images.root and "
             "the paths of the queries"
         )
-    paths = at_rows(questions.gallery_paths, gallery)
+    paths = at_rows(query_set.gallery_paths, gallery)
     items = embed(images, paths, [new], report=_counting(report, "gallery", len(paths)), **project.loading())
     if len(items.rows) == 0:
         raise PreconditionFailed(
@@ -563,7 +575,7 @@ def _counting(report: Report, what: str, of: int) -> Callable[[int], None]:
 def _live(
     project: Project,
     store: Store,
-    asked: Asked,
+    judged_queries: JudgedQueries,
     vectors: Mapping[str, NDArray[np.float32]],
     report: Report,
 ) -> Live:
@@ -577,8 +589,9 @@ def _live(
             tags = ()
         return tags, path if isinstance(path, str) else None
 
-    return ask_live(
-        store, asked.questions, asked.rows, vectors, metrics=_metrics(project.settings.verify.gate), describe=describe,
+    return evaluate_live(
+        store, judged_queries.query_set, judged_queries.rows, vectors,
+        metrics=_metrics(project.settings.verify.gate), describe=describe,
         report=lambda done, of: report("live", done, of),
     )  # fmt: skip
 
@@ -604,40 +617,42 @@ def _mean(values: NDArray[np.float64]) -> float:
 
 
 def _intervals(
-    values: Mapping[str, Mapping[str, NDArray[np.float64]]], clusters: NDArray[np.int64] | None, sure: Sure
+    values: Mapping[str, Mapping[str, NDArray[np.float64]]], clusters: NDArray[np.int64] | None, config: BootstrapConfig
 ) -> dict[str, Any]:
     """Of every mean, and of every difference from today's search: test -> metric -> interval. All of one bootstrap."""
     columns = {("intervals", test, metric): found for test, of in values.items() for metric, found in of.items()}
     columns |= {
-        ("differences", test, metric): found - values["old"][metric]
+        ("differences", test, metric): found - values["baseline"][metric]
         for test, of in values.items()
-        if test != "old"
+        if test != "baseline"
         for metric, found in of.items()
     }
-    drawn = bootstrap(np.stack(list(columns.values()), axis=1), clusters, **sure._asdict())
+    drawn = bootstrap(np.stack(list(columns.values()), axis=1), clusters, **config._asdict())
     found: dict[str, dict[str, dict[str, Any]]] = {"intervals": {}, "differences": {}}
     for column, (kind, test, metric) in enumerate(columns):
-        found[kind].setdefault(test, {})[metric] = drawn.interval(column).as_json()
+        found[kind].setdefault(test, {})[metric] = drawn.interval(column).to_json()
     return found
 
 
 def _score_facts(tests: _Tests, *, seed: int) -> dict[str, Any]:
-    """How high right and wrong pairs score in each test, and what that does to an application's threshold."""
-    asked = tests.asked
-    if asked.relevant is not None:
-        pairs = draw_listed_pairs(asked.relevant, len(asked.gallery), own=asked.own, seed=seed)
-    elif asked.tags is not None:
-        pairs = draw_tag_pairs(*asked.tags, own=asked.own, seed=seed)
+    """How high relevant and irrelevant pairs score in each test, and what that does to an application's threshold."""
+    judged_queries = tests.judged_queries
+    if judged_queries.relevant is not None:
+        pairs = draw_listed_pairs(
+            judged_queries.relevant, len(judged_queries.gallery), own=judged_queries.own, seed=seed
+        )
+    elif judged_queries.tags is not None:
+        pairs = draw_tag_pairs(*judged_queries.tags, own=judged_queries.own, seed=seed)
     else:
-        assert asked.query_codes is not None
-        assert asked.gallery_codes is not None
-        pairs = draw_pairs(asked.query_codes, asked.gallery_codes, own=asked.own, seed=seed)
+        assert judged_queries.query_codes is not None
+        assert judged_queries.gallery_codes is not None
+        pairs = draw_pairs(judged_queries.query_codes, judged_queries.gallery_codes, own=judged_queries.own, seed=seed)
     scores = score_pairs(tests.pairs, pairs)
     moved = shift(scores)
     return {
-        "histograms": score_histograms(scores).as_json(),
+        "histograms": score_histograms(scores).to_json(),
         "shift": None if moved is None else moved.sentence,
-        "threshold": None if moved is None else moved.as_json(),
+        "threshold": None if moved is None else moved.to_json(),
     }
 
 
@@ -647,7 +662,7 @@ def _scores(means: Mapping[str, Mapping[str, float]], metric: str, bound: float 
         return None
     new = means["self"][metric]
     scores = {"p_up": p_up([new], [bound])}
-    if "cross" in means and bound > means["old"][metric]:  # else there is nothing between old and bound to gain
-        cross, old = means["cross"][metric], means["old"][metric]
+    if "cross" in means and bound > means["baseline"][metric]:  # else there is nothing between old and bound to gain
+        cross, old = means["cross"][metric], means["baseline"][metric]
         scores |= {"p_comp": p_comp([cross], [old], [bound]), "p_1": p_1([new], [cross], [old], [bound])}
     return scores

@@ -23,7 +23,7 @@ Migrator = Callable[..., int]
 
 def backfill_killed_before_its_check(config: str) -> None:
     """In a process of its own."""
-    backfill_run._look = lambda *_: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[assignment]
+    backfill_run._check_health = lambda *_: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[assignment]
     run(["backfill", "--yes", "--config", config])
 
 
@@ -82,7 +82,7 @@ def test_the_next_run_makes_the_check_though_nothing_is_left_to_write(world: Wor
     assert migrator("backfill") == 0
     (made,) = checks(world)
     assert made["read_back"]["checked"] > 0
-    assert made["read_back"]["wrong"] == 0
+    assert made["read_back"]["mismatched"] == 0
     assert migrator("backfill") == 0
     assert migrator("rollout", "--stage", "cutover") == 0
     assert checks(world) == [made]  # once is enough
@@ -95,7 +95,7 @@ def test_a_check_that_could_not_be_made_is_made_by_the_cutover(
         raise StoreUnavailable("gone for the moment")
 
     to_stage(migrator, "backfill")
-    monkeypatch.setattr(backfill_run, "look", down)
+    monkeypatch.setattr(backfill_run, "check_health", down)
     assert migrator("backfill") == 0
     assert checks(world) == []
     assert migrator("rollout", "--stage", "cutover") == 0

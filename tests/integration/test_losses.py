@@ -67,10 +67,10 @@ def test_a_loss_that_the_gate_allows_is_called_accepted_wherever_it_is_shown(
     assert f"(worse than today by {-after['gain']['mean']:.3f})" in out("plan")
 
     found = json.loads(out("verify", "--json"))
-    assert (found["outcome"], found["accepted"], found["ways_on"]) == ("pass", True, [])
+    assert (found["outcome"], found["accepted"], found["next_steps"]) == ("pass", True, [])
     findings = {finding["test"]: finding for finding in found["findings"]}
     assert list(findings) == (["cross", "lowest", "self"] if strategy == "in_place" else ["self"])
-    loss = found["tests"]["old"]["map@100"] - found["tests"]["self"]["map@100"]
+    loss = found["tests"]["baseline"]["map@100"] - found["tests"]["self"]["map@100"]
     note = f"worse by {loss:.3f}; accepted by your gate (min_gain -1)"
     assert (findings["self"]["outcome"], findings["self"]["accepted"], findings["self"]["note"]) == ("pass", True, note)
     said = f"after the backfill: {note}"
@@ -157,17 +157,17 @@ def test_what_is_advised_after_a_failed_gate_can_be_done(
     out("plan")
     found = json.loads(out("verify", "--json", code=3))
     assert found["outcome"] == "fail"
-    ways = found["ways_on"]
+    ways = found["next_steps"]
     assert [way.split(":")[0] for way in ways] == ["Try another encoder", "Stay with the old encoder"]
     assert all(parses(words) for way in ways for words in commands(way))
     printed = out("verify", code=3)
-    assert printed.endswith("ways on:\n" + "".join(f"  - {way}\n" for way in ways))
+    assert printed.endswith("next steps:\n" + "".join(f"  - {way}\n" for way in ways))
     assert f"migrator verify {NAME}`" not in printed.replace(ways[0], "")
     status = json.loads(out("status", "--json"))
-    assert (status["verification"], status["ways_on"], status["next_command"]) == ("fail", ways, None)
-    assert "next          one of the ways on" in out("status")
+    assert (status["verification"], status["next_steps"], status["next_command"]) == ("fail", ways, None)
+    assert "next          one of the next steps" in out("status")
     assert migrator("rollout", "--stage", "prepare") == 3
-    assert f"`migrator status {NAME}` lists the ways on" in capsys.readouterr().err
+    assert f"`migrator status {NAME}` lists the next steps" in capsys.readouterr().err
 
 
 def test_a_shadow_is_advised_where_only_the_way_is_worse_and_can_be_had(
@@ -180,7 +180,7 @@ def test_a_shadow_is_advised_where_only_the_way_is_worse_and_can_be_had(
         verify__gate__cluster="query",
     )
     out("plan")
-    ways = json.loads(out("verify", "--json", code=3))["ways_on"]
+    ways = json.loads(out("verify", "--json", code=3))["next_steps"]
     (way,) = [way for way in ways if way.startswith("Fill a second collection")]
     assert settings(way) == [("rollout.strategy", "shadow")]
     assert "remove `backfill.order` and `verify.gate.min_gain.cross` and `verify.gate.min_gain.lowest`" in way
@@ -195,7 +195,7 @@ def test_more_queries_are_advised_where_the_gate_cannot_decide(worse: World, out
     )
     worse.configure(verify__queries="queries.csv", verify__gate__min_gain=-1.0)
     out("plan")
-    ways = json.loads(out("verify", "--json", code=3))["ways_on"]
+    ways = json.loads(out("verify", "--json", code=3))["next_steps"]
     assert ways[0].startswith("Judge it on more queries: about 30 judged queries would probably decide, 12 were used.")
     assert "list the further ones in queries.csv" in ways[0]
     assert settings(ways[0]) == [("verify.sample", "30")]
@@ -246,7 +246,7 @@ def test_what_is_served_can_be_measured_after_the_cutover_and_status_agrees_on_w
         # The gallery is the whole collection, and its index exact.
         assert found["mixed"] == pytest.approx(verified["tests"]["self"], abs=1e-6)
         assert found["live"]["tests"]["self"] == pytest.approx(verified["tests"]["self"], abs=1e-6)
-        assert found["today"] == verified["tests"]["old"]
+        assert found["today"] == verified["tests"]["baseline"]
         printed = out("verify", "--live")
         assert "old query, old gallery" in printed
         assert "new query, new gallery" in printed

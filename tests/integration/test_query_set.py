@@ -20,9 +20,9 @@ from migrator.embedding.embed import embed
 from migrator.errors import PreconditionFailed
 from migrator.ledger import Migration
 from migrator.project import Project
-from migrator.verify.judged_queries import Asked
+from migrator.verify.judged_queries import JudgedQueries
 from migrator.verify.query_set.augmented import altered
-from migrator.verify.query_set.draw import Questions, frozen_questions, read_frozen
+from migrator.verify.query_set.draw import QuerySet, pinned_query_set, read_pinned
 from tests.world import NAME, World, write_gallery
 
 MIGRATION = Migration(id=1, created_at=dt.datetime(2026, 11, 25, tzinfo=dt.UTC))
@@ -37,11 +37,11 @@ def opened(world: World) -> Iterator[Project]:
         project.close()
 
 
-def frozen(world: World, *, anew: bool = False, **verify: Any) -> Questions:
+def frozen(world: World, *, resample: bool = False, **verify: Any) -> QuerySet:
     if verify:
         world.configure(verify={**verify, "gate": {"min_gain": -1.0}})
     with opened(world) as project, project.store() as store:
-        return frozen_questions(project, MIGRATION, store, project.images(), anew=anew)
+        return pinned_query_set(project, MIGRATION, store, project.images(), resample=resample)
 
 
 def test_questions_are_those_of_the_first_day(world: World) -> None:
@@ -56,11 +56,11 @@ def test_questions_are_those_of_the_first_day(world: World) -> None:
     with opened(world) as project, project.store() as store:
         left = store.read(later.gallery, vectors=False, payload=False).ids
     assert 50 - len(left) == sum(item >= 60 for item in first.gallery if isinstance(item, int)) > 0
-    assert frozen(world, anew=True).sha256 != first.sha256
+    assert frozen(world, resample=True).sha256 != first.sha256
 
 
-def everything(questions: Questions) -> Asked:
-    return Asked.of(questions, np.arange(len(questions.paths)), np.arange(len(questions.gallery)))
+def everything(query_set: QuerySet) -> JudgedQueries:
+    return JudgedQueries.of(query_set, np.arange(len(query_set.paths)), np.arange(len(query_set.gallery)))
 
 
 def test_relevant_items_are_told_apart_by_type(world: World) -> None:
@@ -100,8 +100,8 @@ def test_artifacts_elsewhere_and_a_ledger_that_begins_anew(world: World) -> None
     first = frozen(world, label="{kind}", sample=6)
     other = Migration(id=1, created_at=MIGRATION.created_at + dt.timedelta(microseconds=1))
     with opened(world) as project:
-        assert read_frozen(project, MIGRATION) == first
-        assert read_frozen(project, other) is None
+        assert read_pinned(project, MIGRATION) == first
+        assert read_pinned(project, other) is None
 
 
 def test_a_write_that_fails_leaves_the_questions_of_before(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -116,9 +116,9 @@ def test_a_write_that_fails_leaves_the_questions_of_before(world: World, monkeyp
     with monkeypatch.context() as patch:
         patch.setattr(files.os, "fsync", full)
         with pytest.raises(TemporarilyUnavailable, match="No space left on device"):
-            frozen(world, anew=True, label="{kind}", sample=7)
-    (file,) = (path for path in world.folder.rglob("questions-*/*"))
-    assert json.loads(file.read_text())["questions"]["made_from"]["sample"] == 6
+            frozen(world, resample=True, label="{kind}", sample=7)
+    (file,) = (path for path in world.folder.rglob("query-set-*/*"))
+    assert json.loads(file.read_text())["query_set"]["made_from"]["sample"] == 6
     assert frozen(world, label="{kind}", sample=6) == first
 
 
@@ -128,7 +128,7 @@ def test_a_column_of_lists_in_the_payload_gives_several_classes(world: World) ->
     pq.write_table(table.append_column("tags", [tags]), world.gallery / "items.parquet")
     drawn = frozen(world, label="{tags}", sample=6)
     assert set(drawn.labels or ()) == {f"kind {number}" for number in range(3)}, "a tag that all have does not count"
-    assert drawn.labels == frozen(world, anew=True, label="{kind}", sample=6).labels
+    assert drawn.labels == frozen(world, resample=True, label="{kind}", sample=6).labels
 
 
 def test_the_file_of_queries_may_lie_anywhere(world: World, tmp_path: Path) -> None:

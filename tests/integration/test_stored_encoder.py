@@ -171,7 +171,7 @@ def test_queries_are_asked_with_their_stored_vectors(world: World, migrator: Mig
     (world.folder / "queries.csv").write_text(f"path,label\nstranger.png,kind 1\n{rows}")
     assert migrator("plan") == 0
     assert "queries.csv is no longer the file" in printed("verify")[2]
-    code, out, _ = printed("verify", "--new-questions", "--json")
+    code, out, _ = printed("verify", "--resample-queries", "--json")
     by_vectors = json.loads(out)
     assert code == 0
     assert (by_model["queries_without_old_vector"], by_vectors["queries_without_old_vector"]) == (0, 1)
@@ -180,7 +180,7 @@ def test_queries_are_asked_with_their_stored_vectors(world: World, migrator: Mig
     assert "1 queries were left out" in printed("verify")[1]
 
     (world.folder / "queries.csv").write_text("path,label\nstranger.png,kind 1\nanother.png,kind 2\n")
-    code, out, err = printed("verify", "--new-questions")
+    code, out, err = printed("verify", "--resample-queries")
     assert (code, out) == (3, "")
     assert "none of 2 queries, for instance 'stranger.png', is an item of faiss:" in err
 

@@ -1,4 +1,4 @@
-"""The whole of `migrator verify`, and the looks after backfill runs, on a real FAISS folder."""
+"""The whole of `migrator verify`, and the health checks after backfill runs, on a real FAISS folder."""
 
 from __future__ import annotations
 
@@ -59,15 +59,15 @@ def test_the_four_tests_are_what_plain_loops_give_and_the_questions_stay(
     assert migrator("plan") == 0
     code, first, _ = told("verify", "--live")
     assert code == 0
-    asked = [NAMES.index(path) for path in json.loads(questions_file(world).read_text())["questions"]["paths"]]
+    asked = [NAMES.index(path) for path in json.loads(query_set_file(world).read_text())["query_set"]["paths"]]
     assert len(asked) == 60
     old, new = embed_images(world, "old", NAMES), embed_images(world, "new", NAMES)
-    pairs = {"old": (old, old), "cross": (new, old), "self": (new, new), "reverse": (old, new)}
+    pairs = {"baseline": (old, old), "cross": (new, old), "self": (new, new), "reverse": (old, new)}
     for test, (queries, gallery) in pairs.items():
         expected = plain(queries[asked], gallery, asked, KINDS)
         assert {metric: first["tests"][test][metric] for metric in expected} == pytest.approx(expected, abs=1e-6), test
     # The gallery is the whole collection and its index exact: the index answers as the exact search does.
-    for test in ("old", "cross"):
+    for test in ("baseline", "cross"):
         assert first["live"]["tests"][test] == pytest.approx(first["tests"][test], abs=1e-6)
         assert first["live"]["index_recall"][test] == 1.0
     # The curve begins with the cross-test and ends with the self-test, in either order.
@@ -76,10 +76,14 @@ def test_the_four_tests_are_what_plain_loops_give_and_the_questions_stay(
         assert found["values"][-1] == pytest.approx(first["tests"]["self"]["map@100"])
     curve = first["curve"]
     assert curve["lowest"]["value"] == min(curve["orders"]["id"]["values"])
-    today = first["tests"]["old"]["map@100"]
+    today = first["tests"]["baseline"]["map@100"]
     assert curve["lowest"]["gain"]["mean"] == pytest.approx(curve["lowest"]["value"] - today)
-    # Three tests share what the first look may err.
-    assert (first["look"], first["confidence"], first["kind"]) == (1, pytest.approx(1 - 0.025 / 3), "labels")
+    # Three tests share what the first interim analysis may err.
+    assert (first["interim_analysis"], first["confidence"], first["kind"]) == (
+        1,
+        pytest.approx(1 - 0.025 / 3),
+        "labels",
+    )
     findings = {finding["test"]: finding for finding in first["findings"]}
     assert list(findings) == ["cross", "lowest", "self"]
     for test in ("cross", "self"):
@@ -92,20 +96,20 @@ def test_the_four_tests_are_what_plain_loops_give_and_the_questions_stay(
         assert sum(counts["negatives"]) <= 60 * 80
 
     code, again, _ = told("verify")
-    assert (again["look"], again["questions"], again["tests"]) == (1, first["questions"], first["tests"])
+    assert (again["interim_analysis"], again["query_set"], again["tests"]) == (1, first["query_set"], first["tests"])
 
     world.configure(verify__seed=1)
     code, nothing, err = told("verify")
     assert (code, nothing) == (3, None)
     assert "verify.seed is 1, and was 0" in err
-    assert "--new-questions" in err
-    code, other, _ = told("verify", "--new-questions")
-    assert other["questions"]["sha256"] != first["questions"]["sha256"]
-    assert (other["look"], other["confidence"]) == (2, pytest.approx(1 - 0.05 / 6 / 3))
+    assert "--resample-queries" in err
+    code, other, _ = told("verify", "--resample-queries")
+    assert other["query_set"]["sha256"] != first["query_set"]["sha256"]
+    assert (other["interim_analysis"], other["confidence"]) == (2, pytest.approx(1 - 0.05 / 6 / 3))
 
 
-def questions_file(world: World) -> Path:
-    (found,) = (world.folder / "artifacts" / NAME).glob("questions-*/questions.json")
+def query_set_file(world: World) -> Path:
+    (found,) = (world.folder / "artifacts" / NAME).glob("query-set-*/query_set.json")
     return found
 
 
@@ -177,7 +181,7 @@ def to_backfill(migrator: Migrator) -> None:
     assert migrator("rollout", "--stage", "backfill") == 0
 
 
-def looks(world: World) -> list[dict[str, Any]]:
+def health_checks(world: World) -> list[dict[str, Any]]:
     with Project.open(world.config) as project:
         return [event.detail for event in project.ledger.events(project.migration().id) if event.event == "measured"]
 
@@ -187,8 +191,8 @@ def test_each_run_is_looked_at_and_a_result_below_the_gate_pauses(
 ) -> None:
     to_backfill(migrator)
     assert migrator("backfill", "--max-items", "60") == 0
-    (first,) = looks(world)
-    assert first["read_back"] == {"checked": 60, "wrong": 0, "wrong_items": [], "worst_cosine": 1.0}
+    (first,) = health_checks(world)
+    assert first["read_back"] == {"checked": 60, "mismatched": 0, "mismatched_items": [], "worst_cosine": 1.0}
     assert (first["items_done"], first["items_total"], first["share"], first["outcome"]) == (60, 120, 0.5, "ok")
     # The sampled gallery is the collection, so the forecast for half of it is what half of it gives.
     assert first["value"] == pytest.approx(first["forecast"], abs=1e-6)
@@ -198,18 +202,20 @@ def test_each_run_is_looked_at_and_a_result_below_the_gate_pauses(
     assert (code, summary["ended"]) == (3, "paused")
     assert "search fell below the gate at 58% of the backfill: map@100 gain" in summary["message"]
     assert summary["next"] == f"migrator resume {NAME}"
-    assert (looks(world)[-1]["outcome"], looks(world)[-1]["look"]) == ("below the gate", 2)
+    assert (health_checks(world)[-1]["outcome"], health_checks(world)[-1]["interim_analysis"]) == ("below the gate", 2)
     assert migrator("backfill") == 0  # a pause that was there before is no news
-    assert len(looks(world)) == 2
+    assert len(health_checks(world)) == 2
 
-    # The gate is as it was again; without the files of the verification nothing can be asked, and it says so.
+    # The gate is as it was again; without the files of the verification search cannot be evaluated, and it says so.
     world.configure(verify__gate__min_gain=-1.0)
-    shutil.rmtree(questions_file(world).parent)
+    shutil.rmtree(query_set_file(world).parent)
     assert migrator("resume") == 0
     capsys.readouterr()
     assert migrator("backfill") == 0
-    assert "50 items read back, 0 wrong; the questions of the verification are not in the" in capsys.readouterr().out
-    assert "outcome" not in looks(world)[-1]
+    assert (
+        "50 items read back, 0 mismatched; the query set of the verification is not in the" in capsys.readouterr().out
+    )
+    assert "outcome" not in health_checks(world)[-1]
 
 
 def test_vectors_that_are_not_the_encoders_pause_the_backfill(
@@ -230,8 +236,8 @@ def test_vectors_that_are_not_the_encoders_pause_the_backfill(
     assert (code, summary["ended"]) == (3, "paused")
     assert "of 20 items read back, for instance" in summary["message"]
     assert "rollback" in summary["message"]
-    (seen,) = looks(world)
-    assert seen["read_back"]["wrong"] > 10  # of random encoders some neighbours are alike
+    (seen,) = health_checks(world)
+    assert seen["read_back"]["mismatched"] > 10  # of random encoders some neighbours are alike
     assert "outcome" not in seen
     code, _, err = told("rollout", "--stage", "cutover")
     assert code == 3
@@ -244,8 +250,8 @@ def test_a_shadow_is_asked_once_it_is_whole(world: World, migrator: Migrator, to
         assert migrator(*words) == 0
     assert migrator("backfill", "--max-items", "50") == 0
     assert migrator("backfill") == 0
-    part, whole = looks(world)
-    assert (part["read_back"]["checked"], part["read_back"]["wrong"]) == (50, 0)
+    part, whole = health_checks(world)
+    assert (part["read_back"]["checked"], part["read_back"]["mismatched"]) == (50, 0)
     assert "value" not in part
     assert told("verify")[0] == 0, "the collection itself is as it was, and a long backfill may outlive max_age"
     verified = told("verify", "--mixed")[1]
@@ -312,3 +318,21 @@ def test_images_that_cannot_be_read_take_no_part_and_none_is_an_error(
     code, nothing, err = told("verify")
     assert (code, nothing) == (3, None)
     assert "none of 60 query images could be read" in err
+
+
+def test_files_of_a_verification_before_version_0007_are_read(world: World, migrator: Migrator, told: Told) -> None:
+    to_backfill(migrator)
+    pinned = query_set_file(world)
+    earlier = pinned.parent.with_name(pinned.parent.name.replace("query-set-", "questions-"))
+    pinned.parent.rename(earlier)
+    document = json.loads((earlier / pinned.name).read_text())
+    (earlier / pinned.name).unlink()
+    document["questions"] = document.pop("query_set")
+    (earlier / "questions.json").write_text(json.dumps(document))
+    with np.load(earlier / "baseline.npz") as found:
+        arrays = {{"first_relevant": "firsts_right"}.get(name, name): found[name] for name in found.files}
+    (earlier / "baseline.npz").unlink()
+    np.savez(earlier / "answers.npz", **arrays)
+    assert told("backfill", "--max-items", "60")[0] == 0
+    (check,) = health_checks(world)
+    assert (check["outcome"], check["value"]) == ("ok", pytest.approx(check["forecast"], abs=1e-6))

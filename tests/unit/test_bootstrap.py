@@ -15,9 +15,9 @@ from migrator.evaluation.bootstrap import (
     Interval,
     bootstrap,
     exact_share,
+    interim_confidence,
     minimum_detectable,
     queries_needed,
-    spent,
 )
 
 NAN = float("nan")
@@ -68,7 +68,7 @@ def test_a_later_look_covers_more_though_its_tail_is_thinner_than_the_resamples_
     def draw(random):
         return random.normal(0, 0.1, 15), None
 
-    assert coverage(draw, trials=300, resamples=200, confidence=spent(0.95, 5)) >= 0.99
+    assert coverage(draw, trials=300, resamples=200, confidence=interim_confidence(0.95, 5)) >= 0.99
 
 
 def test_the_interval_equals_that_of_scipy():
@@ -256,17 +256,17 @@ def test_the_names_of_clusters_do_not_matter(data, names):
 
 @given(st.floats(0.5, 0.999), st.integers(1, 300))
 def test_all_looks_together_err_no_more_than_agreed(confidence, looks):
-    spendings = [1 - spent(confidence, look) for look in range(1, looks + 1)]
+    spendings = [1 - interim_confidence(confidence, look) for look in range(1, looks + 1)]
     assert sum(spendings) <= (1 - confidence) * (1 + 1e-9)
     assert all(later < earlier for earlier, later in pairwise(spendings))
     assert spendings[0] == pytest.approx((1 - confidence) / 2)
 
 
 def test_a_look_is_counted_from_1():
-    assert spent(0.95, 1) == pytest.approx(0.975)
-    assert spent(0.95, 2) == pytest.approx(1 - 0.05 / 6)
+    assert interim_confidence(0.95, 1) == pytest.approx(0.975)
+    assert interim_confidence(0.95, 2) == pytest.approx(1 - 0.05 / 6)
     with pytest.raises(ValueError, match="counted from 1"):
-        spent(0.95, 0)
+        interim_confidence(0.95, 0)
 
 
 def test_who_looks_until_it_passes_rarely_passes_by_luck():
@@ -274,7 +274,9 @@ def test_who_looks_until_it_passes_rarely_passes_by_luck():
     lucky = {"spent": 0, "again and again": 0}
     for _ in range(150):  # no gain at all, and ten question sets, one after the other
         looks = [bootstrap(random.normal(size=(60, 1)), confidence=0.9, resamples=200, seed=0) for _ in range(10)]
-        lucky["spent"] += any(drawn.interval(0, spent(0.9, 1 + look)).low > 0 for look, drawn in enumerate(looks))
+        lucky["spent"] += any(
+            drawn.interval(0, interim_confidence(0.9, 1 + look)).low > 0 for look, drawn in enumerate(looks)
+        )
         lucky["again and again"] += any(drawn.low[0] > 0 for drawn in looks)
     assert lucky["spent"] / 150 <= 0.1
     assert lucky["again and again"] / 150 > 0.25

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from migrator.config import Gate, Threshold
-from migrator.evaluation.bootstrap import bootstrap, spent
+from migrator.evaluation.bootstrap import bootstrap, interim_confidence
 from migrator.evaluation.gate import Measured, Verdict, gate
 
 MAP = "map@100"
@@ -202,14 +202,17 @@ def test_queries_that_count_in_no_search_are_left_out():
 
 def test_a_later_look_is_stricter():
     new = row(0.024, 0.1, 100)  # 2.4 standard errors
-    first, second, tenth = (gate(asked(np.zeros(100), new), Gate(), look=look) for look in (1, 2, 10))
+    first, second, tenth = (gate(asked(np.zeros(100), new), Gate(), analysis=look) for look in (1, 2, 10))
     assert (first.outcome, second.outcome, tenth.outcome) == ("pass", "inconclusive", "inconclusive")
     assert first.interval.low > second.interval.low > tenth.interval.low
-    assert [verdict.confidence for verdict in (first, second)] == [spent(0.95, 1), spent(0.95, 2)]
+    assert [verdict.confidence for verdict in (first, second)] == [
+        interim_confidence(0.95, 1),
+        interim_confidence(0.95, 2),
+    ]
     assert "at 0.975 confidence over" in told(first)
-    assert "at 0.991667 confidence (look 2) over" in told(second)
-    with pytest.raises(ValueError, match="look 0"):
-        gate(asked(new, new), Gate(), look=0)
+    assert "at 0.991667 confidence (interim analysis 2) over" in told(second)
+    with pytest.raises(ValueError, match="interim analysis 0"):
+        gate(asked(new, new), Gate(), analysis=0)
 
 
 def test_a_finding_is_what_its_column_alone_would_give():
@@ -217,7 +220,7 @@ def test_a_finding_is_what_its_column_alone_would_give():
     old, new = random.uniform(size=(2, 80))
     wanted = QUICK.model_copy(update={"thresholds": [Threshold(metric=MAP, min=0.1), Threshold(metric=MAP, max=0.1)]})
     verdict = gate(asked(old, new), wanted, seed=3)
-    alone = bootstrap(new[:, None], confidence=spent(0.95, 1), resamples=200, seed=3)
+    alone = bootstrap(new[:, None], confidence=interim_confidence(0.95, 1), resamples=200, seed=3)
     assert verdict.findings[1].interval == pytest.approx(alone.interval(0))
     assert verdict.findings[1].interval == verdict.findings[2].interval
     assert gate(asked(old, new), wanted, seed=3) == verdict
@@ -238,7 +241,7 @@ def test_the_advised_number_of_queries_does_decide():
     assert advised == pytest.approx(((2.6383 + 0.8416) * 0.1 / 0.02) ** 2, rel=0.1)
     assert verdict.findings[0].queries_needed == advised
     enough = 2 * (advised // 2)
-    assert gate(asked(np.zeros(enough), row(0.02, 0.1, enough)), Gate(), look=2).outcome == "pass"
+    assert gate(asked(np.zeros(enough), row(0.02, 0.1, enough)), Gate(), analysis=2).outcome == "pass"
 
 
 # -- what users meet on the way ---------------------------------------------------------------------------------------
@@ -287,7 +290,7 @@ def test_a_better_canary_does_not_outweigh_a_worse_search_later(middle, after):
 
 def test_the_intervals_are_corrected_for_being_three_and_each_is_what_its_column_gives():
     measured = migrated(0.5, 0.52, 0.51, 0.53)
-    verdict = gate(measured, Gate(resamples=2000), look=2, seed=5)
+    verdict = gate(measured, Gate(resamples=2000), analysis=2, seed=5)
     confidence = 1 - (0.05 / 6) / 3
     assert verdict.confidence == pytest.approx(confidence)
     found = by_test(verdict)
@@ -304,7 +307,7 @@ def test_the_intervals_are_corrected_for_being_three_and_each_is_what_its_column
     each = 1 - (1 - confidence) / 3
     assert found["lowest"].interval.high == pytest.approx(min(alone(column, each).high for column in range(3)))
     assert found["lowest"].interval.mean == pytest.approx(0.01)
-    assert "at 0.997222 confidence (look 2)" in found["self"].reason
+    assert "at 0.997222 confidence (interim analysis 2)" in found["self"].reason
 
 
 def test_three_tests_in_which_nothing_changes_err_no_more_often_than_agreed():
@@ -397,7 +400,7 @@ def test_a_shadow_is_bounded_where_it_is_served_and_another_test_can_be_named():
     measured = Measured({MAP: np.full(n, 0.5)}, {MAP: row(0.6, 0.05, n)}, served="self")
     verdict = gate(measured, Gate(resamples=500))
     assert [(at.test, at.outcome) for at in verdict.findings] == [("self", "pass")]
-    assert verdict.confidence == spent(0.95, 1)
+    assert verdict.confidence == interim_confidence(0.95, 1)
     assert told(verdict).startswith("map@100 gain")
     wanted = Gate(resamples=500, thresholds=[Threshold(metric=MAP, min=0.5, test="cross")])
     unmeasured = gate(measured, wanted)

@@ -1284,3 +1284,40 @@ def test_leasing_whatever_happens(template, dead_process):
             max_examples=8, stateful_step_count=18, deadline=None, suppress_health_check=list(HealthCheck)
         ),
     )
+
+
+def test_results_stored_before_version_0007_get_the_terms_of_today(tmp_path, monkeypatch):
+    path = tmp_path / "migrator.db"
+    package = tmp_path / "older"
+    shutil.copytree(Path(module.__file__).parent, package, ignore=shutil.ignore_patterns("__pycache__", "000[7-9]*"))
+    monkeypatch.setattr(module, "__file__", str(package / "ledger.py"))
+    monkeypatch.setattr(module, "SCHEMA", "0006")
+    interval = {"mean": 0.1, "low": 0.0, "high": 0.2}
+    results = {
+        "outcome": "pass", "look": 2, "ways_on": [], "curve": {"worth": interval, "lowest": {"share": 0.2}},
+        "tests": {"old": {"map@100": 0.6}, "cross": {"map@100": 0.7}}, "intervals": {"old": {"map@100": interval}},
+        "histograms": {"edges": [0.0, 1.0], "tests": {"old": {"positives": [1], "negatives": [2]}}}, "threshold": None,
+        "live": {"tests": {"old": {"map@100": 0.6}}, "index_recall": {"k": 10, "old": 0.98}, "items": 3},
+        "examples": [{"old": [{"id": 1, "right": True}], "new": [{"id": 2, "right": False}], "old_value": 0.4}],
+        "questions": {"sha256": "ab", "passed_over": {"items_without_path": 1}},
+    }  # fmt: skip
+    with closing(Ledger(f"sqlite:///{path}")) as old:
+        migration = plan(old)
+        old.save_verification(
+            migration, plan_fingerprint="p", old_encoder_id=OLD, new_encoder_id=NEW, queries_sha256="ab",
+            outcome="pass", results=results,
+        )  # fmt: skip
+    monkeypatch.undo()
+    with closing(Ledger(f"sqlite:///{path}")) as new:
+        found = new.latest_verification(migration.id).results
+    assert found == {
+        "outcome": "pass", "interim_analysis": 2, "next_steps": [],
+        "curve": {"auc_gain": interval, "lowest": {"share": 0.2}},
+        "tests": {"baseline": {"map@100": 0.6}, "cross": {"map@100": 0.7}},
+        "intervals": {"baseline": {"map@100": interval}},
+        "histograms": {"edges": [0.0, 1.0], "tests": {"baseline": {"positives": [1], "negatives": [2]}}},
+        "threshold": None,
+        "live": {"tests": {"baseline": {"map@100": 0.6}}, "index_recall": {"k": 10, "baseline": 0.98}, "items": 3},
+        "examples": [{"old": [{"id": 1, "relevant": True}], "new": [{"id": 2, "relevant": False}], "old_value": 0.4}],
+        "query_set": {"sha256": "ab", "skipped": {"items_without_path": 1}},
+    }  # fmt: skip

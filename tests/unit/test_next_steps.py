@@ -17,7 +17,7 @@ import yaml
 
 from migrator.cli import cli
 from migrator.config import Method, load_config
-from migrator.lifecycle.next_steps import NEXT_METHOD, Situation, _untried, ways_on
+from migrator.lifecycle.next_steps import NEXT_METHOD, Situation, _untried, next_steps
 
 PLAIN = Situation(
     name="toys", active=False, in_place=True, method="bct", labels_needed=False, independent=True,
@@ -46,56 +46,56 @@ def kinds(ways: list[str]) -> list[str]:
 
 
 def test_a_pass_needs_no_way_on():
-    assert ways_on(results("pass", cross="pass"), PLAIN) == []
-    assert ways_on({}, PLAIN) == []
+    assert next_steps(results("pass", cross="pass"), PLAIN) == []
+    assert next_steps({}, PLAIN) == []
 
 
 def test_the_ways_of_each_outcome():
     shadow = "Fill a second collection"
-    assert kinds(ways_on(FAILED, PLAIN)) == ["Train with another method", shadow, "Stay with the old encoder"]
-    assert kinds(ways_on(OPEN, PLAIN)) == [
+    assert kinds(next_steps(FAILED, PLAIN)) == ["Train with another method", shadow, "Stay with the old encoder"]
+    assert kinds(next_steps(OPEN, PLAIN)) == [
         "Judge it on more queries", "Train with another method", shadow, "Stay with the old encoder",
     ]  # fmt: skip
 
 
 def test_more_queries_say_how_many_and_where_they_come_from():
-    assert ways_on(OPEN, PLAIN)[0] == (
+    assert next_steps(OPEN, PLAIN)[0] == (
         "Judge it on more queries: about 1,240 judged queries would probably decide, 300 were used. Set "
-        "`verify.sample: 1240`, then `migrator verify toys --new-questions`."
+        "`verify.sample: 1240`, then `migrator verify toys --resample-queries`."
     )
-    few = ways_on(OPEN, replace(PLAIN, items=800))[0]
+    few = next_steps(OPEN, replace(PLAIN, items=800))[0]
     assert "list further images with their classes in `verify.queries`, as there are only 800 items" in few
-    assert "list the further ones in q.csv" in ways_on(OPEN, replace(PLAIN, queries_file="q.csv", items=None))[0]
-    assert "with `verify.label`, or list images" in ways_on(OPEN, replace(PLAIN, labelled=False))[0]
+    assert "list the further ones in q.csv" in next_steps(OPEN, replace(PLAIN, queries_file="q.csv", items=None))[0]
+    assert "with `verify.label`, or list images" in next_steps(OPEN, replace(PLAIN, labelled=False))[0]
 
 
 def test_queries_of_one_class_need_others():
     one = results("inconclusive", cross="inconclusive")
     one["findings"][0]["interval"] = None
-    assert ways_on(one, PLAIN)[0] == (
+    assert next_steps(one, PLAIN)[0] == (
         "Judge it on queries of more classes: list images of other classes in `verify.queries`, then "
-        "`migrator verify toys --new-questions`."
+        "`migrator verify toys --resample-queries`."
     )
 
 
 def test_a_difference_too_close_to_the_limit_is_not_for_queries_to_decide():
     close = results("inconclusive", cross="inconclusive")
-    assert kinds(ways_on(close, PLAIN))[0] == "Train with another method"
+    assert kinds(next_steps(close, PLAIN))[0] == "Train with another method"
 
 
 def test_a_shadow_helps_where_the_way_is_worse_or_another_training_is_possible():
-    assert "no query meets old and new vectors together" in ways_on(FAILED, PLAIN)[1]
-    assert "--method independent" in ways_on(ENDS_WORSE, PLAIN)[1]
+    assert "no query meets old and new vectors together" in next_steps(FAILED, PLAIN)[1]
+    assert "--method independent" in next_steps(ENDS_WORSE, PLAIN)[1]
     without = [
-        ways_on(ENDS_WORSE, replace(PLAIN, independent=False)),
-        ways_on(FAILED, replace(PLAIN, shadow_refused=True)),
-        ways_on(FAILED, replace(PLAIN, in_place=False)),
+        next_steps(ENDS_WORSE, replace(PLAIN, independent=False)),
+        next_steps(FAILED, replace(PLAIN, shadow_refused=True)),
+        next_steps(FAILED, replace(PLAIN, in_place=False)),
     ]
     assert [kinds(ways) for ways in without] == [["Train with another method", "Stay with the old encoder"]] * 3
 
 
 def test_queries_that_moved_are_taken_back_before_the_encoder_is_exchanged():
-    ways = ways_on(FAILED, replace(PLAIN, active=True))
+    ways = next_steps(FAILED, replace(PLAIN, active=True))
     assert all("`migrator rollback toys`" in way for way in ways)
 
 
@@ -110,7 +110,7 @@ def test_every_command_is_one_and_every_setting_is_taken(tmp_path: Path, found: 
             (False, True), (None, *get_args(Method)), (False, True), (False, True), ((50, None), (None, "q.csv"))
         )
     ]  # fmt: skip
-    said = {way for situation in situations for way in ways_on(found, situation)}
+    said = {way for situation in situations for way in next_steps(found, situation)}
     commands = {command for way in said for command in re.findall(r"`migrator ([^`]+)`", way)}
     assert commands
     for command in commands:

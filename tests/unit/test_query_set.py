@@ -26,26 +26,26 @@ from migrator.labels import label_of
 from migrator.ledger import Migration
 from migrator.project import Project
 from migrator.trainer.images.source import ImageSource
-from migrator.verify.judged_queries import Asked
+from migrator.verify.judged_queries import JudgedQueries
 from migrator.verify.query_set import draw as module
 from migrator.verify.query_set.draw import (
     COUNTS,
-    Questions,
-    draw_questions,
+    QuerySet,
+    draw_query_set,
     even_draw,
-    frozen_questions,
-    read_frozen,
+    pinned_query_set,
+    read_pinned,
 )
 
 Items = Mapping[ItemId, Mapping[str, Any]]
 
 
-def whole(questions: Questions) -> Asked:
-    return Asked.of(questions, np.arange(len(questions.paths)), np.arange(len(questions.gallery)))
+def whole(query_set: QuerySet) -> JudgedQueries:
+    return JudgedQueries.of(query_set, np.arange(len(query_set.paths)), np.arange(len(query_set.gallery)))
 
 
 class Shelf:
-    """A collection of payloads, as far as questions look at one."""
+    """A collection of payloads, as far as query_set look at one."""
 
     def __init__(self, items: Items) -> None:
         self.items = dict(items)
@@ -76,7 +76,7 @@ def shelf(per_class: Mapping[str, int]) -> dict[ItemId, dict[str, Any]]:
 
 
 class Desk:
-    """A project in a folder, its collection, and the questions that come of them."""
+    """A project in a folder, its collection, and the query set that come of them."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -104,7 +104,7 @@ class Desk:
         }
         file = self.folder / "migrations.yaml"
         file.write_text(yaml.safe_dump(document))
-        # Without the ledger that Project opens: questions do not look at it.
+        # Without the ledger that Project opens: query_set do not look at it.
         config = load_config(file)
         project = Project.__new__(Project)
         project.config, (project.name, project.settings) = config, find_migration(config, None)
@@ -114,17 +114,17 @@ class Desk:
     def store(self) -> Store:
         return cast(Store, self.shelf)
 
-    def draw(self, **verify: Any) -> Questions:
+    def draw(self, **verify: Any) -> QuerySet:
         self.verify = verify
-        return draw_questions(self.project(), self.store, self.images)
+        return draw_query_set(self.project(), self.store, self.images)
 
-    def freeze(self, *, anew: bool = False, **verify: Any) -> Questions:
+    def freeze(self, *, resample: bool = False, **verify: Any) -> QuerySet:
         self.verify = verify
-        return frozen_questions(self.project(), self.migration, self.store, self.images, anew=anew)
+        return pinned_query_set(self.project(), self.migration, self.store, self.images, resample=resample)
 
     @property
     def frozen(self) -> Path:
-        return Path(self.artifacts) / "toys" / "questions-3-20261125T123000000000" / "questions.json"
+        return Path(self.artifacts) / "toys" / "query-set-3-20261125T123000000000" / "query_set.json"
 
     def csv(self, rows: Sequence[Sequence[Any]], name: str = "queries.csv") -> str:
         with (self.folder / name).open("w", newline="") as stream:
@@ -168,7 +168,7 @@ def test_classes_are_drawn_evenly_as_long_as_they_last(labels: list[int], n: int
         assert taken.max() <= left.min() + 1, "a class that is used up has no more than its turns"
         assert (taken[taken == sizes] <= left.min() + 1).all()
     assert rows.tolist() == even_draw(codes, n, seed=seed).tolist()
-    assert set(even_draw(codes, n // 2, seed=seed).tolist()) <= set(rows.tolist()), "more questions hold the fewer"
+    assert set(even_draw(codes, n // 2, seed=seed).tolist()) <= set(rows.tolist()), "more query_set hold the fewer"
 
 
 def test_the_draw_is_uniform_within_a_class() -> None:
@@ -228,8 +228,8 @@ def test_items_with_labels_ask_for_their_class_and_never_for_themselves(desk: De
     assert dict(zip(drawn.gallery, drawn.gallery_labels, strict=True))["no class"] == ""
     assert dict(zip(drawn.gallery, drawn.gallery_paths, strict=True))["unsafe"] is None
     assert drawn.counts == {
-        "queries_without_answer": 2,
-        "classes_without_answer": 2,
+        "queries_without_relevant_items": 2,
+        "classes_without_relevant_items": 2,
         "queries_listing_themselves": 0,
         "items_without_label": 1,
         "items_without_path": 2,
@@ -271,7 +271,7 @@ def test_a_file_with_labels(desk: Desk) -> None:
     assert drawn.labels == ["a", "b", "b"]
     assert drawn.own == [None, 3, None]
     assert drawn.segments == ["in x", "", "in y"]
-    assert (drawn.counts["queries_without_answer"], drawn.counts["classes_without_answer"]) == (1, 1)
+    assert (drawn.counts["queries_without_relevant_items"], drawn.counts["classes_without_relevant_items"]) == (1, 1)
     assert drawn.made_from["queries"]["file"] == "queries.csv"
     assert len(drawn.made_from["queries"]["sha256"]) == 64
 
@@ -282,8 +282,8 @@ def test_a_query_whose_class_has_no_item_but_itself_is_passed_over(desk: Desk) -
     drawn = desk.draw(queries=file, label="{kind}")
     assert drawn.labels == ["a", "b", "c"]
     assert drawn.paths[2] == "other.png", "another picture of class c has one item to find"
-    assert drawn.counts["queries_without_answer"] == 1
-    assert drawn.counts["classes_without_answer"] == 0
+    assert drawn.counts["queries_without_relevant_items"] == 1
+    assert drawn.counts["classes_without_relevant_items"] == 0
 
 
 def test_of_two_items_with_one_image_the_first_is_the_query_itself(desk: Desk) -> None:
@@ -333,7 +333,7 @@ def test_a_file_with_relevant_items(desk: Desk, form: str) -> None:
         assert drawn.paths == ["q1.png", "q2.png", "30.png"]
         assert drawn.relevant == [{17: 3.0, "17": 0.5}, {"ü": 1.0}, {31: 1.0}]
         assert drawn.own == [None, None, 30]
-        assert drawn.counts["queries_without_answer"] == 2
+        assert drawn.counts["queries_without_relevant_items"] == 2
         assert drawn.counts["queries_listing_themselves"] == 2
         assert {17, "17", "ü", 31} <= set(drawn.gallery)
     elif form == "list":
@@ -393,8 +393,8 @@ def test_lists_of_classes_are_relevant_by_what_they_share(desk: Desk) -> None:
     assert drawn.gallery_tags is not None
     assert drawn.gallery_tags[0] == ["red", "shoes"]
     assert drawn.own == [0, 1, 2, 3, 4, 8], "that whose tag nobody shares is counted, and those without any"
-    assert drawn.counts["queries_without_answer"] == 1
-    assert drawn.counts["classes_without_answer"] == 1
+    assert drawn.counts["queries_without_relevant_items"] == 1
+    assert drawn.counts["classes_without_relevant_items"] == 1
     assert drawn.counts["items_without_label"] == 2
     assert drawn.labels == ["red", "red", "blue", "blue", "hats", "hats"], "each by its rarest"
     judged = whole(drawn).judge(np.array([[1, 2, 3, 4, 5, 6]] * 6, np.int32))
@@ -427,7 +427,7 @@ def test_rare_tags_are_drawn_as_often_as_common_ones(desk: Desk) -> None:
 def test_frozen_tags_come_back_and_other_sets_keep_their_hash(desk: Desk) -> None:
     desk.shelf = tagged_shelf()
     first = desk.freeze(label="{tags}")
-    assert read_frozen(desk.project(), desk.migration) == first
+    assert read_pinned(desk.project(), desk.migration) == first
     assert module.replace(first, gallery_tags=[[]] * len(first.gallery)).sha256 != first.sha256
     desk.shelf = Shelf(shelf({"a": 3, "b": 3}))
     body = module._body(desk.draw(label="{kind}"))
@@ -524,7 +524,7 @@ def test_one_image_has_one_path(desk: Desk) -> None:
         ("path,label\nx.png,a\ny.png,b\nx.png,b\n", "line 4 gives 'x.png' another label than line 2 does: keep one"),
         (
             "path,label\nx.png,a\ny.png,a\n",
-            "every query has the class a, and with one class alone nothing can be wrong",
+            "every query has the class a, and with one class alone nothing can be irrelevant",
         ),
         ("path,label\nx.png,A\ny.png,B\n", "queries have A, B, items a, b, c"),
         ("path,label\n" + "a" * 200_000 + ",a\n", "line 2: image path 'aaa"),
@@ -649,19 +649,19 @@ def test_stored_vectors_would_find_themselves(desk: Desk) -> None:
 
 
 def test_frozen_questions_stay_while_the_collection_changes(desk: Desk) -> None:
-    assert read_frozen(desk.project(), desk.migration) is None
+    assert read_pinned(desk.project(), desk.migration) is None
     first = desk.freeze(label="{kind}", sample=6)
     desk.shelf = Shelf(shelf({"x": 9, "y": 9}))
     assert desk.freeze(label="{kind}", sample=6) == first
-    assert read_frozen(desk.project(), desk.migration) == first
+    assert read_pinned(desk.project(), desk.migration) == first
     assert json.loads(desk.frozen.read_text())["format"] == 1
-    assert [file.name for file in desk.frozen.parent.iterdir()] == ["questions.json"], "nothing is left beside it"
-    anew = desk.freeze(label="{kind}", sample=6, anew=True)
+    assert [file.name for file in desk.frozen.parent.iterdir()] == ["query_set.json"], "nothing is left beside it"
+    anew = desk.freeze(label="{kind}", sample=6, resample=True)
     assert set(anew.labels or ()) == {"x", "y"}
     assert anew.sha256 != first.sha256
-    assert read_frozen(desk.project(), desk.migration) == anew
+    assert read_pinned(desk.project(), desk.migration) == anew
     other = Migration(id=4, created_at=desk.migration.created_at)
-    assert read_frozen(desk.project(), other) is None
+    assert read_pinned(desk.project(), other) is None
 
 
 def test_the_hash_is_of_what_is_asked(desk: Desk) -> None:
@@ -690,17 +690,18 @@ def test_another_file_of_queries_is_refused_until_questions_are_drawn_anew(desk:
     (desk.folder / file).rename(desk.folder / "moved.csv")
     assert desk.freeze(queries="moved.csv", label="{kind}") == first, "its content counts, not its name"
     message = refusal(lambda: desk.freeze(queries=file, label="{kind}"), PreconditionFailed)
-    assert f"the file that the questions of {first.drawn_at[:10]} were drawn from, cannot be read" in message
+    assert f"the file that the query set of {first.drawn_at[:10]} was drawn from, cannot be read" in message
     desk.csv([("path", "label"), ("x.png", "a"), ("z.png", "b")])
     message = refusal(lambda: desk.freeze(queries=file, label="{kind}"), PreconditionFailed)
-    assert "queries.csv is no longer the file that the questions of" in message
+    assert "queries.csv is no longer the file that the query set of" in message
     assert f"(sha256 {first.made_from['queries']['sha256'][:8]}... -> " in message
     assert message.endswith(
-        "put it back, or draw new questions with `migrator verify toys --new-questions`, which counts as a further look"
+        "put it back, or draw a new query set with `migrator verify toys --resample-queries`, which counts as a "
+        "further interim analysis"
     )
     message = refusal(lambda: desk.freeze(label="{kind}"), PreconditionFailed)
     assert "verify.queries is not set, and was queries.csv when" in message
-    anew = desk.freeze(queries=file, label="{kind}", anew=True)
+    anew = desk.freeze(queries=file, label="{kind}", resample=True)
     assert anew.paths == ["x.png", "z.png"]
     assert desk.freeze(queries=file, label="{kind}") == anew
 
@@ -711,7 +712,7 @@ def test_other_settings_are_refused_and_all_of_them_named(desk: Desk) -> None:
         lambda: desk.freeze(label="{shop}", sample=7, gallery=9, seed=1, segment="{kind}"), PreconditionFailed
     )
     day = first.drawn_at[:10]
-    assert f"verify.sample is 7, and was 6 when the questions of {day} were drawn" in message
+    assert f"verify.sample is 7, and was 6 when the query set of {day} was drawn" in message
     for key in ("label is '{shop}', and was '{kind}'", "segment is '{kind}', and was not set", "seed is 1, and was 0"):
         assert f"verify.{key}" in message
     assert "verify.gallery is 9, and was 10000" in message
@@ -719,7 +720,7 @@ def test_other_settings_are_refused_and_all_of_them_named(desk: Desk) -> None:
     assert "images.uri is '{shop}/{path}', and was '{path}'" in refusal(
         lambda: desk.freeze(label="{kind}", sample=6), PreconditionFailed
     )
-    assert read_frozen(desk.project(), desk.migration) == first, "asked later as they were drawn"
+    assert read_pinned(desk.project(), desk.migration) == first, "asked later as they were drawn"
 
 
 def test_a_change_that_is_none_is_not_refused(desk: Desk) -> None:
@@ -738,8 +739,8 @@ def test_a_change_that_is_none_is_not_refused(desk: Desk) -> None:
         lambda text: b"\xff\xfe" + text,
         lambda text: text.replace(b'"1.png"', b'"2.png"', 1),
         lambda text: text.replace(b'"sample": 500', b'"sample": 501', 1),
-        lambda text: json.dumps(json.loads(text) | {"questions": {}}).encode(),
-        lambda text: json.dumps(json.loads(text) | {"questions": {}, "checksum": module._digest({})}).encode(),
+        lambda text: json.dumps(json.loads(text) | {"query_set": {}}).encode(),
+        lambda text: json.dumps(json.loads(text) | {"query_set": {}, "checksum": module._digest({})}).encode(),
         lambda text: json.dumps({"format": 1}).encode(),
     ],
 )
@@ -748,18 +749,18 @@ def test_a_damaged_file_is_told(desk: Desk, damage: Callable[[bytes], bytes]) ->
     whole = desk.frozen.read_bytes()
     desk.frozen.write_bytes(damage(whole))
     assert desk.frozen.read_bytes() != whole
-    for call in (lambda: read_frozen(desk.project(), desk.migration), lambda: desk.freeze(label="{kind}")):
+    for call in (lambda: read_pinned(desk.project(), desk.migration), lambda: desk.freeze(label="{kind}")):
         message = refusal(call, PreconditionFailed)
-        assert f"{desk.frozen}: the questions are damaged: put it back from a backup, or draw new" in message
-        assert "`migrator verify toys --new-questions`" in message
-    assert desk.freeze(label="{kind}", anew=True).sha256 == first.sha256
+        assert f"{desk.frozen}: the query set is damaged: put it back from a backup, or draw a new" in message
+        assert "`migrator verify toys --resample-queries`" in message
+    assert desk.freeze(label="{kind}", resample=True).sha256 == first.sha256
 
 
 def test_a_file_of_a_later_version_is_told(desk: Desk) -> None:
     desk.freeze(label="{kind}")
     document = json.loads(desk.frozen.read_text())
     desk.frozen.write_text(json.dumps(document | {"format": 2}))
-    assert "are of format 2, not 1" in refusal(lambda: read_frozen(desk.project(), desk.migration), PreconditionFailed)
+    assert "is of format 2, not 1" in refusal(lambda: read_pinned(desk.project(), desk.migration), PreconditionFailed)
 
 
 ids = st.one_of(st.integers(-(2**63), 2**64 - 1), st.text(max_size=4))
@@ -770,7 +771,7 @@ ids = st.one_of(st.integers(-(2**63), 2**64 - 1), st.text(max_size=4))
 def test_questions_come_back_as_they_were(data: st.DataObject) -> None:
     text = st.text(st.characters(), max_size=6)  # lone surrogates among them
     of_query = {"min_size": 3, "max_size": 3}
-    drawn = Questions(
+    drawn = QuerySet(
         kind=data.draw(st.sampled_from(["labels", "relevant", "instance"])),
         paths=data.draw(st.lists(text, **of_query)),
         labels=data.draw(st.none() | st.lists(text, **of_query)),
@@ -784,7 +785,7 @@ def test_questions_come_back_as_they_were(data: st.DataObject) -> None:
         counts=dict.fromkeys(COUNTS, 1),
         drawn_at="2026-11-25T12:00:00+00:00",
     )
-    back = module._questions(json.loads(json.dumps(module._body(drawn)).encode()))
+    back = module._query_set(json.loads(json.dumps(module._body(drawn)).encode()))
     assert repr(back) == repr(drawn), "7 is not '7'"
     assert back.sha256 == drawn.sha256
 
@@ -794,24 +795,24 @@ def test_questions_come_back_as_they_were(data: st.DataObject) -> None:
     [(None, None), (["a", "a"], [0, 0]), (["a", "b", "c"], None), (["b", "a", "b"], [1, 0, 1]), (["a"], None)],
 )
 def test_clusters_are_classes_that_queries_share(desk: Desk, labels: list[str] | None, codes: list[int] | None) -> None:
-    questions = module.replace(desk.draw(label="{kind}"), labels=labels)
+    query_set = module.replace(desk.draw(label="{kind}"), labels=labels)
     rows = np.arange(len(labels or ()))
-    found = Asked(questions, rows, np.arange(0), rows, None, None, None).clusters()
+    found = JudgedQueries(query_set, rows, np.arange(0), rows, None, None, None).clusters()
     assert (None if found is None else found.tolist()) == codes
 
 
 # -- as arrays ----------------------------------------------------------------------------------------------------
 
 
-def plain_rows(questions: Questions, present: set[ItemId]) -> tuple[list[ItemId], list[set[ItemId]]]:
+def plain_rows(query_set: QuerySet, present: set[ItemId]) -> tuple[list[ItemId], list[set[ItemId]]]:
     """The gallery that is left, and the right answers of each query, by a plain loop."""
-    gallery = [item for item in questions.gallery if item in present]
-    if questions.relevant is not None:
-        return gallery, [{item for item in right if item in present} for right in questions.relevant]
-    label = dict(zip(questions.gallery, questions.gallery_labels or (), strict=True))
+    gallery = [item for item in query_set.gallery if item in present]
+    if query_set.relevant is not None:
+        return gallery, [{item for item in right if item in present} for right in query_set.relevant]
+    label = dict(zip(query_set.gallery, query_set.gallery_labels or (), strict=True))
     return gallery, [
         {item for item in gallery if label[item] == mine and item != own}
-        for mine, own in zip(questions.labels or (), questions.own, strict=True)
+        for mine, own in zip(query_set.labels or (), query_set.own, strict=True)
     ]
 
 
@@ -825,7 +826,7 @@ def test_rows_of_those_items_that_are_still_there(data: st.DataObject) -> None:
     n = data.draw(st.integers(1, 4))
     of_query = {"min_size": n, "max_size": n}
     by_label = data.draw(st.booleans())
-    questions = Questions(
+    query_set = QuerySet(
         kind="labels" if by_label else "relevant",
         paths=["x"] * n,
         labels=data.draw(st.lists(label, **of_query)),
@@ -841,8 +842,8 @@ def test_rows_of_those_items_that_are_still_there(data: st.DataObject) -> None:
     )
     asked = np.array(sorted(data.draw(st.sets(st.integers(0, n - 1), min_size=1))))
     kept = np.array([row for row, item in enumerate(gallery) if item in present], np.int64)
-    rows = Asked.of(questions, asked, kept)
-    left, right = plain_rows(questions, present)
+    rows = JudgedQueries.of(query_set, asked, kept)
+    left, right = plain_rows(query_set, present)
     right = [right[row] for row in asked]
     assert [gallery[row] for row in rows.gallery] == left
     everything = (
@@ -851,21 +852,21 @@ def test_rows_of_those_items_that_are_still_there(data: st.DataObject) -> None:
     judged = rows.judge(everything)
     assert judged.total.tolist() == [len(answers) for answers in right]
     assert [None if row < 0 else left[row] for row in rows.own] == [
-        questions.own[row] if questions.own[row] in present else None for row in asked
+        query_set.own[row] if query_set.own[row] in present else None for row in asked
     ]
-    if questions.relevant is not None:
+    if query_set.relevant is not None:
         assert rows.relevant is not None
         assert rows.query_codes is None
         assert rows.gallery_codes is None
         found = [{left[row]: grade for row, grade in one.items()} for one in rows.relevant]
-        listed = [questions.relevant[row] for row in asked]
+        listed = [query_set.relevant[row] for row in asked]
         assert found == [{item: grade for item, grade in one.items() if item in present} for one in listed]
     else:
         assert rows.relevant is None
         assert rows.query_codes is not None
         assert rows.gallery_codes is not None
         assert (rows.query_codes >= 0).all()
-        names = dict(zip(questions.gallery, questions.gallery_labels or (), strict=True))
+        names = dict(zip(query_set.gallery, query_set.gallery_labels or (), strict=True))
         assert [code < 0 for code in rows.gallery_codes] == [names[item] == "" for item in left]
         codes = [
             {left[at] for at in np.flatnonzero(rows.gallery_codes == code) if at != own}
@@ -880,7 +881,7 @@ def test_a_query_that_is_alone_in_its_class_has_no_answer(desk: Desk) -> None:
 
     def answers(*gallery: int) -> list[int]:
         none = np.full((5, 1), -1)
-        return Asked.of(drawn, np.arange(5), np.array(gallery, np.int64)).judge(none).total.tolist()
+        return JudgedQueries.of(drawn, np.arange(5), np.array(gallery, np.int64)).judge(none).total.tolist()
 
     assert min(answers(0, 1, 2, 3, 4)) > 0
     assert answers(1, 2, 3, 4).count(0) == 1, "item 2; but item 0, which is gone, finds item 2"

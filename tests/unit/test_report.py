@@ -27,7 +27,7 @@ from migrator.cli import run
 from migrator.errors import PreconditionFailed
 from migrator.project import Project
 from migrator.report import charts, page
-from migrator.report.facts import facts_of, finite, read_epochs
+from migrator.report.facts import _health_check, facts_of, finite, read_epochs
 from migrator.report.thumbnails import SIDE, Thumbnail, thumbnails
 from migrator.report.verdict import verdict
 from migrator.trainer.errors import ImageProblem, ImagesUnavailable
@@ -220,13 +220,13 @@ def test_everything_that_is_known_is_told(facts):
     told = Page(page.render(facts, {})).text
     for known in (
         "search scores 0.923 with the new encoder at the canary and 0.647 today: 0.276 better",
-        "between +0.251 and +0.301, with 97.5 % confidence", "1 % of the queries the first answer was right",
+        "between +0.251 and +0.301, with 97.5 % confidence", "1 % of the queries the first result was relevant",
         "The class that loses most is “kind 0”: −0.040 over 30 queries.", "migrator backfill toys",
         "P_up 0.490, P_comp 0.710, P_1 0.580", "12 queries are too few to say: about 210 would do", "gain >= 0",
-        "worth +0.010 mAP@100", "24 checked", "70 %", "Right pairs are 0.12 more similar",
+        "by beginning with the worst items: +0.010 mAP@100", "24 checked", "70 %", "Right pairs are 0.12 more similar",
             "Search is worst at 20 %: 0.917, +0.270 over today", "98 %", "Index recall is the share of the first 10",
-        "mAP@100 on images held out", "ab" * 32, "2 queries without a right answer", "4 queries without answer",
-        "broken.png", "look number 2", facts["plan"]["fingerprint"], "0.953",
+        "mAP@100 on images held out", "ab" * 32, "2 queries without a relevant item", "4 queries without answer",
+        "broken.png", "interim analysis 2", facts["plan"]["fingerprint"], "0.953",
     ):  # fmt: skip
         assert known in told, known
 
@@ -238,16 +238,20 @@ def test_everything_that_is_known_is_told(facts):
         ({"stage": "backfill"}, "yes", "Yes: the new encoder answers queries"),
         ({"outcome": "fail"}, "no", "No: the new encoder must not"),
         ({"outcome": "inconclusive"}, "open", "Not yet:"),
-        ({"why_not": "was verified on 2026-01-01, longer ago than verify.max_age"}, "open", "It passed, but"),
-        ({"why_not": "was verified long ago", "stage": "backfill"}, "yes", "Yes:"),
-        ({"why_not": "was verified long ago", "stage": "backfill", "strategy": "shadow"}, "open", "It passed, but"),
-        ({"outcome": "fail", "why_not": "was verified long ago"}, "no", "No:"),
+        ({"invalid_reason": "was verified on 2026-01-01, longer ago than verify.max_age"}, "open", "It passed, but"),
+        ({"invalid_reason": "was verified long ago", "stage": "backfill"}, "yes", "Yes:"),
+        (
+            {"invalid_reason": "was verified long ago", "stage": "backfill", "strategy": "shadow"},
+            "open",
+            "It passed, but",
+        ),
+        ({"outcome": "fail", "invalid_reason": "was verified long ago"}, "no", "No:"),
         ({"state": "finished", "stage": "finalize"}, "yes", "Done:"),
-        ({"state": "rolling_back"}, "back", "Being taken back"),
-        ({"state": "rolled_back"}, "back", "Taken back: the old encoder answers every query again."),
+        ({"state": "rolling_back"}, "back", "Rolling back"),
+        ({"state": "rolled_back"}, "back", "Rolled back: the old encoder answers every query again."),
         ({"measured": [{"outcome": "below the gate"}], "stage": "backfill"}, "no", "Stop:"),
         ({"measured": [{"outcome": "below the gate"}, {"outcome": "ok"}, {}]}, "yes", "Yes:"),
-        ({"measured": [{"outcome": "below the gate"}], "state": "rolled_back"}, "back", "Taken back"),
+        ({"measured": [{"outcome": "below the gate"}], "state": "rolled_back"}, "back", "Rolled back"),
         ({"verification": None}, "open", "Not verified yet"),
         ({"verification": None, "new_encoder": None}, "open", "Not known yet: there is no new encoder."),
     ],
@@ -257,7 +261,7 @@ def test_the_answer(facts, changes, answer, begins):
     given["status"] |= {"stage": "planned", "state": "planned"}
     for key, value in changes.items():
         where = given if key in ("measured", "verification") else given["status"]
-        if key in ("outcome", "why_not"):
+        if key in ("outcome", "invalid_reason"):
             where = given["verification"]
         where[key] = value
     found = verdict(given)
@@ -266,14 +270,14 @@ def test_the_answer(facts, changes, answer, begins):
 
 
 def test_a_loss_is_called_a_loss(facts):
-    tests = {"old": {"map@100": 0.7}, "cross": {"map@100": 0.6}}
+    tests = {"baseline": {"map@100": 0.7}, "cross": {"map@100": 0.6}}
     given = plain(facts, tests=tests, interval={"mean": -0.1, "low": -0.12, "high": -0.08}, reasons=["too low"])
     given["verification"]["outcome"] = "fail"
     told = " ".join(verdict(given)["sentences"])
     assert "scores 0.600 with the new encoder at the canary and 0.700 today: 0.100 worse" in told
     assert "between −0.120 and −0.080" in told
     assert "Too low." in told
-    same = plain(facts, tests={"old": tests["old"], "cross": tests["old"]})
+    same = plain(facts, tests={"baseline": tests["baseline"], "cross": tests["baseline"]})
     assert "0.700 today: the same" in " ".join(verdict(same)["sentences"])
 
 
@@ -281,7 +285,9 @@ def of_loss(facts, **status):
     """The facts of a migration that a gate let through with a loss."""
     given = plain(
         facts,
-        **with_loss({"tests": {"old": {"map@100": 0.66}, "cross": {"map@100": 0.663}, "self": {"map@100": 0.611}}}),
+        **with_loss(
+            {"tests": {"baseline": {"map@100": 0.66}, "cross": {"map@100": 0.663}, "self": {"map@100": 0.611}}}
+        ),
     )
     given["verification"]["results"]["curve"] = {"lowest": {"share": 0.6, "value": 0.596}}
     given["status"] |= {"stage": "planned", "state": "planned", **status}
@@ -346,15 +352,15 @@ def test_the_ways_on_are_on_the_page(facts):
     given = plain(facts)
     given["verification"]["outcome"] = "fail"
     given["status"] |= {"stage": "planned", "state": "planned", "next_command": None}
-    given["status"]["ways_on"] = ["Train with another method: `migrator train toys --method bct --run bct`."]
+    given["status"]["next_steps"] = ["Train with another method: `migrator train toys --method bct --run bct`."]
     html = page.render({**given, "verdict": verdict(given)}, {})
     assert "<li>Train with another method: <code>migrator train toys --method bct --run bct</code>.</li>" in html
-    assert "one of the ways on above" in Page(html).text
+    assert "one of the next steps above" in Page(html).text
 
 
 def test_items_that_do_not_hold_their_vector_are_told(facts):
     given = plain(facts)
-    given["measured"] = [{**measurement(1, 0.5), "read_back": {"checked": 24, "wrong": 3, "worst_cosine": 0.1}}]
+    given["measured"] = [{**measurement(1, 0.5), "read_back": {"checked": 24, "mismatched": 3, "worst_cosine": 0.1}}]
     assert "Of 24 items that were read back after the last run, 3 did not hold" in " ".join(verdict(given)["sentences"])
 
 
@@ -364,7 +370,7 @@ def test_older_results_and_measurements_show_what_is_there(fresh):
         old = {
             "outcome": "pass", "reasons": ["map@100 gain +0.2955"], "served": "cross", "queries": 300, "gallery": 100,
             "interval": {"mean": 0.2955, "low": 0.27, "high": 0.32}, "flips": {"negative": 0.0, "positive": 0.05},
-            "tests": {"old": {"map@100": 0.6192}, "cross": {"map@100": 0.9146}}, "unreadable": {},
+            "tests": {"baseline": {"map@100": 0.6192}, "cross": {"map@100": 0.9146}}, "unreadable": {},
             "queries_without_relevant_items": 0, "queries_without_old_vector": 0,
         }  # fmt: skip
         save_verification(project.ledger, migration, old)
@@ -679,3 +685,12 @@ def test_a_source_that_is_away_is_asked_once_and_does_not_stop_the_report(fresh,
 )  # fmt: skip
 def test_numbers_and_times(made, expected):
     assert made == expected
+
+
+def test_a_health_check_of_before_version_0007_is_read_in_the_terms_of_today() -> None:
+    read_back = {"checked": 24, "wrong": 3, "wrong_items": [7], "worst_cosine": 0.1}
+    assert _health_check({"run": 1, "look": 2, "read_back": read_back}) == {
+        "run": 1,
+        "interim_analysis": 2,
+        "read_back": {"checked": 24, "mismatched": 3, "mismatched_items": [7], "worst_cosine": 0.1},
+    }

@@ -11,7 +11,7 @@ from hypothesis.extra import numpy as hnp
 
 from migrator.evaluation import similarity as module
 from migrator.evaluation.similarity import (
-    LEAST_NEGATIVES,
+    MIN_NEGATIVES,
     Pairs,
     Scores,
     draw_listed_pairs,
@@ -97,7 +97,7 @@ def test_listed_rows_must_be_rows_of_the_gallery(row):
 def test_scores_are_inner_products_of_each_test_in_its_own_dimension():
     random = np.random.default_rng(1)
     tests = {
-        "old": (random.normal(size=(4, 3)).astype(np.float32), random.normal(size=(6, 3)).astype(np.float32)),
+        "baseline": (random.normal(size=(4, 3)).astype(np.float32), random.normal(size=(6, 3)).astype(np.float32)),
         "self": (random.normal(size=(4, 5)).astype(np.float32), random.normal(size=(6, 5)).astype(np.float32)),
     }
     pairs = Pairs(np.array([[0, 5], [3, 1]]), np.empty((0, 2), np.int64))
@@ -117,16 +117,16 @@ def test_scores_that_are_not_finite_are_refused():
 def test_histograms_share_their_bins_and_count_every_pair():
     found = score_histograms(
         {
-            "old": Scores(np.array([0.5, 1.0]), np.array([0.0, 0.1, 0.24])),
+            "baseline": Scores(np.array([0.5, 1.0]), np.array([0.0, 0.1, 0.24])),
             "self": Scores(np.array([0.9]), np.array([0.6])),
         },
         bins=4,
     )
     assert found.edges.tolist() == [0, 0.25, 0.5, 0.75, 1]
-    assert json.loads(json.dumps(found.as_json())) == {
+    assert json.loads(json.dumps(found.to_json())) == {
         "edges": [0, 0.25, 0.5, 0.75, 1],
         "tests": {
-            "old": {"positives": [0, 0, 1, 1], "negatives": [3, 0, 0, 0]},
+            "baseline": {"positives": [0, 0, 1, 1], "negatives": [3, 0, 0, 0]},
             "self": {"positives": [0, 0, 0, 1], "negatives": [0, 0, 1, 0]},
         },
     }
@@ -134,11 +134,11 @@ def test_histograms_share_their_bins_and_count_every_pair():
 
 @pytest.mark.parametrize("values", [[], [0.7], [0.7, 0.7]])
 def test_histograms_of_one_score_or_none(values):
-    found = score_histograms({"old": Scores(np.array(values), np.empty(0))})
+    found = score_histograms({"baseline": Scores(np.array(values), np.empty(0))})
     assert np.isfinite(found.edges).all()
     assert (np.diff(found.edges) > 0).all()
-    assert found.counts["old"][0].sum() == len(values)
-    assert found.counts["old"][1].sum() == 0
+    assert found.counts["baseline"][0].sum() == len(values)
+    assert found.counts["baseline"][1].sum() == 0
 
 
 def spread(low: float, high: float) -> np.ndarray:
@@ -149,24 +149,27 @@ TODAY = Scores(spread(0.5, 1), spread(-1, 1))  # the threshold is 0.98
 
 
 def test_a_threshold_that_keeps_its_meaning_is_not_mentioned():
-    found = shift({"old": TODAY, "cross": TODAY, "self": TODAY, "reverse": Scores(TODAY.negatives, TODAY.positives)})
+    found = shift(
+        {"baseline": TODAY, "cross": TODAY, "self": TODAY, "reverse": Scores(TODAY.negatives, TODAY.positives)}
+    )
     assert found.threshold == pytest.approx(0.981, abs=0.001)
-    assert found.tests["old"] == found.tests["self"] == pytest.approx((0.0385, 0.01), abs=0.0005)
+    assert found.tests["baseline"] == found.tests["self"] == pytest.approx((0.0385, 0.01), abs=0.0005)
     assert found.tests["reverse"] == pytest.approx((0.01, 0.0385), abs=0.0005)
     assert found.sentence is None  # nobody asks by the reverse test
-    assert json.loads(json.dumps(found.as_json()))["sentence"] is None
+    assert json.loads(json.dumps(found.to_json()))["sentence"] is None
 
 
 def test_a_threshold_that_shifts_both_ways():
     found = shift(
-        {"old": TODAY, "cross": Scores(TODAY.positives, spread(-1, 1.2)), "self": Scores(*[spread(0, 0.9)] * 2)}
+        {"baseline": TODAY, "cross": Scores(TODAY.positives, spread(-1, 1.2)), "self": Scores(*[spread(0, 0.9)] * 2)}
     )
     assert found.sentence == (
-        "an application that accepts answers from a score of 0.981 on lets 1.0 % of wrong pairs pass today and would "
-        "let 10.0 % pass in the cross-test, less than 0.1 % after the backfill: set it anew, and during the backfill "
+        "an application that accepts results from a score of 0.981 on lets 1.0 % of irrelevant pairs pass today and "
+        "would "
+        "let 10.0 % pass in the cross-test, less than 0.1 % after the backfill: set it again, and during the backfill "
         "choose it per stage"
     )
-    assert found.as_json() == {
+    assert found.to_json() == {
         "threshold": found.threshold,
         "tests": {test: {"positives": p, "negatives": n} for test, (p, n) in found.tests.items()},
         "sentence": found.sentence,
@@ -175,18 +178,21 @@ def test_a_threshold_that_shifts_both_ways():
 
 def test_right_pairs_that_are_lost_are_told():
     today = Scores(spread(0.5, 1.5), TODAY.negatives)
-    found = shift({"old": today, "cross": today, "self": Scores(spread(0.5, 1.1), TODAY.negatives)})
+    found = shift({"baseline": today, "cross": today, "self": Scores(spread(0.5, 1.1), TODAY.negatives)})
     assert found.sentence == (
-        "an application that accepts answers from a score of 0.981 on lets 1.0 % of wrong pairs pass today and would "
-        "let 1.0 % pass in the cross-test, 1.0 % after the backfill; of right pairs 51.9 % pass today, 51.9 % in the "
-        "cross-test, 19.9 % after the backfill: set it anew as the backfill goes on"
+        "an application that accepts results from a score of 0.981 on lets 1.0 % of irrelevant pairs pass today and "
+        "would "
+        "let 1.0 % pass in the cross-test, 1.0 % after the backfill; of relevant pairs 51.9 % pass today, 51.9 % in "
+        "the "
+        "cross-test, 19.9 % after the backfill: set it again as the backfill goes on"
     )
 
 
 def test_without_a_cross_test_queries_move_at_once():
-    assert shift({"old": TODAY, "self": Scores(TODAY.positives, spread(-1, 2))}).sentence == (
-        "an application that accepts answers from a score of 0.981 on lets 1.0 % of wrong pairs pass today and would "
-        "let 34.0 % pass after the backfill: set it anew when queries move"
+    assert shift({"baseline": TODAY, "self": Scores(TODAY.positives, spread(-1, 2))}).sentence == (
+        "an application that accepts results from a score of 0.981 on lets 1.0 % of irrelevant pairs pass today and "
+        "would "
+        "let 34.0 % pass after the backfill: set it again when queries move"
     )
 
 
@@ -195,7 +201,7 @@ def test_three_times_as_often_or_a_third_matters(share, told):
     def negatives(passing: float) -> np.ndarray:
         return (np.arange(10_000) < round(passing * 10_000)).astype(np.float64)
 
-    tests = {"old": Scores(np.ones(1), negatives(0.01)), "self": Scores(np.ones(1), negatives(share))}
+    tests = {"baseline": Scores(np.ones(1), negatives(0.01)), "self": Scores(np.ones(1), negatives(share))}
     assert (shift(tests).sentence is not None) == told
 
 
@@ -204,22 +210,22 @@ def test_ten_points_of_the_right_pairs_matter(positives, told):
     def right(passing: int) -> np.ndarray:
         return (np.arange(100) < passing) * 2.0
 
-    tests = {"old": Scores(right(50), TODAY.negatives), "cross": Scores(right(positives), TODAY.negatives)}
+    tests = {"baseline": Scores(right(50), TODAY.negatives), "cross": Scores(right(positives), TODAY.negatives)}
     assert (shift(tests).sentence is not None) == told
 
 
 def test_too_few_negatives_say_nothing():
-    assert shift({"old": Scores(np.ones(5), np.arange(LEAST_NEGATIVES - 1.0))}) is None
-    assert shift({"old": Scores(np.empty(0), np.arange(LEAST_NEGATIVES + 0.0))}).tests["old"] == (None, 0.01)
+    assert shift({"baseline": Scores(np.ones(5), np.arange(MIN_NEGATIVES - 1.0))}) is None
+    assert shift({"baseline": Scores(np.empty(0), np.arange(MIN_NEGATIVES + 0.0))}).tests["baseline"] == (None, 0.01)
 
 
 @settings(deadline=None, max_examples=50)
 @given(hnp.arrays(np.float64, st.integers(1, 400), elements=st.sampled_from([0.0, 0.25, 0.5, 1.0]) | st.floats(-1, 1)))
 def test_the_threshold_is_the_highest_that_1_percent_of_the_negatives_reach(negatives):
-    with patch.object(module, "LEAST_NEGATIVES", 1), patch.object(module, "PASS_TODAY", 0.1):
+    with patch.object(module, "MIN_NEGATIVES", 1), patch.object(module, "PASS_TODAY", 0.1):
         if len(negatives) < 10:
             return
-        found = shift({"old": Scores(np.empty(0), negatives)})
+        found = shift({"baseline": Scores(np.empty(0), negatives)})
     at_least = int(0.1 * len(negatives))
     assert (negatives >= found.threshold).sum() >= at_least
     assert (negatives > found.threshold).sum() < at_least

@@ -1,8 +1,9 @@
-"""The questions of a verification: queries, which answers are right, and the gallery; drawn once, then frozen.
+"""The query set of a verification: queries, what is relevant to them, and the gallery; drawn once, then pinned.
 
-The same questions are asked before the canary, after each backfill and at the end, so that results can be compared.
-They lie in the artifacts, at `<artifacts>/<name>/questions-<key of the migration>/questions.json`, under a checksum. A
-configuration that asks for others is refused until somebody draws anew, which counts as a further look at the data.
+The same query set is evaluated before the canary, after each backfill run and at the end, so that results compare.
+It is kept in the artifacts, at `<artifacts>/<name>/query-set-<key of the migration>/query_set.json`, with a checksum. A
+configuration that would draw another one is refused until `--resample-queries` draws it, which counts as a further
+interim analysis.
 """
 
 from __future__ import annotations
@@ -41,26 +42,31 @@ T = TypeVar("T")
 Kind: TypeAlias = Literal["labels", "relevant", "instance"]
 
 EVIDENCE: Mapping[Kind, str] = {
-    "labels": "answers of the query's class count as right",
-    "relevant": "the answers that the file of queries lists for each query count as right",
-    "instance": "altered views of the collection's images are asked, and only the image itself counts as right: this "
-    "shows that near-copies are found, not that search is good",
+    "labels": "results of the query's class count as relevant",
+    "relevant": "the items that the query file lists for each query count as relevant",
+    "instance": "queries are altered views of the collection's images, and only the image itself counts as relevant: "
+    "this shows that near-copies are found, not that search is good",
 }
 
-FILE = "questions.json"
+FILE = "query_set.json"
+OLD_FILE = "questions.json"
+"""Its name, and that of its one key, in migrations that were verified before ledger version 0007."""
 FORMAT = 1
 PAGE = 5_000
 """Items whose payloads are read at once."""
 MAX_GRADE = 1e9
 MAX_NAMES = 10
 COUNTS = (
-    "queries_without_answer", "classes_without_answer", "queries_listing_themselves", "items_without_label",
+    "queries_without_relevant_items",
+    "classes_without_relevant_items",
+    "queries_listing_themselves",
+    "items_without_label",
     "items_without_path",
-)  # fmt: skip
+)
 
 
 @dataclass(frozen=True, slots=True)
-class Questions:
+class QuerySet:
     """Queries (q) and gallery (g) before any encoder has seen them. The lists of queries run side by side."""
 
     kind: Kind
@@ -71,9 +77,9 @@ class Questions:
     segments: list[str] | None
     """The segment of each query, empty for a query that has none; None without `verify.segment`."""
     own: list[ItemId | None]
-    """The gallery item whose image the query is: never an answer to it. None of kind `instance` and where none is."""
+    """The gallery item whose image the query is: never a result of it. None of kind `instance` and where none is."""
     relevant: list[dict[ItemId, float]] | None
-    """The right answers of each query with their grades, 1 unless given; None of kind `labels`."""
+    """The relevant items of each query with their grades (default: 1); None of kind `labels`."""
     gallery: list[ItemId]
     """Ascending, in the total order of ids."""
     gallery_labels: list[str] | None
@@ -83,10 +89,10 @@ class Questions:
     made_from: dict[str, Any]
     """The configuration that they were drawn by, and the name and SHA-256 of the file of queries."""
     counts: dict[str, int]
-    """What was passed over, in the draw: candidates for queries without any right answer in the gallery
-    (`queries_without_answer`) and the classes in which all are so (`classes_without_answer`); gallery items that give
-    no class (`items_without_label`) or no image (`items_without_path`), which are never queries; queries that list
-    their own item as relevant, where it does not count (`queries_listing_themselves`)."""
+    """What was skipped in the draw: candidates for queries without any relevant item in the gallery
+    (`queries_without_relevant_items`) and the classes in which all are so (`classes_without_relevant_items`); gallery
+    items that give no class (`items_without_label`) or no image (`items_without_path`), which are never queries;
+    queries that list their own item as relevant, where it does not count (`queries_listing_themselves`)."""
     drawn_at: str
     """ISO 8601, UTC."""
     tags: list[list[str]] | None = None
@@ -97,85 +103,95 @@ class Questions:
 
     @property
     def sha256(self) -> str:
-        """Names what is asked: two sets with the same one are the same questions, whenever they were drawn."""
-        asked = _body(self)
+        """Names the queries and the gallery: two draws with the same hash are the same query set."""
+        body = _body(self)
         for name in ("made_from", "counts", "drawn_at"):
-            del asked[name]
-        return _digest(asked)
+            del body[name]
+        return _digest(body)
 
     @property
     def evidence(self) -> str:
-        """What a good result shows, in words."""
+        """What a good result shows, as text."""
         return EVIDENCE[self.kind]
 
 
-# -- frozen -------------------------------------------------------------------------------------------------------
+# -- pinned -------------------------------------------------------------------------------------------------------
 
 
-def frozen_questions(
-    project: Project, migration: Migration, store: Store, images: ImageSource, *, anew: bool = False
-) -> Questions:
-    """The migration's questions: those frozen, else, and where `anew`, drawn from the collection and frozen.
+def pinned_query_set(
+    project: Project, migration: Migration, store: Store, images: ImageSource, *, resample: bool = False
+) -> QuerySet:
+    """The migration's query set: the pinned one, else, and with `resample`, one drawn from the collection and pinned.
 
     Raises `PreconditionFailed` where the configuration or the file of queries is no longer what they were drawn from,
-    and what `draw_questions` and `read_frozen` raise.
+    and what `draw_query_set` and `read_pinned` raise.
     """
     _refuse_stored_instances(project)
-    found = None if anew else read_frozen(project, migration)
+    found = None if resample else read_pinned(project, migration)
     if found is not None:
         _refuse_changes(project, found)
         return found
-    questions = draw_questions(project, store, images)
-    body = _body(questions)
-    document = {"format": FORMAT, "checksum": _digest(body), "questions": body}
-    question_files(project, migration).write(FILE, json.dumps(document).encode())
-    return questions
+    query_set = draw_query_set(project, store, images)
+    body = _body(query_set)
+    document = {"format": FORMAT, "checksum": _digest(body), "query_set": body}
+    query_set_files(project, migration).write(FILE, json.dumps(document).encode())
+    return query_set
 
 
-def read_frozen(project: Project, migration: Migration) -> Questions | None:
-    """The frozen questions as they were drawn, whatever the configuration says by now; None before the first draw.
+def read_pinned(project: Project, migration: Migration) -> QuerySet | None:
+    """The a pinned query set as they were drawn, whatever the configuration says by now; None before the first draw.
 
     Raises `PreconditionFailed` for a file that is damaged, and `TemporarilyUnavailable`.
     """
-    files = question_files(project, migration)
-    content = files.read(FILE)
+    files, name = query_set_files(project, migration), FILE
+    content = files.read(name)
+    if content is None:
+        files, name = old_files(project, migration), OLD_FILE
+        content = files.read(name)
     if content is None:
         return None
-    advice = f"put it back from a backup, or draw new questions with `migrator verify {project.name} --new-questions`"
+    advice = (
+        f"put it back from a backup, or draw a new query set with `migrator verify {project.name} --resample-queries`"
+    )
     try:
         document = json.loads(content)
-        version, body = document["format"], document["questions"]
+        version, body = document["format"], document[Path(name).stem]
         if version == FORMAT and document["checksum"] == _digest(body):
-            return _questions(body)
+            return _query_set(body)
     except (ValueError, TypeError, KeyError, RecursionError):
         version = FORMAT
     if version != FORMAT:
         raise PreconditionFailed(
-            f"{files.path(FILE)}: the questions are of format {_shown(version)}, not {FORMAT}: {advice}"
+            f"{files.path(name)}: the query set is of format {_quoted(version)}, not {FORMAT}: {advice}"
         )
-    raise PreconditionFailed(f"{files.path(FILE)}: the questions are damaged: {advice}")
+    raise PreconditionFailed(f"{files.path(name)}: the query set is damaged: {advice}")
 
 
-def question_files(project: Project, migration: Migration) -> LogFiles:
-    """The folder in the artifacts that holds a migration's questions, and what is kept beside them."""
+def query_set_files(project: Project, migration: Migration) -> LogFiles:
+    """The folder in the artifacts that holds a migration's query set and its baseline."""
+    return LogFiles(project.config.artifacts, project.name, "query-set", migration.key)
+
+
+def old_files(project: Project, migration: Migration) -> LogFiles:
+    """That folder as it was named before ledger version 0007."""
     return LogFiles(project.config.artifacts, project.name, "questions", migration.key)
 
 
-def _body(questions: Questions) -> dict[str, Any]:
+def _body(query_set: QuerySet) -> dict[str, Any]:
     """As JSON: relevant items as pairs, since the keys of a JSON object would all be text."""
-    body = {field.name: getattr(questions, field.name) for field in fields(questions)}
-    if questions.tags is None:  # so that the hash of other questions is what it was before there were any
+    body = {field.name: getattr(query_set, field.name) for field in fields(query_set)}
+    if query_set.tags is None:  # so that the hash of other query sets is what it was before there were any
         del body["tags"], body["gallery_tags"]
-    if questions.relevant is not None:
-        body["relevant"] = [[[item, grade] for item, grade in right.items()] for right in questions.relevant]
+    if query_set.relevant is not None:
+        body["relevant"] = [[[item, grade] for item, grade in grades.items()] for grades in query_set.relevant]
     return body
 
 
-def _questions(body: dict[str, Any]) -> Questions:
+def _query_set(body: dict[str, Any]) -> QuerySet:
     relevant = body["relevant"]
     if relevant is not None:
-        relevant = [{item: float(grade) for item, grade in right} for right in relevant]
-    return Questions(**{**body, "relevant": relevant})
+        relevant = [{item: float(grade) for item, grade in pairs} for pairs in relevant]
+    return QuerySet(**{**body, "relevant": relevant})
 
 
 def _digest(value: Any) -> str:
@@ -183,7 +199,7 @@ def _digest(value: Any) -> str:
 
 
 def _made_from(project: Project, sha256: str | None) -> dict[str, Any]:
-    """What the questions depend on; `images.uri` makes their paths."""
+    """What the query set depend on; `images.uri` makes their paths."""
     verify = project.settings.verify
     return {
         "queries": None if verify.queries is None else {"file": verify.queries.name, "sha256": sha256},
@@ -192,32 +208,32 @@ def _made_from(project: Project, sha256: str | None) -> dict[str, Any]:
     }
 
 
-def _refuse_changes(project: Project, questions: Questions) -> None:
-    file, then = project.settings.verify.queries, questions.made_from
+def _refuse_changes(project: Project, query_set: QuerySet) -> None:
+    file, then = project.settings.verify.queries, query_set.made_from
     sha256 = None
     if file is not None and then["queries"] is not None:
         sha256 = _sha256_of(file)
     current = _made_from(project, sha256)
-    day = questions.drawn_at[:10]
+    day = query_set.drawn_at[:10]
     changes = []
     if file is None or then["queries"] is None:
         if current["queries"] != then["queries"]:
             names = ["not set" if made["queries"] is None else made["queries"]["file"] for made in (current, then)]
-            changes.append(f"verify.queries is {names[0]}, and was {names[1]} when the questions of {day} were drawn")
+            changes.append(f"verify.queries is {names[0]}, and was {names[1]} when the query set of {day} was drawn")
     elif sha256 is None:
-        changes.append(f"{file}, the file that the questions of {day} were drawn from, cannot be read")
+        changes.append(f"{file}, the file that the query set of {day} was drawn from, cannot be read")
     elif sha256 != then["queries"]["sha256"]:
         short = f"sha256 {then['queries']['sha256'][:8]}... -> {sha256[:8]}..."
-        changes.append(f"{file} is no longer the file that the questions of {day} were drawn from ({short})")
+        changes.append(f"{file} is no longer the file that the query set of {day} was drawn from ({short})")
     for key in ("label", "segment", "sample", "gallery", "seed", "uri"):
         if current[key] != then[key]:
             name = "images.uri" if key == "uri" else f"verify.{key}"
-            old, new = ("not set" if value is None else _shown(value) for value in (then[key], current[key]))
-            changes.append(f"{name} is {new}, and was {old} when the questions of {day} were drawn")
+            old, new = ("not set" if value is None else _quoted(value) for value in (then[key], current[key]))
+            changes.append(f"{name} is {new}, and was {old} when the query set of {day} was drawn")
     if changes:
         raise PreconditionFailed(
-            f"{'; '.join(changes)}: put it back, or draw new questions with `migrator verify {project.name} "
-            "--new-questions`, which counts as a further look"
+            f"{'; '.join(changes)}: put it back, or draw a new query set with `migrator verify {project.name} "
+            "--resample-queries`, which counts as a further interim analysis"
         )
 
 
@@ -287,16 +303,16 @@ class _Queries:
         )
 
 
-def draw_questions(project: Project, store: Store, images: ImageSource) -> Questions:
+def draw_query_set(project: Project, store: Store, images: ImageSource) -> QuerySet:
     """Draws gallery and queries: the same ones for the same configuration, file and collection.
 
-    The gallery is a random sample of the collection, and of the kind `relevant` all relevant items besides. Without a
+    The gallery is a random sample of the collection, and of the kind `relevant` all relevant items too. Without a
     file, queries are drawn among the gallery alone, even where few classes come together there: the collection is
-    never read whole. What has no right answer in the gallery cannot be a query. Of several items with one image the
+    never read whole. What has no relevant item in the gallery cannot be a query. Of several items with one image the
     first is the query's own.
 
     Raises `ConfigError` where the configuration or the file of queries cannot be used, `PreconditionFailed` where the
-    collection gives nothing to ask.
+    collection gives no query.
     """
     _refuse_stored_instances(project)
     settings = project.settings.verify
@@ -317,15 +333,15 @@ def draw_questions(project: Project, store: Store, images: ImageSource) -> Quest
     kind: Kind
     if listed is not None and table is not None and listed.relevant is not None:
         kind = "relevant"
-        able = listed.at(row for row, right in enumerate(listed.relevant) if right)
+        able = listed.at(row for row, grades in enumerate(listed.relevant) if grades)
         queries = _drawn(able, project)
-        gallery = _read_gallery(project, store, images, _with_relevant(store, ids, queries, table))
+        gallery = _read_gallery(project, store, images, _ids_with_relevant(store, ids, queries, table))
         queries = _without_own_relevant(_with_own(queries, gallery), counts)
-        counts["queries_without_answer"] += len(listed.paths) - len(able.paths)
+        counts["queries_without_relevant_items"] += len(listed.paths) - len(able.paths)
         if not queries.paths:
             raise ConfigError(
-                f"{settings.queries}: no query lists a relevant item other than itself: list the ids of the right "
-                "answers in the column relevant"
+                f"{settings.queries}: no query lists a relevant item other than itself: list the ids of the relevant "
+                "items in the column relevant"
             )
     else:
         gallery = _read_gallery(project, store, images, ids)
@@ -344,12 +360,12 @@ def draw_questions(project: Project, store: Store, images: ImageSource) -> Quest
                 f"{' and a class' if kind == 'labels' else ''}: correct images.uri, or set verify.queries to a file"
             )
         if gallery.tags is not None:
-            queries = _with_answer(queries, gallery, counts, settings.queries)
+            queries = _with_relevant_items(queries, gallery, counts, settings.queries)
         queries = _drawn(queries, project)
     counts["items_without_path"] = gallery.paths.count(None)
     counts["items_without_label"] = 0 if gallery.tags is None else gallery.tags.count(())
     several = kind == "labels" and _several([*(queries.tags or ()), *(gallery.tags or ())])
-    return Questions(
+    return QuerySet(
         kind=kind,
         paths=queries.paths,
         labels=queries.labels,
@@ -373,7 +389,7 @@ def _refuse_stored_instances(project: Project) -> None:
         raise ConfigError(
             f"{_key(project, 'label')} is not set, and old_encoder is stored: an item's own vector would find itself. "
             'Set verify.label to the class of an item, such as "{category}", or verify.queries to a file that lists '
-            "the right answers"
+            "the relevant items"
         )
 
 
@@ -444,7 +460,7 @@ def tags_or_refuse(project: Project, item: ItemId, payload: Payload) -> Tags:
         return tags_of(project.settings.verify.label or "", item, payload)
     except NotText as problem:
         raise ConfigError(
-            f"{_key(project, 'label')}: item {_shown(item)}: {problem}; a class is a value, or a list of values"
+            f"{_key(project, 'label')}: item {_quoted(item)}: {problem}; a class is a value, or a list of values"
         ) from None
 
 
@@ -453,7 +469,8 @@ def _segment_or_refuse(project: Project, item: ItemId, payload: Payload) -> str:
         return (parse(project.settings.verify.segment or "").fill({**payload, "id": item}) or "").strip()
     except NotText as problem:
         raise ConfigError(
-            f"{_key(project, 'segment')}: item {_shown(item)}: {problem}; a query belongs to one segment: name a field "
+            f"{_key(project, 'segment')}: item {_quoted(item)}: {problem}; a query belongs to one segment: name a "
+            "field "
             "with one value"
         ) from None
 
@@ -476,7 +493,7 @@ def _with_own(queries: _Queries, gallery: _Gallery) -> _Queries:
 def _items_as_queries(gallery: _Gallery) -> _Queries:
     """The items themselves, as far as they have an image and, where there are classes, a class.
 
-    Without classes an item is the one right answer to its own altered view, and no item is left out of the answers.
+    Without classes an item is the only relevant result of its own altered view, and no item is excluded.
     """
     rows = [
         row
@@ -495,7 +512,7 @@ def _items_as_queries(gallery: _Gallery) -> _Queries:
 
 
 def _tags_of_all(gallery: _Gallery) -> set[str]:
-    """Tags that every item has, where items have several: with them nothing could be wrong."""
+    """Tags that every item has, where items have several: with them nothing could be irrelevant."""
     if not gallery.tags or not _several(gallery.tags):
         return set()
     return set(gallery.tags[0]).intersection(*gallery.tags)
@@ -505,7 +522,7 @@ def _without(column: list[Tags] | None, common: set[str]) -> list[Tags] | None:
     return None if column is None else [tuple(tag for tag in tags if tag not in common) for tags in column]
 
 
-def _with_answer(queries: _Queries, gallery: _Gallery, counts: Counter[str], file: Path | None) -> _Queries:
+def _with_relevant_items(queries: _Queries, gallery: _Gallery, counts: Counter[str], file: Path | None) -> _Queries:
     """The queries that have an item of their class in the gallery, besides themselves, with the classes for which that
     is so. Counts the others."""
     assert queries.tags is not None
@@ -520,8 +537,8 @@ def _with_answer(queries: _Queries, gallery: _Gallery, counts: Counter[str], fil
     left = replace(queries, tags=answered).at(able)
     assert left.tags is not None
     classes = {tag for tags in left.tags for tag in tags}
-    counts["queries_without_answer"] = len(queries.paths) - len(able)
-    counts["classes_without_answer"] = len({tag for tags in queries.tags for tag in tags} - classes)
+    counts["queries_without_relevant_items"] = len(queries.paths) - len(able)
+    counts["classes_without_relevant_items"] = len({tag for tags in queries.tags for tag in tags} - classes)
     drawn = f"the {len(gallery.ids)} items drawn"
     if not able and file is None:
         raise PreconditionFailed(
@@ -538,18 +555,18 @@ def _with_answer(queries: _Queries, gallery: _Gallery, counts: Counter[str], fil
         advice = "correct verify.label, or raise verify.gallery" if file is None else "add queries of other classes"
         raise ConfigError(
             f"{drawn if file is None else file}: every query has the class {_names(classes)}, and with one class alone "
-            f"nothing can be wrong: {advice}"
+            f"nothing can be irrelevant: {advice}"
         )
     return left
 
 
-def _with_relevant(store: Store, ids: Sequence[ItemId], queries: _Queries, table: Table) -> set[ItemId]:
+def _ids_with_relevant(store: Store, ids: Sequence[ItemId], queries: _Queries, table: Table) -> set[ItemId]:
     """The sample and all relevant items, each of which must be in the collection."""
     assert queries.relevant is not None
     known = set(ids)
     rows_of: dict[ItemId, list[int]] = {}
-    for number, right in zip(queries.numbers, queries.relevant, strict=True):
-        for item in right:
+    for number, grades in zip(queries.numbers, queries.relevant, strict=True):
+        for item in grades:
             if item not in known:
                 rows_of.setdefault(item, []).append(number)
     for page in _pages(store, list(rows_of), payload=False):
@@ -562,24 +579,25 @@ def _with_relevant(store: Store, ids: Sequence[ItemId], queries: _Queries, table
             f"{len(rows_of)} unknown ids in {len(set().union(*rows_of.values()))} of {len(queries.paths)} rows drawn"
         )
         raise ConfigError(
-            f"{table.file}: {table.place(numbers[0])} lists {_shown(item)} as relevant, and {store.describe().name} "
+            f"{table.file}: {table.place(numbers[0])} lists {_quoted(item)} as relevant, and {store.describe().name} "
             f'has no such item ({unknown}): correct or remove them; 17 and "17" are two ids'
         )
     return known
 
 
 def _without_own_relevant(queries: _Queries, counts: Counter[str]) -> _Queries:
-    """An item is no answer to itself, even where it is listed. Counts such queries, and those left without answer."""
+    """An item is no result of itself, even where it is listed. Counts such queries, and those left without relevant
+    items."""
     assert queries.relevant is not None
     counts["queries_listing_themselves"] = sum(
-        own in right for own, right in zip(queries.own, queries.relevant, strict=True)
+        own in grades for own, grades in zip(queries.own, queries.relevant, strict=True)
     )
     relevant = [
-        {item: grade for item, grade in right.items() if item != own}
-        for own, right in zip(queries.own, queries.relevant, strict=True)
+        {item: grade for item, grade in grades.items() if item != own}
+        for own, grades in zip(queries.own, queries.relevant, strict=True)
     ]
-    rows = [row for row, right in enumerate(relevant) if right]
-    counts["queries_without_answer"] += len(relevant) - len(rows)
+    rows = [row for row, grades in enumerate(relevant) if grades]
+    counts["queries_without_relevant_items"] += len(relevant) - len(rows)
     return replace(queries, relevant=relevant).at(rows)
 
 
@@ -593,7 +611,9 @@ def _read_queries(file: Path, segment: str | None, images: ImageSource) -> tuple
     def choose(header: Header) -> list[str]:
         header.require("path", "its first line names the columns path and label")
         if "label" not in header and "relevant" not in header:
-            raise header.missing(("label", "relevant"), "give the class of each query, or the ids of its right answers")
+            raise header.missing(
+                ("label", "relevant"), "give the class of each query, or the ids of its relevant items"
+            )
         for name in ("label", "relevant", "grades"):
             if name not in header and header.near(name, cutoff=0.85):
                 raise header.missing((name,), "", cutoff=0.85)
@@ -620,7 +640,7 @@ def _column_of(field: str, header: Header) -> str:
 
 
 def _checked(table: Table, segment: str | None, images: ImageSource) -> _Queries:
-    """One query for each image. An image that is listed again with the same answers counts once."""
+    """One query for each image. An image that is listed again with the same relevant items counts once."""
     file, columns = table.file, table.columns
     count = len(columns["path"])
     if not count:
@@ -636,7 +656,8 @@ def _checked(table: Table, segment: str | None, images: ImageSource) -> _Queries
         for name, column in given.items():
             if column is not None and column[earlier] != column[row]:
                 raise ConfigError(
-                    f"{file}: {table.place(row)} gives {_shown(path)} another {name} than {table.place(earlier)} does: "
+                    f"{file}: {table.place(row)} gives {_quoted(path)} another {name} than {table.place(earlier)} "
+                    "does: "
                     "keep one"
                 )
     return _Queries(paths, tags, segments, [None] * count, relevant, list(range(count))).at(first.values())
@@ -697,7 +718,7 @@ def _trimmed(cell: Any) -> Any:
 
 
 def _relevant(table: Table) -> list[dict[ItemId, float]]:
-    """The right answers of each row, with their grades."""
+    """The relevant items of each row, with their grades."""
     grades = table.columns.get("grades")
     rows: list[dict[ItemId, float]] = []
     for row, cell in enumerate(table.columns["relevant"]):
@@ -705,15 +726,15 @@ def _relevant(table: Table) -> list[dict[ItemId, float]]:
             items = _list(cell, "relevant", '[17, "a-9"]')
             for item in items:
                 if isinstance(item, bool) or not isinstance(item, int | str) or not _fits(item):
-                    raise ValueError(f"{_shown(item)} in relevant is no item id: ids are whole numbers or text")
+                    raise ValueError(f"{_quoted(item)} in relevant is no item id: ids are whole numbers or text")
             if len(set(items)) < len(items):
-                raise ValueError(f"relevant lists {_shown(Counter(items).most_common(1)[0][0])} twice: keep one")
+                raise ValueError(f"relevant lists {_quoted(Counter(items).most_common(1)[0][0])} twice: keep one")
             gains = [1.0] * len(items) if grades is None else _list(grades[row], "grades", "[3, 1]")
             if len(gains) != len(items):
                 raise ValueError(f"{len(gains)} grades for {len(items)} relevant items: give one for each")
             for gain in gains:
                 if isinstance(gain, bool) or not isinstance(gain, int | float) or not 0 < gain <= MAX_GRADE:
-                    raise ValueError(f"{_shown(gain)} is no grade: give numbers above 0, up to {MAX_GRADE:.0e}")
+                    raise ValueError(f"{_quoted(gain)} is no grade: give numbers above 0, up to {MAX_GRADE:.0e}")
         except ValueError as error:
             raise ConfigError(f"{table.file}: {table.place(row)}: {error}") from None
         rows.append({item: float(gain) for item, gain in zip(items, gains, strict=True)})
@@ -729,7 +750,7 @@ def _list(cell: Any, name: str, example: str) -> list[Any]:
         except (ValueError, RecursionError):
             value = None
     if not isinstance(value, list):
-        raise ValueError(f"{name} is no JSON list such as {example}: {_shown(cell)}; [] says that there is none")
+        raise ValueError(f"{name} is no JSON list such as {example}: {_quoted(cell)}; [] says that there is none")
     return value
 
 
@@ -738,20 +759,20 @@ def _fits(item: int | str) -> bool:
     return isinstance(item, str) or -(2**63) <= item < 2**64
 
 
-# -- words --------------------------------------------------------------------------------------------------------
+# -- text --------------------------------------------------------------------------------------------------------
 
 
 def _names(names: Iterable[str]) -> str:
     """Some names in a row, shortened."""
     distinct = sorted(dict.fromkeys(names))
-    shown = [_shown(name, 40, plain=True) for name in distinct[:MAX_NAMES]]
+    shown = [_quoted(name, 40, plain=True) for name in distinct[:MAX_NAMES]]
     return ", ".join(shown + ["..."] * (len(distinct) > MAX_NAMES)) or "none"
 
 
-def _shown(value: Any, most: int = 60, *, plain: bool = False) -> str:
-    """A value from outside as one line of bounded length; `plain`: text without quotes, where it can be printed."""
+def _quoted(value: Any, max_length: int = 60, *, plain: bool = False) -> str:
+    """An untrusted value as one line of bounded length; `plain`: text without quotes, where it can be printed."""
     try:
         text = value if plain and isinstance(value, str) and value.isprintable() else repr(value)
     except ValueError:  # Python does not write out integers of thousands of digits
         text = f"a {type(value).__name__}"
-    return text if len(text) <= most else text[: most - 3] + "..."
+    return text if len(text) <= max_length else text[: max_length - 3] + "..."
