@@ -140,7 +140,7 @@ def main() -> None:
         return train_speed.main(sys.argv[2:])
     wanted = sys.argv[1:] or ["demo", "backfill", "stores", "memory", "verify", "route"]
     if "demo" in wanted:
-        results = {"machine": machine(), "demo": demo()}
+        results: dict[str, Any] = {"machine": machine(), "demo": demo()}
         save("demo", results, demo_table(results))
     if "backfill" in wanted:
         results = {"machine": machine(), "engine": [engine(20_000), engine(100_000)], "pipeline": pipeline()}

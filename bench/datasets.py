@@ -177,8 +177,8 @@ def emoji(data: Path) -> Iterator[Drawn]:
                 drawings.setdefault(found, {})[artist.artist] = image
     for found, by_artist in sorted(drawings.items()):
         if len(by_artist) >= MIN_ARTISTS:
-            for artist, image in sorted(by_artist.items()):
-                yield Drawn(f"{artist}/{found}.png", found, image, artist=artist)
+            for name, image in sorted(by_artist.items()):
+                yield Drawn(f"{name}/{found}.png", found, image, artist=name)
 
 
 def code(text: str) -> str:

@@ -26,7 +26,7 @@ def route() -> None:
     with tempfile.TemporaryDirectory() as folder:
         url = f"sqlite:///{Path(folder, 'migrator.db')}"
         migration = _prepared(url)
-        rows = [{"what": "no canary", "microseconds": _choices(url)}]
+        rows: list[dict[str, Any]] = [{"what": "no canary", "microseconds": _choices(url)}]
         ledger = Ledger(url)
         columns = {"epoch": 1, "canary_encoder": "new", "canary_percent": 50.0, "phase": "canary"}
         ledger.move(migration, stage="canary", event="canary", route=columns)

@@ -151,7 +151,7 @@ def trained(run: Run, folder: Path, device: str, result: dict[str, Any]) -> NDAr
     rows = seen_by_old(images, whole.train, run.seen, run.seed)
     items = TrainingItems(tuple(images.paths[row] for row in rows), tuple(images.labels[rows].tolist()))
     spec = EncoderSpec(run.arch, run.dim, Preprocessing(run.image_size))
-    chosen = {name: tuple(value) if isinstance(value, list) else value for name, value in run.settings}
+    chosen: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in run.settings}
     if run.method == "bct" and (classifier := run.builds_on[0].folder / "classifier.safetensors").exists():
         chosen["old_classifier"] = classifier
     settings = FitSettings(**chosen, **neutral(device))

@@ -49,14 +49,15 @@ def step_of(kind: str, arch: str, image_size: int, device: str, *, fast: bool) -
     vectors = random.standard_normal((CLASSES, DIM))[labels] + 0.5 * random.standard_normal((IMAGES, DIM))
     vectors = (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
     pixels = random.integers(0, 256, (IMAGES, 3, image_size, image_size), dtype=np.uint8)
-    model = build_model(spec).to(device, memory_format=torch.channels_last)
+    model = build_model(spec).to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     settings = LossSettings()
     old_model: nn.Module | None = None
     objective: nn.Module | None = None
     if kind == "published":
         space = measure_old_space(vectors, labels, classes=CLASSES, quantile=1.0)
         objective = Published(space, DIM).to(device)
-        old_model = build_model(spec).to(device, memory_format=torch.channels_last).eval()
+        old_model = build_model(spec).to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        old_model.eval()
     elif kind != "forward + backward":
         space = measure_old_space(vectors, labels, classes=CLASSES, quantile=settings.radius_quantile)
         method = "independent" if kind == "arcface" else kind

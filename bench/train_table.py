@@ -217,7 +217,7 @@ def aims_table(found: list[dict[str, Any]]) -> list[str]:
 
 def write_table(plan: Plan, chosen: list[Case]) -> None:
     table = rows(chosen)
-    found = {"machine": machine(), "plan": asdict(plan), "rows": table, "aims": aims(table)}
+    found: dict[str, Any] = {"machine": machine(), "plan": asdict(plan), "rows": table, "aims": aims(table)}
     seeds = sorted({seed for one in table for seed in one.get("seeds", [])})
     lines = heading(
         "Compatible training",

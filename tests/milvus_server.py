@@ -15,6 +15,7 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from time import monotonic
+from typing import Any
 
 import filelock
 import pytest
@@ -43,11 +44,11 @@ class MilvusServer:
     def __init__(self, folder: Path, **settings: object) -> None:
         self._folder = folder
         self._settings = settings
-        self._server: object | None = None
+        self._server: Any = None
 
     @property
     def uri(self) -> str:
-        return f"http://127.0.0.1:{self._server.listen_port}"  # type: ignore[union-attr]
+        return f"http://127.0.0.1:{self._server.listen_port}"
 
     def start(self) -> None:
         from milvus import MilvusServer as Wheel
@@ -64,15 +65,15 @@ class MilvusServer:
             gc.collect()
         self._wait(server)
 
-    def _wait(self, server: object) -> None:
+    def _wait(self, server: Any) -> None:
         """Until a client gets an answer, and not only the web page that says all is well."""
         deadline = monotonic() + START
         pause = threading.Event()
         while True:
-            if server.server_proc.poll() is not None:  # type: ignore[attr-defined]
+            if server.server_proc.poll() is not None:
                 raise RuntimeError(f"Milvus ended by itself: see {self._folder}/logs")
             with contextlib.suppress(urllib.error.URLError, OSError):
-                page = f"http://127.0.0.1:{server.webservice_port}/healthz"  # type: ignore[attr-defined]
+                page = f"http://127.0.0.1:{server.webservice_port}/healthz"
                 with urllib.request.urlopen(page, timeout=5) as answer:
                     if b"OK" in answer.read() and self._answers():
                         return
@@ -96,20 +97,22 @@ class MilvusServer:
 
     def kill(self) -> None:
         """SIGKILL, to the process that this object started."""
-        self._server.server_proc.kill()  # type: ignore[union-attr]
-        self._server.server_proc.wait(timeout=30)  # type: ignore[union-attr]
-        self._server.stop()  # type: ignore[union-attr] - closes its logs
+        self._server.server_proc.kill()
+        self._server.server_proc.wait(timeout=30)
+        self._server.stop()  # closes its logs
 
     def stop(self) -> None:
         if self._server is not None:
-            self._server.stop()  # type: ignore[attr-defined]
+            self._server.stop()
             self._server = None
 
 
-def _config(**settings: object) -> object:
+def _config(**settings: object) -> Any:
     from milvus import MilvusServerConfig
 
-    class Config(MilvusServerConfig):
+    class Config(MilvusServerConfig):  # type: ignore[misc]
+        template_text: str
+
         def load_template(self) -> None:
             super().load_template()
             self.template_text = re.sub("^queryCoord:$", UNSAID, self.template_text, flags=re.MULTILINE)
