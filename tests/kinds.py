@@ -212,7 +212,7 @@ class QdrantFolder(Kind):
         return self.exclusive and isinstance(error, (RuntimeError, StoreBusy))
 
     def adapter(self) -> type[Any]:
-        from migrator.adapters.qdrant import QdrantStore
+        from migrator.adapters.qdrant.store import QdrantStore
 
         return QdrantStore
 
@@ -344,7 +344,7 @@ class QdrantEdge(Kind):
         return isinstance(error, (StoreBusy, BlockingIOError))
 
     def adapter(self) -> type[Any]:
-        from migrator.adapters.qdrant_edge import EdgeStore
+        from migrator.adapters.qdrant.edge import EdgeStore
 
         return EdgeStore
 
@@ -442,14 +442,14 @@ class FaissFolder(Kind):
         self.replace_content(content)
 
     def adapter(self) -> type[Any]:
-        from migrator.adapters.faiss import FaissStore
+        from migrator.adapters.faiss.store import FaissStore
 
         return FaissStore
 
     @contextmanager
     def refusing(self, bad: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         """There is no client in between: the check of vectors is what can refuse one item."""
-        from migrator.adapters import faiss
+        from migrator.adapters.faiss import store as faiss
 
         unusable = faiss.unusable
 
@@ -516,7 +516,7 @@ class MilvusLite(Kind):
     @contextmanager
     def searching(self) -> Iterator[Search]:
         """In the process that also migrates, which is the only one that may open the file."""
-        from migrator.adapters.milvus import Connection
+        from migrator.adapters.milvus.connection import Connection
 
         kept = Connection({"uri": self.uri})  # the last one would end Milvus Lite under the client
         with self.client() as client:
@@ -525,7 +525,7 @@ class MilvusLite(Kind):
         kept.release()
 
     def adapter(self) -> type[Any]:
-        from migrator.adapters.milvus import MilvusStore
+        from migrator.adapters.milvus.store import MilvusStore
 
         return MilvusStore
 

@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from migrator.adapters.base import StoreUnavailable
-from migrator.adapters.faiss import FaissStore
+from migrator.adapters.faiss.store import FaissStore
 from migrator.backfill.order import worst_first, worst_first_ids
 from migrator.cli import run
 from migrator.ledger import Ledger

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from migrator.adapters.qdrant import STAMP
+from migrator.adapters.qdrant.points import STAMP
 from migrator.project import Project
 from tests.integration.test_stores import expected
 from tests.kinds import QdrantOverRest

@@ -221,7 +221,7 @@ def test_each_run_is_looked_at_and_a_result_below_the_gate_pauses(
 def test_vectors_that_are_not_the_encoders_pause_the_backfill(
     world: World, migrator: Migrator, told: Told, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from migrator.adapters.faiss import FaissStore
+    from migrator.adapters.faiss.store import FaissStore
 
     to_backfill(migrator)
     right = FaissStore.write_vectors

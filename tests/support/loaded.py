@@ -32,7 +32,8 @@ import sqlalchemy.dialects.sqlite
 
 import migrator.adapters.faiss
 import migrator.adapters.milvus
-import migrator.adapters.qdrant_edge
+import migrator.adapters.qdrant.edge
+import migrator.adapters.qdrant.store
 import migrator.backfill.run
 import migrator.lifecycle.status
 import migrator.rollout.rollback

@@ -23,7 +23,7 @@ import pytest
 
 from migrator.adapters.base import Page, Store, StoreRejected
 from migrator.adapters.faiss import open_store
-from migrator.adapters.faiss_files import Folder
+from migrator.adapters.faiss.folder import Folder
 
 DIM, N = 16, 64
 PARTS = [range(0, 30), range(30, 50), range(50, N)]

@@ -29,7 +29,7 @@ import pytest
 
 from migrator.adapters.base import Store, StoreBusy, StoreError, StoreRejected, StoreUnavailable
 from migrator.adapters.faiss import open_store
-from migrator.adapters.faiss_files import Folder
+from migrator.adapters.faiss.folder import Folder
 
 DIM, N = 8, 40
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from migrator.adapters.base import StoreRejected
-from migrator.adapters.faiss_index import Index, read_index, row_checksums
+from migrator.adapters.faiss.index import Index, read_index, row_checksums
 
 DIM = 16
 
@@ -332,7 +332,7 @@ def test_a_polysemous_index_is_trained_as_one() -> None:
 
 
 def test_exact_search_goes_on_past_one_block(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("migrator.adapters.faiss_index.BLOCK", 64)
+    monkeypatch.setattr("migrator.adapters.faiss.index.BLOCK", 64)
     for metric in (faiss.METRIC_INNER_PRODUCT, faiss.METRIC_L2):
         index = Index(made("IVF4,Flat", metric=metric), "here")
         scores, labels = index.search(vectors(9, seed=3), 70, exact=True)

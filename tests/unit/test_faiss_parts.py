@@ -9,9 +9,9 @@ import faiss
 import numpy as np
 import pytest
 
-from migrator.adapters import faiss_parts as parts
 from migrator.adapters.base import StoreRejected, StoreUnavailable
-from migrator.adapters.faiss_index import Index, read_index
+from migrator.adapters.faiss import parts as parts
+from migrator.adapters.faiss.index import Index, read_index
 from tests.faiss_facts import facts, innermost, layers
 
 DIM, N = 16, 400

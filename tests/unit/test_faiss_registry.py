@@ -27,7 +27,7 @@ def test_a_library_that_is_missing_comes_with_the_command_that_installs_it(
 ) -> None:
     for name in ("index.faiss", "items.parquet"):
         (tmp_path / name).touch()
-    monkeypatch.setattr("migrator.adapters.faiss_files.Folder.read_items", lambda _: None)
+    monkeypatch.setattr("migrator.adapters.faiss.folder.Folder.read_items", lambda _: None)
     monkeypatch.setitem(sys.modules, "faiss", None)
     with pytest.raises(StoreRejected, match=r"needs the library faiss: pip install 'advbct-migrator\[faiss\]'"):
         open_store({"kind": "faiss", "path": str(tmp_path)}, write=False)

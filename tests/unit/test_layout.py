@@ -77,7 +77,7 @@ def test_foreign_packages_of_the_same_names_change_nothing(tmp_path: Path) -> No
         "stores = entry_points(group='migrator.stores')\n"
         "assert stores and not [store.value for store in stores if not store.value.startswith('migrator.adapters.')]\n"
         "(faiss,) = [store.load() for store in stores if store.name == 'faiss']\n"
-        "assert faiss.__module__ == 'migrator.adapters.faiss'\n"
+        "assert faiss.__module__ == 'migrator.adapters.faiss.store'\n"
     )
     ran = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr

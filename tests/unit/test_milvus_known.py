@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from migrator.adapters.milvus_known import REMEMBERED_BYTES, Known
+from migrator.adapters.milvus.lite import REMEMBERED_BYTES, Known
 
 
 @dataclass(eq=False)

@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 from pymilvus import DataType, MilvusClient
 
 from migrator.adapters.base import ItemId, Page, Store, Vectors
-from migrator.adapters.milvus import STAMP, Connection
-from migrator.adapters.milvus_known import Known
+from migrator.adapters.milvus.connection import Connection
+from migrator.adapters.milvus.lite import Known
+from migrator.adapters.milvus.reader import STAMP
 from migrator.adapters.registry import open_store
 from tests.integration.stores.contract import DIM, Collection, Make, StoreContract, payloads_of, unit_vectors
 from tests.milvus_server import ON_THE_SERVER, MilvusServer

@@ -19,7 +19,8 @@ import pytest
 from pymilvus import DataType, MilvusClient
 
 from migrator.adapters.base import Page, Store, StoreError, StoreRejected, StoreUnavailable
-from migrator.adapters.milvus import PARTITION, Connection
+from migrator.adapters.milvus.connection import Connection
+from migrator.adapters.milvus.reader import PARTITION
 from migrator.adapters.registry import open_store
 from tests.integration.stores.contract import DIM, payloads_of, unit_vectors
 from tests.integration.stores.test_milvus import drop_new

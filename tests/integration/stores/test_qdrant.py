@@ -17,7 +17,9 @@ from hypothesis import strategies as st
 from qdrant_client import QdrantClient, models
 
 from migrator.adapters.base import ItemId, Store, StoreBusy, StoreRejected, StoreUnavailable, Vectors
-from migrator.adapters.qdrant import STAMP, Connection, QdrantStore
+from migrator.adapters.qdrant.connection import Connection
+from migrator.adapters.qdrant.points import STAMP
+from migrator.adapters.qdrant.store import QdrantStore
 from migrator.adapters.registry import open_store
 from tests.integration.stores.contract import DIM, Collection, Make, StoreContract, payloads_of, unit_vectors
 

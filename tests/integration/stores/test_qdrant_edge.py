@@ -24,8 +24,9 @@ import qdrant_edge as edge
 from hypothesis import strategies as st
 
 from migrator.adapters.base import ItemId, Page, Store, StoreBusy, StoreRejected, StoreUnavailable, Vectors
-from migrator.adapters.qdrant import STAMP
-from migrator.adapters.qdrant_edge import LOG_FILES, EdgeStore, Folder, Shard
+from migrator.adapters.qdrant.edge import EdgeStore
+from migrator.adapters.qdrant.points import STAMP
+from migrator.adapters.qdrant.shard import LOG_FILES, Folder, Shard
 from migrator.adapters.registry import open_store
 from tests.integration.stores.contract import (
     DIM,

@@ -18,7 +18,7 @@ import pytest
 from qdrant_client import QdrantClient, models
 
 from migrator.adapters.base import ItemId, Page, Store, StoreRejected, StoreUnavailable, Vectors
-from migrator.adapters.qdrant import QdrantStore
+from migrator.adapters.qdrant.store import QdrantStore
 from migrator.adapters.registry import open_store
 from migrator.retry import with_retries
 from tests.integration.stores.contract import DIM, Make, payloads_of, unit_vectors

@@ -15,7 +15,8 @@ import pytest
 from qdrant_client import QdrantClient, models
 
 from migrator.adapters.base import Page, Sparse, Store, StoreRejected, with_further
-from migrator.adapters.qdrant import Connection, QdrantStore
+from migrator.adapters.qdrant.connection import Connection
+from migrator.adapters.qdrant.store import QdrantStore
 from migrator.adapters.registry import open_store
 from tests.integration.stores.contract import DIM, unit_vectors
 from tests.qdrant_front import Front, qdrant_front
@@ -418,7 +419,7 @@ def test_nan_in_a_payload_is_refused_where_it_would_be_lost(place: Place) -> Non
 
 
 def test_large_further_vectors_go_in_several_requests(rest: Place, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("migrator.adapters.qdrant.REQUEST_BYTES", 3_000)
+    monkeypatch.setattr("migrator.adapters.qdrant.points.REQUEST_BYTES", 3_000)
     rest.create(strict_mode_config=None)
     store = rest.open()
     further = [{"tokens": np.tile(np.float32([0.6, 0.8]), (60, 1))} for _ in IDS]
@@ -508,7 +509,7 @@ def test_further_vectors_and_settings_on_the_edge(edge: Path) -> None:
 
 
 def test_a_setting_that_the_engine_forgets_on_the_edge(edge: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from migrator.adapters.qdrant_edge import Folder
+    from migrator.adapters.qdrant.shard import Folder
 
     create = Folder.create
     with closing(on_the_edge(edge)) as store:

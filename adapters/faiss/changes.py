@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from migrator.adapters.base import ItemId, Vectors, order_key
-from migrator.adapters.faiss_payload import Row, rows
+from migrator.adapters.faiss.payload import Row, rows
 
 if TYPE_CHECKING:
     import pyarrow as pa

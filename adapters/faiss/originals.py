@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from migrator.adapters.base import StoreRejected, Vectors
-from migrator.adapters.faiss_items import listed
+from migrator.adapters.faiss.items import listed
 from migrator.adapters.files import translated
 
 SAMPLE = 256

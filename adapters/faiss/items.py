@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from migrator.adapters.base import ItemId, StoreRejected
-from migrator.adapters.faiss_payload import joined
+from migrator.adapters.faiss.payload import joined
 from migrator.adapters.files import translated
 
 if TYPE_CHECKING:

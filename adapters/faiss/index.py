@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from migrator.adapters import faiss_parts as parts
 from migrator.adapters.base import Metric, StoreRejected, StoreUnavailable, Vectors
-from migrator.adapters.faiss_parts import translated_faiss
+from migrator.adapters.faiss import parts as parts
+from migrator.adapters.faiss.parts import translated_faiss
 
 BLOCK = 1 << 14  # vectors handled at once where a whole copy in float32 is not wanted
 

@@ -13,16 +13,13 @@ files alone, whichever of them a killed process had reached.
 
 from __future__ import annotations
 
-import bisect
-import heapq
 import itertools
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import cached_property, partial
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -41,34 +38,23 @@ from migrator.adapters.base import (
     order_key,
     same_value,
 )
-from migrator.adapters.faiss_changes import ABSENT, Change, Changes
-from migrator.adapters.faiss_files import (
-    Folder,
-    Generation,
-    Segment,
-    Stamps,
-    identity,
-    make_folder,
-)
-from migrator.adapters.faiss_index import Index, row_checksums
-from migrator.adapters.faiss_items import Items, listed, write_parquet_like
-from migrator.adapters.faiss_originals import FEWEST, FITS, SAMPLE, Originals
-from migrator.adapters.faiss_payload import Row, fitting, joined, take
-from migrator.adapters.faiss_payload import rows as rows_of
+from migrator.adapters.faiss.changes import ABSENT, Change
+from migrator.adapters.faiss.folder import Folder, Generation, Segment, identity, make_folder
+from migrator.adapters.faiss.index import row_checksums
+from migrator.adapters.faiss.loading import check_there, read_state
+from migrator.adapters.faiss.payload import fitting, take
+from migrator.adapters.faiss.payload import rows as rows_of
+from migrator.adapters.faiss.publication import Merged, following_state, write_merged_stamps, write_stamps
+from migrator.adapters.faiss.state import State, notes
 from migrator.adapters.files import Vanished, replace_link
 from migrator.adapters.vectors import as_batch, unusable
 
 if TYPE_CHECKING:
     import filelock
 
-T = TypeVar("T")
-
 TRIES = 20  # a folder that is replaced again and again while we read it
 STEADY = 6  # looks at the same two files that do not fit before they are refused: the second may be on its way
 PAUSE = 0.05  # seconds between them: an application replaces its two files one after the other
-
-
-SAME_VECTORS = "name the files that the index was built from as store.vectors, in the order of the items, or none"
 
 
 def open_store(config: Mapping[str, Any], *, write: bool) -> FaissStore:
@@ -102,205 +88,6 @@ def _texts(value: Any) -> list[str] | None:
     return [str(one) for one in values]
 
 
-class _State:
-    """One generation of the folder in memory, with what was written since.
-
-    Arrays with one entry an item are in the order of `items.ids`.
-    """
-
-    def __init__(
-        self, folder: Folder, items: Items, index: Index, files: Originals | None, generation: Generation
-    ) -> None:
-        self.folder, self.items, self.index, self.generation = folder, items, index, generation
-        self.vector_files = files
-        self.originals = None if index.exact_vectors else files
-        """What vectors are read from that no migration has replaced."""
-        self.ids = items.ids
-        self.where = _match(folder, items, index)  # position in the index
-        self.rank = {item: rank for rank, item in enumerate(self.ids)}
-        self.known_stamps: list[str | None] = [None]
-        self.stamps = np.zeros(len(self.ids), np.int32)  # numbers in known_stamps
-        self.pending = np.zeros(len(self.ids), bool)
-        self.carried = np.zeros(len(self.ids), bool)
-        """Vectors that only a rebuild of a quantised index has changed since the original."""
-        self.replaced = np.zeros(len(self.ids), bool)
-        """Vectors that the application has replaced in the index alone: their originals no longer hold."""
-        self.unbalanced = False
-        self.changes = Changes()
-        self._written: Vectors | None = None
-
-    @property
-    def written(self) -> Vectors:
-        """(n, dim) vectors not in the index yet; only rows that are `pending` mean something."""
-        if self._written is None:
-            self._written = np.empty((len(self.ids), self.index.dim), np.float32)  # pages untouched take no memory
-        return self._written
-
-    def ranks(self, ids: Sequence[ItemId]) -> NDArray[np.int64]:
-        """Places of `ids` in the order; -1 for those that do not exist."""
-        find = self.rank.get
-        return np.fromiter((find(item, -1) for item in ids), np.int64, len(ids))
-
-    def at(self, ranks: NDArray[np.int64]) -> list[ItemId]:
-        """The ids at these places."""
-        return [self.ids[rank] for rank in ranks.tolist()]
-
-    def checksums(self, ranks: NDArray[np.int64]) -> NDArray[np.uint64]:
-        """Checksums of the vectors in the index."""
-        return self.index.checksums[self.where[ranks]]
-
-    def number(self, stamp: str | None) -> int:
-        """The number that `stamps` uses for a stamp."""
-        if stamp not in self.known_stamps:
-            self.known_stamps.append(stamp)
-        return self.known_stamps.index(stamp)
-
-    def apply_stamps(self, stamps: Stamps) -> None:
-        """Takes over stamps of vectors that the index still holds."""
-        ranks = self.ranks(stamps.ids)
-        number = {stamp: self.number(stamp) for stamp in set(stamps.stamps)}
-        numbers = np.fromiter((number[stamp] for stamp in stamps.stamps), np.int32, len(ranks))
-        there = ranks >= 0
-        ranks, numbers, checksums = ranks[there], numbers[there], stamps.checksums[there]
-        holds = checksums == self.checksums(ranks)
-        self.stamps[ranks[holds]] = numbers[holds]
-        self.carried[ranks[holds]] = numbers[holds] == 0
-        self.unbalanced |= stamps.unbalanced
-
-    def apply_segment(self, segment: Segment) -> None:
-        """Takes over the rows of a segment that no later write of somebody else has made void."""
-        if segment.vectors.shape[1] != self.index.dim:
-            return  # the application went over to another dimension
-        ranks = self.ranks(segment.ids)
-        there = np.flatnonzero(ranks >= 0)
-        ranks = ranks[there]
-        present = self.checksums(ranks)
-        applied = row_checksums(segment.vectors[there]) == present
-        pending = ~applied & (segment.replaced[there] == present)
-        self.pending[ranks[applied]] = False
-        self.pending[ranks[pending]] = True
-        self.written[ranks[pending]] = segment.vectors[there[pending]]
-        self.stamps[ranks[applied | pending]] = self.number(segment.stamp)
-        self.carried[ranks[pending]] = False
-
-    def checksums_of(self, ids: Sequence[ItemId]) -> dict[ItemId, np.uint64]:
-        """Checksums of the vectors in the index, of those ids that the files have."""
-        ranks = self.ranks(ids)
-        there = np.flatnonzero(ranks >= 0)
-        sums = self.checksums(ranks[there])
-        return {ids[row]: checksum for row, checksum in zip(there.tolist(), sums, strict=True)}
-
-    def apply_change(self, change: Change) -> None:
-        """Takes over what was inserted and removed, but for what somebody else wrote since."""
-        if change.vectors is None or change.vectors.shape[1] == self.index.dim:
-            self.changes.apply(change, self.checksums_of(change.ids))
-
-    def followed_by(self, index: Index) -> _State:
-        """The state in which `index` holds everything that was written."""
-        following = _State(self.folder, self.items, index, self.vector_files, self.generation)
-        following.known_stamps, following.stamps, following.replaced = self.known_stamps, self.stamps, self.replaced
-        return following
-
-    @cached_property
-    def by_label(self) -> dict[int, ItemId]:
-        """Items by FAISS id."""
-        return dict(zip(self.index.labels[self.where].tolist(), self.ids, strict=True))
-
-    def vectors(self, ranks: NDArray[np.int64]) -> Vectors:
-        """(m,) -> (m, dim): what was written last, else the original, else what the index holds."""
-        pending = self.pending[ranks]
-        original = np.zeros(len(ranks), bool) if self.originals is None else ~pending & self._are_original(ranks)
-        if pending.all():
-            return self.written[ranks]
-        if original.all() and self.originals is not None:
-            return self.originals.vectors(self.items.rows[ranks])
-        vectors = self.index.vectors(self.where[ranks])
-        if original.any() and self.originals is not None:
-            vectors[original] = self.originals.vectors(self.items.rows[ranks[original]])
-        if pending.any():
-            vectors[pending] = self.written[ranks[pending]]
-        return vectors
-
-    def _are_original(self, ranks: NDArray[np.int64]) -> NDArray[np.bool_]:
-        original: NDArray[np.bool_] = (self.stamps[ranks] == 0) & ~self.replaced[ranks]
-        return original
-
-    @property
-    def exact_vectors(self) -> bool:
-        """Whether vectors come back bit for bit: from the index, or from the files beside it."""
-        if self.index.exact_vectors:
-            return True
-        return self.originals is not None and bool((self.pending | self._are_original(np.arange(len(self.ids)))).all())
-
-    def originals_fit(self) -> bool:
-        """Whether the files of vectors hold those of the index in the order of the items, by a sample.
-
-        Of what the application or a migration has replaced nothing can be told.
-        """
-        if self.vector_files is None:
-            return True
-        ranks = np.flatnonzero(self._are_original(np.arange(len(self.ids))) & ~self.pending)
-        ranks = np.random.default_rng(0).choice(ranks, min(SAMPLE, len(ranks)), replace=False)
-        if len(ranks) < FEWEST:
-            return True
-        kept = _directions(self.index.vectors(self.where[ranks]))
-        exact = _directions(self.vector_files.vectors(self.items.rows[ranks]))
-        own, others = (np.einsum("nd,nd->n", kept, some) for some in (exact, np.roll(exact, 1, axis=0)))
-        return bool(np.mean(own >= others) >= FITS)
-
-    def note_replaced(self, before: _State) -> None:
-        """Learns from the state before which vectors the application has replaced in the index alone."""
-        if self.originals is None or before.generation[1:] != self.generation[1:] or before.index.dim != self.index.dim:
-            return
-        everything = np.arange(len(self.ids))
-        untouched = (before.stamps == 0) & (self.stamps == 0) & ~self.carried
-        self.replaced = before.replaced | (untouched & (before.checksums(everything) != self.checksums(everything)))
-
-    def all_after(self, item: ItemId | None) -> Iterator[ItemId]:
-        """Ids beyond `item`, in order, with what was inserted and removed."""
-        changed = self.changes.by_id
-        plain = (self.ids[rank] for rank in range(self.after(item), len(self.ids)) if self.ids[rank] not in changed)
-        return heapq.merge(plain, self.changes.after(item), key=order_key)
-
-    def after(self, item: ItemId | None) -> int:
-        """The first place beyond `item`."""
-        return 0 if item is None else bisect.bisect_right(self.ids, order_key(item), key=order_key)
-
-
-def _match(folder: Folder, items: Items, index: Index) -> NDArray[np.int64]:
-    """(n,) position in the index of each item. Raises `StoreRejected` unless they match one to one."""
-    n = len(items.ids)
-    if n != index.count:
-        raise StoreRejected(
-            f"{folder.items} holds {n} items, but {folder.index} {index.count} vectors: they must be of one generation"
-        )
-    if items.faiss_ids is not None:
-        labels, column = items.faiss_ids, "faiss_id"
-    elif index.has_id_map and not items.numbered:
-        if n and isinstance(items.ids[0], str):
-            raise StoreRejected(
-                f"{folder.index} has an ID map, but the ids in {folder.items} are strings: add an integer column "
-                "`faiss_id` with the id of each item in the index"
-            )
-        labels, column = np.array(items.ids, np.int64), "id"
-    else:
-        labels, column = items.rows, "row number"
-    order = np.argsort(index.labels)
-    ordered = index.labels[order]
-    found = np.minimum(np.searchsorted(ordered, labels), max(n - 1, 0))
-    missing = np.flatnonzero(ordered[found] != labels)
-    if len(missing):
-        hint = ": add an integer column `faiss_id`" if column == "row number" else ""
-        raise StoreRejected(
-            f"{folder.items} names the FAISS id {labels[missing[0]]} ({column}), "
-            f"which {folder.index} does not hold{hint}"
-        )
-    if len(np.unique(labels)) < n:
-        values, counts = np.unique(labels, return_counts=True)
-        raise StoreRejected(f"{folder.items} names the FAISS id {values[counts > 1][0]} more than once: must be unique")
-    return order[found]
-
-
 class FaissStore:
     """A collection in a FAISS folder. One thread may read while another writes."""
 
@@ -310,7 +97,7 @@ class FaissStore:
         self._writing = threading.Lock()  # one write or publication at a time
         self._held: filelock.BaseFileLock | None = None
         self._open = True
-        self._check_there()
+        check_there(folder)
         if write:
             self._held = folder.lock()
         try:
@@ -322,7 +109,7 @@ class FaissStore:
 
     # -- loading --------------------------------------------------------------------------------------------------
 
-    def _load(self) -> _State:
+    def _load(self) -> State:
         """The folder as it is, all files of one generation."""
         seen: list[Generation] = []
         for attempt in range(TRIES):
@@ -331,7 +118,7 @@ class FaissStore:
             generation = self._folder.identity()
             seen.append(generation)
             try:
-                state = self._read(generation)
+                state = read_state(self._folder, generation)
             except (StoreRejected, Vanished):
                 if self._folder.identity() == generation and seen.count(generation) >= STEADY:
                     raise
@@ -340,44 +127,7 @@ class FaissStore:
                 return state
         raise StoreUnavailable(f"{self._folder.collection_id} is being replaced all the time: try again when it rests")
 
-    def _read(self, generation: Generation) -> _State:
-        folder = self._folder
-        problems: list[str] = []
-        items = _attempt(problems, folder.read_items)
-        index = _attempt(problems, lambda: folder.read_index(folder.live(folder.index)))
-        originals = _attempt(problems, folder.read_originals)
-        if originals is not None:
-            problems += _unlike(folder, originals, items, index)
-        state = None
-        if items is not None and index is not None:
-            state = _attempt(problems, lambda: _State(folder, items, index, originals, generation))
-        if state is None or problems:
-            raise StoreRejected(listed(problems))
-        for file in folder.stamp_files():
-            state.apply_stamps(folder.read_stamps(file))
-        for file in folder.segment_files():
-            state.apply_segment(folder.read_segment(file))
-        for file in folder.change_files():
-            state.apply_change(folder.read_change(file))
-        if not state.originals_fit():
-            raise StoreRejected(
-                f"{originals} hold other vectors than {folder.index}, or in another order: {SAME_VECTORS}"
-            )
-        return state
-
-    def _check_there(self) -> None:
-        """Raises `StoreRejected` with all that is wrong where one of the user's files is not there."""
-        folder = self._folder
-        problems = folder.missing()
-        if problems:
-            if folder.index.is_file():
-                _attempt(problems, lambda: folder.read_index(folder.index))
-            if folder.item_files():
-                _attempt(problems, folder.read_items)
-            _attempt(problems, folder.read_originals)
-            raise StoreRejected(listed(problems))
-
-    def _current(self) -> _State:
+    def _current(self) -> State:
         """The state in memory, after a look whether the application has replaced a file. Call with `_lock` held."""
         if not self._open:
             raise StoreRejected(f"{self._folder.collection_id} was closed")
@@ -408,7 +158,7 @@ class FaissStore:
             normalises=index.normalises,
             partial_update=True,
             aliases=self._folder.is_folder,
-            notes=tuple(_notes(state, outdated=outdated)),
+            notes=tuple(notes(state, outdated=outdated)),
         )
 
     def describe(self) -> CollectionInfo:
@@ -580,7 +330,7 @@ class FaissStore:
                 self._insert(Page(again.ids, vectors[staged], again.payloads, [stamp] * len(staged)))
         return WriteReport(written, [item for item in ids if item not in there], rejected, changed)
 
-    def _items_replaced(self, state: _State) -> bool:
+    def _items_replaced(self, state: State) -> bool:
         """Whether payloads may have changed since this store was opened."""
         return state.generation.of_items != self._first_items
 
@@ -632,7 +382,7 @@ class FaissStore:
                     self._state.apply_change(change)
 
     @staticmethod
-    def _replaced(state: _State, ids: Sequence[ItemId]) -> NDArray[np.uint64]:
+    def _replaced(state: State, ids: Sequence[ItemId]) -> NDArray[np.uint64]:
         present = state.checksums_of(ids)
         return np.array([present.get(item, ABSENT) for item in ids], np.uint64)
 
@@ -662,7 +412,7 @@ class FaissStore:
                     return
         raise StoreUnavailable(f"{self._folder.index} is being replaced all the time: try again when it rests")
 
-    def _publish(self, state: _State, final: bool) -> bool:
+    def _publish(self, state: State, final: bool) -> bool:
         """One attempt; False if the application replaced a file meanwhile."""
         folder = self._folder
         if not (state.index.updates_in_place or final):
@@ -670,19 +420,19 @@ class FaissStore:
         old_files = [*folder.stamp_files(), *folder.segment_files()]
         if not (state.pending.any() or (final and state.unbalanced)):
             if folder.segment_files():
-                self._write_stamps(state)
+                write_stamps(state)
                 folder.remove(old_files)
             return True
         if not folder.original.exists():
             folder.keep_original()
-        following, write = self._following(state, final)
+        following, write = following_state(state, final=final)
         if folder.identity() != state.generation:
             return False
         ready = folder.prepare(write)
         try:
             following.generation = state.generation._replace(of_index=identity(ready.stat()))
             # The stamps come first: until the rename they fit no vector that they should not.
-            stamps = self._write_stamps(following)
+            stamps = write_stamps(following)
             with self._lock:
                 if folder.identity() != state.generation:
                     folder.remove(stamps)
@@ -697,18 +447,18 @@ class FaissStore:
         folder.remove(old_files)
         return True
 
-    def _merge(self, state: _State) -> bool:
+    def _merge(self, state: State) -> bool:
         """One attempt at bringing inserted and removed items into the two files; False if one was replaced."""
         folder = self._folder
         old_files = [*folder.stamp_files(), *folder.segment_files(), *folder.change_files()]
-        merged = _Merged(state)
+        merged = Merged(state)
         vectors, labels, stamps = merged.vectors, merged.labels, merged.stamps
         index = folder.read_index(folder.index)
         index.fill(vectors, labels)
         ready = folder.prepare(index.write)
         try:
             # Of vectors that the files do not hold yet: until they do, these stamps fit nothing.
-            self._write_merged_stamps(stamps, vectors, labels, index)
+            write_merged_stamps(folder, stamps, vectors, labels, index)
             with self._lock:
                 if folder.identity() != state.generation:
                     return False
@@ -719,66 +469,6 @@ class FaissStore:
         finally:
             ready.unlink(missing_ok=True)
         return True
-
-    def _write_merged_stamps(
-        self, stamps: Mapping[int, tuple[ItemId, str]], vectors: Vectors, labels: NDArray[np.int64], index: Index
-    ) -> None:
-        if not stamps:
-            return
-        rows = np.array(list(stamps), np.int64)
-        kept = vectors[rows]
-        if not index.exact_vectors or index.normalises:
-            filled = index.reread()
-            order = np.argsort(filled.labels)
-            kept = filled.vectors(order[np.searchsorted(filled.labels[order], labels[rows])])
-        self._folder.write_stamps(
-            Stamps(
-                [item for item, _ in stamps.values()],
-                [stamp for _, stamp in stamps.values()],
-                row_checksums(kept),
-                False,
-            )
-        )
-
-    def _following(self, state: _State, final: bool) -> tuple[_State, Callable[[Callable[[bytes], object]], object]]:
-        """The generation after `state`, and what writes its index file."""
-        folder, index = self._folder, state.index
-        everything = np.arange(len(state.ids))
-        same = np.zeros(len(state.ids), bool)
-        if final:
-            original = folder.read_index(folder.original)
-            same = _same(state, original)
-            if len(same) and same.all():  # everything was taken back
-                return state.followed_by(original), folder.copy_original
-            del original  # as large as the next one
-        copy = folder.read_index(folder.index)
-        if folder.identity() != state.generation:
-            return state, copy.write
-        if index.updates_in_place and not (final and index.goes_out_of_balance):
-            changed = np.flatnonzero(state.pending)
-            copy.replace(state.where[changed], state.written[changed])
-        else:
-            vectors = np.empty((len(state.ids), index.dim), np.float32)
-            vectors[state.where] = state.vectors(everything)
-            copy.rebuild(vectors)
-        following = state.followed_by(copy)
-        following.unbalanced = index.goes_out_of_balance and not final
-        if not index.exact_vectors and following.stamps.any():
-            following.carried = same
-        return following, copy.write
-
-    def _write_stamps(self, state: _State) -> list[Path]:
-        """Writes down which stamps hold for the vectors in `state.index`; returns the file, if there is one."""
-        ranks = np.flatnonzero((state.stamps > 0) | state.carried)
-        if not (len(ranks) or state.unbalanced):
-            return []
-        stamps = Stamps(
-            state.at(ranks),
-            [state.known_stamps[number] for number in state.stamps[ranks].tolist()],
-            state.checksums(ranks),
-            state.unbalanced,
-        )
-        return [self._folder.write_stamps(stamps)]
 
     def clear_migration_state(self) -> None:
         """Removes stamps, folded segments and the original index. Refused while written vectors wait for `publish`."""
@@ -878,51 +568,6 @@ class FaissStore:
                 self._held = None
 
 
-def _notes(state: _State, *, outdated: bool) -> Iterator[str]:
-    """What follows from the kind of index, for the plan. `outdated`: the files of store.vectors are too old."""
-    index = state.index
-    if index.goes_out_of_balance:
-        yield (
-            f"{index.name}: replaced vectors crowd into few lists, which makes searches slower or less complete; "
-            "the index is trained again at the cutover"
-        )
-    if not index.updates_in_place:
-        yield (
-            f"{index.name} cannot be changed in place: new vectors wait beside it, and it is rebuilt with the same "
-            "parameters at the cutover; until then searches find the old vectors"
-        )
-    if index.kept_as_trained:
-        yield (
-            f"FAISS cannot train the {' and the '.join(index.kept_as_trained)} of {index.name} again: a rebuild keeps "
-            "it as it was trained on the old vectors, and searches may find less than in an index built from the start"
-        )
-    if index.exact_vectors:
-        return
-    kept = f"{index.name} keeps approximations: vectors read from it differ from those that were added"
-    if outdated:
-        yield f"{kept}; the files of store.vectors are older than the last migration and not used: remove the key"
-    elif state.originals is None:
-        yield f"{kept}; where you have the exact ones as .npy files, name them as store.vectors"
-    else:
-        yield f"{index.name} keeps approximations; old vectors are read from the files of store.vectors"
-
-
-def _same(state: _State, original: Index) -> NDArray[np.bool_]:
-    """(n,) which items have, by what was written last, the vector that the original index holds for them."""
-    try:
-        where = _match(state.folder, state.items, original)
-    except StoreRejected:  # items came or went since
-        return np.zeros(len(state.ids), bool)
-    checksums = state.checksums(np.arange(len(state.ids)))
-    pending = np.flatnonzero(state.pending)
-    checksums[pending] = row_checksums(state.written[pending])
-    same: NDArray[np.bool_] = state.carried | (checksums == original.checksums[where])
-    if state.originals is not None:  # the undo log has these, not what the index makes of them
-        exact = row_checksums(state.originals.vectors(state.items.rows[pending]))
-        same[pending] |= checksums[pending] == exact
-    return same
-
-
 def _changed(expected: Page, now: Page) -> list[ItemId]:
     """Items whose vector, or payload where it is given, is another than it was."""
     assert expected.vectors is not None
@@ -949,100 +594,3 @@ def _not_ours(changed: list[ItemId], now: Page, ids: Sequence[ItemId], vectors: 
         for item in changed
         if now.stamps[place[item]] != stamp or now.vectors[place[item]].tobytes() != vectors[row[item]].tobytes()
     ]
-
-
-class _Merged:
-    """All items with what was inserted and removed, row by row. Those that stay keep their order, what is new follows.
-
-    vectors (m, dim), FAISS ids (m,), and stamps where there are, by row.
-    """
-
-    def __init__(self, state: _State) -> None:
-        items, staged = state.items, state.changes.by_id
-        self._state = state
-        by_row = np.argsort(items.rows)  # rank of each row
-        kept = np.array([rank for rank in by_row if staged.get(state.ids[rank], True) is not None], np.int64)
-        new = [item for item, _ in state.changes.staged() if item not in state.rank]
-        self.ids = [*(state.ids[rank] for rank in kept), *new]
-        self._rows = items.rows[kept]  # ascending
-        self.vectors = np.empty((len(self.ids), state.index.dim), np.float32)
-        self.vectors[: len(kept)] = state.vectors(kept)
-        self.stamps: dict[int, tuple[ItemId, str]] = {}
-        self._changed: dict[int, Row] = {}
-        for row, item in enumerate(self.ids):
-            changed = staged.get(item)
-            if changed is not None:
-                self.vectors[row] = changed.vector
-                self._changed[row] = changed.payload
-            stamp = changed.stamp if changed is not None else state.known_stamps[state.stamps[kept[row]]]
-            if stamp is not None:
-                self.stamps[row] = (item, stamp)
-        rows = np.arange(len(self.ids))
-        self._with_ids = items.numbered and self.ids != rows.tolist()
-        """The row numbers are not the ids any more."""
-        if items.faiss_ids is not None:
-            first = int(items.faiss_ids.max(initial=-1)) + 1
-            self.labels = np.concatenate([items.faiss_ids[kept], np.arange(first, first + len(new))]).astype(np.int64)
-        elif state.index.has_id_map:
-            self.labels = np.array(self.ids, np.int64)
-        else:
-            self.labels = rows
-
-    def files(self) -> dict[Path, Callable[[IO[bytes]], object]]:
-        """The user's files that are to be another, with what writes each."""
-        items, schema = self._state.items, self._state.items.payload.schema
-        changed, _ = fitting(list(self._changed.values()), schema)
-        places = np.concatenate([self._rows, np.zeros(len(self.ids) - len(self._rows), np.int64)])
-        places[list(self._changed)] = len(items.payload) + np.arange(len(self._changed))
-        payload = take(joined([items.payload, changed], schema), places) if schema.names else items.payload
-        written: dict[Path, Callable[[IO[bytes]], object]] = {}
-        for file, part in zip(items.files, self._parts([file.count for file in items.files]), strict=True):
-            if self._with_ids or self._differs(part, file.count):
-                table = items.file_table(
-                    file, self.ids[part], self.labels[part], payload.slice(part.start, part.stop - part.start),
-                    with_ids=self._with_ids,
-                )  # fmt: skip
-                written[file.path] = partial(write_parquet_like, file.path, table)
-        originals = self._state.vector_files
-        if originals is not None:
-            sizes = [len(file.array) for file in originals.files]
-            for original, part in zip(originals.files, self._parts(sizes), strict=True):
-                if self._differs(part, len(original.array)):
-                    written[original.path] = partial(original.write, self.vectors[part])
-        return written
-
-    def _parts(self, sizes: Sequence[int]) -> list[slice]:
-        """The rows that belong into each of the user's files: those that were there; what is new, into the last."""
-        stops = np.searchsorted(self._rows, np.cumsum(sizes)).tolist()
-        stops[-1] = len(self.ids)
-        return [slice(start, stop) for start, stop in itertools.pairwise([0, *stops])]
-
-    def _differs(self, part: slice, count: int) -> bool:
-        return part.stop - part.start != count or any(part.start <= row < part.stop for row in self._changed)
-
-
-def _attempt(problems: list[str], read: Callable[[], T]) -> T | None:
-    """What `read` gives; None, and a problem more, where it is refused."""
-    try:
-        return read()
-    except StoreRejected as error:
-        problems.append(str(error))
-        return None
-
-
-def _unlike(folder: Folder, originals: Originals, items: Items | None, index: Index | None) -> list[str]:
-    """How files of vectors differ in number or length from what they should be the vectors of."""
-    problems = []
-    if items is not None and originals.count != len(items.ids):
-        problems.append(f"{originals} hold {originals.count} vectors, but {folder.items} {len(items.ids)} items")
-    elif index is not None and originals.count != index.count:
-        problems.append(f"{originals} hold {originals.count} vectors, but {folder.index} {index.count}")
-    if index is not None and originals.dim != index.dim:
-        problems.append(f"{originals} hold {originals.dim}-d vectors, but {folder.index} {index.dim}-d ones")
-    return [f"{problem}: {SAME_VECTORS}" for problem in problems]
-
-
-def _directions(vectors: Vectors) -> Vectors:
-    """Vectors at unit length; zeros stay."""
-    norms = np.linalg.norm(vectors, axis=1, keepdims=True)
-    return np.asarray(vectors / np.where(norms > 0, norms, 1), np.float32)

@@ -37,10 +37,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from migrator.adapters.base import ItemId, StoreBusy, StoreRejected, Vectors
-from migrator.adapters.faiss_changes import Change
-from migrator.adapters.faiss_index import Index, read_index
-from migrator.adapters.faiss_items import Items, read_items, read_parquet
-from migrator.adapters.faiss_originals import Originals, read_originals
+from migrator.adapters.faiss.changes import Change
+from migrator.adapters.faiss.index import Index, read_index
+from migrator.adapters.faiss.items import Items, read_items, read_parquet
+from migrator.adapters.faiss.originals import Originals, read_originals
 from migrator.adapters.files import sync_folder, translated
 
 if TYPE_CHECKING:
