@@ -658,7 +658,8 @@ for turn in range(int(sys.argv[2]), 10**6):
     vectors = unit_vectors(2000, seed=turn)
     for start in range(0, 2000, 500):
         store.write_vectors(range(start, start + 500), vectors[start : start + 500], str(turn))
-        print(turn, start, flush=True)
+        sys.stdout.write(f"{turn} {start}\\n")  # in one piece, also without buffers: a kill must not tear it
+        sys.stdout.flush()
     if turn % 3 == 0:
         store.publish(final=True)
 """
