@@ -7,9 +7,11 @@ Everything is a batch. Vectors are float32 arrays of shape (n, dim). Ids are `in
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+import itertools
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple, Protocol, TypeAlias, runtime_checkable
+from typing import Any, Literal, NamedTuple, Protocol, TypeAlias, TypeVar, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +22,9 @@ ItemId: TypeAlias = int | str
 Vectors: TypeAlias = NDArray[np.float32]  # (n, dim)
 Payload: TypeAlias = Mapping[str, Any]
 Metric: TypeAlias = Literal["cosine", "ip", "l2"]
+T = TypeVar("T")
+
+PAGE_IDS = 100_000  # ids that are asked for at once where all are needed
 
 
 class Sparse(NamedTuple):
@@ -147,6 +152,18 @@ class WriteReport:
     changed: Sequence[ItemId] = ()
     """Written by the application since they were read. They keep what it wrote."""
 
+    @classmethod
+    def of(
+        cls,
+        written: Sequence[ItemId],
+        deleted: Sequence[ItemId],
+        rejected: Mapping[ItemId, str],
+        changed: Sequence[ItemId],
+    ) -> WriteReport:
+        """A report in which an item that was deleted counts as that alone, whatever else is wrong with it."""
+        left = set(rejected).difference(deleted)
+        return cls(written, deleted, {item: why for item, why in rejected.items() if item in left}, changed)
+
 
 @dataclass(frozen=True, slots=True)
 class Hits:
@@ -161,9 +178,7 @@ class Hits:
 class Store(Protocol):
     """One collection of a vector store. Opened by `migrator.adapters.registry.open_store`.
 
-    A store whose items may have several vectors also has `read_further(ids) -> Sequence[FurtherVectors] | None`: what
-    the items have besides the vector that is migrated, empty for ids that no longer exist; None if the collection has
-    no such vectors. Its `insert` writes `Page.further`, and refuses a page without where the collection has them.
+    A new store derives from `BaseStore`, which needs a few primitives; a wrapper derives from `ForwardingStore`.
     """
 
     @property
@@ -181,6 +196,20 @@ class Store(Protocol):
 
     def read(self, ids: Sequence[ItemId], *, vectors: bool, payload: bool) -> Page:
         """The items as they were written last; ids that no longer exist are left out."""
+        ...
+
+    def read_further(self, ids: Sequence[ItemId]) -> Sequence[FurtherVectors] | None:
+        """What items have besides the vector that is migrated, empty for ids that no longer exist.
+
+        None if the collection has no such vectors. Where it has, `insert` refuses a page without them.
+        """
+        ...
+
+    def approximations(self, vectors: Vectors) -> Vectors | None:
+        """(n, dim) -> (n, dim): what `read` would give back of `vectors`, if they were in the index.
+
+        None where the store keeps vectors as they are, or cannot tell.
+        """
         ...
 
     def scan(self, *, after: ItemId | None, up_to: ItemId | None = None, limit: int) -> Page:
@@ -313,18 +342,8 @@ class Store(Protocol):
 
 
 def with_further(store: Store, page: Page) -> Page:
-    """The page, with the items' further vectors where the store has such."""
-    read = getattr(store, "read_further", None)
-    return page if read is None else dataclasses.replace(page, further=read(page.ids))
-
-
-@runtime_checkable
-class Approximates(Protocol):
-    """What a store has besides, if its index keeps approximations and the index itself can make them."""
-
-    def approximations(self, vectors: Vectors) -> Vectors:
-        """(n, dim) -> (n, dim): what `read` would give back of `vectors`, if they were in the index."""
-        ...
+    """The page, with the items' further vectors where the collection has such."""
+    return dataclasses.replace(page, further=store.read_further(page.ids))
 
 
 def same_value(one: Any, other: Any) -> bool:
@@ -339,3 +358,273 @@ def same_value(one: Any, other: Any) -> bool:
 def order_key(item: ItemId) -> tuple[bool, int, str]:
     """Sort key of the total order of ids that every store keeps: integers ascending, then strings by code point."""
     return (True, 0, item) if isinstance(item, str) else (False, item, "")
+
+
+class BaseStore(ABC):
+    """Derives the methods of `Store` that most stores have in common from a few primitives.
+
+    The primitives are the abstract methods here. What a store can do faster by itself it overrides. A subclass sets
+    `_collection`, the id of its collection, and whether it was opened for writing, and calls `_must_write` first in
+    each method that changes something.
+    """
+
+    _collection: str
+    _write: bool
+    _open: bool = True
+
+    # -- primitives -------------------------------------------------------------------------------------------------
+
+    @property
+    @abstractmethod
+    def capabilities(self) -> Capabilities:
+        """See `Store`."""
+
+    @abstractmethod
+    def describe(self) -> CollectionInfo:
+        """See `Store`."""
+
+    @abstractmethod
+    def scan_ids(self, *, after: ItemId | None, up_to: ItemId | None = None, limit: int) -> list[ItemId]:
+        """See `Store`."""
+
+    @abstractmethod
+    def read(self, ids: Sequence[ItemId], *, vectors: bool, payload: bool) -> Page:
+        """See `Store`."""
+
+    @abstractmethod
+    def write_vectors(
+        self, ids: Sequence[ItemId], vectors: Vectors, stamp: str | None, expected: Page | None = None
+    ) -> WriteReport:
+        """See `Store`."""
+
+    @abstractmethod
+    def search(self, vectors: Vectors, k: int, *, exact: bool = False) -> Hits:
+        """See `Store`."""
+
+    @abstractmethod
+    def clear_migration_state(self) -> None:
+        """See `Store`."""
+
+    @abstractmethod
+    def exists(self, collection_id: str) -> bool:
+        """See `Store`."""
+
+    @abstractmethod
+    def open_collection(self, collection_id: str) -> Store:
+        """See `Store`."""
+
+    @abstractmethod
+    def create_like(self, collection_id: str, *, dim: int) -> Store:
+        """See `Store`."""
+
+    @abstractmethod
+    def check_create_like(self, *, dim: int) -> None:
+        """See `Store`."""
+
+    @abstractmethod
+    def insert(self, page: Page) -> WriteReport:
+        """See `Store`."""
+
+    @abstractmethod
+    def delete(self, ids: Sequence[ItemId]) -> None:
+        """See `Store`."""
+
+    @abstractmethod
+    def swap_alias(self, alias: str, *, to: str) -> None:
+        """See `Store`."""
+
+    @abstractmethod
+    def drop(self) -> None:
+        """See `Store`."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """See `Store`."""
+
+    # -- derived from them --------------------------------------------------------------------------------------------
+
+    def scan(self, *, after: ItemId | None, up_to: ItemId | None = None, limit: int) -> Page:
+        """The next `limit` items: their ids, and then what they hold."""
+        return self.read(self.scan_ids(after=after, up_to=up_to, limit=limit), vectors=True, payload=True)
+
+    def unstamped(self, stamp: str, *, after: ItemId | None, limit: int) -> list[ItemId]:
+        """Ids of items that do not carry `stamp`, from the stamps of all beyond `after`."""
+        found = (item for item, carried in self._stamps(after) if carried != stamp)
+        return list(itertools.islice(found, max(limit, 0)))
+
+    def count(self, *, stamp: str | None = None) -> int:
+        """Exact number of items; with `stamp`, of those that carry it."""
+        return sum(stamp in (None, carried) for _, carried in self._stamps(None))
+
+    def _stamps(self, after: ItemId | None) -> Iterator[tuple[ItemId, str | None]]:
+        """Every item beyond `after`, in order, with its stamp."""
+        while ids := self.scan_ids(after=after, limit=PAGE_IDS):
+            page = self.read(ids, vectors=False, payload=False)
+            yield from zip(page.ids, page.stamps, strict=True)
+            after = ids[-1]
+
+    def sample(self, n: int, *, seed: int) -> list[ItemId]:
+        """`n` distinct ids in random order."""
+        everything: list[ItemId] = []
+        while more := self.scan_ids(after=everything[-1] if everything else None, limit=PAGE_IDS):
+            everything += more
+        chosen = np.random.default_rng(seed).choice(len(everything), min(max(n, 0), len(everything)), replace=False)
+        return [everything[row] for row in chosen.tolist()]
+
+    def read_further(self, ids: Sequence[ItemId]) -> Sequence[FurtherVectors] | None:
+        """None: items have one vector."""
+        return None
+
+    def approximations(self, vectors: Vectors) -> Vectors | None:
+        """None: vectors are kept as they are, or it cannot be told."""
+        return None
+
+    def publish(self, *, final: bool = False) -> None:
+        """Nothing: a written vector answers at once."""
+        self._must_write()
+
+    # Empty on purpose: a server's store overrides them.
+
+    def set_fence(self, fence: Fence | None) -> None:  # noqa: B027
+        """Nothing: one process at a time opens this store for writing."""
+
+    def create_write_alias(self, alias: str) -> None:  # noqa: B027
+        """Nothing: one process at a time opens this store for writing."""
+
+    def delete_write_alias(self, alias: str) -> None:  # noqa: B027
+        """Nothing: one process at a time opens this store for writing."""
+
+    def write_through(self, alias: str) -> None:  # noqa: B027
+        """Nothing: one process at a time opens this store for writing."""
+
+    # -- checks -------------------------------------------------------------------------------------------------------
+
+    def _must_be_open(self) -> None:
+        if not self._open:
+            raise StoreRejected(f"{self._collection} was closed")
+
+    def _must_write(self) -> None:
+        self._must_be_open()
+        if not self._write:
+            raise StoreRejected(f"{self._collection} was opened for reading only")
+
+
+class ForwardingStore:
+    """A store that passes every call on to another one, through `_forward`. Wrappers override what they change."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+
+    def _forward(self, call: Callable[[], T]) -> T:
+        return call()
+
+    @property
+    def capabilities(self) -> Capabilities:
+        """As the store has them."""
+        return self._forward(lambda: self._store.capabilities)
+
+    def describe(self) -> CollectionInfo:
+        """Passed on."""
+        return self._forward(lambda: self._store.describe())
+
+    def scan_ids(self, *, after: ItemId | None, up_to: ItemId | None = None, limit: int) -> list[ItemId]:
+        """Passed on."""
+        return self._forward(lambda: self._store.scan_ids(after=after, up_to=up_to, limit=limit))
+
+    def read(self, ids: Sequence[ItemId], *, vectors: bool, payload: bool) -> Page:
+        """Passed on."""
+        return self._forward(lambda: self._store.read(ids, vectors=vectors, payload=payload))
+
+    def read_further(self, ids: Sequence[ItemId]) -> Sequence[FurtherVectors] | None:
+        """Passed on."""
+        return self._forward(lambda: self._store.read_further(ids))
+
+    def approximations(self, vectors: Vectors) -> Vectors | None:
+        """Passed on."""
+        return self._forward(lambda: self._store.approximations(vectors))
+
+    def scan(self, *, after: ItemId | None, up_to: ItemId | None = None, limit: int) -> Page:
+        """Passed on."""
+        return self._forward(lambda: self._store.scan(after=after, up_to=up_to, limit=limit))
+
+    def write_vectors(
+        self, ids: Sequence[ItemId], vectors: Vectors, stamp: str | None, expected: Page | None = None
+    ) -> WriteReport:
+        """Passed on."""
+        return self._forward(lambda: self._store.write_vectors(ids, vectors, stamp, expected))
+
+    def set_fence(self, fence: Fence | None) -> None:
+        """Passed on."""
+        self._forward(lambda: self._store.set_fence(fence))
+
+    def create_write_alias(self, alias: str) -> None:
+        """Passed on."""
+        self._forward(lambda: self._store.create_write_alias(alias))
+
+    def delete_write_alias(self, alias: str) -> None:
+        """Passed on."""
+        self._forward(lambda: self._store.delete_write_alias(alias))
+
+    def write_through(self, alias: str) -> None:
+        """Passed on."""
+        self._forward(lambda: self._store.write_through(alias))
+
+    def publish(self, *, final: bool = False) -> None:
+        """Passed on."""
+        self._forward(lambda: self._store.publish(final=final))
+
+    def unstamped(self, stamp: str, *, after: ItemId | None, limit: int) -> list[ItemId]:
+        """Passed on."""
+        return self._forward(lambda: self._store.unstamped(stamp, after=after, limit=limit))
+
+    def count(self, *, stamp: str | None = None) -> int:
+        """Passed on."""
+        return self._forward(lambda: self._store.count(stamp=stamp))
+
+    def sample(self, n: int, *, seed: int) -> list[ItemId]:
+        """Passed on."""
+        return self._forward(lambda: self._store.sample(n, seed=seed))
+
+    def search(self, vectors: Vectors, k: int, *, exact: bool = False) -> Hits:
+        """Passed on."""
+        return self._forward(lambda: self._store.search(vectors, k, exact=exact))
+
+    def clear_migration_state(self) -> None:
+        """Passed on."""
+        self._forward(lambda: self._store.clear_migration_state())
+
+    def exists(self, collection_id: str) -> bool:
+        """Passed on."""
+        return self._forward(lambda: self._store.exists(collection_id))
+
+    def open_collection(self, collection_id: str) -> Store:
+        """Passed on."""
+        return self._forward(lambda: self._store.open_collection(collection_id))
+
+    def create_like(self, collection_id: str, *, dim: int) -> Store:
+        """Passed on."""
+        return self._forward(lambda: self._store.create_like(collection_id, dim=dim))
+
+    def check_create_like(self, *, dim: int) -> None:
+        """Passed on."""
+        self._forward(lambda: self._store.check_create_like(dim=dim))
+
+    def insert(self, page: Page) -> WriteReport:
+        """Passed on."""
+        return self._forward(lambda: self._store.insert(page))
+
+    def delete(self, ids: Sequence[ItemId]) -> None:
+        """Passed on."""
+        self._forward(lambda: self._store.delete(ids))
+
+    def swap_alias(self, alias: str, *, to: str) -> None:
+        """Passed on."""
+        self._forward(lambda: self._store.swap_alias(alias, to=to))
+
+    def drop(self) -> None:
+        """Passed on."""
+        self._forward(lambda: self._store.drop())
+
+    def close(self) -> None:
+        """Passed on."""
+        self._forward(lambda: self._store.close())

@@ -1,10 +1,14 @@
-"""The one way to page through a store."""
+"""Going through a store: all ids, all items page by page; batches for one request each."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TypeVar
 
-from migrator.adapters.base import ItemId, Page, Store, with_further
+from migrator.adapters.base import ItemId, Page, Payload, Store, StoreRejected, with_further
+
+T = TypeVar("T")
 
 IDS = 10_000
 """Ids per page: large, as only ids travel."""
@@ -13,7 +17,7 @@ ITEMS = 5_000
 
 
 def iter_ids(store: Store, after: ItemId | None = None, up_to: ItemId | None = None) -> Iterator[ItemId]:
-    """The ids in (after, up_to], in order, page by page."""
+    """The ids in (after, up_to], in order."""
     while ids := store.scan_ids(after=after, up_to=up_to, limit=IDS):
         yield from ids
         if len(ids) < IDS:
@@ -41,3 +45,44 @@ def whole_pages(
 def read_whole(store: Store, ids: Sequence[ItemId]) -> Page:
     """These items with everything: vectors, payloads, further vectors."""
     return with_further(store, store.read(ids, vectors=True, payload=True))
+
+
+def payloads(store: Store, ids: Iterable[ItemId]) -> Iterator[tuple[ItemId, Payload]]:
+    """Id and payload of these items, read page by page; ids that no longer exist are left out."""
+    remaining = iter(ids)
+    while batch := list(itertools.islice(remaining, ITEMS)):
+        page = store.read(batch, vectors=False, payload=True)
+        assert page.payloads is not None
+        yield from zip(page.ids, page.payloads, strict=True)
+
+
+def parts(ids: Sequence[T], size: int) -> Iterator[list[T]]:
+    """The ids, cut into lists of at most `size`."""
+    for start in range(0, len(ids), size):
+        yield list(ids[start : start + size])
+
+
+def write_halving(
+    items: Sequence[T],
+    write: Callable[[list[T]], None],
+    id_of: Callable[[T], ItemId],
+    refusal: type[StoreRejected] = StoreRejected,
+    fatal: type[StoreRejected] | tuple[()] = (),
+) -> dict[ItemId, str]:
+    """Writes items; halves a batch that is refused, down to the item that is to blame. Reasons of those refused.
+
+    A `fatal` refusal, for which no item is to blame, is raised.
+    """
+    if not items:
+        return {}
+    try:
+        write(list(items))
+    except fatal:
+        raise
+    except refusal as reason:
+        if len(items) == 1:
+            return {id_of(items[0]): str(reason)}
+        half = len(items) // 2
+        first = write_halving(items[:half], write, id_of, refusal, fatal)
+        return {**first, **write_halving(items[half:], write, id_of, refusal, fatal)}
+    return {}

@@ -31,6 +31,14 @@ def as_batch(vectors: Vectors, dim: int, ids: Sequence[ItemId] | None = None) ->
     return array
 
 
+def as_queries(vectors: Vectors, dim: int, k: int) -> Vectors:
+    """`vectors` as (n, dim) for a search of the k nearest. Raises `StoreRejected` for what cannot be searched."""
+    queries = as_batch(vectors, dim)
+    if k < 1 or not np.isfinite(queries).all():
+        raise StoreRejected(f"a search needs finite vectors and at least one result, k is {k}")
+    return queries
+
+
 def unusable(ids: Sequence[ItemId], vectors: Vectors) -> dict[ItemId, str]:
     """Items whose vector (n, dim) no encoder should give, with the reason."""
     finite = np.logical_and.reduce(np.isfinite(vectors), axis=1)

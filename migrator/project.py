@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 from migrator.backfill.copies import CopyLog
 from migrator.backfill.files import ChunkFiles, LogFiles
-from migrator.backfill.stamps import StampLog, stamped_beside
+from migrator.backfill.stamps import StampedStore, StampLog
 from migrator.backfill.undo import UndoLog
 from migrator.config import POST_HOC, Config, Encoder, find_migration, load_config
 from migrator.config import Migration as Settings
 from migrator.embedding.stored_encoder import StoredEncoder, is_stored
 from migrator.errors import ConfigError, PreconditionFailed
 from migrator.ledger import Ledger, Migration
-from migrator.retry import retrying_store
+from migrator.retry import RetryingStore
 from migrator.training_runs import DEFAULT_RUN, encoder_of, folder_of, list_runs
 
 if TYPE_CHECKING:
@@ -133,12 +133,12 @@ class Project:
                 # The cutover has moved the alias, and the collection that is migrated stays the one it was.
                 shadow, store = store, store.open_collection(migration.source)
                 shadow.close()
-            store = retrying_store(store, seconds=self.settings.backfill.retry_for)
+            store = RetryingStore(store, seconds=self.settings.backfill.retry_for)
             if migration is not None and self._needs_stamp_log(migration) and not store.capabilities.stamps:
                 log = self.stamp_log(migration)
                 if self.ledger.counts(migration.id).by_state.get("done"):
                     log.check()
-                store = stamped_beside(store, log)
+                store = StampedStore(store, log)
             yield store
         finally:
             store.close()

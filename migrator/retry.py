@@ -5,11 +5,11 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
-from typing import Any, TypeVar, cast
+from typing import TypeVar
 
 from tenacity import RetryCallState, Retrying, retry_if_exception_type, stop_before_delay, wait_exponential_jitter
 
-from migrator.adapters.base import Store, StoreUnavailable
+from migrator.adapters.base import ForwardingStore, Store, StoreUnavailable
 from migrator.trainer.errors import ImagesUnavailable
 
 log = logging.getLogger(__name__)
@@ -63,25 +63,28 @@ def with_retries(call: Callable[[], T], *, seconds: float) -> T:
     )(again)
 
 
-def retrying_store(store: Store, *, seconds: float) -> Store:
-    """`store`, with every call repeated for up to `seconds`; the collections that it opens behave alike."""
-    return cast(Store, _RetryingStore(store, seconds))
+class RetryingStore(ForwardingStore):
+    """A store with every call repeated for up to `seconds`; the collections that it opens behave alike."""
 
+    def __init__(self, store: Store, *, seconds: float) -> None:
+        super().__init__(store)
+        self._seconds = seconds
 
-class _RetryingStore:
-    def __init__(self, store: Store, seconds: float) -> None:
-        self._store, self._seconds = store, seconds
+    def _forward(self, call: Callable[[], T]) -> T:
+        return with_retries(call, seconds=self._seconds)
 
-    def __getattr__(self, name: str) -> Any:
-        value = with_retries(
-            lambda: getattr(self._store, name), seconds=self._seconds
-        )  # capabilities may call the server
-        # Every other call may be repeated; a collection that is gone cannot be dropped again.
-        if not callable(value) or name in ("drop", "close"):
-            return value
+    def open_collection(self, collection_id: str) -> Store:
+        """The collection, with every call repeated."""
+        return RetryingStore(super().open_collection(collection_id), seconds=self._seconds)
 
-        def call(*args: Any, **kwargs: Any) -> Any:
-            found = with_retries(lambda: value(*args, **kwargs), seconds=self._seconds)
-            return _RetryingStore(found, self._seconds) if name in ("open_collection", "create_like") else found
+    def create_like(self, collection_id: str, *, dim: int) -> Store:
+        """The collection, with every call repeated."""
+        return RetryingStore(super().create_like(collection_id, dim=dim), seconds=self._seconds)
 
-        return call
+    def drop(self) -> None:
+        """Tried once: a collection that was deleted cannot be deleted again."""
+        self._store.drop()
+
+    def close(self) -> None:
+        """Tried once."""
+        self._store.close()

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from migrator.adapters.iterate import iter_ids
+from migrator.adapters.iterate import iter_ids, payloads
 from migrator.config import ItemsFrom, Train
-from migrator.embedding.stored_vectors import old_vectors, payloads
+from migrator.embedding.stored_vectors import old_vectors
 from migrator.errors import ConfigError, PreconditionFailed
 from migrator.labels import training_label
 from migrator.plan.run import check_fresh

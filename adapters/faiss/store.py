@@ -25,9 +25,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from migrator.adapters.base import (
+    BaseStore,
     Capabilities,
     CollectionInfo,
-    Fence,
     Hits,
     ItemId,
     Page,
@@ -47,7 +47,7 @@ from migrator.adapters.faiss.payload import rows as rows_of
 from migrator.adapters.faiss.publication import Merged, following_state, write_merged_stamps, write_stamps
 from migrator.adapters.faiss.state import State, notes
 from migrator.adapters.files import Vanished, replace_link
-from migrator.adapters.vectors import as_batch, unusable
+from migrator.adapters.vectors import as_batch, as_queries, unusable
 
 if TYPE_CHECKING:
     import filelock
@@ -88,15 +88,14 @@ def _texts(value: Any) -> list[str] | None:
     return [str(one) for one in values]
 
 
-class FaissStore:
+class FaissStore(BaseStore):
     """A collection in a FAISS folder. One thread may read while another writes."""
 
     def __init__(self, folder: Folder, *, write: bool) -> None:
-        self._folder = folder
+        self._folder, self._collection, self._write = folder, folder.collection_id, write
         self._lock = threading.RLock()  # over the state in memory; never held during a write to the disk
         self._writing = threading.Lock()  # one write or publication at a time
         self._held: filelock.BaseFileLock | None = None
-        self._open = True
         check_there(folder)
         if write:
             self._held = folder.lock()
@@ -129,8 +128,7 @@ class FaissStore:
 
     def _current(self) -> State:
         """The state in memory, after a look whether the application has replaced a file. Call with `_lock` held."""
-        if not self._open:
-            raise StoreRejected(f"{self._folder.collection_id} was closed")
+        self._must_be_open()
         if self._folder.identity() != self._state.generation:
             try:
                 following = self._load()
@@ -262,21 +260,11 @@ class FaissStore:
             carries = state.stamps == state.number(stamp)
             return int(np.count_nonzero(carries)) - int(np.count_nonzero(carries[changed])) + staged.count(stamp)
 
-    def sample(self, n: int, *, seed: int) -> list[ItemId]:
-        """`n` distinct ids in random order."""
-        with self._lock:
-            state = self._current()
-            ids = list(state.all_after(None)) if state.changes else state.ids
-        chosen = np.random.default_rng(seed).choice(len(ids), size=min(max(n, 0), len(ids)), replace=False)
-        return [ids[place] for place in chosen.tolist()]
-
     def search(self, vectors: Vectors, k: int, *, exact: bool = False) -> Hits:
         """The k nearest published items to each of `vectors` (n, dim). `exact` compares with all of them."""
         with self._lock:
             state = self._current()
-            queries = as_batch(vectors, state.index.dim)
-            if k < 1 or not np.isfinite(queries).all():
-                raise StoreRejected(f"a search needs finite vectors and at least one answer, k is {k}")
+            queries = as_queries(vectors, state.index.dim, k)
             scores, labels = state.index.search(queries, k, exact=exact)
         ids: list[list[ItemId]] = []
         kept: list[list[float]] = []
@@ -386,18 +374,6 @@ class FaissStore:
         present = state.checksums_of(ids)
         return np.array([present.get(item, ABSENT) for item in ids], np.uint64)
 
-    def set_fence(self, fence: Fence | None) -> None:
-        """Nothing: the lock is the fence."""
-
-    def create_write_alias(self, alias: str) -> None:
-        """Nothing: the lock is the fence."""
-
-    def delete_write_alias(self, alias: str) -> None:
-        """Nothing: the lock is the fence."""
-
-    def write_through(self, alias: str) -> None:
-        """Nothing: the lock is the fence."""
-
     def publish(self, *, final: bool = False) -> None:
         """Replaces index.faiss by one that holds what was written. Indexes that need a rebuild get it with `final`.
 
@@ -505,7 +481,7 @@ class FaissStore:
         """The collection in another folder, or this one once more."""
         with self._lock:
             self._current()
-        return FaissStore(self._folder.opened_as(collection_id), write=self._held is not None)
+        return FaissStore(self._folder.opened_as(collection_id), write=self._write)
 
     def create_like(self, collection_id: str, *, dim: int) -> FaissStore:
         """A new folder with an empty index of the same kind and parameters, and the same columns."""
@@ -551,12 +527,6 @@ class FaissStore:
                     raise StoreRejected(f"{named} is not deleted: the symbolic link {link} leads to it")
         self.close()
         folder.delete()
-
-    def _must_write(self) -> None:
-        if not self._open:
-            raise StoreRejected(f"{self._folder.collection_id} was closed")
-        if self._held is None:
-            raise StoreRejected(f"{self._folder.collection_id} was opened for reading only")
 
     def close(self) -> None:
         """Releases the folder. Safe to repeat."""

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 
 from migrator.adapters.base import (
+    BaseStore,
     Capabilities,
     CollectionInfo,
     Fence,
@@ -23,12 +24,13 @@ from migrator.adapters.base import (
     StoreUnavailable,
     Vectors,
 )
+from migrator.adapters.iterate import parts
 from migrator.adapters.milvus import collection as like
 from migrator.adapters.milvus.collection import Description, GivenKeys
 from migrator.adapters.milvus.connection import Connection, Row, TooLarge
 from migrator.adapters.milvus.lite import Known
 from migrator.adapters.milvus.paging import SMALLEST, Keys
-from migrator.adapters.vectors import as_batch, contents
+from migrator.adapters.vectors import as_queries, contents
 
 if TYPE_CHECKING:
     from pymilvus import MilvusClient
@@ -49,14 +51,13 @@ BYTES = {100, 102, 103, 105}
 """Types of vectors that the client gives as bytes: binary, float16, bfloat16, int8."""
 
 
-class MilvusReader:
+class MilvusReader(BaseStore):
     """A collection of a Milvus, for reading. It shares `connection`, and releases it when it is closed."""
 
     def __init__(self, connection: Connection, collection: str, *, vector: str | None, write: bool) -> None:
         from pymilvus import DataType
 
         self._connection, self._write = connection, write
-        self._open = True
         self._fence: Fence | None = None
         found = self._describe(collection)
         self._collection = str(found["collection_name"])
@@ -164,8 +165,7 @@ class MilvusReader:
         return str(self._connection.ask(lambda client: client.get_server_version(timeout=timeout)))
 
     def _ask(self, call: Callable[[MilvusClient], T]) -> T:
-        if not self._open:
-            raise StoreRejected(f"{self._collection} was closed")
+        self._must_be_open()
         return self._connection.ask(call)
 
     def _call(self, method: str, *arguments: Any, **options: Any) -> Any:
@@ -392,11 +392,6 @@ class MilvusReader:
         """Rows that fit into one request or one answer."""
         return max(1, min(ROWS, MESSAGE_BYTES // (4 * self._dim + 500)))
 
-    def _parts(self, ids: Sequence[ItemId], most: int = ROWS) -> Iterator[list[ItemId]]:
-        size = min(self._fitting, most)
-        for start in range(0, len(ids), size):
-            yield list(ids[start : start + size])
-
     def _rows(self, ids: Sequence[ItemId], fields: list[str]) -> dict[ItemId, Row]:
         """Rows by key, strongly consistent. A row whose key is of the wrong type or size cannot exist."""
         possible = [item for item in ids if self._keys.possible(item)]
@@ -440,10 +435,9 @@ class MilvusReader:
             fields.append(STAMP)
         rows: dict[ItemId, Row] = {}
         with self._known.held() as known:
-            for part in self._parts(ids):
+            for part in parts(ids, self._fitting):
                 rows.update(self._rows(part, fields))
-            if not self._open:
-                raise StoreRejected(f"{self._collection} was closed")
+            self._must_be_open()
             page = self._page([item for item in ids if item in rows], rows, vectors=vectors, payload=payload)
             if known:
                 stamps = dict(zip(page.ids, page.stamps, strict=True))
@@ -485,19 +479,9 @@ class MilvusReader:
         (row,) = self._query("", fields=["count(*)"])
         return int(row["count(*)"])
 
-    def sample(self, n: int, *, seed: int) -> list[ItemId]:
-        """`n` distinct keys in random order."""
-        everything: list[ItemId] = []
-        while more := self.scan_ids(after=everything[-1] if everything else None, limit=200_000):
-            everything += more
-        chosen = np.random.default_rng(seed).choice(len(everything), min(max(n, 0), len(everything)), replace=False)
-        return [everything[row] for row in chosen.tolist()]
-
     def search(self, vectors: Vectors, k: int, *, exact: bool = False) -> Hits:
         """The k nearest rows to each of `vectors` (n, dim). `exact` reads all of them and compares."""
-        queries = as_batch(vectors, self._dim)
-        if k < 1 or not np.isfinite(queries).all():
-            raise StoreRejected(f"a search needs finite vectors and at least one answer, k is {k}")
+        queries = as_queries(vectors, self._dim, k)
         if exact:
             return self._search_all(queries, k)
         ids: list[list[ItemId]] = []

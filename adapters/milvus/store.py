@@ -28,10 +28,11 @@ from migrator.adapters.base import (
     WriteReport,
     same_value,
 )
+from migrator.adapters.iterate import parts, write_halving
 from migrator.adapters.milvus import collection as like
 from migrator.adapters.milvus.collection import Description
 from migrator.adapters.milvus.connection import KEEP_KEYS, Connection, NoCollection, Row
-from migrator.adapters.milvus.reader import LITE_PAGE, LITE_VERSION, LOADING, PARTITION, ROWS, STAMP, MilvusReader, plain
+from migrator.adapters.milvus.reader import LITE_PAGE, LITE_VERSION, LOADING, PARTITION, STAMP, MilvusReader, plain
 from migrator.adapters.vectors import Contents, as_batch, contents, unusable
 
 KEYS = ("kind", "uri", "token", "database", "collection", "vector", "timeout", "auto_id_in_shadow")
@@ -79,7 +80,7 @@ class MilvusStore(MilvusReader):
         written: list[ItemId] = []
         deleted: list[ItemId] = []
         changed: list[ItemId] = []
-        for part in self._parts(ids, ROWS if self._partial else WHOLE_ROWS):
+        for part in parts(ids, self._fitting if self._partial else min(self._fitting, WHOLE_ROWS)):
             with self._known.held() as known:
                 rows, moved = self._as_they_are(part, before, known=known)
                 deleted += [item for item in part if item not in rows]
@@ -109,8 +110,7 @@ class MilvusStore(MilvusReader):
                     written.append(item)
                 else:
                     changed.append(item)
-        lost = set(deleted)
-        return WriteReport(written, deleted, {item: why for item, why in rejected.items() if item not in lost}, changed)
+        return WriteReport.of(written, deleted, rejected, changed)
 
     def _as_they_are(
         self, ids: list[ItemId], before: Mapping[ItemId, Contents] | None, *, known: bool
@@ -147,33 +147,19 @@ class MilvusStore(MilvusReader):
         return self._send("upsert", rows, **more)
 
     def _send(self, how: Literal["upsert", "insert"], rows: list[Row], **more: Any) -> dict[ItemId, str]:
-        """Writes rows; halves a batch that is refused, down to the row that is to blame."""
+        """Writes rows; those that are refused by themselves, with the reason."""
         refused: dict[ItemId, str] = {}
         by_partition: dict[str, list[Row]] = {}
         for row in rows:
             by_partition.setdefault(row.get(PARTITION, ""), []).append(row)
         for partition, some in by_partition.items():
-            stored = [{name: value for name, value in row.items() if name != PARTITION} for row in some]
-            self._may_change()
-            try:
-                self._ask(
-                    lambda client, stored=stored, partition=partition: getattr(client, how)(  # type: ignore[misc]
-                        self._written_name,
-                        stored,
-                        partition_name=partition,
-                        timeout=self._connection.timeout,
-                        **more,
-                    )
-                )
-            except NoCollection:  # no row is to blame
-                raise
-            except StoreRejected as refusal:
-                if len(some) == 1:
-                    refused[some[0][self._key]] = str(refusal)
-                    continue
-                half = len(some) // 2
-                refused.update(self._send(how, some[:half], **more))
-                refused.update(self._send(how, some[half:], **more))
+
+            def write(batch: list[Row], partition: str = partition) -> None:
+                stored = [{name: value for name, value in row.items() if name != PARTITION} for row in batch]
+                self._may_change()
+                self._call(how, self._written_name, stored, partition_name=partition, **more)
+
+            refused.update(write_halving(some, write, lambda row: row[self._key], fatal=NoCollection))
         return refused
 
     def set_fence(self, fence: Fence | None) -> None:
@@ -199,10 +185,6 @@ class MilvusStore(MilvusReader):
         if self._fence is not None:
             self._fence(self._connection.timeout)
 
-    def publish(self, *, final: bool = False) -> None:
-        """Nothing: a written vector answers at once."""
-        self._must_write()
-
     def clear_migration_state(self) -> None:
         """Takes the stamps away. Every row that carries one is written once more for that."""
         self._must_write()
@@ -212,7 +194,7 @@ class MilvusStore(MilvusReader):
         carrying = "" if self._connection.lite else f"exists {STAMP}"
         after: ItemId | None = None
         while ids := self._key_list(carrying, after, None, LITE_PAGE):
-            for part in self._parts(ids):
+            for part in parts(ids, self._fitting):
                 if self._connection.lite:
                     self._take_field_away(part)
                 else:
@@ -350,7 +332,7 @@ class MilvusStore(MilvusReader):
             {item: f"keys here are {kind}" for item in page.ids if isinstance(item, str) != self._keys.strings}
         )
         place = {item: row for row, item in enumerate(page.ids)}
-        for part in self._parts([item for item in page.ids if item not in rejected]):
+        for part in parts([item for item in page.ids if item not in rejected], self._fitting):
             rows = []
             for item in part:
                 row = place[item]
@@ -383,7 +365,7 @@ class MilvusStore(MilvusReader):
         """Removes these rows."""
         self._must_write()
         possible = [item for item in ids if isinstance(item, str) == self._keys.strings]
-        for part in self._parts(possible):
+        for part in parts(possible, self._fitting):
             self._delete(part)
 
     def _delete(self, ids: list[ItemId]) -> None:
@@ -417,12 +399,6 @@ class MilvusStore(MilvusReader):
             raise StoreRejected(f"{self._collection} is not deleted: the alias {aliases[0]!r} leads to it")
         self._ask(lambda client: client.drop_collection(self._collection, timeout=timeout))
         self.close()
-
-    def _must_write(self) -> None:
-        if not self._open:
-            raise StoreRejected(f"{self._collection} was closed")
-        if not self._write:
-            raise StoreRejected(f"{self._collection} was opened for reading only")
 
     def close(self) -> None:
         """Releases the connection. Safe to repeat."""

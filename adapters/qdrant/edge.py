@@ -23,9 +23,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from migrator.adapters.base import (
+    BaseStore,
     Capabilities,
     CollectionInfo,
-    Fence,
     FurtherVectors,
     Hits,
     ItemId,
@@ -38,6 +38,7 @@ from migrator.adapters.base import (
     same_value,
 )
 from migrator.adapters.files import translated
+from migrator.adapters.iterate import parts, write_halving
 from migrator.adapters.qdrant.collection import flat
 from migrator.adapters.qdrant.points import (
     DATATYPES,
@@ -50,7 +51,7 @@ from migrator.adapters.qdrant.points import (
     with_stamp,
 )
 from migrator.adapters.qdrant.shard import Folder
-from migrator.adapters.vectors import as_batch, contents, one_line, unusable
+from migrator.adapters.vectors import as_batch, as_queries, contents, one_line, unusable
 
 if TYPE_CHECKING:
     from qdrant_edge import EdgeShard, Filter, Record
@@ -79,14 +80,13 @@ def open_edge_store(config: Mapping[str, Any], *, write: bool) -> EdgeStore:
     return EdgeStore(folder, str(config["collection"]), vector=config.get("vector"), write=write)
 
 
-class EdgeStore:
+class EdgeStore(BaseStore):
     """One collection of a folder of shards."""
 
     def __init__(self, folder: Folder, collection: str, *, vector: str | None, write: bool) -> None:
         self._folder, self._write = folder, write
         self._collection, self._alias = folder.resolve(collection)
         self._shard = folder.take(self._collection)
-        self._open = True
         try:
             self._name, self._params = self._vector(vector)
             if write:
@@ -98,8 +98,7 @@ class EdgeStore:
     # -- facts ----------------------------------------------------------------------------------------------------
 
     def _ask(self, call: Callable[[EdgeShard], T]) -> T:
-        if not self._open:
-            raise StoreRejected(f"{self._collection} was closed")
+        self._must_be_open()
         return self._shard.ask(call)
 
     def _vector(self, wanted: str | None) -> tuple[str, dict[str, Any]]:
@@ -265,7 +264,7 @@ class EdgeStore:
         """The points as they were written last."""
         found: dict[ItemId, Record] = {}
         fields: Any = True if payload else [STAMP]
-        for part in self._parts(ids):
+        for part in parts(ids, self._per_part()):
             found.update(self._fetch(part, fields, [self._name] if vectors else False))
         return self._page([found[item] for item in ids if item in found], vectors=vectors, payload=payload)
 
@@ -294,11 +293,6 @@ class EdgeStore:
         vector: Any = record.vector
         return vector[self._name] if isinstance(vector, dict) else vector
 
-    def _parts(self, ids: Sequence[ItemId]) -> Iterator[list[ItemId]]:
-        size = self._per_part()
-        for start in range(0, len(ids), size):
-            yield list(ids[start : start + size])
-
     def _per_part(self) -> int:
         most = PART_ITEMS_WHOLE if self._further_names else PART_ITEMS
         return max(1, min(most, PART_BYTES // (4 * self._dim)))
@@ -310,19 +304,11 @@ class EdgeStore:
         request = CountRequest(exact=True, filter=self._filter(stamp=stamp))
         return self._ask(lambda edge: edge.count(request))
 
-    def sample(self, n: int, *, seed: int) -> list[ItemId]:
-        """`n` distinct ids in random order."""
-        everything = [record.id for record in self._records(self._filter(), None, None, 2**63)]
-        chosen = np.random.default_rng(seed).choice(len(everything), min(max(n, 0), len(everything)), replace=False)
-        return [plain_id(everything[row]) for row in chosen.tolist()]
-
     def search(self, vectors: Vectors, k: int, *, exact: bool = False) -> Hits:
         """The k nearest points to each of `vectors` (n, dim). `exact` compares with all of them."""
         from qdrant_edge import Query, QueryBatchRequest, QueryRequest, SearchParams
 
-        queries = as_batch(vectors, self._dim)
-        if k < 1 or not np.isfinite(queries).all():
-            raise StoreRejected(f"a search needs finite vectors and at least one answer, k is {k}")
+        queries = as_queries(vectors, self._dim, k)
         l2 = METRICS[self._params["distance"]] == "l2"
         ids: list[list[ItemId]] = []
         scores: list[list[float]] = []
@@ -358,7 +344,7 @@ class EdgeStore:
         written: list[ItemId] = []
         deleted: list[ItemId] = []
         changed: list[ItemId] = []
-        for part in self._parts(ids):
+        for part in parts(ids, self._per_part()):
             with self._shard.guard:
                 found = self._fetch(part, True, which)
                 there = [item for item in part if item in found]
@@ -389,8 +375,7 @@ class EdgeStore:
                 rejected.update(self._put(points, create=False))
                 written += [item for item, *_ in points if item not in rejected]
         self._shard.sync()
-        lost = set(deleted)
-        return WriteReport(written, deleted, {item: why for item, why in rejected.items() if item not in lost}, changed)
+        return WriteReport.of(written, deleted, rejected, changed)
 
     def _put(self, points: Sequence[tuple[ItemId, Vectors, dict[str, Any], Any]], *, create: bool) -> dict[ItemId, str]:
         """Writes points, each with its further vectors by name; tells which were refused, and why."""
@@ -411,31 +396,15 @@ class EdgeStore:
         return {**rejected, **self._upsert(ready, create=create)}
 
     def _upsert(self, points: list[Any], *, create: bool) -> dict[ItemId, str]:
-        """Writes points; halves a batch that is refused, down to the point that is to blame."""
+        """Writes points; those that are refused by themselves, with the reason."""
         from qdrant_edge import UpdateMode, UpdateOperation
 
         mode = UpdateMode.Upsert if create else UpdateMode.UpdateOnly
-        try:
-            if points:
-                self._ask(lambda edge: edge.update(UpdateOperation.upsert_points(points, update_mode=mode)))
-        except StoreRejected as refusal:
-            if len(points) == 1:
-                return {plain_id(points[0].id): str(refusal)}
-            half = len(points) // 2
-            return {**self._upsert(points[:half], create=create), **self._upsert(points[half:], create=create)}
-        return {}
 
-    def set_fence(self, fence: Fence | None) -> None:
-        """Nothing: the lock is the fence."""
+        def write(batch: list[Any]) -> None:
+            self._ask(lambda edge: edge.update(UpdateOperation.upsert_points(batch, update_mode=mode)))
 
-    def create_write_alias(self, alias: str) -> None:
-        """Nothing: the lock is the fence."""
-
-    def delete_write_alias(self, alias: str) -> None:
-        """Nothing: the lock is the fence."""
-
-    def write_through(self, alias: str) -> None:
-        """Nothing: the lock is the fence."""
+        return write_halving(points, write, lambda point: plain_id(point.id))
 
     def publish(self, *, final: bool = False) -> None:
         """Nothing: a written vector answers at once. `final` builds the HNSW index over what was written."""
@@ -527,7 +496,7 @@ class EdgeStore:
         if not names:
             return None
         found: dict[ItemId, FurtherVectors] = {}
-        for part in self._parts(ids):
+        for part in parts(ids, self._per_part()):
             for item, record in self._fetch(part, False, names).items():
                 held: Any = record.vector if isinstance(record.vector, dict) else {"": record.vector}
                 found[item] = {name: plain_vector(vector) for name, vector in held.items() if name in names and vector}
@@ -581,12 +550,6 @@ class EdgeStore:
                 raise StoreRejected(f"{self._collection} is not deleted: the alias {alias!r} leads to it")
         self._folder.remove(self._collection)
         self._open = False
-
-    def _must_write(self) -> None:
-        if not self._open:
-            raise StoreRejected(f"{self._collection} was closed")
-        if not self._write:
-            raise StoreRejected(f"{self._collection} was opened for reading only")
 
     def close(self) -> None:
         """Releases the shard. Safe to repeat."""

@@ -43,12 +43,6 @@ def with_stamp(payload: Payload, stamp: str | None) -> dict[str, Any]:
     return dict(payload) if stamp is None else {**payload, STAMP: stamp}
 
 
-def parts(ids: Sequence[ItemId], size: int) -> Iterator[list[ItemId]]:
-    """The ids, cut into lists of at most `size`."""
-    for start in range(0, len(ids), size):
-        yield list(ids[start : start + size])
-
-
 def batches(points: Sequence[Any], extra: Sequence[int], most: int) -> Iterator[list[Any]]:
     """Points for one request each: at most `most`, and of no more `extra` bytes than a request should have."""
     batch: list[Any] = []

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 
 from migrator.adapters.base import (
+    BaseStore,
     Capabilities,
     CollectionInfo,
     Fence,
@@ -21,6 +22,7 @@ from migrator.adapters.base import (
     Vectors,
     order_key,
 )
+from migrator.adapters.iterate import parts
 from migrator.adapters.qdrant.connection import Connection
 from migrator.adapters.qdrant.points import (
     DATATYPES,
@@ -29,11 +31,10 @@ from migrator.adapters.qdrant.points import (
     STAMP,
     as_stamp,
     can_be_id,
-    parts,
     plain_id,
     plain_vector,
 )
-from migrator.adapters.vectors import as_batch
+from migrator.adapters.vectors import as_queries
 
 if TYPE_CHECKING:
     from qdrant_client import QdrantClient
@@ -46,12 +47,11 @@ CONDITIONAL = (1, 16)  # the first with update_filter
 ITEMS_WHOLE = 500  # points with further vectors that are read at once, as their size is not known
 
 
-class QdrantReader:
+class QdrantReader(BaseStore):
     """A collection of a Qdrant, for reading. It shares `connection`, and releases it when it is closed."""
 
     def __init__(self, connection: Connection, collection: str, *, vector: str | None, write: bool) -> None:
         self._connection, self._write = connection, write
-        self._open = True
         self._collection, self._alias = self._resolve(collection)
         self._written_name = self._collection
         self._name, self._params = self._vector(vector)
@@ -64,8 +64,7 @@ class QdrantReader:
     # -- facts ----------------------------------------------------------------------------------------------------
 
     def _ask(self, call: Callable[[QdrantClient], T]) -> T:
-        if not self._open:
-            raise StoreRejected(f"{self._collection} was closed")
+        self._must_be_open()
         return self._connection.ask(call)
 
     def _resolve(self, collection: str) -> tuple[str, str | None]:
@@ -392,21 +391,11 @@ class QdrantReader:
     def _count(self, condition: Any) -> int:
         return int(self._ask(lambda client: client.count(self._collection, count_filter=condition, exact=True)).count)
 
-    def sample(self, n: int, *, seed: int) -> list[ItemId]:
-        """`n` distinct ids in random order."""
-        everything: list[ItemId] = []
-        while more := self.scan_ids(after=everything[-1] if everything else None, limit=100_000):
-            everything += more
-        chosen = np.random.default_rng(seed).choice(len(everything), min(max(n, 0), len(everything)), replace=False)
-        return [everything[row] for row in chosen.tolist()]
-
     def search(self, vectors: Vectors, k: int, *, exact: bool = False) -> Hits:
         """The k nearest points to each of `vectors` (n, dim). `exact` compares with all of them."""
         from qdrant_client import models
 
-        queries = as_batch(vectors, self._params.size)
-        if k < 1 or not np.isfinite(queries).all():
-            raise StoreRejected(f"a search needs finite vectors and at least one answer, k is {k}")
+        queries = as_queries(vectors, self._params.size, k)
         requests = [
             models.QueryRequest(
                 query=query,

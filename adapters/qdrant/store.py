@@ -28,6 +28,7 @@ from migrator.adapters.base import (
     WriteReport,
     same_value,
 )
+from migrator.adapters.iterate import parts, write_halving
 from migrator.adapters.qdrant.collection import UNSET, comparable, creation, late_settings
 from migrator.adapters.qdrant.connection import BadRequest, MissingPoint
 from migrator.adapters.qdrant.points import (
@@ -38,7 +39,6 @@ from migrator.adapters.qdrant.points import (
     can_be_id,
     not_json,
     numbers,
-    parts,
     plain_id,
     with_stamp,
 )
@@ -74,8 +74,7 @@ class QdrantStore(QdrantReader):
             deleted += outcome.deleted
             changed += outcome.changed
             rejected.update(outcome.rejected)
-        lost = set(deleted)
-        return WriteReport(written, deleted, {item: why for item, why in rejected.items() if item not in lost}, changed)
+        return WriteReport.of(written, deleted, rejected, changed)
 
     def _sort(
         self,
@@ -132,7 +131,7 @@ class QdrantStore(QdrantReader):
             models.PointStruct(id=item, vector=self._as_vector(vectors[rows[item]]), payload=with_stamp(payload, stamp))
             for item, payload in to_write.items()
         ]
-        refused = self._upsert(points) if points else {}
+        refused = self._upsert(points)
         return WriteReport([item for item in to_write if item not in refused], deleted, refused, list(changed))
 
     def _write_conditionally(
@@ -173,7 +172,9 @@ class QdrantStore(QdrantReader):
             ]
             self._change(lambda client: client.batch_update_points(self._written_name, operations, wait=True))
 
-        refused = self._put_all(list(to_write), put)
+        refused = write_halving(
+            list(to_write), lambda items: self._despite_missing(items, put), lambda item: item, refusal=BadRequest
+        )
         self._clear(list(refused))
         points = [item for item in to_write if item not in refused]
         if not points:
@@ -195,19 +196,6 @@ class QdrantStore(QdrantReader):
         lost = [item for item in points if item not in stamps]
         done = [item for item in points if item in stamps and item not in set(late)]
         return WriteReport(done, [*deleted, *lost], refused, [*changed, *late])
-
-    def _put_all(self, items: list[ItemId], put: Callable[[list[ItemId]], None]) -> dict[ItemId, str]:
-        """Writes items; halves a batch that is refused, down to the item that is to blame, and says which were."""
-        if not items:
-            return {}
-        try:
-            self._despite_missing(items, put)
-        except BadRequest as refusal:
-            if len(items) == 1:
-                return {items[0]: str(refusal)}
-            half = len(items) // 2
-            return {**self._put_all(items[:half], put), **self._put_all(items[half:], put)}
-        return {}
 
     def _despite_missing(self, items: Sequence[ItemId], change: Callable[[list[ItemId]], Any]) -> None:
         """Makes a change to those points that exist; a point that goes meanwhile must not stop the others."""
@@ -454,15 +442,12 @@ class QdrantStore(QdrantReader):
         return WriteReport([item for item in page.ids if item not in rejected], (), rejected)
 
     def _upsert(self, points: list[Any]) -> dict[ItemId, str]:
-        """Writes points; halves a batch that is refused, down to the point that is to blame."""
-        try:
-            self._change(lambda client: client.upsert(self._written_name, points, wait=True))
-        except BadRequest as refusal:
-            if len(points) == 1:
-                return {plain_id(points[0].id): str(refusal)}
-            half = len(points) // 2
-            return {**self._upsert(points[:half]), **self._upsert(points[half:])}
-        return {}
+        """Writes points; those that are refused by themselves, with the reason."""
+
+        def write(batch: list[Any]) -> None:
+            self._change(lambda client: client.upsert(self._written_name, batch, wait=True))
+
+        return write_halving(points, write, lambda point: plain_id(point.id), refusal=BadRequest)
 
     def delete(self, ids: Sequence[ItemId]) -> None:
         """Removes these points."""
@@ -499,12 +484,6 @@ class QdrantStore(QdrantReader):
             raise StoreRejected(f"{self._collection} is not deleted: the alias {aliases[0]!r} leads to it")
         self._ask(lambda client: client.delete_collection(self._collection))
         self.close()
-
-    def _must_write(self) -> None:
-        if self._open and not self._write:
-            raise StoreRejected(f"{self._collection} was opened for reading only")
-        if not self._open:
-            raise StoreRejected(f"{self._collection} was closed")
 
     def close(self) -> None:
         """Releases the connection. Safe to repeat."""

@@ -13,8 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from migrator.adapters.base import ItemId, Payload, Store, Vectors
+from migrator.adapters.iterate import pages
 from migrator.embedding.stored_encoder import unit
-from migrator.embedding.stored_vectors import scan
 from migrator.errors import UsageProblem
 from migrator.trainer.data.pseudo import default_k, pseudo_classes
 from migrator.trainer.errors import TrainingProblem
@@ -36,7 +36,7 @@ def worst_first_ids(store: Store, label: Label | None, *, seed: int) -> list[Ite
     """
     classes = _Classes()
     if label is not None:
-        for page in scan(store):
+        for page in pages(store):
             assert page.vectors is not None
             classes.add(page.vectors, _labels(label, page.ids, page.payloads))
     if classes.labelled:
@@ -47,7 +47,7 @@ def worst_first_ids(store: Store, label: Label | None, *, seed: int) -> list[Ite
         centres = _cluster_centres(sample, seed=seed)
     ids: list[ItemId] = []
     distances: list[NDArray[np.float32]] = []
-    for page in scan(store):
+    for page in pages(store):
         assert page.vectors is not None
         labels = [""] * len(page) if label is None else _labels(label, page.ids, page.payloads)
         ids += page.ids

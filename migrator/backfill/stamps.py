@@ -14,11 +14,11 @@ import json
 import os
 import threading
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any
 
 import numpy as np
 
-from migrator.adapters.base import Capabilities, ItemId, Page, Store, Vectors, WriteReport
+from migrator.adapters.base import Capabilities, ForwardingStore, ItemId, Page, Store, Vectors, WriteReport
 from migrator.backfill.files import LogFiles
 from migrator.errors import PreconditionFailed
 
@@ -81,16 +81,12 @@ class StampLog:
         self._known.clear()
 
 
-class StampedBeside:
-    """A store without room for stamps, with a `StampLog` beside it. Everything else is the store's own."""
+class StampedStore(ForwardingStore):
+    """A store without room for stamps, with a `StampLog` beside it."""
 
     def __init__(self, store: Store, log: StampLog) -> None:
-        self._store, self._log = store, log
-
-    if not TYPE_CHECKING:
-
-        def __getattr__(self, name: str) -> Any:
-            return getattr(self._store, name)
+        super().__init__(store)
+        self._log = log
 
     @property
     def capabilities(self) -> Capabilities:
@@ -156,11 +152,6 @@ class StampedBeside:
         """Drops the log too."""
         self._store.clear_migration_state()
         self._log.drop()
-
-
-def stamped_beside(store: Store, log: StampLog) -> Store:
-    """`store`, able to keep stamps."""
-    return cast(Store, StampedBeside(store, log))
 
 
 def _number(name: str) -> int:

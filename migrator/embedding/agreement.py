@@ -150,13 +150,13 @@ class Disagreement(PreconditionFailed):
         return {"declared": self.declared.to_json(), "best": best, "tried": [each.to_json() for each in tried[:SHOWN]]}
 
 
-AsKept = Callable[[NDArray[np.float32]], NDArray[np.float32]]
-"""(n, d) -> (n, d): what a store that keeps approximations makes of vectors."""
+AsKept = Callable[[NDArray[np.float32]], NDArray[np.float32] | None]
+"""(n, d) -> (n, d): what a store that keeps approximations makes of vectors; None where it cannot tell."""
 
 
 def as_kept_by(store: Store) -> AsKept | None:
     """What `store` makes of the vectors that are written to it; None where it keeps them, or cannot tell."""
-    return None if store.capabilities.exact_vectors else getattr(store, "approximations", None)
+    return None if store.capabilities.exact_vectors else store.approximations
 
 
 def cosines(
@@ -171,7 +171,10 @@ def cosines(
     found: NDArray[np.float64] = np.einsum("nd,nd->n", stored.astype(np.float64), made.astype(np.float64)) / lengths
     if as_kept is None or len(made) == 0:
         return found
-    kept = as_kept(made).astype(np.float64)
+    approximations = as_kept(made)
+    if approximations is None:
+        return found
+    kept = approximations.astype(np.float64)
     kept /= np.maximum(np.linalg.norm(kept, axis=1, keepdims=True), np.finfo(np.float64).tiny)
     of_kept: NDArray[np.float64] = np.einsum("nd,nd->n", stored.astype(np.float64), kept) / lengths
     return np.maximum(found, of_kept)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from migrator.adapters.base import ItemId, Page, Payload, Store
+from migrator.adapters.base import Store
+from migrator.adapters.iterate import pages
 from migrator.embedding.embed import locate
 from migrator.embedding.stored_encoder import unit
 
@@ -16,8 +16,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from migrator.trainer.images.source import ImageSource
-
-PAGE = 5_000
 
 
 def old_vectors(store: Store, images: ImageSource, paths: Sequence[str]) -> NDArray[np.float32]:
@@ -30,7 +28,7 @@ def old_vectors(store: Store, images: ImageSource, paths: Sequence[str]) -> NDAr
     for row, path in enumerate(paths):
         rows.setdefault(path, []).append(row)
     found = np.zeros((len(paths), store.describe().dim), np.float32)
-    for page in scan(store):
+    for page in pages(store):
         assert page.vectors is not None
         assert page.payloads is not None
         vectors = unit(page.vectors)
@@ -40,24 +38,3 @@ def old_vectors(store: Store, images: ImageSource, paths: Sequence[str]) -> NDAr
         if not rows:
             break
     return found
-
-
-def scan(store: Store) -> Iterator[Page]:
-    """All items, page by page, with vectors and payloads."""
-    after = None
-    while True:
-        page = store.scan(after=after, limit=PAGE)
-        if len(page):
-            yield page
-        if len(page) < PAGE:
-            return
-        after = page.ids[-1]
-
-
-def payloads(store: Store, ids: Iterable[ItemId]) -> Iterator[tuple[ItemId, Payload]]:
-    """Id and payload of these items, read page by page; ids that no longer exist are left out."""
-    remaining = iter(ids)
-    while batch := list(itertools.islice(remaining, PAGE)):
-        page = store.read(batch, vectors=False, payload=True)
-        assert page.payloads is not None
-        yield from zip(page.ids, page.payloads, strict=True)

@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 
 from migrator.adapters.base import Hits, ItemId, Payload, Store
-from migrator.adapters.iterate import iter_ids
-from migrator.embedding.stored_vectors import payloads
+from migrator.adapters.iterate import iter_ids, payloads
 from migrator.evaluation.metrics import Relevance, parse_metric, summarise
 
 if TYPE_CHECKING:

@@ -1,4 +1,4 @@
-"""A store that goes away for a moment, seen through `retrying_store`."""
+"""A store that goes away for a moment, seen through `RetryingStore`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 
 from migrator import retry
 from migrator.adapters.base import StoreRejected, StoreUnavailable
-from migrator.retry import retrying_store
+from migrator.retry import RetryingStore
 
 
 class Fragile:
@@ -51,7 +51,7 @@ def at_once(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
 
 def seen(store: Fragile, seconds: float = 60.0) -> Any:
-    return retrying_store(store, seconds=seconds)  # type: ignore[arg-type]
+    return RetryingStore(store, seconds=seconds)  # type: ignore[arg-type]
 
 
 def test_every_call_is_tried_again() -> None:

@@ -13,7 +13,7 @@ from pymilvus import MilvusClient
 
 from migrator.adapters.base import ItemId, Page, Store, Vectors
 from migrator.backfill.files import LogFiles
-from migrator.backfill.stamps import StampLog, stamped_beside
+from migrator.backfill.stamps import StampedStore, StampLog
 from migrator.errors import PreconditionFailed
 from tests.integration.stores.contract import Make, StoreContract, payloads_of, unit_vectors
 from tests.integration.stores.test_milvus import InLite, Rows, lite, lite_client
@@ -27,7 +27,7 @@ class RowsWithLog(Rows):
     artifacts: str
 
     def open(self, *, write: bool = True) -> Store:
-        return stamped_beside(super().open(write=write), self.log())
+        return StampedStore(super().open(write=write), self.log())
 
     def log(self) -> StampLog:
         return StampLog(LogFiles(self.artifacts, "toys", "stamps", self.name))
@@ -123,7 +123,7 @@ def test_a_crash_before_the_write_leaves_the_item_unstamped(files: LogFiles) -> 
         def read(self, ids: Sequence[ItemId], **_: object) -> Page:
             return Page(ids, unit_vectors(len(ids)), payloads_of(ids), [None] * len(ids))
 
-    store = stamped_beside(Dies(), StampLog(files))  # type: ignore[arg-type]
+    store = StampedStore(Dies(), StampLog(files))  # type: ignore[arg-type]
     with pytest.raises(KeyboardInterrupt):
         store.write_vectors([1, 2], np.float32(2) * unit_vectors(2, seed=1), "new")
     assert list(store.read([1, 2], vectors=False, payload=False).stamps) == [None, None]
