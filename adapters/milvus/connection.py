@@ -105,6 +105,11 @@ class Connection:
         """Makes a call, with the client's exceptions in this package's words."""
         return self._translated(lambda: call(self.client))
 
+    def call(self, method: str, *arguments: Any, timeout: float | None = None, **options: Any) -> Any:
+        """Calls a method of the client by its name. `timeout` in seconds (default: that of the connection)."""
+        seconds = self.timeout if timeout is None else timeout
+        return self.ask(lambda client: getattr(client, method)(*arguments, timeout=seconds, **options))
+
     def _translated(self, call: Callable[[], T]) -> T:
         import grpc
         from pymilvus.exceptions import ConnectionConfigException, MilvusException

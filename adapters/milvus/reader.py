@@ -5,9 +5,9 @@ from __future__ import annotations
 import hashlib
 import itertools
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -34,8 +34,6 @@ from migrator.adapters.vectors import as_queries, contents
 
 if TYPE_CHECKING:
     from pymilvus import MilvusClient
-
-T = TypeVar("T")
 
 STAMP = "_migrator"
 PARTITION = "$partition"
@@ -80,15 +78,15 @@ class MilvusReader(BaseStore):
         if self._key == "id":  # which every template knows without it
             self._no_payload.add("id")
         if connection.lite:  # in Lite that is a matter of this process alone
-            self._ask(lambda client: client.load_collection(self._collection, timeout=LOADING))
-        state = self._ask(lambda client: client.get_load_state(self._collection, timeout=connection.timeout))
+            self._call("load_collection", self._collection, timeout=LOADING)
+        state = self._call("get_load_state", self._collection)
         loaded = str(state["state"]).removeprefix("LoadState.")
         if loaded == "Loading":  # as after a restart of the server
             raise StoreUnavailable(f"collection {self._collection} is still being loaded")
         if loaded != "Loaded":
             raise StoreRejected(f"collection {self._collection} is not loaded: load it, then again")
         self._must_be_whole()
-        self._index = self._ask(lambda client: index_of(client, self._collection, self._vector, connection.timeout))
+        self._index = self._index_of_vector()
         if self._index.get("metric_type") not in METRICS:
             raise StoreRejected(
                 f"{self._collection}.{self._vector} has the metric {self._index.get('metric_type')}, known are "
@@ -114,6 +112,13 @@ class MilvusReader(BaseStore):
                     f"partition {partition} of collection {self._collection} is not loaded, so that its rows cannot be "
                     "read: load the whole collection, then again"
                 )
+
+    def _index_of_vector(self) -> Row:
+        for name in self._call("list_indexes", self._collection):
+            found: Row | None = self._call("describe_index", self._collection, name)
+            if found and found.get("field_name") == self._vector:
+                return found
+        raise StoreRejected(f"{self._collection}.{self._vector} has no index: create one, then again")
 
     def _describe(self, collection: str) -> Row:
         def call(client: MilvusClient) -> Row:
@@ -161,18 +166,12 @@ class MilvusReader(BaseStore):
         return self._connection.lite or [int(part) for part in digits[:2] if part.isdigit()] >= [2, 6]
 
     def _version(self) -> str:
-        timeout = self._connection.timeout
-        return str(self._connection.ask(lambda client: client.get_server_version(timeout=timeout)))
+        return str(self._connection.call("get_server_version"))
 
-    def _ask(self, call: Callable[[MilvusClient], T]) -> T:
-        self._must_be_open()
-        return self._connection.ask(call)
-
-    def _call(self, method: str, *arguments: Any, **options: Any) -> Any:
+    def _call(self, method: str, *arguments: Any, timeout: float | None = None, **options: Any) -> Any:
         """Calls a method of the client by its name."""
-        return self._ask(
-            lambda client: getattr(client, method)(*arguments, timeout=self._connection.timeout, **options)
-        )
+        self._must_be_open()
+        return self._connection.call(method, *arguments, timeout=timeout, **options)
 
     # -- facts ----------------------------------------------------------------------------------------------------
 
@@ -298,16 +297,14 @@ class MilvusReader(BaseStore):
             more["partition_names"] = [partition]
         if ordered:
             more["iterator"] = "True"
-        found = self._ask(
-            lambda client: client.query(
-                self._collection,
-                filter=condition,
-                output_fields=fields,
-                consistency_level="Strong",
-                strict_float32=True,
-                timeout=self._connection.timeout,
-                **more,
-            )
+        found = self._call(
+            "query",
+            self._collection,
+            filter=condition,
+            output_fields=fields,
+            consistency_level="Strong",
+            strict_float32=True,
+            **more,
         )
         return list(found)
 
@@ -423,7 +420,7 @@ class MilvusReader(BaseStore):
         """
         if any(field.get("is_partition_key") for field in self._fields.values()):
             return [None]
-        names = self._ask(lambda client: client.list_partitions(self._collection, timeout=self._connection.timeout))
+        names = self._call("list_partitions", self._collection)
         return [None] if len(names) == 1 else sorted(names)
 
     def read(self, ids: Sequence[ItemId], *, vectors: bool, payload: bool) -> Page:
@@ -460,7 +457,9 @@ class MilvusReader(BaseStore):
 
     def _payload(self, row: Row) -> Row:
         fields = self._fields
-        return {name: plain(value, fields.get(name)) for name, value in row.items() if name not in self._no_payload}
+        return {
+            name: plain_value(value, fields.get(name)) for name, value in row.items() if name not in self._no_payload
+        }
 
     def count(self, *, stamp: str | None = None) -> int:
         """Exact number of keys; with `stamp`, of those that carry it.
@@ -489,19 +488,17 @@ class MilvusReader(BaseStore):
         sign = -1.0 if self._metric == "l2" else 1.0
         for start in range(0, len(queries), 1000):
             block = list(queries[start : start + 1000])
-            answers = self._ask(
-                lambda client, block=block: client.search(  # type: ignore[misc]
-                    self._collection,
-                    data=block,
-                    anns_field=self._vector,
-                    limit=min(k, 16_384),
-                    search_params={
-                        "params": {"ef": min(max(k, 64), 32_768)} if self._index["index_type"] == "HNSW" else {}
-                    },
-                    output_fields=[self._key],
-                    consistency_level="Strong",
-                    timeout=self._connection.timeout,
-                )
+            answers = self._call(
+                "search",
+                self._collection,
+                data=block,
+                anns_field=self._vector,
+                limit=min(k, 16_384),
+                search_params={
+                    "params": {"ef": min(max(k, 64), 32_768)} if self._index["index_type"] == "HNSW" else {}
+                },
+                output_fields=[self._key],
+                consistency_level="Strong",
             )
             for answer in answers:
                 ids.append([hit["entity"].get(self._key, hit.get("id")) for hit in answer])
@@ -544,25 +541,16 @@ def checksum(vector: Any) -> str:
     return hashlib.blake2b(np.ascontiguousarray(vector, "<f4").tobytes(), digest_size=8).hexdigest()
 
 
-def plain(value: Any, field: Row | None = None) -> Any:
+def plain_value(value: Any, field: Row | None = None) -> Any:
     """Of the client's types, plain ones, in the form in which it takes them back."""
     if isinstance(value, (str, int, float, bool, bytes)) or value is None:
         return value
     if isinstance(value, Mapping):
-        return {name: plain(inner) for name, inner in value.items()}
+        return {name: plain_value(inner) for name, inner in value.items()}
     if isinstance(value, np.ndarray):
         return value.tolist()
     if isinstance(value, np.generic):
         return value.item()
-    plain = [plain(inner) for inner in value]
+    plain = [plain_value(inner) for inner in value]
     # A vector of bytes comes as a list of one, and goes as what is in it.
     return plain[0] if field and field["type"] in BYTES and len(plain) == 1 and isinstance(plain[0], bytes) else plain
-
-
-def index_of(client: MilvusClient, collection: str, field: str, timeout: float) -> Row:
-    """Description of the index over a field. Raises `StoreRejected` if there is none."""
-    for name in client.list_indexes(collection, timeout=timeout):
-        found: Row | None = client.describe_index(collection, name, timeout=timeout)
-        if found and found.get("field_name") == field:
-            return found
-    raise StoreRejected(f"{collection}.{field} has no index: create one, then again")

@@ -32,7 +32,15 @@ from migrator.adapters.iterate import parts, write_halving
 from migrator.adapters.milvus import collection as like
 from migrator.adapters.milvus.collection import Description
 from migrator.adapters.milvus.connection import KEEP_KEYS, Connection, NoCollection, Row
-from migrator.adapters.milvus.reader import LITE_PAGE, LITE_VERSION, LOADING, PARTITION, STAMP, MilvusReader, plain
+from migrator.adapters.milvus.reader import (
+    LITE_PAGE,
+    LITE_VERSION,
+    LOADING,
+    PARTITION,
+    STAMP,
+    MilvusReader,
+    plain_value,
+)
 from migrator.adapters.vectors import Contents, as_batch, contents, unusable
 
 KEYS = ("kind", "uri", "token", "database", "collection", "vector", "timeout", "auto_id_in_shadow")
@@ -137,7 +145,7 @@ class MilvusStore(MilvusReader):
             changed[PARTITION] = row[PARTITION]
         if not self._partial:
             kept = {name: value for name, value in row.items() if name != STAMP and name not in self._made}
-            changed = {**{name: plain(value, self._fields.get(name)) for name, value in kept.items()}, **changed}
+            changed = {**{name: plain_value(value, self._fields.get(name)) for name, value in kept.items()}, **changed}
         if self._dynamic and (stamp is not None or self._partial):  # a single field is emptied, not taken away
             changed[STAMP] = self._as_value(stamp, vector)
         return changed
@@ -215,7 +223,7 @@ class MilvusStore(MilvusReader):
 
     def exists(self, collection_id: str) -> bool:
         """Whether there is a collection of that name."""
-        return collection_id in self._ask(lambda client: client.list_collections(timeout=self._connection.timeout))
+        return collection_id in self._call("list_collections")
 
     def open_collection(self, collection_id: str) -> MilvusStore:
         """Another collection over the same connection."""
@@ -254,7 +262,7 @@ class MilvusStore(MilvusReader):
     def _load(self, collection_id: str) -> None:
         replicas = self._replicas()
         try:
-            self._ask(lambda client: client.load_collection(collection_id, timeout=LOADING, **replicas))
+            self._call("load_collection", collection_id, timeout=LOADING, **replicas)
         except StoreRejected as refusal:
             number = replicas.get("replica_number", 1)
             raise StoreRejected(
@@ -371,19 +379,17 @@ class MilvusStore(MilvusReader):
     def _delete(self, ids: list[ItemId]) -> None:
         # Not `ids=`: the client puts strings between quotes as they are.
         condition = f"{self._key} in [{', '.join(self._keys.literal(item) for item in ids)}]"
-        timeout = self._connection.timeout
         self._may_change()
-        self._ask(lambda client: client.delete(self._written_name, filter=condition, timeout=timeout))
+        self._call("delete", self._written_name, filter=condition)
 
     def swap_alias(self, alias: str, *, to: str) -> None:
         """Moves the alias in one request."""
         self._must_write()
-        timeout = self._connection.timeout
         if not self.exists(to):
             raise StoreRejected(f"{self._connection.where} has no collection {to!r} to point {alias!r} at")
         if self._collection_of(alias) in (None, alias):
             raise StoreRejected(f"{self._connection.where} has no alias {alias!r}")
-        self._ask(lambda client: client.alter_alias(to, alias, timeout=timeout))
+        self._call("alter_alias", to, alias)
 
     def _collection_of(self, name: str) -> str | None:
         """What a name or an alias leads to."""
@@ -394,10 +400,9 @@ class MilvusStore(MilvusReader):
     def drop(self) -> None:
         """Deletes the collection, unless an alias leads to it."""
         self._must_write()
-        timeout = self._connection.timeout
         if aliases := self._aliases():
             raise StoreRejected(f"{self._collection} is not deleted: the alias {aliases[0]!r} leads to it")
-        self._ask(lambda client: client.drop_collection(self._collection, timeout=timeout))
+        self._call("drop_collection", self._collection)
         self.close()
 
     def close(self) -> None:

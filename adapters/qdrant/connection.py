@@ -124,10 +124,14 @@ class Connection:
         with self._guard:
             return translated(self.where, lambda: call(self.client))
 
+    def call(self, method: str, *arguments: Any, **options: Any) -> Any:
+        """Calls a method of the client by its name."""
+        return self.ask(lambda client: getattr(client, method)(*arguments, **options))
+
     def version(self) -> str:
         """Version of the server, asked for once; of the client, for a folder."""
         if self._version is None:
-            info = self.ask(lambda client: client.info())
+            info = self.call("info")
             if "qdrant" not in info.title:
                 raise ForeignServer(f"{self.where} calls itself {one_line(info.title)}")
             self._version = str(info.version)
@@ -146,7 +150,7 @@ class Connection:
             )
             found = answer["result"]
         else:
-            found = self.ask(lambda client: client.get_collection(collection)).model_dump(mode="json")
+            found = self.call("get_collection", collection).model_dump(mode="json")
         config = {**set_only(found["config"]), "metadata": found["config"].get("metadata")}  # where null is a value
         return {"config": config, "payload_schema": set_only(found.get("payload_schema") or {})}
 

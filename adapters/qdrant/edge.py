@@ -14,7 +14,7 @@ everything is checked here, and nothing that could be refused is handed over.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -54,7 +54,7 @@ from migrator.adapters.qdrant.shard import Folder
 from migrator.adapters.vectors import as_batch, as_queries, contents, one_line, unusable
 
 if TYPE_CHECKING:
-    from qdrant_edge import EdgeShard, Filter, Record
+    from qdrant_edge import Filter, Record
 
 T = TypeVar("T")
 
@@ -97,9 +97,10 @@ class EdgeStore(BaseStore):
 
     # -- facts ----------------------------------------------------------------------------------------------------
 
-    def _ask(self, call: Callable[[EdgeShard], T]) -> T:
+    def _call(self, method: str, *arguments: Any) -> Any:
+        """Calls a method of the engine's shard by its name."""
         self._must_be_open()
-        return self._shard.ask(call)
+        return self._shard.call(method, *arguments)
 
     def _vector(self, wanted: str | None) -> tuple[str, dict[str, Any]]:
         """Name (empty for the unnamed one) and parameters of the vector that is migrated."""
@@ -244,7 +245,7 @@ class EdgeStore(BaseStore):
                 with_payload=payload,
                 with_vector=[self._name] if vectors else False,
             )
-            records, offset = self._ask(lambda edge, request=request: edge.scroll(request))  # type: ignore[misc]
+            records, offset = self._call("scroll", request)
             for record in records:
                 if beyond is not None or last is not None:
                     key = order_key(plain_id(record.id))
@@ -275,7 +276,7 @@ class EdgeStore(BaseStore):
         request = ScrollRequest(
             limit=len(possible), filter=self._filter(ids=possible), with_payload=payload, with_vector=vectors
         )
-        records, _ = self._ask(lambda edge: edge.scroll(request)) if possible else ([], None)
+        records, _ = self._call("scroll", request) if possible else ([], None)
         return {plain_id(record.id): record for record in records}
 
     def _page(self, records: Sequence[Record], *, vectors: bool, payload: bool) -> Page:
@@ -302,7 +303,7 @@ class EdgeStore(BaseStore):
         from qdrant_edge import CountRequest
 
         request = CountRequest(exact=True, filter=self._filter(stamp=stamp))
-        return self._ask(lambda edge: edge.count(request))
+        return int(self._call("count", request))
 
     def search(self, vectors: Vectors, k: int, *, exact: bool = False) -> Hits:
         """The k nearest points to each of `vectors` (n, dim). `exact` compares with all of them."""
@@ -323,7 +324,7 @@ class EdgeStore(BaseStore):
                     for query in queries[start : start + 100].tolist()
                 ]
             )
-            for answer in self._ask(lambda edge, batch=batch: edge.query_batch(batch)):  # type: ignore[misc]
+            for answer in self._call("query_batch", batch):
                 ids.append([plain_id(point.id) for point in answer])
                 scores.append([-(point.score**2) if l2 else point.score for point in answer])
         return Hits(ids, scores)
@@ -402,7 +403,9 @@ class EdgeStore(BaseStore):
         mode = UpdateMode.Upsert if create else UpdateMode.UpdateOnly
 
         def write(batch: list[Any]) -> None:
-            self._ask(lambda edge: edge.update(UpdateOperation.upsert_points(batch, update_mode=mode)))
+            self._must_be_open()
+            # The engine may also refuse what an operation is made of.
+            self._shard.ask(lambda edge: edge.update(UpdateOperation.upsert_points(batch, update_mode=mode)))
 
         return write_halving(points, write, lambda point: plain_id(point.id))
 
@@ -410,8 +413,8 @@ class EdgeStore(BaseStore):
         """Nothing: a written vector answers at once. `final` builds the HNSW index over what was written."""
         self._must_write()
         if final:
-            self._ask(lambda edge: edge.optimize())
-        self._ask(lambda edge: edge.flush())
+            self._call("optimize")
+        self._call("flush")
 
     def clear_migration_state(self) -> None:
         """Removes the stamps."""
@@ -419,14 +422,14 @@ class EdgeStore(BaseStore):
         from qdrant_edge import Filter, IsEmptyCondition, UpdateOperation
 
         carrying = Filter(must_not=[IsEmptyCondition(STAMP)])
-        self._ask(lambda edge: edge.update(UpdateOperation.delete_payload_by_filter(carrying, [STAMP])))
-        self._ask(lambda edge: edge.flush())
+        self._call("update", UpdateOperation.delete_payload_by_filter(carrying, [STAMP]))
+        self._call("flush")
 
     # -- a second collection ----------------------------------------------------------------------------------------
 
     def exists(self, collection_id: str) -> bool:
         """Whether there is a collection of that name; not an alias."""
-        self._ask(lambda edge: None)
+        self._must_be_open()
         return self._folder.exists(collection_id)
 
     def open_collection(self, collection_id: str) -> EdgeStore:
@@ -445,7 +448,7 @@ class EdgeStore(BaseStore):
         made = not self.exists(collection_id)
         if made:
             vectors = {**self._shard.config["vectors"], self._name: {**self._params, "size": dim}}
-            found = self._ask(lambda edge: edge.info()).payload_schema
+            found = self._call("info").payload_schema
             indexes = {field: index.params or index.data_type for field, index in found.items() if field != STAMP}
             self._folder.create(collection_id, {**self._shard.config, "vectors": vectors}, indexes)
         store = self.open_collection(collection_id)
@@ -474,7 +477,7 @@ class EdgeStore(BaseStore):
         params = {name: value for name, value in self._params.items() if name != "size"}
         config = {**self._shard.config, "vectors": {**self._shard.config["vectors"], self._name: params}}
         found = dict(flat(config, ""))
-        for field, index in self._ask(lambda edge: edge.info()).payload_schema.items():
+        for field, index in self._call("info").payload_schema.items():
             if field != STAMP:
                 found[f"payload index {field}"] = (str(index.data_type), _fields(index.params))
         return found
@@ -483,7 +486,7 @@ class EdgeStore(BaseStore):
         """Refuses a collection with points that lack the vector."""
         from qdrant_edge import CountRequest
 
-        without = self._ask(lambda edge: edge.count(CountRequest(exact=True))) - self.count()
+        without = self._call("count", CountRequest(exact=True)) - self.count()
         if without > 0:
             raise StoreRejected(
                 f"collection {self._collection} has {without} points without the vector {self._name!r}, which a copy "
@@ -534,7 +537,7 @@ class EdgeStore(BaseStore):
 
         possible: list[Any] = [item for item in ids if can_be_id(item)]
         if possible:
-            self._ask(lambda edge: edge.update(UpdateOperation.delete_points(possible)))
+            self._call("update", UpdateOperation.delete_points(possible))
         self._shard.sync()
 
     def swap_alias(self, alias: str, *, to: str) -> None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -36,9 +36,6 @@ from migrator.adapters.qdrant.points import (
 )
 from migrator.adapters.vectors import as_queries
 
-if TYPE_CHECKING:
-    from qdrant_client import QdrantClient
-
 T = TypeVar("T")
 
 OLDEST = (1, 10)  # the first server version that answers as the client asks (query/batch)
@@ -63,16 +60,17 @@ class QdrantReader(BaseStore):
 
     # -- facts ----------------------------------------------------------------------------------------------------
 
-    def _ask(self, call: Callable[[QdrantClient], T]) -> T:
+    def _call(self, method: str, *arguments: Any, **options: Any) -> Any:
+        """Calls a method of the client by its name."""
         self._must_be_open()
-        return self._connection.ask(call)
+        return self._connection.call(method, *arguments, **options)
 
     def _resolve(self, collection: str) -> tuple[str, str | None]:
         """The collection's own name, and the alias if it was that."""
         there = self._collections()
         if collection in there:
             return collection, None
-        for found in self._connection.ask(lambda client: client.get_aliases()).aliases:
+        for found in self._connection.call("get_aliases").aliases:
             if found.alias_name == collection:
                 if found.collection_name not in there:
                     raise StoreRejected(
@@ -85,10 +83,10 @@ class QdrantReader(BaseStore):
         )
 
     def _collections(self) -> set[str]:
-        return {found.name for found in self._connection.ask(lambda client: client.get_collections()).collections}
+        return {found.name for found in self._connection.call("get_collections").collections}
 
     def _config(self) -> Any:
-        return self._connection.ask(lambda client: client.get_collection(self._collection))
+        return self._connection.call("get_collection", self._collection)
 
     def _vector(self, wanted: str | None) -> tuple[str, Any]:
         """Name (empty for the unnamed one) and parameters of the vector that is migrated."""
@@ -172,9 +170,7 @@ class QdrantReader(BaseStore):
         """Facts of the collection as it is now. The schema is taken from the first points' payloads."""
         config = self._config().config
         some = self._allowed(100, "max_query_limit")
-        records, _ = self._ask(
-            lambda client: client.scroll(self._collection, limit=some, with_payload=True, with_vectors=False)
-        )
+        records, _ = self._call("scroll", self._collection, limit=some, with_payload=True, with_vectors=False)
         schema: dict[str, str] = {}
         for record in records:
             for field, value in (record.payload or {}).items():
@@ -249,16 +245,15 @@ class QdrantReader(BaseStore):
         reached: tuple[bool, int, str] | None = None
         while len(found) < limit:
             size = min(limit - len(found) + 1, per_request)
-            records, offset = self._ask(
-                lambda client, offset=offset, size=size: client.scroll(  # type: ignore[misc]
-                    self._collection,
-                    scroll_filter=condition,
-                    limit=size,
-                    offset=offset,
-                    with_payload=fields,
-                    with_vectors=which,
-                    consistency=majority(),
-                )
+            records, offset = self._call(
+                "scroll",
+                self._collection,
+                scroll_filter=condition,
+                limit=size,
+                offset=offset,
+                with_payload=fields,
+                with_vectors=which,
+                consistency=majority(),
             )
             for record in records:
                 key = order_key(plain_id(record.id))
@@ -296,11 +291,10 @@ class QdrantReader(BaseStore):
 
     def _retrieve(self, ids: Sequence[ItemId], fields: Any, which: Any, size: int) -> dict[ItemId, Any]:
         found: dict[ItemId, Any] = {}
-        for part in parts([item for item in ids if can_be_id(item)], size):
-            records = self._ask(
-                lambda client, part=part: client.retrieve(  # type: ignore[misc]
-                    self._collection, ids=part, with_payload=fields, with_vectors=which, consistency=majority()
-                )
+        possible = [item for item in ids if can_be_id(item)]
+        for part in parts(possible, size):
+            records = self._call(
+                "retrieve", self._collection, ids=part, with_payload=fields, with_vectors=which, consistency=majority()
             )
             found.update({plain_id(record.id): record for record in records})
         return found
@@ -389,7 +383,7 @@ class QdrantReader(BaseStore):
         return self._count(self._filter(stamp=stamp))
 
     def _count(self, condition: Any) -> int:
-        return int(self._ask(lambda client: client.count(self._collection, count_filter=condition, exact=True)).count)
+        return int(self._call("count", self._collection, count_filter=condition, exact=True).count)
 
     def search(self, vectors: Vectors, k: int, *, exact: bool = False) -> Hits:
         """The k nearest points to each of `vectors` (n, dim). `exact` compares with all of them."""
@@ -411,9 +405,7 @@ class QdrantReader(BaseStore):
         size = self._allowed(100, "search_max_batchsize")
         for start in range(0, len(requests), size):
             block = requests[start : start + size]
-            answers = self._ask(
-                lambda client, block=block: client.query_batch_points(self._collection, requests=block)  # type: ignore[misc]
-            )
+            answers = self._call("query_batch_points", self._collection, requests=block)
             for answer in answers:
                 ids.append([plain_id(point.id) for point in answer.points])
                 values = [float(point.score) for point in answer.points]
@@ -435,14 +427,14 @@ class QdrantReader(BaseStore):
 
     def _aliases(self) -> list[str]:
         """Aliases of this collection."""
-        found = self._ask(lambda client: client.get_collection_aliases(self._collection)).aliases
+        found = self._call("get_collection_aliases", self._collection).aliases
         return [each.alias_name for each in found]
 
-    def _change(self, call: Callable[[QdrantClient], Any]) -> None:
+    def _change(self, method: str, *arguments: Any, **options: Any) -> None:
         """Makes a change, or several in one request, and sees that they were made and not only noted for later."""
         if self._fence is not None:
             self._fence(self._connection.timeout)
-        result = self._ask(call)
+        result = self._call(method, *arguments, **options)
         for each in result if isinstance(result, list) else [result]:
             status = getattr(getattr(each, "status", None), "value", None)
             if status != "completed":
@@ -455,9 +447,7 @@ class QdrantReader(BaseStore):
         if self._indexed or self._connection.local:
             return
         self._change(
-            lambda client: client.create_payload_index(
-                self._collection, STAMP, field_schema=models.PayloadSchemaType.KEYWORD, wait=True
-            )
+            "create_payload_index", self._collection, STAMP, field_schema=models.PayloadSchemaType.KEYWORD, wait=True
         )
         self._indexed = True
 

@@ -106,10 +106,8 @@ class Folder:
             (temporary / CONFIG).write_text(json.dumps(config))
             shard = Shard(temporary)
             for field, schema in indexes.items():
-                shard.ask(lambda edge, field=field, schema=schema: edge.update(  # type: ignore[misc]
-                    UpdateOperation.create_field_index(field, schema)
-                ))  # fmt: skip
-            shard.ask(lambda edge: edge.flush())
+                shard.call("update", UpdateOperation.create_field_index(field, schema))
+            shard.call("flush")
             shard.close()
             temporary.rename(place)
             sync_folder(self.path)
@@ -204,6 +202,10 @@ class Shard:
     def _busy(self) -> StoreBusy:
         return StoreBusy(f"{self.path} is open in another process: stop the application, then again")
 
+    def call(self, method: str, *arguments: Any) -> Any:
+        """Calls a method of the engine's shard by its name."""
+        return self.ask(lambda edge: getattr(edge, method)(*arguments))
+
     def ask(self, call: Callable[[EdgeShard], T]) -> T:
         """Makes a call, with the engine's exceptions in this package's words."""
         with self.guard:
@@ -222,7 +224,7 @@ class Shard:
                 for place in (*files, log):
                     sync_folder(place)
             if len(files) > LOG_FILES:
-                self.ask(lambda edge: edge.flush())
+                self.call("flush")
 
     def close(self) -> None:
         """Flushes, and releases the locks. Safe to repeat."""

@@ -170,7 +170,7 @@ class QdrantStore(QdrantReader):
                     set_payload=models.SetPayload(payload={STAMP: stamp}, filter=self._filter(stamp=intent, ids=items))
                 ),
             ]
-            self._change(lambda client: client.batch_update_points(self._written_name, operations, wait=True))
+            self._change("batch_update_points", self._written_name, operations, wait=True)
 
         refused = write_halving(
             list(to_write), lambda items: self._despite_missing(items, put), lambda item: item, refusal=BadRequest
@@ -216,7 +216,7 @@ class QdrantStore(QdrantReader):
         self._despite_missing(
             items,
             lambda these: self._change(
-                lambda client: client.set_payload(self._written_name, {STAMP: intent}, points=id_list(these), wait=True)
+                "set_payload", self._written_name, {STAMP: intent}, points=id_list(these), wait=True
             ),
         )
 
@@ -224,9 +224,7 @@ class QdrantStore(QdrantReader):
         """Takes the stamps of these points away."""
         self._despite_missing(
             items,
-            lambda these: self._change(
-                lambda client: client.delete_payload(self._written_name, [STAMP], points=id_list(these), wait=True)
-            ),
+            lambda these: self._change("delete_payload", self._written_name, [STAMP], points=id_list(these), wait=True),
         )
 
     def _as_vector(self, vector: Vectors, further: FurtherVectors | None = None) -> Any:
@@ -245,7 +243,7 @@ class QdrantStore(QdrantReader):
         if self._connection.local or alias in self._aliases():
             return
         create = models.CreateAlias(collection_name=self._collection, alias_name=alias)
-        self._ask(lambda client: client.update_collection_aliases([models.CreateAliasOperation(create_alias=create)]))
+        self._call("update_collection_aliases", [models.CreateAliasOperation(create_alias=create)])
 
     def delete_write_alias(self, alias: str) -> None:
         """On a server; a local folder is locked."""
@@ -254,7 +252,7 @@ class QdrantStore(QdrantReader):
         if self._connection.local or alias not in self._aliases():
             return
         delete = models.DeleteAlias(alias_name=alias)
-        self._ask(lambda client: client.update_collection_aliases([models.DeleteAliasOperation(delete_alias=delete)]))
+        self._call("update_collection_aliases", [models.DeleteAliasOperation(delete_alias=delete)])
 
     def write_through(self, alias: str) -> None:
         """Where the alias exists: a server may forbid it."""
@@ -264,7 +262,7 @@ class QdrantStore(QdrantReader):
     def publish(self, *, final: bool = False) -> None:
         """Nothing: a written vector answers at once."""
         self._must_write()
-        self._ask(lambda client: client.get_collection(self._collection))
+        self._call("get_collection", self._collection)
 
     def clear_migration_state(self) -> None:
         """Removes the stamps."""
@@ -273,21 +271,21 @@ class QdrantStore(QdrantReader):
 
         self._finds_stamps()  # strict mode needs their index, also where no write has made it
         carrying = models.Filter(must_not=[models.IsEmptyCondition(is_empty=models.PayloadField(key=STAMP))])
-        self._change(lambda client: client.delete_payload(self._collection, [STAMP], points=carrying, wait=True))
+        self._change("delete_payload", self._collection, [STAMP], points=carrying, wait=True)
         if not self._connection.local:
-            self._change(lambda client: client.delete_payload_index(self._collection, STAMP, wait=True))
+            self._change("delete_payload_index", self._collection, STAMP, wait=True)
             self._indexed = False
 
     # -- a second collection ----------------------------------------------------------------------------------------
 
     def exists(self, collection_id: str) -> bool:
         """Whether there is a collection of that name."""
-        self._ask(lambda client: None)
+        self._must_be_open()
         return collection_id in self._collections()
 
     def open_collection(self, collection_id: str) -> QdrantStore:
         """Another collection over the same connection."""
-        self._ask(lambda client: None)
+        self._must_be_open()
         connection = self._connection.shared()
         try:
             store = QdrantStore(connection, collection_id, vector=self._name, write=self._write)
@@ -319,7 +317,7 @@ class QdrantStore(QdrantReader):
             self._complete(collection_id)
             differs = self._difference(collection_id)
             if differs and not made and store.count() == 0:
-                self._ask(lambda client: client.delete_collection(collection_id))
+                self._call("delete_collection", collection_id)
                 made = True
                 self._create(collection_id, dim)
                 self._complete(collection_id)
@@ -350,7 +348,7 @@ class QdrantStore(QdrantReader):
             words["vectors_config"] = vectors.model_copy(update={"size": dim})
         if "sparse_vectors" in words:
             words["sparse_vectors_config"] = words.pop("sparse_vectors")
-        self._ask(lambda client: client.create_collection(collection_id, **words))
+        self._call("create_collection", collection_id, **words)
 
     def _complete(self, collection_id: str) -> None:
         """What cannot be said when a collection is created. May be repeated: what is there already stays as it is."""
@@ -362,13 +360,15 @@ class QdrantStore(QdrantReader):
         late = {name: params[name] for name in late_settings(models) if name in params}
         if late:
             diff = models.CollectionParamsDiff.model_validate(late)
-            self._ask(lambda client: client.update_collection(collection_id, collection_params=diff))
+            self._call("update_collection", collection_id, collection_params=diff)
         for field, index in (self._config().payload_schema or {}).items():
             if field != STAMP:
                 self._change(
-                    lambda client, field=field, index=index: client.create_payload_index(  # type: ignore[misc]
-                        collection_id, field, field_schema=index.params or index.data_type, wait=True
-                    )
+                    "create_payload_index",
+                    collection_id,
+                    field,
+                    field_schema=index.params or index.data_type,
+                    wait=True,
                 )
 
     def _difference(self, collection_id: str) -> str | None:
@@ -402,7 +402,7 @@ class QdrantStore(QdrantReader):
                 "use rollout.strategy in_place"
             ) from error
         if self._connection.server_version() >= NAMED_SINCE:
-            without = int(self._ask(lambda client: client.count(self._collection, exact=True)).count) - self.count()
+            without = int(self._call("count", self._collection, exact=True).count) - self.count()
             if without > 0:
                 raise StoreRejected(
                     f"{where} has {without} points without the vector {self._name!r}, which a copy would lose: use "
@@ -445,7 +445,7 @@ class QdrantStore(QdrantReader):
         """Writes points; those that are refused by themselves, with the reason."""
 
         def write(batch: list[Any]) -> None:
-            self._change(lambda client: client.upsert(self._written_name, batch, wait=True))
+            self._change("upsert", self._written_name, batch, wait=True)
 
         return write_halving(points, write, lambda point: plain_id(point.id), refusal=BadRequest)
 
@@ -454,27 +454,26 @@ class QdrantStore(QdrantReader):
         self._must_write()
         possible = [item for item in ids if can_be_id(item)]
         if possible:
-            self._change(lambda client: client.delete(self._written_name, points_selector=id_list(possible), wait=True))
+            self._change("delete", self._written_name, points_selector=id_list(possible), wait=True)
 
     def swap_alias(self, alias: str, *, to: str) -> None:
         """Moves the alias in one request."""
         from qdrant_client import models
 
         self._must_write()
-        leads_to = {found.alias_name: found.collection_name for found in self._ask(lambda c: c.get_aliases()).aliases}
+        leads_to = {found.alias_name: found.collection_name for found in self._call("get_aliases").aliases}
         if alias not in leads_to:
             raise StoreRejected(f"{self._connection.where} has no alias {alias!r}")
         if not self.exists(to):
             raise StoreRejected(f"{self._connection.where} has no collection {to!r} to point {alias!r} at")
         if leads_to[alias] == to:
             return
-        self._ask(
-            lambda client: client.update_collection_aliases(
-                [
-                    models.DeleteAliasOperation(delete_alias=models.DeleteAlias(alias_name=alias)),
-                    models.CreateAliasOperation(create_alias=models.CreateAlias(collection_name=to, alias_name=alias)),
-                ]
-            )
+        self._call(
+            "update_collection_aliases",
+            [
+                models.DeleteAliasOperation(delete_alias=models.DeleteAlias(alias_name=alias)),
+                models.CreateAliasOperation(create_alias=models.CreateAlias(collection_name=to, alias_name=alias)),
+            ],
         )
 
     def drop(self) -> None:
@@ -482,7 +481,7 @@ class QdrantStore(QdrantReader):
         self._must_write()
         if aliases := self._aliases():
             raise StoreRejected(f"{self._collection} is not deleted: the alias {aliases[0]!r} leads to it")
-        self._ask(lambda client: client.delete_collection(self._collection))
+        self._call("delete_collection", self._collection)
         self.close()
 
     def close(self) -> None:

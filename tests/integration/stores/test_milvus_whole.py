@@ -17,7 +17,7 @@ from pymilvus.client.types import LoadState
 from migrator.adapters.base import Page, StoreRejected
 from migrator.adapters.milvus.collection import Description, create, difference, wanted
 from migrator.adapters.milvus.connection import Connection
-from migrator.adapters.milvus.reader import plain
+from migrator.adapters.milvus.reader import plain_value
 from migrator.adapters.registry import open_store
 from tests.integration.stores.contract import DIM, unit_vectors
 from tests.integration.stores.test_milvus import drop_new
@@ -401,7 +401,7 @@ def test_vectors_of_bytes_go_back_as_the_client_gives_them(kind: DataType, value
 
     first = packed(value)
     (row,) = HybridExtraList([first], [{"other": None}], strict_float32=True)
-    assert packed(plain(row["other"], field)) == first
+    assert packed(plain_value(row["other"], field)) == first
 
 
 # -- what no server here has ----------------------------------------------------------------------------------------
