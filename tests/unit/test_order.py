@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from functools import partial
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from migrator.adapters.base import ItemId, Page, order_key
+from migrator.adapters.iterate import pages
 from migrator.backfill import order as module
 from migrator.backfill.order import badness, worst_first, worst_first_ids
 from migrator.errors import UsageProblem
@@ -83,7 +85,7 @@ def test_a_collection_page_by_page_is_in_the_same_order(labels, size, seed, cell
     in_order = list(store.items)
     rows = [ids.index(item) for item in in_order]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("migrator.embedding.stored_vectors.PAGE", size)
+        patch.setattr(module, "pages", partial(pages, size=size))
         patch.setattr(module, "CELLS", cells)
         found = ids_worst_first(store)
     assert sorted(map(repr, found)) == sorted(map(repr, ids)), "each item once, and 7 is not '7'"
