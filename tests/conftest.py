@@ -14,7 +14,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("MKL_NUM_THREADS", "1")
 
 # Its asserts explain themselves only if pytest hears of it before anything imports it.
-pytest.register_assert_rewrite("tests.integration.stores.contract")
+pytest.register_assert_rewrite("migrator.adapters.testing")
 
 from migrator.cli import run  # noqa: E402
 from migrator.ledger import Ledger  # noqa: E402

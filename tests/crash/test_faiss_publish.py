@@ -22,7 +22,7 @@ import numpy as np
 import pytest
 
 from migrator.adapters.base import Store
-from tests.integration.stores.contract import payloads_of, unit_vectors
+from migrator.adapters.testing import payloads_of, unit_vectors
 from tests.integration.stores.galleries import Flavour, Gallery
 
 pytestmark = pytest.mark.crash

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 
 from migrator.adapters.base import ItemId, Store, Vectors
 from migrator.adapters.registry import open_store
-from tests.integration.stores.contract import Collection
+from migrator.adapters.testing import Collection
 
 
 @dataclass(frozen=True)

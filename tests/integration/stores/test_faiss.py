@@ -12,7 +12,7 @@ import pytest
 from hypothesis import strategies as st
 
 from migrator.adapters.base import ItemId, Vectors
-from tests.integration.stores.contract import Make, StoreContract
+from migrator.adapters.testing import Make, StoreContract
 from tests.integration.stores.galleries import Flavour, Gallery
 
 INTEGERS = [

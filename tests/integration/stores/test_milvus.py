@@ -19,7 +19,7 @@ from migrator.adapters.milvus.connection import Connection
 from migrator.adapters.milvus.lite import Known
 from migrator.adapters.milvus.reader import STAMP
 from migrator.adapters.registry import open_store
-from tests.integration.stores.contract import DIM, Collection, Make, StoreContract, payloads_of, unit_vectors
+from migrator.adapters.testing import DIM, Collection, Make, StoreContract, payloads_of, unit_vectors
 from tests.milvus_server import ON_THE_SERVER, MilvusServer
 
 

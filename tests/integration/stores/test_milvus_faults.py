@@ -22,7 +22,7 @@ from migrator.adapters.base import Page, Store, StoreError, StoreRejected, Store
 from migrator.adapters.milvus.connection import Connection
 from migrator.adapters.milvus.reader import PARTITION
 from migrator.adapters.registry import open_store
-from tests.integration.stores.contract import DIM, payloads_of, unit_vectors
+from migrator.adapters.testing import DIM, payloads_of, unit_vectors
 from tests.integration.stores.test_milvus import drop_new
 from tests.line import Line, line_to
 from tests.milvus_server import ON_THE_SERVER, MilvusServer

@@ -18,7 +18,7 @@ from pymilvus import DataType, MilvusClient, MilvusException
 from migrator.adapters.base import Page, Store, StoreRejected
 from migrator.adapters.milvus.connection import Connection
 from migrator.adapters.registry import open_store
-from tests.integration.stores.contract import DIM, unit_vectors
+from migrator.adapters.testing import DIM, unit_vectors
 from tests.integration.stores.test_milvus import drop_new
 from tests.milvus_server import ON_THE_SERVER, MilvusServer
 

@@ -19,7 +19,7 @@ from migrator.adapters.milvus.collection import Description, create, difference,
 from migrator.adapters.milvus.connection import Connection
 from migrator.adapters.milvus.reader import plain_value
 from migrator.adapters.registry import open_store
-from tests.integration.stores.contract import DIM, unit_vectors
+from migrator.adapters.testing import DIM, unit_vectors
 from tests.integration.stores.test_milvus import drop_new
 from tests.milvus_server import ON_THE_SERVER, MilvusServer
 

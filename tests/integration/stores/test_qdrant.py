@@ -21,7 +21,7 @@ from migrator.adapters.qdrant.connection import Connection
 from migrator.adapters.qdrant.points import STAMP
 from migrator.adapters.qdrant.store import QdrantStore
 from migrator.adapters.registry import open_store
-from tests.integration.stores.contract import DIM, Collection, Make, StoreContract, payloads_of, unit_vectors
+from migrator.adapters.testing import DIM, Collection, Make, StoreContract, payloads_of, unit_vectors
 
 UUIDS = st.uuids().map(str)
 

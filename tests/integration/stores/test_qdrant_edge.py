@@ -28,7 +28,7 @@ from migrator.adapters.qdrant.edge import EdgeStore
 from migrator.adapters.qdrant.points import STAMP
 from migrator.adapters.qdrant.shard import LOG_FILES, Folder, Shard
 from migrator.adapters.registry import open_store
-from tests.integration.stores.contract import (
+from migrator.adapters.testing import (
     DIM,
     Collection,
     Make,
@@ -652,7 +652,7 @@ def test_a_lock_is_taken_for_as_long_as_the_store_is_open(path: Path) -> None:
 WRITER = """
 import sys
 from migrator.adapters.registry import open_store
-from tests.integration.stores.contract import unit_vectors
+from migrator.adapters.testing import unit_vectors
 store = open_store({"kind": "qdrant", "engine": "edge", "path": sys.argv[1], "collection": "products"}, write=True)
 for turn in range(int(sys.argv[2]), 10**6):
     vectors = unit_vectors(2000, seed=turn)

@@ -13,8 +13,8 @@ from qdrant_client import QdrantClient, models
 
 from migrator.adapters.base import StoreRejected, StoreUnavailable
 from migrator.adapters.registry import open_store
+from migrator.adapters.testing import Make, payloads_of
 from migrator.retry import with_retries
-from tests.integration.stores.contract import Make, payloads_of
 from tests.integration.stores.test_qdrant import Points, QdrantContract, made_with
 from tests.integration.stores.test_qdrant_rest import IDS, NEW, OLD, THEIRS, Place, one_line
 from tests.qdrant_front import Front, Refusal, qdrant_front

@@ -20,8 +20,8 @@ from qdrant_client import QdrantClient, models
 from migrator.adapters.base import ItemId, Page, Store, StoreRejected, StoreUnavailable, Vectors
 from migrator.adapters.qdrant.store import QdrantStore
 from migrator.adapters.registry import open_store
+from migrator.adapters.testing import DIM, Make, payloads_of, unit_vectors
 from migrator.retry import with_retries
-from tests.integration.stores.contract import DIM, Make, payloads_of, unit_vectors
 from tests.integration.stores.test_qdrant import UUIDS, Points, QdrantContract, made_with
 from tests.qdrant_front import Front, Refusal, qdrant_front, qdrant_process
 

@@ -18,7 +18,7 @@ from migrator.adapters.base import Page, Sparse, Store, StoreRejected, with_furt
 from migrator.adapters.qdrant.connection import Connection
 from migrator.adapters.qdrant.store import QdrantStore
 from migrator.adapters.registry import open_store
-from tests.integration.stores.contract import DIM, unit_vectors
+from migrator.adapters.testing import DIM, unit_vectors
 from tests.qdrant_front import Front, qdrant_front
 from tests.qdrant_grpc import grpc_door
 

@@ -12,10 +12,10 @@ import pytest
 from pymilvus import MilvusClient
 
 from migrator.adapters.base import ItemId, Page, Store, Vectors
+from migrator.adapters.testing import Make, StoreContract, payloads_of, unit_vectors
 from migrator.backfill.files import LogFiles
 from migrator.backfill.stamps import StampedStore, StampLog
 from migrator.errors import PreconditionFailed
-from tests.integration.stores.contract import Make, StoreContract, payloads_of, unit_vectors
 from tests.integration.stores.test_milvus import InLite, Rows, lite, lite_client
 
 __all__ = ["lite", "lite_client"]

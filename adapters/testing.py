@@ -1,7 +1,18 @@
-"""What every store must do. An adapter joins by a class that inherits `StoreContract` and says how a collection of its
-kind is made and how an application changes it behind the store's back.
+"""The contract of all stores, for pytest: what every store must do.
 
-What a store declares not to be able to do is skipped, visibly.
+An adapter, of this package or of another one, joins by a test class that inherits `StoreContract` and has a fixture
+`make`: how a collection of its kind is created, and how an application changes it behind the store's back
+(`Collection`). What a store declares that it cannot do is skipped, visibly.
+
+    pip install 'advbct-migrator[testing]'
+
+    # conftest.py, so that a failed assert shows its values
+    pytest.register_assert_rewrite("migrator.adapters.testing")
+
+    # test_my_store.py
+    class TestMyStore(StoreContract):
+        @pytest.fixture
+        def make(self, tmp_path): ...
 """
 
 from __future__ import annotations
@@ -66,15 +77,19 @@ Make = Callable[[Sequence[ItemId], Vectors, Sequence[dict[str, Any]]], Collectio
 
 
 def unit_vectors(n: int, seed: int = 0) -> Vectors:
-    vectors = np.random.default_rng(seed).standard_normal((n, DIM)).astype(np.float32)
-    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+    """(n, DIM) random directions."""
+    vectors: Vectors = np.random.default_rng(seed).standard_normal((n, DIM)).astype(np.float32)
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    return vectors
 
 
 def payloads_of(ids: Sequence[ItemId]) -> list[dict[str, Any]]:
+    """A payload for each id, with a text and a number."""
     return [{"path": f"images/{item}.png", "price": number / 4} for number, item in enumerate(ids)]
 
 
 def everything(store: Store, page: int = 37) -> list[ItemId]:
+    """All ids, page by page."""
     ids: list[ItemId] = []
     while more := store.scan_ids(after=ids[-1] if ids else None, limit=page):
         ids += more
@@ -82,12 +97,14 @@ def everything(store: Store, page: int = 37) -> list[ItemId]:
 
 
 def vectors_of(store: Store, ids: Sequence[ItemId]) -> Vectors:
+    """What the store reads for these ids, (n, DIM)."""
     vectors = store.read(ids, vectors=True, payload=False).vectors
     assert vectors is not None
     return vectors
 
 
 def stamps_of(store: Store, ids: Sequence[ItemId]) -> list[str | None]:
+    """The stamps of these ids."""
     return list(store.read(ids, vectors=False, payload=False).stamps)
 
 
@@ -100,6 +117,7 @@ def assert_same(store: Store, actual: Vectors, desired: Vectors) -> None:
 
 
 def assert_same_page(one: Page, other: Page) -> None:
+    """Two pages hold the same, bit for bit."""
     assert list(one.ids) == list(other.ids)
     assert one.vectors is not None
     assert other.vectors is not None
@@ -214,7 +232,7 @@ class StoreContract:
     def test_what_stays_is_seen_exactly_once_whatever_comes_and_goes(self, make: Make, data: st.DataObject) -> None:
         """An application inserts and deletes between any two pages."""
         ids = data.draw(st.lists(self.id_strategy, unique=True, min_size=3, max_size=20))
-        arriving = data.draw(st.lists(self.id_strategy, unique=True, max_size=6).map(set)) - set(ids)
+        arriving = set(data.draw(st.lists(self.id_strategy, unique=True, max_size=6))) - set(ids)
         leaving = data.draw(st.lists(st.sampled_from(ids), unique=True, max_size=len(ids) - 2))
         collection = make(ids, unit_vectors(len(ids)), payloads_of(ids))
         size = data.draw(st.integers(1, 6))
@@ -232,7 +250,7 @@ class StoreContract:
                     break
                 seen += page
                 for _ in range(data.draw(st.integers(0, 2))):
-                    if arriving and data.draw(st.booleans()):
+                    if len(arriving) > 0 and data.draw(st.booleans()):
                         item = arriving.pop()
                         collection.insert([item], unit_vectors(1), payloads_of([item]))
                     elif leaving:
@@ -270,7 +288,8 @@ class StoreContract:
         page = store.read(wanted, vectors=True, payload=True)
         assert list(page.ids) == [ids[5], ids[2], ids[9]]
         assert page.vectors is not None
-        assert (page.vectors.dtype, page.vectors.shape) == (np.float32, (3, DIM))
+        assert page.vectors.dtype == np.float32
+        assert page.vectors.shape == (3, DIM)
         if store.capabilities.exact_vectors:
             assert_same(store, page.vectors, old[[5, 2, 9]])
         assert page.payloads is not None
@@ -570,7 +589,8 @@ class StoreContract:
             assert shadow.describe().dim == 2 * DIM
             with pytest.raises(StoreRejected):
                 shadow.insert(Page(ids[:1], unit_vectors(1), payloads_of(ids[:1]), [None]))
-            wide = np.concatenate([unit_vectors(20), unit_vectors(20, seed=4)], axis=1) / np.float32(np.sqrt(2))
+            wide = np.concatenate([unit_vectors(20), unit_vectors(20, seed=4)], axis=1)
+            wide = (wide / np.sqrt(2)).astype(np.float32)
             shadow.insert(Page(ids[:20], wide, payloads_of(ids[:20]), [None] * 20))
             shadow.publish(final=True)
             assert shadow.count() == 20
