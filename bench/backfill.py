@@ -164,7 +164,10 @@ def pipeline(items: int = 20_000, *, arch: str = "resnet18", size: int = 32) -> 
     """Wall time of a backfill over the time of its slowest stage alone, the encoder on images ready in memory."""
     import torch
 
-    from migrator.trainer.encoders.encoder import EncoderSpec, Preprocessing, build_model, save_encoder
+    from migrator.trainer.encoders.building import build_model
+    from migrator.trainer.encoders.saving import save_encoder
+    from migrator.trainer.encoders.spec import EncoderSpec
+    from migrator.trainer.images.preprocessing import Preprocessing
 
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

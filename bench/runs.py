@@ -141,7 +141,9 @@ def do(run: Run, device: str) -> float:
 def trained(run: Run, folder: Path, device: str, result: dict[str, Any]) -> NDArray[np.float32]:
     """Trains by `fit`. The vectors of the test rows; a run that others build on also leaves its encoder."""
     from migrator.trainer.data.items import TrainingItems
-    from migrator.trainer.encoders.encoder import EncoderSpec, Preprocessing, load_encoder
+    from migrator.trainer.encoders.loading import load_encoder
+    from migrator.trainer.encoders.spec import EncoderSpec
+    from migrator.trainer.images.preprocessing import Preprocessing
     from migrator.trainer.images.source import ImageSource
     from migrator.trainer.training.fit import fit
     from migrator.trainer.training.settings import FitSettings
@@ -200,7 +202,7 @@ def encoded(encoder: Any, images: Images, rows: NDArray[np.int64]) -> NDArray[np
 @cache
 def pixels_of(dataset: str, image_size: int) -> NDArray[np.uint8]:
     """Every image of a data set as an encoder takes it, (n, 3, S, S): made once, then a file for all runs."""
-    from migrator.trainer.encoders.encoder import Preprocessing
+    from migrator.trainer.images.preprocessing import Preprocessing
     from migrator.trainer.images.source import ImageSource
 
     images = images_of(dataset)

@@ -38,7 +38,9 @@ def step_of(kind: str, arch: str, image_size: int, device: str, *, fast: bool) -
 
     from bench.published import Published
     from migrator.trainer.data.augment import augmented, draw_views
-    from migrator.trainer.encoders.encoder import EncoderSpec, Preprocessing, build_model
+    from migrator.trainer.encoders.building import build_model
+    from migrator.trainer.encoders.spec import EncoderSpec
+    from migrator.trainer.images.preprocessing import Preprocessing
     from migrator.trainer.methods.registry import LossSettings, build_objective
     from migrator.trainer.old_space import measure_old_space
 

@@ -113,9 +113,12 @@ def _save_list(file: Path, numbers: NDArray[np.int64], labels: NDArray[np.int64]
 
 def _train_old(folder: Path) -> Encoder:
     from migrator.trainer.data.items import read_items
-    from migrator.trainer.encoders.encoder import EncoderSpec, Preprocessing, load_encoder
+    from migrator.trainer.encoders.loading import load_encoder
+    from migrator.trainer.encoders.spec import EncoderSpec
+    from migrator.trainer.images.preprocessing import Preprocessing
     from migrator.trainer.images.source import ImageSource
-    from migrator.trainer.training.fit import FitSettings, fit
+    from migrator.trainer.training.fit import fit
+    from migrator.trainer.training.settings import FitSettings
 
     spec = EncoderSpec(arch="resnet10t", dim=DIM, preprocessing=Preprocessing(image_size=SIZE))
     settings = FitSettings(method="independent", epochs=5, batch_size=50, seed=1)

@@ -23,7 +23,7 @@ from migrator.training_runs import DEFAULT_RUN, encoder_of, folder_of, list_runs
 if TYPE_CHECKING:
     from migrator.adapters.base import ItemId, Store
     from migrator.trainer.encoders.encoder import Encoder as LoadedEncoder
-    from migrator.trainer.encoders.encoder import EncoderSpec
+    from migrator.trainer.encoders.spec import EncoderSpec
     from migrator.trainer.images.source import ImageSource
 
 
@@ -226,7 +226,7 @@ class Project:
 
         Raises `PreconditionFailed` where it has none, or a migration is under way.
         """
-        from migrator.trainer.encoders.encoder import read_manifest
+        from migrator.trainer.encoders.manifest import read_manifest
 
         folder = self.training_folder(run)
         if self.settings.train is None or encoder_of(folder) is None:
@@ -255,7 +255,8 @@ class Project:
 
     def _why_other_than_declared(self, weights: Path) -> str | None:
         """What differs between new_encoder and a trained encoder; None where it is as declared, or has no manifest."""
-        from migrator.trainer.encoders.encoder import read_manifest, require_same_declaration
+        from migrator.trainer.encoders.manifest import read_manifest
+        from migrator.trainer.encoders.spec import require_same_declaration
         from migrator.trainer.errors import EncoderMismatch, EncoderProblem
 
         try:
@@ -270,7 +271,7 @@ class Project:
 
     @staticmethod
     def _is_mapped(weights: Path) -> bool:
-        from migrator.trainer.encoders.encoder import read_manifest
+        from migrator.trainer.encoders.manifest import read_manifest
 
         manifest = read_manifest(weights)
         return manifest is not None and manifest.map is not None
@@ -318,7 +319,8 @@ class Project:
 
     def load_only(self, spec: EncoderSpec, expected_id: str | None = None, *, device: str = "auto") -> LoadedEncoder:
         """Loads an encoder as `load` does and writes nothing."""
-        from migrator.trainer.encoders.encoder import Manifest, load_encoder
+        from migrator.trainer.encoders.loading import load_encoder
+        from migrator.trainer.encoders.manifest import Manifest
 
         manifest = self.ledger.encoder_manifest(expected_id) if expected_id else None
         return load_encoder(spec, expected=Manifest.from_json(manifest) if manifest else None, device=device)
@@ -351,9 +353,10 @@ class Project:
         return spec, ids.get("new")
 
     def _spec(self, encoder: Encoder, weights: Path | None, *, pretrained: bool = False) -> EncoderSpec:
-        from migrator.trainer.encoders.backbones import MODULE
-        from migrator.trainer.encoders.encoder import EncoderSpec
-        from migrator.trainer.images.preprocessing import Preprocessing, timm_preprocessing
+        from migrator.trainer.encoders.spec import EncoderSpec
+        from migrator.trainer.encoders.timm_models import timm_preprocessing
+        from migrator.trainer.factories import MODULE
+        from migrator.trainer.images.preprocessing import Preprocessing
         from migrator.trainer.images.transforms import learn_transform
 
         given = encoder.given_preprocessing()

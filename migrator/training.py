@@ -26,7 +26,9 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from migrator.trainer.data.items import Excluded, TrainingItems
-    from migrator.trainer.training.fit import FitResult, FitSettings, Progress
+    from migrator.trainer.training.progress import Progress
+    from migrator.trainer.training.result import FitResult
+    from migrator.trainer.training.settings import FitSettings
 
 log = logging.getLogger(__name__)
 
@@ -109,7 +111,7 @@ def train(
 
 
 def _fit_settings(project: Project, config: Train, method: str | None) -> FitSettings:
-    from migrator.trainer.training.fit import FitSettings
+    from migrator.trainer.training.settings import FitSettings
 
     given: dict[str, Any] = config.model_dump(exclude={"items"}, exclude_none=True)
     given.setdefault("cache", project.training_folder().parent.parent / "images")  # shared by all runs

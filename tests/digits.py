@@ -9,7 +9,9 @@ import PIL.Image
 import torch
 from sklearn.datasets import load_digits
 
-from migrator.trainer.encoders.encoder import EncoderSpec, build_model, save_encoder
+from migrator.trainer.encoders.building import build_model
+from migrator.trainer.encoders.saving import save_encoder
+from migrator.trainer.encoders.spec import EncoderSpec
 
 
 def digits_with_old_encoder(folder: Path, count: int, spec: EncoderSpec) -> None:

@@ -61,7 +61,10 @@ class World:
 def make_world(folder: Path, *, items: int = 120, seed: int = 0) -> World:
     import torch
 
-    from migrator.trainer.encoders.encoder import EncoderSpec, Preprocessing, build_model, save_encoder
+    from migrator.trainer.encoders.building import build_model
+    from migrator.trainer.encoders.saving import save_encoder
+    from migrator.trainer.encoders.spec import EncoderSpec
+    from migrator.trainer.images.preprocessing import Preprocessing
 
     folder.mkdir(parents=True, exist_ok=True)
     world = World(folder)
@@ -122,7 +125,9 @@ def embed_images(world: World, which: str, names: Sequence[str]) -> np.ndarray:
 @functools.cache
 def _encoder(weights: bytes) -> Encoder:
     """The encoder of these weights; worlds that are copies of one another have the same."""
-    from migrator.trainer.encoders.encoder import EncoderSpec, Preprocessing, load_encoder
+    from migrator.trainer.encoders.loading import load_encoder
+    from migrator.trainer.encoders.spec import EncoderSpec
+    from migrator.trainer.images.preprocessing import Preprocessing
 
     with tempfile.NamedTemporaryFile(suffix=".safetensors") as file:
         file.write(weights)

@@ -13,15 +13,19 @@ as a method for choosing a good ridge parameter", Technometrics 21, 1979.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from migrator.trainer.errors import TrainingProblem
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from numpy.typing import NDArray
 
 POST_HOC = ("procrustes", "ridge", "residual_mlp")
 
@@ -76,6 +80,13 @@ def fit_map(kind: str, new: NDArray[np.float32], old: NDArray[np.float32], *, se
         if kind == "ridge":
             return _linear(kind, *ridge(new, old, best_ridge(new, old)))
         return _residual_mlp(new, old, seed=seed)
+
+
+def apply_map(fitted: Map, vectors: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Vectors (n, d) of unit length -> (n, D) of unit length."""
+    with torch.inference_mode():
+        mapped: NDArray[np.float32] = F.normalize(fitted(torch.tensor(vectors))).numpy()
+    return mapped
 
 
 def procrustes(new: NDArray[np.floating], old: NDArray[np.floating]) -> NDArray[np.float64]:

@@ -6,13 +6,17 @@ Source: AdvBCT, https://arxiv.org/abs/2305.02610, section 3.4.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
-from numpy.typing import NDArray
 
 from migrator.trainer.errors import TrainingProblem
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from numpy.typing import NDArray
 
 MIN_FOR_OUTLIERS = 4
 """In smaller classes quartiles are meaningless, and no distance is dropped as an outlier."""

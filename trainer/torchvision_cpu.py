@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import importlib
 import threading
-from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from migrator.trainer.errors import EncoderProblem
+
+if TYPE_CHECKING:
+    from types import ModuleType
 
 _SCHEMAS = (
     "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",

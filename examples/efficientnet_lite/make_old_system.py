@@ -20,7 +20,7 @@ from PIL import Image
 
 from migrator.embedding.embed import embed
 from migrator.project import Project
-from migrator.trainer.encoders.encoder import load_encoder
+from migrator.trainer.encoders.loading import load_encoder
 
 HERE = Path(__file__).parent
 KINDS = ("t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle-boot")

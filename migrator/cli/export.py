@@ -11,8 +11,8 @@ import click
 from migrator.cli.common import json_option, migration_options, open_project, print_json, say
 
 if TYPE_CHECKING:
-    from migrator.trainer.encoders.encoder import EncoderSpec
     from migrator.trainer.encoders.export import Format
+    from migrator.trainer.encoders.spec import EncoderSpec
 
 
 @click.command("export")
@@ -69,7 +69,8 @@ def declaration(spec: EncoderSpec) -> dict[str, Any]:
     """An encoder as `migrations.yaml` declares it, without keys at their defaults."""
     from dataclasses import fields
 
-    from migrator.trainer.encoders.backbones import MODULE, PROGRAMS
+    from migrator.trainer.encoders.architecture import PROGRAMS
+    from migrator.trainer.factories import MODULE
 
     preprocessing = spec.preprocessing
     keys: dict[str, Any] = {}

@@ -25,7 +25,7 @@ from migrator.errors import UsageProblem
 from migrator.training_runs import DEFAULT_RUN, is_cut_off
 
 if TYPE_CHECKING:
-    from migrator.trainer.training.fit import Progress
+    from migrator.trainer.training.progress import Progress
 
 METHODS = get_args(Method)
 TESTS = {

@@ -22,7 +22,8 @@ from migrator.trainer.errors import ImageProblem, TrainerError
 
 if TYPE_CHECKING:
     from migrator.adapters.base import Store
-    from migrator.trainer.encoders.encoder import Encoder, EncoderSpec
+    from migrator.trainer.encoders.encoder import Encoder
+    from migrator.trainer.encoders.spec import EncoderSpec
     from migrator.trainer.images.source import ImageSource
 
 SAME_ENCODER = 0.99
@@ -225,7 +226,7 @@ def check_agreement(
 
 def _manifest_of(spec: EncoderSpec) -> str | None:
     """Name of the file beside the weights that records how the encoder was declared."""
-    from migrator.trainer.encoders.encoder import read_manifest
+    from migrator.trainer.encoders.manifest import read_manifest
 
     known = spec.weights is not None and read_manifest(spec.weights) is not None
     return spec.weights.with_suffix(".json").name if spec.weights is not None and known else None
@@ -338,7 +339,7 @@ def _alternatives(base: _Variant) -> Iterator[_Variant]:
 
 def _other_weights(base: _Variant) -> list[Keys]:
     """Other weights in the same file, where it has some: without a key only one of them fits."""
-    from migrator.trainer.encoders.encoder import checkpoint_keys
+    from migrator.trainer.encoders.loading import checkpoint_keys
 
     if base.spec.checkpoint_key is None:
         return []
@@ -347,7 +348,7 @@ def _other_weights(base: _Variant) -> list[Keys]:
 
 def _changed(base: _Variant, change: Keys) -> _Variant | None:
     """`base` with these keys; None where they do not exist, change nothing, or make no encoder."""
-    from migrator.trainer.encoders.encoder import load_encoder
+    from migrator.trainer.encoders.loading import load_encoder
 
     known = {each.name for each in fields(base.spec.preprocessing)}
     own = {each.name for each in fields(base.spec)}

@@ -424,7 +424,7 @@ class _New:
 
 def _new_or_untrained(project: Project) -> _New:
     """The new encoder; before training one of random weights, which is as fast."""
-    from migrator.trainer.encoders.encoder import untrained_encoder
+    from migrator.trainer.encoders.building import untrained_encoder
 
     spec = project.new_spec()
     if spec is not None:

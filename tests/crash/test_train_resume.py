@@ -12,10 +12,14 @@ import torch
 from safetensors.numpy import load_file
 
 from migrator.trainer.data.items import read_items
-from migrator.trainer.encoders.encoder import EncoderSpec, Preprocessing, load_encoder
+from migrator.trainer.encoders.loading import load_encoder
+from migrator.trainer.encoders.spec import EncoderSpec
+from migrator.trainer.images.preprocessing import Preprocessing
 from migrator.trainer.images.source import ImageSource
-from migrator.trainer.training import fit as fitting
-from migrator.trainer.training.fit import FitSettings, Progress, fit
+from migrator.trainer.training import loop
+from migrator.trainer.training.fit import fit
+from migrator.trainer.training.progress import Progress
+from migrator.trainer.training.settings import FitSettings
 from tests.digits import digits_with_old_encoder
 from tests.support.forked import forked
 
@@ -47,7 +51,7 @@ def _one_thread() -> Iterator[None]:
 
 def train(folder: Path, run: str, reports: Connection | None = None) -> None:
     torch.set_num_threads(1)
-    fitting.REPORT_EVERY = 3
+    loop.REPORT_EVERY = 3
     old = load_encoder(replace(SPEC, weights=folder / "old.safetensors"), device="cpu")
 
     def report(progress: Progress) -> None:

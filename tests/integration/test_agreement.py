@@ -391,7 +391,9 @@ def test_a_transform_leaves_what_comes_before_it_to_the_keys(gallery: Gallery) -
 
 def test_a_manifest_that_records_another_declaration_is_named(gallery: Gallery) -> None:
     """The weights of an encoder that migrator trained have a file beside them that pins its preprocessing."""
-    from migrator.trainer.encoders.encoder import EncoderSpec, Preprocessing, load_encoder
+    from migrator.trainer.encoders.loading import load_encoder
+    from migrator.trainer.encoders.spec import EncoderSpec
+    from migrator.trainer.images.preprocessing import Preprocessing
     from tests.world import encoder_config
 
     world = gallery.world

@@ -93,7 +93,10 @@ def test_in_place_and_back(world: World, migrator: Migrator, factory: str) -> No
 def test_a_shadow_of_another_dimension(world: World, migrator: Migrator, factory: str) -> None:
     import torch
 
-    from migrator.trainer.encoders.encoder import EncoderSpec, Preprocessing, build_model, save_encoder
+    from migrator.trainer.encoders.building import build_model
+    from migrator.trainer.encoders.saving import save_encoder
+    from migrator.trainer.encoders.spec import EncoderSpec
+    from migrator.trainer.images.preprocessing import Preprocessing
 
     was = put(world, factory)
     before = (world.gallery / "index.faiss").read_bytes()

@@ -21,13 +21,21 @@ from safetensors.torch import load_file
 from sklearn.datasets import load_digits
 
 from migrator.trainer.data.items import TrainingItems, training_items
-from migrator.trainer.encoders.encoder import Encoder, EncoderSpec, Preprocessing, load_encoder
+from migrator.trainer.encoders.encoder import Encoder
+from migrator.trainer.encoders.loading import load_encoder
+from migrator.trainer.encoders.spec import EncoderSpec
 from migrator.trainer.errors import TrainingFailed, TrainingInterrupted, TrainingProblem
+from migrator.trainer.images.preprocessing import Preprocessing
 from migrator.trainer.images.source import ImageSource
 from migrator.trainer.maps import POST_HOC
 from migrator.trainer.old_space import stored_vectors
 from migrator.trainer.training import run_folder
-from migrator.trainer.training.fit import FitResult, FitSettings, Progress, fit, learning_rate, read_classifier
+from migrator.trainer.training.classifier import read_classifier
+from migrator.trainer.training.fit import fit
+from migrator.trainer.training.loop import learning_rate
+from migrator.trainer.training.progress import Progress
+from migrator.trainer.training.result import FitResult
+from migrator.trainer.training.settings import FitSettings
 from migrator.trainer.training.validation import mean_average_precision
 
 SPEC = EncoderSpec("test_resnet", 16, Preprocessing(image_size=16))
@@ -393,7 +401,7 @@ def test_a_full_disk_is_a_problem_with_a_name_and_room_is_all_it_takes(
 def test_a_checkpoint_within_an_epoch_is_gone_on_from_to_the_bit(
     few: TrainingItems, images: ImageSource, old: Encoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int
 ) -> None:
-    monkeypatch.setattr("migrator.trainer.training.fit.REPORT_EVERY", 2)
+    monkeypatch.setattr("migrator.trainer.training.loop.REPORT_EVERY", 2)
     settings = replace(FAST, epochs=2, batch_size=30, checkpoint_minutes=1e-9, flip=True)  # one at every step
     whole = fit(few, images, old, SPEC, settings, tmp_path / "whole")
 

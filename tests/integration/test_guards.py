@@ -129,7 +129,10 @@ def test_changed_weights_under_the_same_name_are_refused(
 ) -> None:
     import torch
 
-    from migrator.trainer.encoders.encoder import EncoderSpec, Preprocessing, build_model, save_encoder
+    from migrator.trainer.encoders.building import build_model
+    from migrator.trainer.encoders.saving import save_encoder
+    from migrator.trainer.encoders.spec import EncoderSpec
+    from migrator.trainer.images.preprocessing import Preprocessing
 
     to_stage(migrator, "prepare")
     torch.manual_seed(99)

@@ -12,11 +12,16 @@ import pytest
 import torch
 
 from migrator.trainer.data.items import TrainingItems, training_items
-from migrator.trainer.encoders.encoder import Encoder, EncoderSpec, Preprocessing, untrained_encoder
+from migrator.trainer.encoders.building import untrained_encoder
+from migrator.trainer.encoders.encoder import Encoder
+from migrator.trainer.encoders.spec import EncoderSpec
 from migrator.trainer.errors import EncoderProblem, TrainingProblem
+from migrator.trainer.images.preprocessing import Preprocessing
 from migrator.trainer.images.source import ImageSource
 from migrator.trainer.old_space import StoredVectors, stored_vectors
 from migrator.trainer.training.inputs import Inputs, load_inputs
+from migrator.trainer.training.progress import Progress
+from migrator.trainer.training.settings import FitSettings
 
 SIZE = Preprocessing(image_size=16)
 SPEC = EncoderSpec("test_resnet", 16, SIZE)
@@ -78,11 +83,22 @@ def load(
     source: Source | None = None,
     **changed: Any,
 ) -> Inputs:
-    options: dict[str, Any] = {
-        "validation": 0.2, "seed": 0, "batch_size": 8, "flip": False, "image_threads": 2, "max_excluded": 0.1,
-        "pseudo_classes": None, "cache": folder / "cache", "cache_gib": 1.0, **changed,
-    }  # fmt: skip
-    return load_inputs(items, source or Source(folder), old, preprocessing, folder / "run", **options)
+    report = changed.pop("report", lambda _: None)
+    settings = FitSettings(
+        **{
+            "validation": 0.2,
+            "batch_size": 8,
+            "image_threads": 2,
+            "cache": folder / "cache",
+            "cache_gib": 1.0,
+            **changed,
+        }
+    )
+    return load_inputs(items, source or Source(folder), old, preprocessing, settings, folder / "run", report)
+
+
+def amount(report: Progress) -> tuple[str, int, int]:
+    return report.stage, report.step, report.steps
 
 
 def prepared(folder: Path, preprocessing: Preprocessing = SIZE) -> np.ndarray:
@@ -97,8 +113,8 @@ def refused(folder: Path, *words: Any, **options: Any) -> str:
 
 
 def test_rows_are_the_usable_images(folder: Path, old: Encoder) -> None:
-    reports: list[tuple[str, int, int, float]] = []
-    inputs = load(folder, old, report=lambda *report: reports.append(report))
+    reports: list[Progress] = []
+    inputs = load(folder, old, report=reports.append)
     np.testing.assert_array_equal(inputs.pixels.take(np.arange(39)), prepared(folder))
     assert inputs.class_names == ["class 0", "class 1", "class 2", "class 3"]
     assert inputs.classes == 4
@@ -111,19 +127,19 @@ def test_rows_are_the_usable_images(folder: Path, old: Encoder) -> None:
     assert inputs.queries.tolist() == held_out
     assert len(held_out) in range(4, 12)
     np.testing.assert_array_equal(inputs.gallery, inputs.train)
-    assert reports[0][:3] == ("images", 40, 40)
-    assert [report[:3] for report in reports[1:]] == [("old vectors", n, 39) for n in (8, 16, 24, 32, 39)]
-    assert all(report[3] > 0 for report in reports)
+    assert amount(reports[0]) == ("images", 40, 40)
+    assert [amount(report) for report in reports[1:]] == [("old vectors", n, 39) for n in (8, 16, 24, 32, 39)]
+    assert all(report.images_per_second > 0 for report in reports)
 
 
 def test_the_mirrored_view_is_encoded_from_mirrored_pixels(folder: Path, old: Encoder) -> None:
-    reports: list[tuple[str, int, int, float]] = []
-    inputs = load(folder, old, flip=True, report=lambda *report: reports.append(report))
+    reports: list[Progress] = []
+    inputs = load(folder, old, flip=True, report=reports.append)
     assert inputs.old is not None
     assert inputs.old_flipped is not None
     np.testing.assert_allclose(inputs.old, old.encode(prepared(folder)), atol=1e-6)
     np.testing.assert_allclose(inputs.old_flipped, old.encode(prepared(folder)[..., ::-1]), atol=1e-6)
-    assert reports[-1][:3] == ("old vectors", 78, 78)
+    assert amount(reports[-1]) == ("old vectors", 78, 78)
 
 
 def test_another_preprocessing_of_the_old_encoder_costs_no_second_decoding(folder: Path) -> None:

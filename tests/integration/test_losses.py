@@ -255,7 +255,10 @@ def test_what_is_served_can_be_measured_after_the_cutover_and_status_agrees_on_w
 def test_an_encoder_of_another_length_is_not_measured_before_the_cutover(
     world: World, out: Out, migrator: Migrator, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from migrator.trainer.encoders.encoder import EncoderSpec, Preprocessing, build_model, save_encoder
+    from migrator.trainer.encoders.building import build_model
+    from migrator.trainer.encoders.saving import save_encoder
+    from migrator.trainer.encoders.spec import EncoderSpec
+    from migrator.trainer.images.preprocessing import Preprocessing
     from tests.world import ARCH, SIZE
 
     spec = EncoderSpec(arch=ARCH, dim=48, preprocessing=Preprocessing(image_size=SIZE))

@@ -14,11 +14,16 @@ from torch import nn
 
 from migrator.trainer.data.augment import augmented, draw_views
 from migrator.trainer.data.items import training_items
-from migrator.trainer.encoders.encoder import EncoderSpec, Preprocessing, build_model, load_encoder, save_encoder
+from migrator.trainer.encoders.building import build_model
+from migrator.trainer.encoders.loading import load_encoder
+from migrator.trainer.encoders.saving import save_encoder
+from migrator.trainer.encoders.spec import EncoderSpec
 from migrator.trainer.errors import EncoderProblem
+from migrator.trainer.images.preprocessing import Preprocessing
 from migrator.trainer.images.source import ImageSource
 from migrator.trainer.torchvision_cpu import import_timm
-from migrator.trainer.training.fit import FitSettings, fit
+from migrator.trainer.training.fit import fit
+from migrator.trainer.training.settings import FitSettings
 from tests.unit.test_encoder_sources import WIDTH, onnx_file
 
 SIZE = (32, 48)

@@ -14,10 +14,14 @@ import torch
 from safetensors.numpy import load_file
 
 from migrator.trainer.data.items import read_items
-from migrator.trainer.encoders.encoder import EncoderSpec, Preprocessing, load_encoder
+from migrator.trainer.encoders.loading import load_encoder
+from migrator.trainer.encoders.spec import EncoderSpec
+from migrator.trainer.images.preprocessing import Preprocessing
 from migrator.trainer.images.source import ImageSource
-from migrator.trainer.training import fit as fitting
-from migrator.trainer.training.fit import FitSettings, Progress, fit, follow
+from migrator.trainer.training import loop
+from migrator.trainer.training.fit import fit, follow
+from migrator.trainer.training.progress import Progress
+from migrator.trainer.training.settings import FitSettings
 from tests.digits import digits_with_old_encoder
 from tests.support.forked import forked
 
@@ -45,7 +49,7 @@ def train(folder: Path, run: str, settings: FitSettings, rank: int, world: int, 
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "OMP_NUM_THREADS": "1"}
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
-    fitting.REPORT_EVERY = 1
+    loop.REPORT_EVERY = 1
     losses: list[dict[str, float]] = []
 
     def report(progress: Progress) -> None:

@@ -200,7 +200,10 @@ def test_a_shadow_may_have_another_dimension(
 ) -> None:
     import torch
 
-    from migrator.trainer.encoders.encoder import EncoderSpec, Preprocessing, build_model, save_encoder
+    from migrator.trainer.encoders.building import build_model
+    from migrator.trainer.encoders.saving import save_encoder
+    from migrator.trainer.encoders.spec import EncoderSpec
+    from migrator.trainer.images.preprocessing import Preprocessing
 
     spec = EncoderSpec(arch="test_resnet", dim=40, preprocessing=Preprocessing(image_size=16))
     torch.manual_seed(5)

@@ -39,7 +39,11 @@ import migrator.lifecycle.status
 import migrator.rollout.rollback
 import migrator.rollout.stages
 import migrator.trainer.training.fit
-from migrator.trainer.encoders.encoder import EncoderSpec, Preprocessing, build_model, load_encoder, save_encoder
+from migrator.trainer.encoders.building import build_model
+from migrator.trainer.encoders.loading import load_encoder
+from migrator.trainer.encoders.saving import save_encoder
+from migrator.trainer.encoders.spec import EncoderSpec
+from migrator.trainer.images.preprocessing import Preprocessing
 
 PIL.Image.init()
 # torch and timm load much at the first network of a kind; this is the one of `tests.world`.

@@ -19,8 +19,12 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import nn
 
-from migrator.trainer.encoders.encoder import EncoderSpec, Preprocessing, build_model, load_encoder, save_encoder
+from migrator.trainer.encoders.building import build_model
+from migrator.trainer.encoders.loading import load_encoder
+from migrator.trainer.encoders.saving import save_encoder
+from migrator.trainer.encoders.spec import EncoderSpec
 from migrator.trainer.errors import EncoderProblem
+from migrator.trainer.images.preprocessing import Preprocessing
 from migrator.trainer.torchvision_cpu import import_timm
 
 ARCH, SIZE = "test_resnet", 32

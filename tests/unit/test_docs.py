@@ -23,7 +23,7 @@ from migrator.config import Section, Verify, load_config
 from migrator.ledger.ledger import SCHEMA
 from migrator.lifecycle.status import Status
 from migrator.rollout.stages import _STEPS
-from migrator.trainer.training.fit import FitSettings
+from migrator.trainer.training.settings import FitSettings
 
 ROOT = Path(__file__).parents[2]
 DOCS = sorted((ROOT / "docs").rglob("*.md"))

@@ -19,19 +19,15 @@ from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from migrator.trainer.encoders.encoder import (
-    EmbeddingNet,
-    Encoder,
-    EncoderSpec,
-    Manifest,
-    Preprocessing,
-    build_model,
-    load_base,
-    load_encoder,
-    read_manifest,
-    save_encoder,
-)
+from migrator.trainer.encoders.building import build_model
+from migrator.trainer.encoders.encoder import Encoder
+from migrator.trainer.encoders.loading import load_base, load_encoder
+from migrator.trainer.encoders.manifest import Manifest, read_manifest
+from migrator.trainer.encoders.networks import EmbeddingNet
+from migrator.trainer.encoders.saving import save_encoder
+from migrator.trainer.encoders.spec import EncoderSpec
 from migrator.trainer.errors import EncoderMismatch, EncoderProblem
+from migrator.trainer.images.preprocessing import Preprocessing
 from migrator.trainer.torchvision_cpu import import_timm
 
 ARCH, SIZE = "test_resnet", 32  # timm's smallest
@@ -409,7 +405,10 @@ def test_the_weights_hash_is_over_names_types_shapes_and_bytes(saved: Path) -> N
 def test_a_fresh_process_with_other_threads_imports_timm_cleanly_and_agrees_on_the_id(saved: Path) -> None:
     code = (
         "import sys, torch; torch.set_num_threads(2)\n"
-        "from pathlib import Path; from migrator.trainer.encoders.encoder import *\n"
+        "from pathlib import Path\n"
+        "from migrator.trainer.encoders.loading import load_encoder\n"
+        "from migrator.trainer.encoders.spec import EncoderSpec\n"
+        "from migrator.trainer.images.preprocessing import Preprocessing\n"
         "from migrator.trainer.torchvision_cpu import import_timm\n"
         "assert import_timm() is import_timm()\n"
         "import torchvision.transforms\n"

@@ -10,14 +10,11 @@ import torch
 from migrator.config import load_config
 from migrator.errors import ConfigError
 from migrator.project import Project
-from migrator.trainer.encoders.encoder import (
-    EncoderSpec,
-    Preprocessing,
-    build_model,
-    load_base,
-    save_encoder,
-    save_mapped_encoder,
-)
+from migrator.trainer.encoders.building import build_model
+from migrator.trainer.encoders.loading import load_base
+from migrator.trainer.encoders.saving import save_encoder, save_mapped_encoder
+from migrator.trainer.encoders.spec import EncoderSpec
+from migrator.trainer.images.preprocessing import Preprocessing
 from migrator.trainer.maps import Map
 
 OLD = "{arch: test_resnet, weights: old.pt, dim: 8, image_size: 16}"

@@ -16,20 +16,15 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from migrator.trainer.encoders.encoder import (
-    Encoder,
-    EncoderSpec,
-    Preprocessing,
-    build_model,
-    load_base,
-    load_encoder,
-    read_manifest,
-    save_encoder,
-    save_mapped_encoder,
-    untrained_encoder,
-)
+from migrator.trainer.encoders.building import build_model, untrained_encoder
+from migrator.trainer.encoders.encoder import Encoder
+from migrator.trainer.encoders.loading import load_base, load_encoder
+from migrator.trainer.encoders.manifest import read_manifest
+from migrator.trainer.encoders.saving import save_encoder, save_mapped_encoder
+from migrator.trainer.encoders.spec import EncoderSpec
+from migrator.trainer.encoders.timm_models import timm_preprocessing
 from migrator.trainer.errors import EncoderMismatch, EncoderProblem
-from migrator.trainer.images.preprocessing import timm_preprocessing
+from migrator.trainer.images.preprocessing import Preprocessing
 from migrator.trainer.maps import Map, fit_map
 from migrator.trainer.torchvision_cpu import import_timm
 
@@ -236,7 +231,10 @@ def test_a_factory_may_import_torchvision_beside_any_torch(tmp_path: Path) -> No
         "def build(): return nn.Sequential(nn.AvgPool2d(16), nn.Flatten())\n"
     )
     code = (
-        "from pathlib import Path; from migrator.trainer.encoders.encoder import *\n"
+        "from pathlib import Path\n"
+        "from migrator.trainer.encoders.loading import load_encoder\n"
+        "from migrator.trainer.encoders.spec import EncoderSpec\n"
+        "from migrator.trainer.images.preprocessing import Preprocessing\n"
         "spec = EncoderSpec('module:mine:build', 3, Preprocessing(16), folder=Path('.'))\n"
         "print(load_encoder(spec).manifest.arch)\n"
     )
@@ -730,7 +728,8 @@ def test_mean_and_std_reach_the_scale_of_other_toolkits() -> None:
         def forward(self, images: torch.Tensor) -> torch.Tensor:
             return images.flatten(1)
 
-    from migrator.trainer.encoders.encoder import EmbeddingNet, Manifest
+    from migrator.trainer.encoders.manifest import Manifest
+    from migrator.trainer.encoders.networks import EmbeddingNet
 
     width = 3 * SIZE * SIZE
     model = EmbeddingNet(Seen(), width=width, dim=width, head="none")

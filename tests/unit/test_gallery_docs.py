@@ -14,7 +14,8 @@ from PIL import Image, ImageOps
 
 from migrator.config import OldEncoder
 from migrator.embedding.agreement import MODELS, PIXELS
-from migrator.trainer.images.preprocessing import Preprocessing, timm_preprocessing
+from migrator.trainer.encoders.timm_models import timm_preprocessing
+from migrator.trainer.images.preprocessing import Preprocessing
 from migrator.trainer.images.source import ImageSource
 from tests.unit.test_docs import section, table
 

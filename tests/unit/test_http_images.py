@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from migrator.trainer.errors import ImageProblem, ImagesUnavailable, TrainerError
-from migrator.trainer.images import roots as image_roots
+from migrator.trainer.images import http_folder
 from migrator.trainer.images.source import ImageSource
 from tests.web import Web, serve
 
@@ -85,7 +85,7 @@ def test_a_server_that_hangs_is_unavailable(web: Web) -> None:
 
 
 def test_a_server_that_trickles_is_unavailable(web: Web, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(image_roots, "TIMEOUTS_PER_FILE", 1)
+    monkeypatch.setattr(http_folder, "TIMEOUTS_PER_FILE", 1)
     with pytest.raises(ImagesUnavailable, match=r"a file did not arrive within 0\.3 s"):
         source(web, timeout=0.3).read("trickles")
 

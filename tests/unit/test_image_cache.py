@@ -12,10 +12,12 @@ import PIL.Image
 import pytest
 
 from migrator.trainer.data import cache
-from migrator.trainer.data.cache import ImageCache, Pixels, open_pixels, pixel_key
+from migrator.trainer.data.cache import ImageCache
 from migrator.trainer.data.items import Excluded
-from migrator.trainer.encoders.encoder import Preprocessing
+from migrator.trainer.data.pixels import Pixels, open_pixels
+from migrator.trainer.data.shards import pixel_key
 from migrator.trainer.errors import ImageProblem, ImagesUnavailable, TrainingProblem
+from migrator.trainer.images.preprocessing import Preprocessing
 from migrator.trainer.images.source import ImageSource
 
 SMALL = Preprocessing(image_size=4)

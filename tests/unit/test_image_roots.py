@@ -8,7 +8,7 @@ import fsspec
 import pytest
 
 from migrator.trainer.errors import ImageProblem, TrainerError
-from migrator.trainer.images.roots import plain_path
+from migrator.trainer.images.paths import plain_path
 from migrator.trainer.images.source import ImageSource
 
 

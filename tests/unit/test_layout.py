@@ -72,7 +72,7 @@ def test_foreign_packages_of_the_same_names_change_nothing(tmp_path: Path) -> No
         f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n"
         "import adapters, trainer; assert adapters.foreign and trainer.foreign\n"
         "from migrator.adapters.base import Store\n"
-        "from migrator.trainer.encoders.encoder import EncoderSpec\n"
+        "from migrator.trainer.encoders.spec import EncoderSpec\n"
         "from importlib.metadata import entry_points\n"
         "stores = entry_points(group='migrator.stores')\n"
         "assert stores and not [store.value for store in stores if not store.value.startswith('migrator.adapters.')]\n"

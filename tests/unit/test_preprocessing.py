@@ -14,10 +14,11 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
-from migrator.trainer.data.cache import pixel_key
-from migrator.trainer.encoders.encoder import Manifest
+from migrator.trainer.data.shards import pixel_key
+from migrator.trainer.encoders.manifest import Manifest
+from migrator.trainer.encoders.timm_models import timm_preprocessing
 from migrator.trainer.errors import EncoderProblem, ImageProblem
-from migrator.trainer.images.preprocessing import Preprocessing, timm_preprocessing
+from migrator.trainer.images.preprocessing import Preprocessing
 from migrator.trainer.images.source import ImageSource
 from migrator.trainer.torchvision_cpu import import_timm
 

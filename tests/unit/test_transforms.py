@@ -14,9 +14,13 @@ import pytest
 import torch
 from PIL import Image
 
-from migrator.trainer.data.cache import ImageCache, pixel_key
+from migrator.trainer.data.cache import ImageCache
 from migrator.trainer.data.items import Excluded
-from migrator.trainer.encoders.encoder import EncoderSpec, build_model, load_encoder, save_encoder
+from migrator.trainer.data.shards import pixel_key
+from migrator.trainer.encoders.building import build_model
+from migrator.trainer.encoders.loading import load_encoder
+from migrator.trainer.encoders.saving import save_encoder
+from migrator.trainer.encoders.spec import EncoderSpec
 from migrator.trainer.errors import EncoderMismatch, EncoderProblem, ImageProblem
 from migrator.trainer.images.preprocessing import Preprocessing
 from migrator.trainer.images.source import ImageSource
@@ -265,7 +269,9 @@ def test_an_encoder_with_a_transform_comes_back_in_a_fresh_process(folder: Path)
     assert saved.preprocessing.transform == "own_loader:first"
     code = (
         "import sys; from pathlib import Path\n"
-        "from migrator.trainer.encoders.encoder import EncoderSpec, Preprocessing, load_encoder\n"
+        "from migrator.trainer.encoders.loading import load_encoder\n"
+        "from migrator.trainer.encoders.spec import EncoderSpec\n"
+        "from migrator.trainer.images.preprocessing import Preprocessing\n"
         f"p = Preprocessing({(HEIGHT, WIDTH)}, transform='own_loader:first', exif='ignore', convert='pil')\n"
         f"f = Path(sys.argv[1]); s = EncoderSpec('module:own_loader:model', {DIM}, p, f / 'e.safetensors', folder=f)\n"
         "print(load_encoder(s).id)"

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
-from numpy.typing import NDArray
 
 from migrator.trainer.errors import TrainingProblem
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Generator
+
     import torch
+    from numpy.typing import NDArray
 
 
 MIN_TO_HOLD_OUT = 3

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from migrator.trainer.data.items import Skipped, TrainingItems, training_items
 from migrator.trainer.errors import TrainingProblem
-from migrator.trainer.images.roots import is_safe
+from migrator.trainer.images.paths import is_safe
 from migrator.trainer.images.source import image_suffixes
 
 

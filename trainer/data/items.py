@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from migrator.trainer.data.tables import Header, Table, read_table
 from migrator.trainer.errors import ImageProblem, TableProblem, TrainingProblem
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from pathlib import Path
+
     from migrator.trainer.images.source import ImageSource
 
 

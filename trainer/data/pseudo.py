@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 import numpy as np
-from numpy.typing import NDArray
 
 from migrator.trainer.errors import TrainingProblem
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 ITERATIONS = 25
 MAX_PER_CENTRE = 64

@@ -11,12 +11,14 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from migrator.trainer.errors import TableProblem
-from migrator.trainer.images.roots import one_line
 from migrator.trainer.images.templates import NotText, text_of
+from migrator.trainer.text import one_line
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 MAX_CELL = 1 << 24
 """Characters of a CSV cell."""

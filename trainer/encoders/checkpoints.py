@@ -10,13 +10,15 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from migrator.trainer.errors import EncoderProblem
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 State = dict[str, Tensor]
 

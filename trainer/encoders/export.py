@@ -7,7 +7,6 @@ import importlib.util
 import logging
 import tempfile
 import warnings
-from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, replace
 from io import StringIO
@@ -17,25 +16,28 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
-from numpy.typing import NDArray
 from torch import nn
 
-from migrator.trainer.encoders.backbones import MODULE, PROGRAMS, Program, display_name, one_line
-from migrator.trainer.encoders.encoder import (
-    FINGERPRINT_AGREEMENT,
-    Encoder,
-    EncoderSpec,
-    MappedNet,
-    load_encoder,
-    manifest_path,
-    save_encoder,
-)
+from migrator.trainer.encoders.architecture import PROGRAMS, display_name
+from migrator.trainer.encoders.loading import load_encoder
+from migrator.trainer.encoders.manifest import FINGERPRINT_AGREEMENT, manifest_path
+from migrator.trainer.encoders.networks import MappedNet
+from migrator.trainer.encoders.programs import Program
+from migrator.trainer.encoders.saving import save_encoder
+from migrator.trainer.encoders.spec import EncoderSpec
 from migrator.trainer.errors import EncoderMismatch, EncoderProblem
+from migrator.trainer.factories import MODULE
 from migrator.trainer.files import sync_folder
 from migrator.trainer.images.preprocessing import fingerprint_image
+from migrator.trainer.text import one_line
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from numpy.typing import NDArray
     from PIL import Image
+
+    from migrator.trainer.encoders.encoder import Encoder
 
 Format = Literal["pt2", "onnx", "safetensors"]
 

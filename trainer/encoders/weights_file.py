@@ -11,14 +11,17 @@ import zipfile
 from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from migrator.trainer.encoders.checkpoints import state_dicts
 from migrator.trainer.errors import EncoderProblem
+from migrator.trainer.text import one_line
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 _TORCH_MAGIC = b"\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19"
 """How a file begins, after its pickle protocol, that torch before 1.6 wrote."""
@@ -78,7 +81,7 @@ def _read_safetensors(path: Path, named: str) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except Exception as error:  # readers of damaged files raise all kinds
-        raise EncoderProblem(f"{named} cannot be loaded, it may be damaged: {_one_line(error)}") from error
+        raise EncoderProblem(f"{named} cannot be loaded, it may be damaged: {one_line(error)}") from error
 
 
 def _json(path: Path, named: str) -> str:
@@ -96,7 +99,7 @@ def _check_archive(path: Path, named: str) -> None:
         with zipfile.ZipFile(path) as archive:
             entries = [entry.partition("/")[2] or entry for entry in archive.namelist()]
     except (zipfile.BadZipFile, OSError) as error:
-        raise EncoderProblem(f"{named} cannot be loaded, it may be damaged: {_one_line(error)}") from error
+        raise EncoderProblem(f"{named} cannot be loaded, it may be damaged: {one_line(error)}") from error
     if "constants.pkl" in entries and any(entry.startswith("code/") for entry in entries):
         reason = (
             "is a TorchScript program: write its weights with torch.save(torch.jit.load(FILE).state_dict(), "
@@ -120,10 +123,10 @@ def _read_pickled(path: Path, named: str) -> Mapping[Any, Any]:
         content = _load(path, objects)
     except pickle.UnpicklingError as error:
         raise EncoderProblem(
-            f"{named} holds Python objects that are not loaded ({_one_line(error)}): save its state_dict() alone"
+            f"{named} holds Python objects that are not loaded ({one_line(error)}): save its state_dict() alone"
         ) from error
     except Exception as error:  # readers of damaged files raise all kinds
-        raise EncoderProblem(f"{named} cannot be loaded, it may be damaged: {_one_line(error)}") from error
+        raise EncoderProblem(f"{named} cannot be loaded, it may be damaged: {one_line(error)}") from error
     whole = next((name for name, value in [("", content), *_items(content)] if "_modules" in _attributes(value)), None)
     if whole is not None:
         saved = f"torch.load(FILE, weights_only=False){f'[{whole!r}]' if whole else ''}.state_dict()"
@@ -207,7 +210,3 @@ def _globals(file: Any) -> list[str]:
             module, name = NAME_MAPPING.get((module, name), (IMPORT_MAPPING.get(module, module), name))
             names.append(f"{module}.{name}")
     return names
-
-
-def _one_line(foreign: object) -> str:
-    return " ".join(str(foreign).split())[:300] or type(foreign).__name__

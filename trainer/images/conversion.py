@@ -6,9 +6,9 @@ import math
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-from numpy.typing import NDArray
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
     from PIL import Image
 
 Exif = Literal["apply", "ignore"]

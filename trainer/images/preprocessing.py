@@ -8,19 +8,19 @@ from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
-from numpy.typing import NDArray
 
 from migrator.trainer.errors import EncoderProblem, ImageProblem
 from migrator.trainer.images.conversion import Convert, Exif, to_rgb
 from migrator.trainer.images.resizing import WITHOUT_ANTIALIAS, Interpolation, Span, resized, scaled_size
-from migrator.trainer.images.roots import one_line, sanitized
+from migrator.trainer.text import one_line, sanitized
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
     from PIL import Image
+
 
 Resize = Literal["squash", "crop", "letterbox", "border"]
 Channels = Literal["rgb", "bgr"]
-
 MAX_IMAGE_SIZE = 4096
 MIN_CROP, MAX_CROP = 0.1, 2.0
 _COLOUR = re.compile(r"white|black|#[0-9a-fA-F]{6}")
@@ -216,33 +216,3 @@ def _checked_colour(name: str, value: Any, *others: str) -> str:
         known = ", ".join((*others, "white", "black"))
         raise EncoderProblem(f'{name} {value!r} must be {known}, or a colour as "#rrggbb"')
     return {"#ffffff": "white", "#000000": "black"}.get(value.lower(), value.lower())
-
-
-def timm_preprocessing(arch: str, **given: Any) -> Preprocessing:
-    """timm's data config of an architecture's pretrained weights; `given` fields of Preprocessing take precedence.
-
-    Raises EncoderProblem where timm knows no such architecture or has it prepared in a way that is not supported.
-    """
-    from migrator.trainer.encoders.backbones import timm_settings
-    from migrator.trainer.torchvision_cpu import import_timm
-
-    settings = timm_settings(arch)
-    if settings is None or not settings.input_size:
-        raise EncoderProblem(
-            f"timm has no data config for architecture {arch!r}: give image_size, mean, std and resize"
-        )
-    config = import_timm().data.resolve_data_config(pretrained_cfg=settings.to_dict())
-    modes: dict[str, Resize] = {"center": "crop"}
-    values: dict[str, Any] = {
-        "image_size": config["input_size"][-2:],
-        "resize": modes.get(config["crop_mode"], config["crop_mode"]),
-        "interpolation": config["interpolation"],
-        "mean": config["mean"],
-        "std": config["std"],
-        "crop_pct": config["crop_pct"],
-        **given,
-    }
-    try:
-        return Preprocessing(**values)
-    except EncoderProblem as problem:
-        raise EncoderProblem(f"timm's data config for architecture {arch!r}: {problem}: give this key") from problem

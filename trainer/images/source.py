@@ -8,15 +8,18 @@ from __future__ import annotations
 import functools
 import importlib
 import io
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from migrator.trainer.errors import ImageProblem, TrainerError
-from migrator.trainer.images.roots import TIMEOUT, one_line, open_root, sanitized
+from migrator.trainer.images.faults import TIMEOUT
+from migrator.trainer.images.roots import open_root
 from migrator.trainer.images.templates import NotText, parse
+from migrator.trainer.text import one_line, sanitized
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from PIL import Image, ImageFile
 
 FORMATS = {

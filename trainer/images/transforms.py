@@ -7,19 +7,20 @@ to be right: its results are checked.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from migrator.trainer.errors import EncoderProblem
 from migrator.trainer.images.preprocessing import MAX_IMAGE_SIZE, Preprocessing, fingerprint_image
-from migrator.trainer.images.roots import one_line
+from migrator.trainer.text import one_line
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from numpy.typing import NDArray
     from PIL import Image
 
 
@@ -74,7 +75,7 @@ def transformed(name: str, picture: Image.Image, size: tuple[int, int]) -> NDArr
 
 
 def _transform(name: str, folder: Path | None = None) -> Callable[[Image.Image], Any]:
-    from migrator.trainer.encoders.backbones import call_transform_factory
+    from migrator.trainer.factories import call_transform_factory
 
     return call_transform_factory(name, folder)
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from migrator.trainer.old_space import OldSpace
+if TYPE_CHECKING:
+    from migrator.trainer.old_space import OldSpace
 
 
 class AngularBoundary(nn.Module):

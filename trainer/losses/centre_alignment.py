@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from migrator.trainer.old_space import OldSpace
+if TYPE_CHECKING:
+    from migrator.trainer.old_space import OldSpace
 
 
 class CentreAlignment(nn.Module):

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from torch import Tensor, nn
 
 from migrator.trainer.losses.adversarial import AdversarialAlignment
 from migrator.trainer.losses.arcface import ArcFace, Softmax
 from migrator.trainer.losses.boundary import ElasticBoundary
 from migrator.trainer.losses.contrast import Contrast
-from migrator.trainer.methods.registry import LossSettings
-from migrator.trainer.old_space import OldSpace
+
+if TYPE_CHECKING:
+    from migrator.trainer.methods.registry import LossSettings
+    from migrator.trainer.old_space import OldSpace
 
 
 class AdvBCT(nn.Module):

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from torch import Tensor, nn
 
 from migrator.trainer.losses.arcface import ArcFace
-from migrator.trainer.methods.registry import LossSettings
-from migrator.trainer.old_space import OldSpace
+
+if TYPE_CHECKING:
+    from migrator.trainer.methods.registry import LossSettings
+    from migrator.trainer.old_space import OldSpace
 
 
 class Independent(nn.Module):

@@ -7,10 +7,8 @@ all of it, and so do the statistics of batch norms; so several processes train w
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 from datetime import timedelta
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -18,6 +16,10 @@ from torch import Tensor, nn
 
 from migrator.trainer.errors import TrainingProblem
 from migrator.trainer.torchvision_cpu import import_timm
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
 
 MAX_WAIT = timedelta(days=2)
 """Others wait for the first process while it prepares images; if it dies, the launcher ends them all."""
@@ -66,6 +68,24 @@ def accelerator(device: str, *, trackers: Sequence[str] = (), folder: Path | Non
     except ValueError as error:
         # accelerate fixes the device once for a process.
         raise TrainingProblem(f"device {device} cannot be used in this process: {error}") from error
+
+
+def broadcast(handle: Any, what: Literal["train", "leave"]) -> None:
+    """Lets the other processes continue, once all that they need lies in the run folder."""
+    if handle.num_processes > 1:
+        from accelerate.utils import broadcast_object_list
+
+        broadcast_object_list([what])
+
+
+def receive(handle: Any) -> str:
+    """What the first process broadcasts: `train` or `leave`."""
+    from accelerate.utils import broadcast_object_list
+
+    message = ["leave"]
+    if handle.num_processes > 1:
+        broadcast_object_list(message)
+    return message[0]
 
 
 class _Gather(torch.autograd.Function):

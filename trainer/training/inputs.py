@@ -15,20 +15,29 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-from numpy.typing import NDArray
 
 from migrator.trainer.data.batches import batches_ahead, held_out_split
-from migrator.trainer.data.cache import ImageCache, Pixels, open_pixels, pixel_key
+from migrator.trainer.data.cache import ImageCache
 from migrator.trainer.data.items import Excluded, TrainingItems
-from migrator.trainer.encoders.encoder import Encoder, Preprocessing
+from migrator.trainer.data.pixels import Pixels, open_pixels
+from migrator.trainer.data.shards import pixel_key
+from migrator.trainer.encoders.encoder import Encoder
 from migrator.trainer.errors import EncoderProblem, TrainingProblem
 from migrator.trainer.files import write_json
-from migrator.trainer.images.source import ImageSource
 from migrator.trainer.old_space import StoredVectors
+from migrator.trainer.training.progress import Progress
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from numpy.typing import NDArray
+
+    from migrator.trainer.images.preprocessing import Preprocessing
+    from migrator.trainer.images.source import ImageSource
+    from migrator.trainer.training.settings import FitSettings
 
 QUERY_LIMIT, GALLERY_LIMIT = 2_000, 20_000
 """Most held-out queries and gallery images that validation compares."""
@@ -98,24 +107,13 @@ def load_inputs(
     images: ImageSource,
     old: Encoder | StoredVectors | None,
     preprocessing: Preprocessing,
+    settings: FitSettings,
     out: Path,
-    *,
-    validation: float,
-    seed: int,
-    batch_size: int,
-    flip: bool,
-    image_threads: int,
-    max_excluded: float,
-    pseudo_classes: int | None,
-    cache: Path | None,
-    cache_gib: float,
-    report: Report = lambda stage, done, of, rate: None,
+    report: Callable[[Progress], None] = lambda progress: None,
 ) -> Inputs:
     """The inputs of the run in folder `out`, prepared where they are not yet.
 
-    `validation` is the share held out, `max_excluded` the share of images that may be unusable. Items without labels
-    get `pseudo_classes` classes (or a number that suits) by k-means over the old vectors. `cache` is the folder of
-    prepared images (default: in the run folder), and `cache_gib` its limit.
+    Items without labels get `settings.pseudo_classes` classes (or a number that suits) by k-means over the old vectors.
 
     Raises TrainingProblem for images, labels, stored vectors or a cache that cannot be used, ImagesUnavailable and
     EncoderProblem as the image source and the encoder do. What was prepared until then is kept.
@@ -125,39 +123,45 @@ def load_inputs(
             f"{len(old.vectors)} old vectors do not match {len(items)} training images: give a vector for each, in the "
             "order of the images"
         )
-    folder = out / "images" if cache is None else cache
-    gather = _Gather(items, images, out / "inputs.json", image_threads, max_excluded, report)
+
+    def report_stage(stage: Literal["images", "old vectors"], done: int, of: int, images_per_second: float) -> None:
+        report(Progress(stage, 0, settings.epochs, done, of, images_per_second=images_per_second))
+
+    folder = settings.cache or out / "images"
+    gather = _Gather(items, images, out / "inputs.json", settings.image_threads, settings.max_excluded, report_stage)
     noted = _Noted.read(gather.file)
     steps = [preprocessing]
     views: list[Path] = []
     if isinstance(old, Encoder):
-        views = _views(out, flip=flip)
+        views = _views(out, flip=settings.flip)
         encoded = noted is not None and all(_whole(file, len(noted.rows), old.dim) is not None for file in views)
         if not encoded and pixel_key(old.manifest.preprocessing) != pixel_key(preprocessing):
             steps.append(old.manifest.preprocessing)
-    noted, pixels = _prepared(gather, noted, steps, folder, limit=int(cache_gib * 2**30))
+    noted, pixels = _prepared(gather, noted, steps, folder, limit=int(settings.cache_gib * 2**30))
     vectors: list[NDArray[np.float32]] = []
     if isinstance(old, StoredVectors):
         vectors = [old.vectors[noted.rows]]
     elif old is not None:
         paths = [items.paths[row] for row in noted.rows]
-        vectors = _old_vectors(old, pixels[-1], noted.digests, paths, views, size=batch_size, report=report)
+        vectors = _old_vectors(
+            old, pixels[-1], noted.digests, paths, views, size=settings.batch_size, report=report_stage
+        )
     if items.labels is None:
-        labels, class_names = _pseudo_labels(noted, vectors[0] if vectors else None, pseudo_classes, seed, gather.file)
+        labels, class_names = _pseudo_labels(noted, vectors[0] if vectors else None, settings, gather.file)
     else:
         class_names = items.classes
         number = {label: position for position, label in enumerate(class_names)}
         labels = np.array([number[items.labels[row]] for row in noted.rows], np.int64)
     if len(np.unique(labels)) < 2:
         raise TrainingProblem(f"the {len(labels)} readable training images are all of one class: add another")
-    train, held_out = held_out_split(labels, validation, seed=seed)
-    if len(train) < batch_size:
+    train, held_out = held_out_split(labels, settings.validation, seed=settings.seed)
+    if len(train) < settings.batch_size:
         smaller = f" or set train.batch_size to {len(train)} or less" if len(train) > 1 else ""
         raise TrainingProblem(
             f"{len(train)} images are left to train on ({len(held_out)} held out, {len(items) - len(labels)} left "
-            f"out), fewer than a batch of {batch_size}: add images{smaller}"
+            f"out), fewer than a batch of {settings.batch_size}: add images{smaller}"
         )
-    random = np.random.default_rng(seed)
+    random = np.random.default_rng(settings.seed)
     return Inputs(
         pixels=pixels[0],
         digests=noted.digests,
@@ -350,7 +354,7 @@ def _encode_all(
 
 
 def _pseudo_labels(
-    noted: _Noted, old: NDArray[np.float32] | None, classes: int | None, seed: int, file: Path
+    noted: _Noted, old: NDArray[np.float32] | None, settings: FitSettings, file: Path
 ) -> tuple[NDArray[np.int64], list[str]]:
     """Labels (n,) by clustering the old vectors, and names for them. Noted, so that a resumed run has the same."""
     if noted.pseudo_classes is None:
@@ -361,7 +365,7 @@ def _pseudo_labels(
                 "the training images have no labels, and without old vectors there is nothing to make classes from: "
                 "give labels or an old encoder"
             )
-        found = pseudo_classes(np.asarray(old), classes or default_k(len(old)), seed=seed)
+        found = pseudo_classes(np.asarray(old), settings.pseudo_classes or default_k(len(old)), seed=settings.seed)
         noted = replace(noted, pseudo_classes=found.tolist())
         noted.write(file)
     labels = np.array(noted.pseudo_classes, np.int64)

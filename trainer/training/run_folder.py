@@ -8,14 +8,16 @@ import io
 import json
 import re
 import zipfile
-from collections.abc import Iterator, Sequence
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from migrator.trainer.errors import TrainingProblem
 from migrator.trainer.files import write_json, write_whole
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+    from pathlib import Path
 
 _CHECKPOINT = re.compile(r"checkpoint-(\d{5})(?:-(\d{7}))?\.pt")
 LOCK_WAIT = 2.0

@@ -5,31 +5,22 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from migrator.trainer.errors import TrainingProblem
 from migrator.trainer.maps import POST_HOC
 from migrator.trainer.methods.registry import METHODS, LossSettings
 
+if TYPE_CHECKING:
+    from pathlib import Path
+
 
 @dataclass(frozen=True, kw_only=True)
-class FitSettings(LossSettings):
-    """How to train. The defaults were chosen by measurement: docs/explanation/advbct.md has the table."""
+class DataSettings:
+    """Which images are trained on, and how they are drawn."""
 
-    method: str = "advbct"
-    epochs: int = 10
-    batch_size: int = 128
-    """Images that one step of the optimiser sees, over all processes and micro-batches."""
-    accumulate: int = 1
-    """Micro-batches of a step, one after the other in memory. Batch norms and in-batch negatives see one at a time."""
-    lr: float = 0.002
-    weight_decay: float = 0.01
-    seed: int = 0
     validation: float = 0.1
     """Share of the images held out; 0 for none."""
-    upper_bound: float | None = None
-    """mAP@100 of an independent encoder's self-test on the same split, which P_1 is measured against if it is known."""
     max_excluded: float = 0.1
     """Share of the images that may be excluded because they are unreadable."""
     pseudo_classes: int | None = None
@@ -38,22 +29,51 @@ class FitSettings(LossSettings):
     """Draw classes equally often, however many images they have."""
     flip: bool = False
     """Mirror half of the images: right for products, wrong for digits."""
-    old_classifier: Path | None = None
-    """For `bct`: the classifier.safetensors that the old encoder's training left."""
+    seed: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimisationSettings:
+    """Steps of the optimiser."""
+
+    epochs: int = 10
+    batch_size: int = 128
+    """Images that one step of the optimiser sees, over all processes and micro-batches."""
+    accumulate: int = 1
+    """Micro-batches of a step, one after the other in memory. Batch norms and in-batch negatives see one at a time."""
+    lr: float = 0.002
+    weight_decay: float = 0.01
     bf16: bool = False
     """Run the encoder in bfloat16; losses stay in float32."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSettings:
+    """What does not decide the outcome, beyond the last bits: it may change when a run is resumed."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
     compile: bool = False
     """Compile the encoder with torch.compile: minutes at the start, faster steps."""
-    trackers: tuple[str, ...] = ()
-    """Accelerate's trackers that receive every report, such as tensorboard."""
-    keep_checkpoints: int = 2
-    checkpoint_minutes: float = 10.0
-    """A checkpoint is written at the end of each epoch, and within it as often as this."""
+    image_threads: int = 4
     cache: Path | None = None
     """Folder of prepared images, shared between runs (default: in the run folder)."""
     cache_gib: float = 50.0
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    image_threads: int = 4
+    keep_checkpoints: int = 2
+    checkpoint_minutes: float = 10.0
+    """A checkpoint is written at the end of each epoch, and within it as often as this."""
+    trackers: tuple[str, ...] = ()
+    """Accelerate's trackers that receive every report, such as tensorboard."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FitSettings(LossSettings, DataSettings, OptimisationSettings, RunSettings):
+    """How to train. The defaults were chosen by measurement: docs/explanation/advbct.md has the table."""
+
+    method: str = "advbct"
+    old_classifier: Path | None = None
+    """For `bct`: the classifier.safetensors that the old encoder's training left."""
+    upper_bound: float | None = None
+    """mAP@100 of an independent encoder's self-test on the same split, which P_1 is measured against if it is known."""
 
     def __post_init__(self) -> None:
         shares = ("validation", "max_excluded", "radius_quantile")
