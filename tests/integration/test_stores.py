@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +13,7 @@ import pytest
 from migrator.project import Project
 from migrator.route import RouteClient
 from tests.kinds import KINDS, FaissFolder, Kind, MilvusLite
+from tests.support.forked import run_command
 from tests.world import NAME, World, embed_images
 
 Call = Callable[..., int]
@@ -348,8 +348,7 @@ def test_a_store_that_another_process_has_open(kind: Kind, world: World, migrato
     assert migrator("rollout", "--stage", "backfill") == 0
 
     def run(verb: str, *more: str) -> subprocess.CompletedProcess[str]:
-        words = [sys.executable, "-m", "migrator", verb, "--config", str(world.config), *more]
-        return subprocess.run(words, capture_output=True, text=True, timeout=120)
+        return run_command(verb, "--config", str(world.config), *more)
 
     def told(done: subprocess.CompletedProcess[str]) -> list[str]:
         """Without the lines that say every few seconds how far it is, on a machine that is that slow."""
