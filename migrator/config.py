@@ -34,6 +34,7 @@ from pydantic import (
 )
 
 from migrator.errors import ConfigError, UsageProblem
+from migrator.lifecycle.strategy import STRATEGIES, StrategyName
 from migrator.trainer.images.templates import parse
 
 _MAX_BYTES = 1 << 20
@@ -838,7 +839,7 @@ class Verify(Section):
 class Rollout(Section):
     """How the collection and its queries move."""
 
-    strategy: Literal["in_place", "shadow"] = "in_place"
+    strategy: StrategyName = "in_place"
     """`in_place` replaces the vectors in the collection; `shadow` fills a second collection and moves the queries."""
     canary: Annotated[
         list[Annotated[int, Field(ge=1, le=100)]], Field(min_length=1, max_length=100), AfterValidator(_canary)
@@ -910,7 +911,7 @@ class Migration(Section):
     @classmethod
     def _order_matters(cls, backfill: Backfill, info: ValidationInfo) -> Backfill:
         rollout = info.data.get("rollout")
-        if backfill.order != "id" and rollout is not None and rollout.strategy == "shadow":
+        if backfill.order != "id" and rollout is not None and STRATEGIES[rollout.strategy].second_collection:
             raise ValueError("order is for in_place: a shadow answers no query before all of it is there")
         return backfill
 
@@ -931,7 +932,8 @@ class Migration(Section):
     def _same_dim(cls, rollout: Rollout, info: ValidationInfo) -> Rollout:
         old, new = info.data.get("old_encoder"), info.data.get("new_encoder")
         old = None if old == "stored" else old  # then plan compares with the collection
-        if rollout.strategy == "in_place" and old is not None and new is not None and old.dim != new.dim:
+        second = STRATEGIES[rollout.strategy].second_collection
+        if not second and old is not None and new is not None and old.dim != new.dim:
             raise ValueError(
                 f"new_encoder gives {new.dim}-d vectors but old_encoder {old.dim}-d ones, and in_place keeps the "
                 f"collection's length: set new_encoder.dim to {old.dim}, or rollout.strategy to shadow"
@@ -942,7 +944,7 @@ class Migration(Section):
     @classmethod
     def _tests_that_a_shadow_has(cls, rollout: Rollout, info: ValidationInfo) -> Rollout:
         old, new, verify = (info.data.get(key) for key in ("old_encoder", "new_encoder", "verify"))
-        if rollout.strategy != "shadow" or verify is None:
+        if not STRATEGIES[rollout.strategy].second_collection or verify is None:
             return rollout
         gains = verify.gate.min_gain
         if isinstance(gains, MinGain) and (gains.cross is not None or gains.lowest is not None):

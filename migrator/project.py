@@ -17,6 +17,7 @@ from migrator.config import Migration as Settings
 from migrator.embedding.stored_encoder import StoredEncoder, is_stored
 from migrator.errors import ConfigError, PreconditionFailed
 from migrator.ledger import Ledger, Migration
+from migrator.lifecycle.strategy import STRATEGIES
 from migrator.retry import RetryingStore
 from migrator.training_runs import DEFAULT_RUN, encoder_of, folder_of, list_runs
 
@@ -108,7 +109,9 @@ class Project:
     @staticmethod
     def _needs_stamp_log(migration: Migration) -> bool:
         going_on = migration.state in ("active", "rolling_back")
-        return migration.strategy == "in_place" and (going_on or (migration.state == "finished" and migration.old_kept))
+        return not STRATEGIES[migration.strategy].second_collection and (
+            going_on or (migration.state == "finished" and migration.old_kept)
+        )
 
     # -- store, images, encoders ------------------------------------------------------------------------------------
 

@@ -19,7 +19,8 @@ from migrator.backfill.throttle import Throttle
 from migrator.backfill.transfer import Transfer, open_transfer
 from migrator.errors import PreconditionFailed, TemporarilyUnavailable
 from migrator.labels import label_of
-from migrator.ledger import BACKFILL_STAGES, Chunk, LeaseLost, Ledger, Migration, this_process
+from migrator.ledger import Chunk, LeaseLost, Ledger, Migration, this_process
+from migrator.lifecycle.strategy import STRATEGIES
 from migrator.plan.run import check_fresh
 from migrator.project import Project
 from migrator.trainer.errors import ImagesUnavailable
@@ -131,9 +132,10 @@ def check_stage(project: Project) -> Migration:
         raise PreconditionFailed(f"{name} is being rolled back: finish with `migrator rollback {name}`")
     if migration.stage == "cutover":
         raise PreconditionFailed(f"{name} has been cut over: next is `migrator rollout {name} --stage finalize`")
-    if migration.stage in BACKFILL_STAGES[migration.strategy] and migration.state == "active":
+    strategy = STRATEGIES[migration.strategy]
+    if migration.stage in strategy.backfill_stages and migration.state == "active":
         return migration
-    if migration.strategy == "in_place":
+    if strategy.queries_first:
         route = project.ledger.route(migration.collection)
         percent = route.canary_percent if route and migration.state == "active" else 0
         if percent < 100:

@@ -21,6 +21,7 @@ from migrator.adapters.iterate import IDS, ITEMS, iter_ids, pages, read_whole, w
 from migrator.backfill.copies import BEGUN, Copies, Copy, CopyLog, digests
 from migrator.backfill.undo import OldVectors, UndoLog
 from migrator.ledger import Chunk, Ledger, Migration
+from migrator.lifecycle.strategy import STRATEGIES
 from migrator.project import Project
 
 REMEMBERED = 1_000_000
@@ -76,7 +77,7 @@ def open_transfer(project: Project, migration: Migration) -> Iterator[Transfer]:
     """The strategy of a migration, with its collections open for writing. Raises `StoreBusy`."""
     assert migration.new_encoder_id is not None
     with project.store(write=True) as source:
-        if migration.strategy == "in_place":
+        if not STRATEGIES[migration.strategy].second_collection:
             undo = project.undo_log(migration)
             source.write_through(project.write_alias(migration))
             yield InPlace(source, undo, migration.new_encoder_id, lambda: project.ledger.chunks(migration.id))

@@ -31,16 +31,17 @@ def command(name: str | None, config_path: Path, wait: float, as_json: bool, yes
 
     Possible at every stage, until finalize drops the undo log. Killed midway, run it again.
     """
+    from migrator.lifecycle.strategy import STRATEGIES
     from migrator.rollout.rollback import check_can_roll_back, rollback
 
     with open_project(config_path, name) as project:
         migration = check_can_roll_back(project)
-        if migration.strategy == "in_place":
+        if STRATEGIES[migration.strategy].second_collection:
+            summary = f"send every query back to {migration.collection} and delete {migration.shadow}"
+        else:
             summary = (
                 f"restore the old vectors of {migration.collection}, then send every query back to the old encoder"
             )
-        else:
-            summary = f"send every query back to {migration.collection} and delete {migration.shadow}"
         if project.old_is_stored and migration.stage in ("cutover", "finalize"):
             summary += "; what was written since the cutover has no model to be embedded with"
         confirm(summary, yes=yes)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
@@ -18,6 +19,9 @@ from migrator.cli.common import (
     waiting,
     yes_option,
 )
+
+if TYPE_CHECKING:
+    from migrator.lifecycle.strategy import Stage
 
 
 @click.command("rollout")
@@ -43,7 +47,7 @@ from migrator.cli.common import (
 def command(
     name: str | None,
     config_path: Path,
-    stage: str,
+    stage: Stage,
     percent: int | None,
     max_failures: int,
     drop_old: bool,
@@ -53,14 +57,14 @@ def command(
 ) -> None:
     """Open the next stage: prepare, canary, backfill, cutover, finalize."""
     from migrator.lifecycle.status import status_of
-    from migrator.rollout.stages import Options, step
+    from migrator.rollout.stages import Options, open_transition
 
     with open_project(config_path, name) as project:
         options = Options(percent, max_failures, drop_old, tell=partial(say, err=True))
-        change = waiting(lambda: step(project, stage, options), seconds=wait)
-        confirm(change.says, yes=yes)
+        transition = waiting(lambda: open_transition(project, stage, options), seconds=wait)
+        confirm(transition.summary(), yes=yes)
         # Meanwhile another process may have changed what was checked.
-        done = waiting(change.make, seconds=wait, again=lambda: step(project, stage, options).make())
+        done = waiting(transition.run, seconds=wait, again=lambda: open_transition(project, stage, options).run())
         following = status_of(project)
     if as_json:
         print_json({"migration": project.name, "stage": stage, "done": done, "next": following.next_command})

@@ -1,7 +1,6 @@
 """Progress in SQL: what was planned, trained, verified, routed and written."""
 
 from migrator.ledger.ledger import (
-    BACKFILL_STAGES,
     SEARCH,
     Counts,
     Failure,
@@ -20,13 +19,11 @@ from migrator.ledger.models import (
     Plan,
     Route,
     RouteClientRow,
-    Stage,
     StageEvent,
     Verification,
 )
 
 __all__ = [
-    "BACKFILL_STAGES",
     "SEARCH",
     "STAGES",
     "BackfillRun",
@@ -41,7 +38,6 @@ __all__ = [
     "Route",
     "RouteClientRow",
     "RouteMoved",
-    "Stage",
     "StageEvent",
     "Verification",
     "now",

@@ -36,12 +36,12 @@ from migrator.ledger.models import (
     Plan,
     Route,
     RouteClientRow,
-    Stage,
     StageEvent,
     State,
     TrainingRun,
     Verification,
 )
+from migrator.lifecycle.strategy import STRATEGIES, Stage
 
 SCHEMA = "0007"
 """The newest revision in `versions/`; a ledger that is at it is opened without loading alembic."""
@@ -57,9 +57,6 @@ IDLE_TRANSACTION = "25P03"
 
 SPARE = 16
 """Further chunks that are tried when the first free ones are lost to their late holders."""
-
-BACKFILL_STAGES: Mapping[str, tuple[Stage, ...]] = {"in_place": ("backfill",), "shadow": ("backfill", "canary")}
-"""The stages in which chunks are worked on. A shadow is kept up with the collection until the cutover."""
 
 SEARCH = 2.0
 """Seconds that a search may take which was begun with a row in its last moment. No longer than the ttl counts."""
@@ -718,7 +715,7 @@ class Ledger:
         with self._write() as session:
             # One lease at a time, and none while the migration is being moved on. SQLite's write lock does the same.
             migration = session.get_one(Migration, migration_id, with_for_update=LOCK)
-            if migration.state != "active" or migration.stage not in BACKFILL_STAGES[migration.strategy]:
+            if migration.state != "active" or migration.stage not in STRATEGIES[migration.strategy].backfill_stages:
                 raise LeaseLost(f"{migration.name} left the backfill stage (now {migration.stage}, {migration.state})")
             if migration.paused is not None:
                 return None

@@ -22,7 +22,8 @@ from sqlalchemy import (
 )
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
-Stage: TypeAlias = Literal["planned", "prepare", "canary", "backfill", "cutover", "finalize"]
+from migrator.lifecycle.strategy import STRATEGIES, Stage
+
 State: TypeAlias = Literal["planned", "active", "rolling_back", "rolled_back", "finished"]
 ChunkState: TypeAlias = Literal["pending", "leased", "done", "failed", "restored"]
 Outcome: TypeAlias = Literal["pass", "fail", "inconclusive"]
@@ -91,7 +92,7 @@ class Migration(Base):
     __table_args__ = (
         one_of("stage", STAGES, "migrations_stage"),
         one_of("state", ("planned", "active", "rolling_back", "rolled_back", "finished"), "migrations_state"),
-        one_of("strategy", ("in_place", "shadow"), "migrations_strategy"),
+        one_of("strategy", tuple(STRATEGIES), "migrations_strategy"),
         CheckConstraint(
             "state IN ('planned', 'rolled_back') OR (old_encoder_id IS NOT NULL AND new_encoder_id IS NOT NULL)",
             name="migrations_encoders_known",

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from migrator.config import POST_HOC, Method, MinGain
 from migrator.errors import ConfigError
+from migrator.lifecycle.strategy import STRATEGIES
 from migrator.training_runs import list_runs
 
 if TYPE_CHECKING:
@@ -73,7 +74,7 @@ def situation_of(project: Project) -> Situation:
     return Situation(
         name=project.name,
         active=migration.state != "planned",
-        in_place=migration.strategy == "in_place",
+        in_place=not STRATEGIES[migration.strategy].second_collection,
         method=method,
         labels_needed=train is not None and train.method == "hot_refresh" and train.pseudo_classes is None,
         independent=train is not None and settings.new_encoder.weights is None,

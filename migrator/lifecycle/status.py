@@ -8,8 +8,9 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from migrator.evaluation.verdicts import losses, state_of
-from migrator.ledger import BACKFILL_STAGES, Counts, Migration, Route
+from migrator.ledger import Counts, Migration, Route
 from migrator.lifecycle.next_steps import next_steps, situation_of
+from migrator.lifecycle.strategy import STRATEGIES
 from migrator.lifecycle.validity import EARLIER_VERSION, gallery_of, health_checks, invalid_reason
 from migrator.project import Project
 
@@ -86,7 +87,7 @@ def status_of(project: Project) -> Status:
     rate = _rate(project, migration) if migration.state in ("active", "finished") else None
     is_running = (
         migration.state == "active"
-        and migration.stage in BACKFILL_STAGES[migration.strategy]
+        and migration.stage in STRATEGIES[migration.strategy].backfill_stages
         and migration.paused is None
     )
     left = counts.planned - counts.done
@@ -174,17 +175,12 @@ def next_command(
             return f"migrator rollout {name} --stage prepare"
         # To verify the same encoder on the same queries again gives the same result: the next steps say what helps.
         return f"migrator verify {name}" if verified is None else None
-    rollout = f"migrator rollout {name} --stage"
-    full = route is not None and route.canary_percent >= 100
-    if migration.strategy == "in_place" and migration.stage in ("prepare", "canary"):
-        return f"{rollout} {'backfill' if full else 'canary'}"
-    if migration.stage == "prepare":
-        return f"{rollout} backfill"
-    if migration.stage in ("backfill", "canary"):
+    strategy = STRATEGIES[migration.strategy]
+    if migration.stage in strategy.backfill_stages:
         undone = sum(number for state, number in counts.by_state.items() if state != "done")
         if counts.passes == 0 or undone - counts.by_state.get("failed", 0):
             return f"migrator backfill {name}"
         if counts.open_failures or undone:
             return f"migrator failures {name}"
-        return f"{rollout} {'cutover' if full or migration.strategy == 'in_place' else 'canary'}"
-    return f"{rollout} finalize"
+    following = strategy.next_stage(migration.stage, canary_percent=route.canary_percent if route else 0.0)
+    return f"migrator rollout {name} --stage {following}"

@@ -11,6 +11,7 @@ from typing import Literal, TypeAlias
 
 from migrator.evaluation.verdicts import covers_tests
 from migrator.ledger import Counts, Migration, Plan, StageEvent, Verification, now
+from migrator.lifecycle.strategy import STRATEGIES
 
 Gallery: TypeAlias = Literal["old", "mixed", "new"]
 
@@ -46,7 +47,7 @@ def gallery_of(migration: Migration, counts: Counts) -> Gallery:
     A shadow keeps them apart. Items that failed in place keep their old vector after the cutover.
     """
     moved = migration.stage in ("cutover", "finalize") and migration.state in ("active", "finished")
-    if migration.strategy == "shadow":
+    if STRATEGIES[migration.strategy].second_collection:
         return "new" if moved else "old"
     if migration.state == "rolling_back":
         return "mixed"

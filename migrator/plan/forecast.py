@@ -22,6 +22,7 @@ from migrator.evaluation.exact_search import mixtures, rank
 from migrator.evaluation.metrics import parse_metric, relevance, summarise, tag_relevance
 from migrator.evaluation.verdicts import MOMENTS, Test, amount
 from migrator.labels import Tags
+from migrator.lifecycle.strategy import STRATEGIES
 from migrator.project import Project
 from migrator.verify.query_set.draw import tags_or_refuse
 
@@ -102,7 +103,8 @@ def expected_quality(
         return None
     if by_new is None:
         return Quality(metric, today, None, len(rows))
-    if project.settings.rollout.strategy == "in_place" and by_new.shape[1] == by_old.shape[1]:
+    second_collection = STRATEGIES[project.settings.rollout.strategy].second_collection
+    if not second_collection and by_new.shape[1] == by_old.shape[1]:
         order = own
         if project.settings.backfill.order == "worst_first":
             order = worst_first(by_old, classes, seed=SEED)

@@ -20,6 +20,7 @@ from migrator.embedding.stored_encoder import SAME, StoredEncoder
 from migrator.errors import ConfigError, PreconditionFailed
 from migrator.labels import training_label
 from migrator.ledger import Plan, now
+from migrator.lifecycle.strategy import STRATEGIES
 from migrator.plan.forecast import expected_quality, forecast, loss_risks
 from migrator.project import Project
 
@@ -35,28 +36,6 @@ LONGER = 0.1
 SEED = 0
 
 _TRAIN = ("train", "learn the new encoder against the old one's vectors")
-_FINALIZE = ("rollout --stage finalize", "end the migration; with --drop-old what is old is deleted")
-STAGES = {
-    "in_place": (
-        ("verify", "canary, lowest point of the backfill and end state must be at least as good as today"),
-        ("rollout --stage prepare", "claim the collection and write its route: every query to the old encoder"),
-        ("rollout --stage canary", "move queries to the new encoder step by step; stored vectors stay"),
-        ("rollout --stage backfill", "open the backfill, once every query is with the new encoder"),
-        ("backfill", "re-embed the stored images in bounded runs, by cron; old vectors go to the undo log first"),
-        ("rollout --stage cutover", "prove that every item was re-embedded, then make the new encoder the only one"),
-        _FINALIZE,
-    ),
-    "shadow": (
-        ("verify", "new queries against the new gallery must be at least as good as today"),
-        ("rollout --stage prepare", "claim the collection and write its route: every query to the old encoder"),
-        ("rollout --stage backfill", "make a collection like this one beside it and open its backfill"),
-        ("backfill", "copy and re-embed in bounded runs, by cron, and keep up with what changes"),
-        ("rollout --stage canary", "move queries to the new collection step by step; writes go to both"),
-        ("rollout --stage cutover", "prove that both hold the same items, then move the route, and the alias"),
-        _FINALIZE,
-    ),
-}
-"""What follows the plan, by strategy; before it comes the training, where there is something to train."""
 
 _UNCHECKED = (
     "old_encoder is stored: which model made the stored vectors, and whether one made them all, cannot be checked",
@@ -98,18 +77,20 @@ def make_plan(project: Project, report: Callable[..., None] = lambda *_: None) -
             f"{project.config.path}: migrations.{project.name}.backfill.order: worst_first finds clusters with faiss "
             "where there are no labels: `pip install 'advbct-migrator[faiss]'`, or set verify.label"
         )
+    strategy = settings.rollout.strategy
+    second_collection = STRATEGIES[strategy].second_collection
     with project.store() as store:
         info = store.describe()
         capabilities = store.capabilities
         _check_collection(project, info)
         lost = lost_in_shadow(store, settings.new_encoder.dim)
-        if settings.rollout.strategy == "shadow":
+        if second_collection:
             check_shadow(store, settings.new_encoder.dim)
         if project.trains():
             project.training_folder()  # refused where it is no local one
-        if settings.rollout.strategy == "in_place" and capabilities.in_place_refusal is not None:
+        if not second_collection and capabilities.in_place_refusal is not None:
             raise PreconditionFailed(f"collection {info.name} {capabilities.in_place_refusal}")
-        if settings.rollout.strategy == "in_place" and not (capabilities.stamps or can_log_stamps(capabilities)):
+        if not second_collection and not (capabilities.stamps or can_log_stamps(capabilities)):
             raise PreconditionFailed(
                 f"collection {info.name} has no room for stamps and does not give vectors back as they were written, "
                 "so what an application changes could not be found: set rollout.strategy to shadow"
@@ -120,7 +101,6 @@ def make_plan(project: Project, report: Callable[..., None] = lambda *_: None) -
         check_unmixed(project, store, old_id, None if new.untrained else new.encoder.id)
         sample = _measure_sample(project, store, old, new, report)
         quality = expected_quality(project, store, project.images(), None if new.untrained else new.encoder, report)
-    strategy = settings.rollout.strategy
     risks = [*(STORED_RISKS[strategy] if old is None else ()), *sample.risks]
     if old is None and not capabilities.exact_vectors:
         risks.append("the index keeps approximations, and these stand for the old encoder in training and verify")
@@ -167,11 +147,13 @@ def make_plan(project: Project, report: Callable[..., None] = lambda *_: None) -
             quality, metric=settings.verify.gate.metric, items=info.count, items_per_second=rate, begin=now()
         ),
         "chunks": -(-info.count // settings.backfill.chunk_size),
-        "undo_bytes": vector_bytes if strategy == "in_place" else 0,
+        "undo_bytes": 0 if second_collection else vector_bytes,
         "index_bytes": _index_bytes(info, capabilities, strategy, new.encoder.dim),
         "visible": capabilities.visible,
         "risks": risks,
-        "stages": [list(stage) for stage in ((_TRAIN,) if project.trains() else ()) + STAGES[strategy]],
+        "stages": [
+            list(step) for step in [*([_TRAIN] if project.trains() else []), *STRATEGIES[strategy].purposes.items()]
+        ],
     }
     bound = bound_facts(project, info, old_id)
     fingerprint = fingerprint_of(bound)
@@ -210,7 +192,7 @@ def _known_by_vectors(project: Project, store: Store) -> StoredEncoder:
 def _index_bytes(info: CollectionInfo, capabilities: Capabilities, strategy: str, dim: int) -> int:
     """What is needed beside the index at most: a new generation and what waits for it, or a second collection."""
     vector_bytes = info.count * info.dim * 4
-    if strategy == "in_place":
+    if not STRATEGIES[strategy].second_collection:
         if capabilities.visible == "at_once":  # the store replaces each vector where it lies
             return 0
         return 2 * (info.bytes_on_disk or vector_bytes) + vector_bytes
@@ -403,7 +385,7 @@ def _check_collection(project: Project, info: CollectionInfo) -> None:
             f"{where}.old_encoder.dim: collection {info.name} holds {info.dim}-d vectors but encoder {old.named} "
             f"gives {old.dim}: set old_encoder.dim to {info.dim}, with the weights that made them"
         )
-    if info.dim != new.dim and project.settings.rollout.strategy == "in_place":
+    if info.dim != new.dim and not STRATEGIES[project.settings.rollout.strategy].second_collection:
         raise ConfigError(
             f"{where}.new_encoder.dim: collection {info.name} holds {info.dim}-d vectors but encoder {new.named} "
             f"gives {new.dim}: set new_encoder.dim to {info.dim} or rollout.strategy to shadow"

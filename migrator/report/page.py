@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from migrator import formatting
 from migrator.errors import ConfigError, TemporarilyUnavailable, UsageProblem
 from migrator.evaluation.verdicts import TITLES, finding_state, state_of
+from migrator.lifecycle.strategy import STRATEGIES
 from migrator.project import Project
 from migrator.report import charts
 from migrator.report.facts import facts_of
@@ -38,11 +39,6 @@ TESTS = {
     "self": ("Self-test", "new query, new gallery"),
     "reverse": ("Reverse test", "old query, new gallery: no stage of a migration does this"),
 }
-STAGES = {
-    "in_place": ("planned", "prepare", "canary", "backfill", "cutover", "finalize"),
-    "shadow": ("planned", "prepare", "backfill", "canary", "cutover", "finalize"),
-}
-"""The stages in the order in which a strategy passes them."""
 
 
 def write_report(
@@ -107,6 +103,7 @@ def render(facts: Mapping[str, Any], pictures: Mapping[str, Thumbnail]) -> str:
     metric = results.get("metric") or next(iter(tests.get("baseline", {})), "map@100")
     measured = [_measurement(entry, metric) for entry in facts["measured"]]
     plan = facts.get("plan", {})
+    strategy = STRATEGIES[facts["status"]["strategy"]]
     return environment.get_template("report.html.j2").render(
         facts=facts,
         status=facts["status"],
@@ -118,7 +115,8 @@ def render(facts: Mapping[str, Any], pictures: Mapping[str, Thumbnail]) -> str:
         meaning=meaning(metric),
         metrics=_metrics(tests, metric),
         tests={test: caption for test, caption in TESTS.items() if test in tests},
-        stages=STAGES[facts["status"]["strategy"]],
+        stages=strategy.stages,
+        queries_first=strategy.queries_first,
         findings=_findings(results),
         state=state_of(results) or verification.get("outcome"),
         titles=TITLES,

@@ -8,6 +8,7 @@ from typing import Any
 
 from migrator.evaluation.verdicts import losses, main_loss
 from migrator.formatting import is_number, metric_name, number, percent, sanitized, sentence, signed
+from migrator.lifecycle.strategy import STRATEGIES
 
 _MEANING = {
     "map": "1 means that every relevant item comes before every irrelevant one",
@@ -17,12 +18,11 @@ _MEANING = {
     "mrr": "1 means that the first result is always relevant",
 }
 _TILES = {"cross": "canary", "lowest": "lowest of the backfill", "self": "after the backfill"}
-_NEW_ANSWERS = {"in_place": ("backfill", "cutover", "finalize"), "shadow": ("cutover", "finalize")}
 
 
 def is_moved(status: Mapping[str, Any]) -> bool:
     """Whether every query is with the new encoder, so that a verification is behind the migration, however old."""
-    return status["stage"] in _NEW_ANSWERS.get(status["strategy"] or "", ())
+    return status["strategy"] is not None and status["stage"] in STRATEGIES[status["strategy"]].moved_stages
 
 
 def meaning(metric: str) -> str:

@@ -10,6 +10,7 @@ from time import monotonic, sleep
 from migrator.adapters.base import ItemId, StoreBusy
 from migrator.errors import InUse, PreconditionFailed
 from migrator.ledger import Migration
+from migrator.lifecycle.strategy import STRATEGIES
 from migrator.plan.run import check_same_collection
 from migrator.project import Project
 from migrator.rollout import write_alias
@@ -70,20 +71,21 @@ def rollback(project: Project, report: Report = lambda _done, _of: None, tell: T
     """
     migration = check_can_roll_back(project)
     result = RolledBack()
-    if migration.strategy == "shadow" or project.ledger.counts(migration.id).passes > 0:
+    second_collection = STRATEGIES[migration.strategy].second_collection
+    if second_collection or project.ledger.counts(migration.id).passes > 0:
         with project.store() as store:
             check_same_collection(project, store)  # before anything is stopped or changed
         if migration.state != "rolling_back":
             # From here on no backfill run gets or finishes a chunk.
             migration = project.ledger.move(migration, state="rolling_back", event="rollback begins")
-        if migration.strategy == "in_place":
+        if not second_collection:
             write_alias.delete(project, migration)
         wait_for_leases(project, migration)
         try:
-            if migration.strategy == "in_place":
-                result = _restore(project, migration, report)
-            else:
+            if second_collection:
                 result = _take_back(project, migration, report, tell)
+            else:
+                result = _restore(project, migration, report)
         except StoreBusy as busy:
             raise InUse(f"{busy}: it leaves after its chunk; then again `migrator rollback {project.name}`") from busy
     elif migration.stage == "backfill":
@@ -107,7 +109,7 @@ def rollback(project: Project, report: Report = lambda _done, _of: None, tell: T
     # Last: with them a repeated call knows what was changed and what was not.
     project.undo_log(migration).drop()
     project.copy_log(migration).drop()
-    if migration.strategy == "in_place" and migration.stage in ("cutover", "finalize"):
+    if not second_collection and migration.stage in ("cutover", "finalize"):
         wait_for_clients(project, route.epoch + 1, tell)  # an application that writes after this writes old vectors
     return result
 

@@ -1,7 +1,4 @@
-"""The state machine of a rollout. Each stage has guards that say which command comes first, and one change.
-
-in place: prepare -> canary (step by step to 100 %) -> backfill -> cutover -> finalize
-shadow:   prepare -> backfill -> canary (step by step to 100 %) -> cutover -> finalize
+"""The transitions of a rollout, one per stage. Their order is in `migrator.lifecycle.strategy`.
 
 In place, old queries must never meet new vectors, so the queries move first. A shadow is filled before it is searched.
 """
@@ -9,14 +6,17 @@ In place, old queries must never meet new vectors, so the queries move first. A 
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 from migrator.adapters.base import Store
 from migrator.errors import PreconditionFailed, UsageProblem
 from migrator.evaluation.verdicts import losses
 from migrator.ledger import Migration, Plan, Route
+from migrator.lifecycle.strategy import STRATEGIES, Stage
+from migrator.lifecycle.transitions import Transition
 from migrator.lifecycle.validity import invalid_reason
 from migrator.plan.run import check_fresh, check_shadow, check_unmixed
 from migrator.project import Project
@@ -47,63 +47,91 @@ class Options:
     """Gets a line for each thing that a stage waits for."""
 
 
-@dataclass(frozen=True, slots=True)
-class Step:
-    """One stage's change: checked, described, not yet made."""
-
-    says: str
-    """What is about to happen, in one sentence."""
-    make: Callable[[], str]
-    """Makes the change; returns what was done."""
-
-
-def step(project: Project, stage: str, options: Options) -> Step:
-    """Checks the guards of `stage` and returns its change.
-
-    Raises `PreconditionFailed` naming the command that comes first.
-    """
+def open_transition(project: Project, stage: Stage, options: Options) -> Transition:
+    """The transition to `stage`, checked. Raises `PreconditionFailed` naming the command that comes first."""
     migration = project.migration()
     if migration.state == "rolling_back":
         raise PreconditionFailed(f"{project.name} is being rolled back: finish with `migrator rollback {project.name}`")
     if migration.state == "rolled_back":
         raise PreconditionFailed(f"{project.name} was rolled back: start again with `migrator plan {project.name}`")
-    change = _STEPS[stage](project, migration, options)
-    accepted = _accepted_losses(project, migration)
-    return Step(f"{change.says}{accepted}", lambda: f"{change.make()}{accepted}") if accepted else change
+    transition = TRANSITIONS[stage](project, migration, options)
+    transition.check()
+    return transition
 
 
-def _accepted_losses(project: Project, migration: Migration) -> str:
-    """What is said beside every stage of a migration that makes search worse, by leave of its gate."""
-    found = project.ledger.latest_verification(migration.id)
-    return "" if found is None else "".join(f"; search {loss}" for loss in losses(found.results))
+class StageTransition(Transition):
+    """A transition of one migration, with what its stages share."""
+
+    def __init__(self, project: Project, migration: Migration, options: Options) -> None:
+        self.project, self.migration, self.options = project, migration, options
+        self.name = project.name
+        self.strategy = STRATEGIES[migration.strategy]
+
+    def notes(self) -> str:
+        """The losses that the gate allows: said at every stage of a migration that makes search worse."""
+        found = self.project.ledger.latest_verification(self.migration.id)
+        return "" if found is None else "".join(f"; search {loss}" for loss in losses(found.results))
+
+    def _move_route(
+        self,
+        route: Route,
+        *,
+        stage: Stage,
+        phase: str,
+        detail: dict[str, Any] | None = None,
+        all_done: bool = False,
+        **columns: Any,
+    ) -> None:
+        self.project.ledger.move(
+            self.migration, stage=stage, event=stage, detail=detail, all_done=all_done,
+            route={"epoch": route.epoch, "phase": phase, **columns},
+        )  # fmt: skip
 
 
-def _prepare(project: Project, migration: Migration, _: Options) -> Step:
-    if migration.state != "planned":
-        raise PreconditionFailed(
-            f"{project.name} is past prepare (stage {migration.stage}): `migrator status {project.name}`"
-        )
-    if other := project.ledger.other_owner(migration):
+class Prepare(StageTransition):
+    """Reserves the collection: from here on no other migration may touch it, and its route is in the ledger."""
+
+    def check(self) -> None:
+        """The collection is free, unmixed, and planned and verified as it is."""
+        project, migration = self.project, self.migration
+        if migration.state != "planned":
+            raise PreconditionFailed(
+                f"{self.name} is past prepare (stage {migration.stage}): `migrator status {self.name}`"
+            )
+        self._check_no_other_owner()
+        with project.store() as store:
+            plan = check_fresh(project, store)
+            check_unmixed(project, store, *project.encoder_ids())
+            self.second = shadow.shadow_name(migration) if self.strategy.second_collection else None
+            if self.second is not None:
+                check_shadow(store, project.settings.new_encoder.dim)
+                if store.exists(self.second):
+                    raise PreconditionFailed(
+                        f"{self.second} is there already and not this migration's: remove it, or plan again"
+                    )
+            _check_encoders(project, store)
+        check_verified(project, migration, plan)
+        self.route = project.ledger.route(migration.collection)
+
+    def _check_no_other_owner(self) -> None:
+        collection, other = self.migration.collection, self.project.ledger.other_owner(self.migration)
+        if other is None:
+            return
         if other.state == "finished":
             raise PreconditionFailed(
-                f"{other.name} still keeps old vectors of {migration.collection}: give them up with "
+                f"{other.name} still keeps old vectors of {collection}: give them up with "
                 f"`migrator rollout {other.name} --stage finalize --drop-old`"
             )
-        raise PreconditionFailed(f"{other.name} is active on {migration.collection}: finish it or roll it back first")
-    with project.store() as store:
-        plan = check_fresh(project, store)
-        check_unmixed(project, store, *project.encoder_ids())
-        beside = shadow.shadow_name(migration) if migration.strategy == "shadow" else None
-        if beside is not None:
-            check_shadow(store, project.settings.new_encoder.dim)
-        if beside is not None and store.exists(beside):
-            raise PreconditionFailed(f"{beside} is there already and not this migration's: remove it, or plan again")
-        _check_encoders(project, store)
-    check_verified(project, migration, plan)
-    route = project.ledger.route(migration.collection)
+        raise PreconditionFailed(f"{other.name} is active on {collection}: finish it or roll it back first")
 
-    def make() -> str:
-        project.ledger.move(
+    def describe(self) -> str:
+        """The collection and its route."""
+        return f"reserve {self.migration.collection} and write its route, with every query at the old encoder"
+
+    def apply(self) -> str:
+        """One transaction of the ledger."""
+        migration, route = self.migration, self.route
+        self.project.ledger.move(
             migration,
             stage="prepare",
             state="active",
@@ -112,14 +140,311 @@ def _prepare(project: Project, migration: Migration, _: Options) -> Step:
                 migration,
                 salt=secrets.token_hex(8),
                 epoch=route.epoch if route else 0,
-                ttl=project.settings.rollout.route_ttl,
+                ttl=self.project.settings.rollout.route_ttl,
             ),
             old_kept=True,
-            shadow=beside,
+            shadow=self.second,
         )
-        return f"{migration.collection} is claimed; every query goes to the old encoder {migration.old_encoder_id}"
+        return f"{migration.collection} is reserved; every query goes to the old encoder {migration.old_encoder_id}"
 
-    return Step(f"reserve {migration.collection} and write its route, with every query at the old encoder", make)
+
+class Canary(StageTransition):
+    """Moves a share of the queries to the new encoder, one step of `rollout.canary` at a time, or back."""
+
+    def check(self) -> None:
+        """The stage is right, the step is the next one or lower, and the verification counts."""
+        project, migration = self.project, self.migration
+        self._check_stage()
+        self.route = _route(project, migration)
+        self.percent = self._percent()
+        with project.store() as store:
+            plan = check_fresh(project, store)
+            _check_encoders(project, store)
+        if self._moves_forward():  # the way back is never barred
+            check_verified(project, migration, plan)
+            if self.strategy.second_collection:
+                _check_backfilled(project, migration, self.options)
+
+    def _check_stage(self) -> None:
+        name, stage, before = self.name, self.migration.stage, self.strategy.before("canary")
+        if stage == "planned":
+            raise PreconditionFailed(f"{name} is not prepared: `migrator rollout {name} --stage prepare`")
+        if stage == "prepare" != before:
+            raise PreconditionFailed(
+                f"{name} has no shadow to send queries to: `migrator rollout {name} --stage backfill`"
+            )
+        if stage not in (before, "canary"):
+            mixed = "new vectors may be in the collection, which old queries cannot search; "
+            raise PreconditionFailed(
+                f"{name} is at stage {stage}: {'' if self.strategy.second_collection else mixed}to take queries back "
+                f"use `migrator rollback {name}`"
+            )
+
+    def _percent(self) -> int:
+        """The share to move to: the next step, or `--percent`."""
+        name, at, ladder = self.name, self.route.canary_percent, self.project.settings.rollout.canary
+        higher = [step for step in ladder if step > at]
+        percent = self.options.percent
+        if percent is None:
+            if not higher:
+                following = self.strategy.after("canary")
+                raise PreconditionFailed(f"{name} is at 100 %: next is `migrator rollout {name} --stage {following}`")
+            return higher[0]
+        if percent and percent not in ladder:
+            raise UsageProblem(f"--percent {percent} is not one of rollout.canary {ladder} (or 0)")
+        if higher and percent > higher[0]:
+            raise PreconditionFailed(f"{name} is at {at:g} %: the next step is {higher[0]} %, not {percent} %")
+        return percent
+
+    def _moves_forward(self) -> bool:
+        return self.percent > self.route.canary_percent
+
+    def describe(self) -> str:
+        """From which share to which."""
+        at = f"{self.route.canary_percent:g}"
+        return f"move the new encoder's share of the queries from {at} % to {self.percent} %"
+
+    def apply(self) -> str:
+        """Publishes a second collection first, so that no query meets an empty one."""
+        project, migration, beside = self.project, self.migration, self.strategy.second_collection
+        if beside and self._moves_forward():
+            _check_what_was_written(project, migration)
+        if beside and migration.stage == "backfill":
+            shadow.publish(project, migration)
+        self._move_route(
+            self.route, stage="canary", phase="canary", detail={"percent": self.percent},
+            canary_encoder=migration.new_encoder_id,
+            canary_collection=migration.shadow if beside else migration.source,
+            canary_percent=float(self.percent),
+            write_encoders=[migration.old_encoder_id, *([migration.new_encoder_id] if beside else [])],
+        )  # fmt: skip
+        moved = f"{self.percent} % of the queries now use the new encoder"
+        if beside:
+            both = f"applications now write to both collections (`migrator route {self.name}`)"
+            return f"{moved} and {migration.shadow}; {both}"
+        return f"{moved}; stored vectors are untouched"
+
+
+class Backfill(StageTransition):
+    """Opens the stage in which `migrator backfill` works."""
+
+    def check(self) -> None:
+        """Where the queries move first, all of them have; the plan is fresh and the verification counts."""
+        project, migration, name = self.project, self.migration, self.name
+        if migration.stage == "backfill":
+            raise PreconditionFailed(f"{name}: the backfill stage is open: run `migrator backfill {name}`")
+        if migration.stage not in self.strategy.opens_from("backfill"):
+            raise PreconditionFailed(
+                f"{name} is at stage {migration.stage}: `migrator status {name}` names the next command"
+            )
+        self.route = _route(project, migration)
+        if self.strategy.queries_first and self.route.canary_percent < 100:
+            raise PreconditionFailed(
+                f"{name}: {self.route.canary_percent:g} % of the queries use the new encoder, and the others cannot be "
+                f"compared with new vectors: first `migrator rollout {name} --stage canary` up to 100 %"
+            )
+        with project.store() as store:
+            plan = check_fresh(project, store)
+            if self.strategy.second_collection:
+                check_shadow(store, project.settings.new_encoder.dim)
+            self.count = store.count()
+            _check_encoders(project, store)
+        check_verified(project, migration, plan)
+
+    def describe(self) -> str:
+        """How many items, and where the new vectors go."""
+        if self.strategy.second_collection:
+            return f"make {self.migration.shadow} and open the backfill of {self.count} items into it"
+        return f"open the backfill of {self.count} items; their old vectors go to the undo log"
+
+    def apply(self) -> str:
+        """Prepares the store, then moves the route; undoes the former where the latter is refused."""
+        project, migration, name = self.project, self.migration, self.name
+        if self.strategy.second_collection:
+            shadow.create(project, migration)
+        else:  # a client that still sends old queries would meet new vectors
+            wait_for_clients(project, self.route.epoch, self.options.tell)
+            write_alias.create(project, migration, self.options.tell)
+        try:
+            self._move_route(self.route, stage="backfill", phase="backfill")
+        except PreconditionFailed:
+            if self.strategy.second_collection:
+                shadow.discard_unused(project, migration)
+            else:
+                write_alias.delete(project, migration)
+            raise
+        return f"{name} may be backfilled: run `migrator backfill {name}` until it says complete, or let cron do it"
+
+
+class Cutover(StageTransition):
+    """Makes the new encoder the only one, once every item is proved to have its vector."""
+
+    def check(self) -> None:
+        """The stage before is over, nothing is paused, every chunk is done."""
+        migration, name, before = self.migration, self.name, self.strategy.before("cutover")
+        if migration.stage in ("cutover", "finalize"):
+            raise PreconditionFailed(f"{name} has been cut over: next is `migrator rollout {name} --stage finalize`")
+        if migration.stage != before:
+            first = f"`migrator backfill {name}`" if before == "backfill" else "the canary"
+            raise PreconditionFailed(f"{name} is at stage {migration.stage}: cutover comes after {first}")
+        if migration.paused is not None:
+            raise PreconditionFailed(
+                f"{name} is paused ({migration.paused}): when that is settled, `migrator resume {name}`"
+            )
+        self.failures = _check_backfilled(self.project, migration, self.options)
+        self.route = _route(self.project, migration)
+
+
+class CutoverInPlace(Cutover):
+    """The cutover of a collection whose vectors were replaced."""
+
+    def check(self) -> None:
+        """Every item carries the new encoder's stamp."""
+        super().check()
+        assert self.migration.new_encoder_id is not None
+        self.stamp = self.migration.new_encoder_id
+        with self.project.store() as store:
+            check_fresh(self.project, store)
+            _check_all_stamped(self.name, store.count(), store.count(stamp=self.stamp), self.failures)
+            self.first = BEFORE_CUTOVER[store.capabilities.visible]
+
+    def describe(self) -> str:
+        """What is published, and that the old encoder is out of use."""
+        return f"{self.first}make the new encoder the only one, for queries and for new items"
+
+    def apply(self) -> str:
+        """Publishes, counts and reads back over a new connection, then moves the route."""
+        _check_what_was_written(self.project, self.migration)
+        with self.project.store(write=True) as store:
+            store.publish(final=True)
+        total, stamped = self._check_over_new_connection()
+        self._move_route(
+            self.route, stage="cutover", phase="new", all_done=True,
+            detail={"items": total, "stamped": stamped, "failures_accepted": self.failures},
+            query_encoder=self.stamp, canary_encoder=None, canary_collection=None, canary_percent=0.0,
+            write_encoders=[self.stamp],
+        )  # fmt: skip
+        # then the application may write: new vectors
+        wait_for_clients(self.project, self.route.epoch + 1, self.options.tell)
+        return f"{stamped} of {total} items carry the new encoder's vector; it is now the only encoder of the route"
+
+    def _check_over_new_connection(self) -> tuple[int, int]:
+        """A fresh connection must find what was written, counted and sampled, before the route says so."""
+        with self.project.store() as store:
+            total, stamped = store.count(), store.count(stamp=self.stamp)
+            _check_all_stamped(self.name, total, stamped, self.failures)
+            page = store.read(store.sample(READ_BACK, seed=self.route.epoch), vectors=True, payload=False)
+        missing = sum(found != self.stamp for found in page.stamps)
+        if missing > self.failures:
+            raise PreconditionFailed(
+                f"{self.name}: {missing} of {len(page)} items read back carry no new stamp: backfill again"
+            )
+        return total, stamped
+
+
+class CutoverToSecond(Cutover):
+    """The cutover to the collection that was filled beside the old one."""
+
+    def check(self) -> None:
+        """Every query is there already, and both collections hold the same items."""
+        super().check()
+        project, migration, name = self.project, self.migration, self.name
+        assert migration.shadow is not None
+        self.second = migration.shadow
+        if self.route.canary_percent < 100:
+            raise PreconditionFailed(
+                f"{name}: {self.route.canary_percent:g} % of the queries use {self.second}: first "
+                f"`migrator rollout {name} --stage canary` up to 100 %"
+            )
+        with project.store() as store:
+            check_fresh(project, store)
+        shadow.check_whole(project, migration)
+
+    def describe(self) -> str:
+        """Which collection replaces which."""
+        return f"put {self.second} in the place of {self.migration.collection}, for queries and for new items"
+
+    def apply(self) -> str:
+        """Publishes, compares again, moves the alias, then the route; the alias back where the latter is refused."""
+        project, migration = self.project, self.migration
+        _check_what_was_written(project, migration)
+        shadow.publish(project, migration)
+        items = shadow.check_whole(project, migration)
+        shadow.point_alias(project, migration, self.second)
+        try:
+            self._move_route(
+                self.route, stage="cutover", phase="new", all_done=True,
+                detail={"items": items, "failures_accepted": self.failures},
+                query_encoder=migration.new_encoder_id, query_collection=self.second,
+                canary_encoder=None, canary_collection=None, canary_percent=0.0,
+                write_encoders=[migration.new_encoder_id],
+            )  # fmt: skip
+        except PreconditionFailed:
+            shadow.point_alias(project, migration, migration.source)
+            raise
+        alias = f", and alias {migration.alias} leads to it" if migration.alias else ""
+        return f"{self.second} with {items} items is now the only collection of the route{alias}; the old one is kept"
+
+
+class Finalize(StageTransition):
+    """Ends the migration; with `--drop-old` what is old is deleted."""
+
+    def check(self) -> None:
+        """The cutover is done; or the migration is finished, and what it kept is to be deleted now."""
+        migration, name = self.migration, self.name
+        drop_later = migration.state == "finished" and self.options.drop_old
+        if migration.stage == "cutover" or drop_later:
+            return
+        if migration.state != "finished":
+            raise PreconditionFailed(
+                f"{name} is at stage {migration.stage}: finalize comes after `rollout --stage cutover`"
+            )
+        kept = "its old vectors are kept: --drop-old deletes them" if migration.old_kept else "nothing is left to do"
+        raise PreconditionFailed(f"{name} is finished; {kept}")
+
+    def _old(self) -> str:
+        return f"the old collection {self.migration.collection}" if self.strategy.second_collection else "the undo log"
+
+    def describe(self) -> str:
+        """What is deleted, if anything."""
+        if self.options.drop_old:
+            return f"end the migration and delete {self._old()}: there is no way back after that"
+        return f"end the migration; {self._old()} is kept"
+
+    def apply(self) -> str:
+        """Deletes an old collection before the ledger says so, and logs afterwards: a killed call can be repeated."""
+        project, migration, beside = self.project, self.migration, self.strategy.second_collection
+        drop_old = self.options.drop_old
+        if not beside:
+            write_alias.delete(project, migration)
+        elif drop_old:
+            shadow.drop_source(project, migration, self.options.tell)
+        project.ledger.move(
+            migration, stage="finalize", state="finished",
+            event="finalize", detail={"drop_old": drop_old}, old_kept=not drop_old,
+        )  # fmt: skip
+        if not drop_old:
+            return f"{self.name} is finished; {self._old()} is kept, `migrator rollback {self.name}` remains possible"
+        if beside:
+            project.copy_log(migration).drop()
+        else:
+            project.undo_log(migration).drop()
+            with project.store(write=True) as store:
+                store.clear_migration_state()
+        configure = f"store to {migration.shadow} and old_encoder" if beside and not migration.alias else "old_encoder"
+        gone = f"{self.name} is finished; {self._old()} is gone"
+        return f"{gone}. Before the next migration set {configure} to what is served now"
+
+
+def _cutover(project: Project, migration: Migration, options: Options) -> Cutover:
+    kind = CutoverToSecond if STRATEGIES[migration.strategy].second_collection else CutoverInPlace
+    return kind(project, migration, options)
+
+
+TRANSITIONS: Mapping[Stage, Callable[[Project, Migration, Options], StageTransition]] = MappingProxyType(
+    {"prepare": Prepare, "canary": Canary, "backfill": Backfill, "cutover": _cutover, "finalize": Finalize}
+)
+"""What `rollout --stage` does, by stage."""
 
 
 def check_verified(project: Project, migration: Migration, plan: Plan) -> None:
@@ -141,125 +466,6 @@ def _check_encoders(project: Project, store: Store) -> None:
     project.encoder_ids()
     project.check_old_encoder(store)
     project.new_encoder()
-
-
-def _canary(project: Project, migration: Migration, options: Options) -> Step:
-    name = project.name
-    in_place = migration.strategy == "in_place"
-    if migration.stage == "planned":
-        raise PreconditionFailed(f"{name} is not prepared: `migrator rollout {name} --stage prepare`")
-    if not in_place and migration.stage == "prepare":
-        raise PreconditionFailed(f"{name} has no shadow to send queries to: `migrator rollout {name} --stage backfill`")
-    if migration.stage not in (("prepare", "canary") if in_place else ("backfill", "canary")):
-        mixed = "new vectors may be in the collection, which old queries cannot search; " if in_place else ""
-        raise PreconditionFailed(
-            f"{name} is at stage {migration.stage}: {mixed}to take queries back use `migrator rollback {name}`"
-        )
-    route = _route(project, migration)
-    ladder = project.settings.rollout.canary
-    higher = [rung for rung in ladder if rung > route.canary_percent]
-    if options.percent is None:
-        if not higher:
-            following = "backfill" if in_place else "cutover"
-            raise PreconditionFailed(f"{name} is at 100 %: next is `migrator rollout {name} --stage {following}`")
-        percent = higher[0]
-    else:
-        percent = options.percent
-        if percent and percent not in ladder:
-            raise UsageProblem(f"--percent {percent} is not one of rollout.canary {ladder} (or 0)")
-        if higher and percent > higher[0]:
-            raise PreconditionFailed(
-                f"{name} is at {route.canary_percent:g} %: the next step is {higher[0]} %, not {percent} %"
-            )
-    with project.store() as store:
-        plan = check_fresh(project, store)
-        _check_encoders(project, store)
-    if percent > route.canary_percent:  # the way back is never barred
-        check_verified(project, migration, plan)
-        if not in_place:
-            _check_backfilled(project, migration, options)
-
-    def make() -> str:
-        if not in_place and percent > route.canary_percent:
-            _check_what_was_written(project, migration)
-        if not in_place and migration.stage == "backfill":
-            shadow.publish(project, migration)
-        _move_route(
-            project, migration, route, stage="canary", phase="canary", detail={"percent": percent},
-            canary_encoder=migration.new_encoder_id,
-            canary_collection=migration.source if in_place else migration.shadow,
-            canary_percent=float(percent),
-            write_encoders=[migration.old_encoder_id, *([] if in_place else [migration.new_encoder_id])],
-        )  # fmt: skip
-        moved = f"{percent} % of the queries now use the new encoder"
-        if in_place:
-            return f"{moved}; stored vectors are untouched"
-        return f"{moved} and {migration.shadow}; applications now write to both collections (`migrator route {name}`)"
-
-    return Step(f"move the new encoder's share of the queries from {route.canary_percent:g} % to {percent} %", make)
-
-
-def _backfill(project: Project, migration: Migration, options: Options) -> Step:
-    name = project.name
-    if migration.stage == "backfill":
-        raise PreconditionFailed(f"{name}: the backfill stage is open: run `migrator backfill {name}`")
-    in_place = migration.strategy == "in_place"
-    if migration.stage not in (("prepare", "canary") if in_place else ("prepare",)):
-        raise PreconditionFailed(
-            f"{name} is at stage {migration.stage}: `migrator status {name}` names the next command"
-        )
-    route = _route(project, migration)
-    if in_place and route.canary_percent < 100:
-        raise PreconditionFailed(
-            f"{name}: {route.canary_percent:g} % of the queries use the new encoder, and the others cannot be compared "
-            f"with new vectors: first `migrator rollout {name} --stage canary` up to 100 %"
-        )
-    with project.store() as store:
-        plan = check_fresh(project, store)
-        if not in_place:
-            check_shadow(store, project.settings.new_encoder.dim)
-        count = store.count()
-        _check_encoders(project, store)
-    check_verified(project, migration, plan)
-
-    def make() -> str:
-        if in_place:  # a client that still sends old queries would meet new vectors
-            wait_for_clients(project, route.epoch, options.tell)
-            write_alias.create(project, migration, options.tell)
-        else:
-            shadow.create(project, migration)
-        try:
-            _move_route(project, migration, route, stage="backfill", phase="backfill")
-        except PreconditionFailed:
-            if in_place:
-                write_alias.delete(project, migration)
-            else:
-                shadow.discard_unused(project, migration)
-            raise
-        return f"{name} may be backfilled: run `migrator backfill {name}` until it says complete, or let cron do it"
-
-    if in_place:
-        return Step(f"open the backfill of {count} items; their old vectors go to the undo log", make)
-    return Step(f"make {migration.shadow} and open the backfill of {count} items into it", make)
-
-
-def _cutover(project: Project, migration: Migration, options: Options) -> Step:
-    name = project.name
-    before = "backfill" if migration.strategy == "in_place" else "canary"
-    if migration.stage in ("cutover", "finalize"):
-        raise PreconditionFailed(f"{name} has been cut over: next is `migrator rollout {name} --stage finalize`")
-    if migration.stage != before:
-        first = f"`migrator backfill {name}`" if before == "backfill" else "the canary"
-        raise PreconditionFailed(f"{name} is at stage {migration.stage}: cutover comes after {first}")
-    if migration.paused is not None:
-        raise PreconditionFailed(
-            f"{name} is paused ({migration.paused}): when that is settled, `migrator resume {name}`"
-        )
-    failures = _check_backfilled(project, migration, options)
-    route = _route(project, migration)
-    if migration.strategy == "in_place":
-        return _cutover_in_place(project, migration, route, failures, options)
-    return _cutover_shadow(project, migration, route, failures)
 
 
 def _check_backfilled(project: Project, migration: Migration, options: Options) -> int:
@@ -293,74 +499,6 @@ def _check_what_was_written(project: Project, migration: Migration) -> None:
         )
 
 
-def _cutover_in_place(project: Project, migration: Migration, route: Route, failures: int, options: Options) -> Step:
-    name, stamp = project.name, migration.new_encoder_id
-    assert stamp is not None
-    with project.store() as store:
-        check_fresh(project, store)
-        _check_all_stamped(name, store.count(), store.count(stamp=stamp), failures)
-        first = BEFORE_CUTOVER[store.capabilities.visible]
-
-    def make() -> str:
-        _check_what_was_written(project, migration)
-        with project.store(write=True) as store:
-            store.publish(final=True)
-        # A fresh connection must find what was written, counted and sampled, before the route says so.
-        with project.store() as store:
-            total, stamped = store.count(), store.count(stamp=stamp)
-            _check_all_stamped(name, total, stamped, failures)
-            page = store.read(store.sample(READ_BACK, seed=route.epoch), vectors=True, payload=False)
-            missing = sum(found != stamp for found in page.stamps)
-            if missing > failures:
-                raise PreconditionFailed(
-                    f"{name}: {missing} of {len(page)} items read back carry no new stamp: backfill again"
-                )
-        _move_route(
-            project, migration, route, stage="cutover", phase="new", all_done=True,
-            detail={"items": total, "stamped": stamped, "failures_accepted": failures},
-            query_encoder=stamp, canary_encoder=None, canary_collection=None, canary_percent=0.0,
-            write_encoders=[stamp],
-        )  # fmt: skip
-        wait_for_clients(project, route.epoch + 1, options.tell)  # then the application may write: new vectors
-        return f"{stamped} of {total} items carry the new encoder's vector; it is now the only encoder of the route"
-
-    return Step(f"{first}make the new encoder the only one, for queries and for new items", make)
-
-
-def _cutover_shadow(project: Project, migration: Migration, route: Route, failures: int) -> Step:
-    name, beside = project.name, migration.shadow
-    assert beside is not None
-    if route.canary_percent < 100:
-        raise PreconditionFailed(
-            f"{name}: {route.canary_percent:g} % of the queries use {beside}: first "
-            f"`migrator rollout {name} --stage canary` up to 100 %"
-        )
-    with project.store() as store:
-        check_fresh(project, store)
-    shadow.check_whole(project, migration)
-
-    def make() -> str:
-        _check_what_was_written(project, migration)
-        shadow.publish(project, migration)
-        items = shadow.check_whole(project, migration)
-        shadow.point_alias(project, migration, beside)
-        try:
-            _move_route(
-                project, migration, route, stage="cutover", phase="new", all_done=True,
-                detail={"items": items, "failures_accepted": failures},
-                query_encoder=migration.new_encoder_id, query_collection=beside,
-                canary_encoder=None, canary_collection=None, canary_percent=0.0,
-                write_encoders=[migration.new_encoder_id],
-            )  # fmt: skip
-        except PreconditionFailed:
-            shadow.point_alias(project, migration, migration.source)
-            raise
-        alias = f", and alias {migration.alias} leads to it" if migration.alias else ""
-        return f"{beside} with {items} items is now the only collection of the route{alias}; the old one is kept"
-
-    return Step(f"put {beside} in the place of {migration.collection}, for queries and for new items", make)
-
-
 def _check_all_stamped(name: str, total: int, stamped: int, failures: int) -> None:
     if total - stamped > failures:
         raise PreconditionFailed(
@@ -369,73 +507,7 @@ def _check_all_stamped(name: str, total: int, stamped: int, failures: int) -> No
         )
 
 
-def _finalize(project: Project, migration: Migration, options: Options) -> Step:
-    name = project.name
-    if migration.stage != "cutover" and not (migration.state == "finished" and options.drop_old):
-        if migration.state == "finished":
-            kept = (
-                "its old vectors are kept: --drop-old deletes them" if migration.old_kept else "nothing is left to do"
-            )
-            raise PreconditionFailed(f"{name} is finished; {kept}")
-        raise PreconditionFailed(
-            f"{name} is at stage {migration.stage}: finalize comes after `rollout --stage cutover`"
-        )
-
-    in_place = migration.strategy == "in_place"
-    old = "the undo log" if in_place else f"the old collection {migration.collection}"
-    configure = "old_encoder" if in_place or migration.alias else f"store to {migration.shadow} and old_encoder"
-
-    def make() -> str:
-        if in_place:
-            write_alias.delete(project, migration)
-        elif options.drop_old:
-            shadow.drop_source(project, migration, options.tell)  # first: what the ledger calls gone must be gone
-        project.ledger.move(
-            migration, stage="finalize", state="finished",
-            event="finalize", detail={"drop_old": options.drop_old}, old_kept=not options.drop_old,
-        )  # fmt: skip
-        if not options.drop_old:
-            return f"{name} is finished; {old} is kept, `migrator rollback {name}` remains possible"
-        if in_place:
-            project.undo_log(migration).drop()
-            with project.store(write=True) as store:
-                store.clear_migration_state()
-        else:
-            project.copy_log(migration).drop()
-        return f"{name} is finished; {old} is gone. Before the next migration set {configure} to what is served now"
-
-    if options.drop_old:
-        return Step(f"end the migration and delete {old}: there is no way back after that", make)
-    return Step(f"end the migration; {old} is kept", make)
-
-
-_STEPS: dict[str, Callable[[Project, Migration, Options], Step]] = {
-    "prepare": _prepare,
-    "canary": _canary,
-    "backfill": _backfill,
-    "cutover": _cutover,
-    "finalize": _finalize,
-}
-
-
 def _route(project: Project, migration: Migration) -> Route:
     route = project.ledger.route(migration.collection)
     assert route is not None, "prepare writes the route in the same transaction as the stage"
     return route
-
-
-def _move_route(
-    project: Project,
-    migration: Migration,
-    route: Route,
-    *,
-    stage: Any,
-    phase: str,
-    detail: dict[str, Any] | None = None,
-    all_done: bool = False,
-    **columns: Any,
-) -> None:
-    project.ledger.move(
-        migration, stage=stage, event=stage, detail=detail, all_done=all_done,
-        route={"epoch": route.epoch, "phase": phase, **columns},
-    )  # fmt: skip

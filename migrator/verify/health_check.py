@@ -20,6 +20,7 @@ from migrator.embedding.embed import embed, locate
 from migrator.evaluation.gate import Measured, Verdict, gate
 from migrator.evaluation.verdicts import Test, amount
 from migrator.ledger import Migration
+from migrator.lifecycle.strategy import STRATEGIES
 from migrator.lifecycle.validity import health_checks
 from migrator.project import Project
 from migrator.verify.backfill_curve import expected
@@ -70,7 +71,7 @@ def check_health(
             summaries.append(summary)
             reasons += problems
         # A shadow is not evaluated before it is complete.
-        if project.settings.backfill.measure and (migration.strategy == "in_place" or share == 1):
+        if project.settings.backfill.measure and (STRATEGIES[migration.strategy].queries_first or share == 1):
             measured, summary, problems = _measure(project, migration, store, share)
             detail |= measured
             summaries.append(summary)
@@ -129,7 +130,7 @@ def _read_back(
     own = [
         row
         for row, stamp in enumerate(page.stamps)
-        if migration.strategy == "shadow" or stamp == migration.new_encoder_id
+        if STRATEGIES[migration.strategy].second_collection or stamp == migration.new_encoder_id
     ]
     images = project.images()
     paths = locate(images, [(page.ids[row], page.payloads[row]) for row in own])
@@ -181,7 +182,7 @@ def _measure(
         np.isnan(current.first_relevant), np.nan, (baseline.first_relevant == 1) & (current.first_relevant == 0)
     )
     number = len(health_checks(project.ledger.events(migration.id))) + 1
-    served: Test = "self" if migration.strategy == "shadow" or share == 1 else "lowest"
+    served: Test = "self" if STRATEGIES[migration.strategy].second_collection or share == 1 else "lowest"
     verdict = gate(
         Measured(
             old=baseline.values,

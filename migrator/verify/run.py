@@ -49,6 +49,7 @@ from migrator.evaluation.verdicts import Test
 from migrator.labels import Tags, tags_of
 from migrator.ledger import Migration
 from migrator.lifecycle.next_steps import next_steps, situation_of
+from migrator.lifecycle.strategy import STRATEGIES
 from migrator.lifecycle.validity import Gallery, gallery_of, interim_analysis_of
 from migrator.plan.run import check_fresh
 from migrator.project import Project
@@ -245,7 +246,7 @@ def _run_tests(
         rankings |= dict(zip(tested, np.split(found, len(tested)), strict=True))
     judged = {test: judged_queries.judge(ranking) for test, ranking in rankings.items()}
     # In place, new queries meet old vectors; beside a shadow they only ever meet new ones.
-    served: Test = "cross" if migration.strategy == "in_place" else "self"
+    served: Test = STRATEGIES[migration.strategy].served_test
     report("backfill curve", 0, 1)
     curve = _curve(project, judged_queries, judged["baseline"], pairs, served)
     return _Tests(

@@ -22,7 +22,7 @@ from migrator.cli import VERBS, cli
 from migrator.config import Section, Verify, load_config
 from migrator.ledger.ledger import SCHEMA
 from migrator.lifecycle.status import Status
-from migrator.rollout.stages import _STEPS
+from migrator.rollout.stages import TRANSITIONS
 from migrator.trainer.training.settings import FitSettings
 
 ROOT = Path(__file__).parents[2]
@@ -193,7 +193,7 @@ def test_the_exit_codes_are_those_of_the_command_line() -> None:
 
 def test_every_stage_is_documented() -> None:
     commands = " ".join(row[0] for row in table(section((REFERENCE / "stages.md").read_text(), "In place")))
-    assert [stage for stage in _STEPS if f"--stage {stage}" not in commands] == []
+    assert [stage for stage in TRANSITIONS if f"--stage {stage}" not in commands] == []
 
 
 def test_every_field_of_the_status_is_documented() -> None:
