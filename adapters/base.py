@@ -1,4 +1,4 @@
-"""What a vector store must be able to do to be migrated: the `Store` protocol and the values it speaks in.
+"""What a vector store must be able to do to be migrated: the `Store` protocol and the values it takes and returns.
 
 Everything is a batch. Vectors are float32 arrays of shape (n, dim). Ids are `int` or `str`, never mixed up:
 `7` and `"7"` are two items. Client exceptions never leave an adapter: they become one of the `StoreError`s here.
@@ -39,7 +39,7 @@ FurtherVectors: TypeAlias = Mapping[str, NDArray[np.float64] | Sparse]
 Numbers are as the store's client gives them, so that they can be written elsewhere unchanged."""
 
 Fence: TypeAlias = Callable[[float], None]
-"""Called with the seconds that a request may take, right before it is sent; what it raises keeps it from being sent."""
+"""Called with the seconds that a request may take, right before it is sent; if it raises, the request is not sent."""
 
 
 class StoreError(MigratorError):
@@ -62,7 +62,7 @@ class StoreUnavailable(StoreError):
 
 
 class StoreRejected(StoreError):
-    """The store, or what lies in it, is not what was asked for; the same call will fail again."""
+    """The store, or its contents, is not what was requested; the same call will fail again."""
 
 
 class StoreBusy(StoreError):
@@ -73,7 +73,7 @@ class StoreBusy(StoreError):
 
 @dataclass(frozen=True, slots=True)
 class Capabilities:
-    """What this store, with this index, can and cannot do. Read by `plan`; skipped visibly by the contract suite."""
+    """What this store can do with this index. Read by `plan`; skipped visibly by the contract suite."""
 
     update_in_place: bool
     """Vectors can be replaced in the served index without a rebuild."""
@@ -90,19 +90,19 @@ class Capabilities:
     """The store scales vectors to unit length: what is read differs from what was written by that, and by rounding."""
     partial_update: bool
     """A vector and its stamp are replaced in one request that leaves the rest of the item alone. If not, whole items
-    are written anew: read right before, checked right after, so that what an application changes meanwhile holds."""
+    are rewritten: read right before, checked right after, so that changes of the application in between are kept."""
     aliases: bool
     """A collection can be addressed by an alias that is moved to another one in one step."""
     notes: tuple[str, ...] = ()
     """Sentences for the plan: what follows from the above for this collection."""
     in_place_refusal: str | None = None
-    """Why no vector of this collection can be replaced in place at all, and the way out; it goes on from the name of
+    """Why no vector of this collection can be replaced in place at all, and the way out; it continues the name of
     the collection. None where it can."""
 
 
 @dataclass(frozen=True, slots=True)
 class CollectionInfo:
-    """Facts of a collection, as the store tells them."""
+    """Facts of a collection, as the store reports them."""
 
     name: str
     """Canonical and unique: two spellings of the same collection, an alias among them, give the same name."""
@@ -117,7 +117,7 @@ class CollectionInfo:
     schema: Mapping[str, str]
     """Payload field -> type, as the store names it."""
     bytes_on_disk: int | None = None
-    """Size of the index, where the store can tell."""
+    """Size of the index, where the store reports it."""
     alias: str | None = None
     """The alias by which it was opened: an alias of the server, or a symbolic link to a folder."""
 
@@ -142,7 +142,7 @@ class Page:
 
 @dataclass(frozen=True, slots=True)
 class WriteReport:
-    """What became of a batch of writes. Every id given is in exactly one of the four."""
+    """The outcome of a batch of writes. Every id given is in exactly one of the four."""
 
     written: Sequence[ItemId]
     deleted: Sequence[ItemId] = ()
@@ -229,7 +229,7 @@ class Store(Protocol):
 
         Never creates an item and never touches a payload. Repeating the call changes nothing more. Refuses, before
         anything is written, vectors of another shape and an id given twice (`StoreRejected`). With a stamp, vectors
-        that are not finite or all zeros are `rejected`; without one they are taken, for they may have lain there.
+        that are not finite or all zeros are `rejected`; without one they are taken, for they may have been there.
         """
         ...
 

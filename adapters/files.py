@@ -1,4 +1,4 @@
-"""What adapters of local folders share: names made durable, and the system's errors in the store's words."""
+"""What adapters of local folders share: names made durable, and the system's errors translated."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def translated(path: Path) -> Iterator[None]:
     try:
         yield
     except FileNotFoundError as error:
-        raise Vanished(f"{error.filename or path} went away while it was used: put it back, then again") from error
+        raise Vanished(f"{error.filename or path} was removed while in use: restore it, then try again") from error
     except OSError as error:
         reason = error.strerror or str(error)
         if error.errno in FORBIDDEN:
@@ -31,9 +31,9 @@ def translated(path: Path) -> Iterator[None]:
                 f"{path}: {reason}: give this user the right to read and write {path.parent}"
             ) from error
         if isinstance(error, (NotADirectoryError, FileExistsError, IsADirectoryError)):
-            raise StoreRejected(f"{path}: {reason}: move away what stands in its place") from error
+            raise StoreRejected(f"{path}: {reason}: move what is in its place") from error
         raise StoreUnavailable(
-            f"{path}: {reason}: nothing was changed; make room or repair the disk, then again"
+            f"{path}: {reason}: nothing was changed; free space or repair the disk, then try again"
         ) from error
 
 

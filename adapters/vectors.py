@@ -60,6 +60,6 @@ def contents(page: Page) -> dict[ItemId, Contents]:
 
 
 def one_line(error: object) -> str:
-    """What a client said, short enough to stand in a message of ours."""
+    """A client's message, short enough to be part of one line."""
     text = " ".join(str(error).split())
     return text if len(text) <= 200 else text[:197] + "..."

@@ -1,4 +1,4 @@
-"""The files of a FAISS collection: the user's, and ours in `.migrator/` beside the index.
+"""The files of a FAISS collection: the user's, and its own in `.migrator/` beside the index.
 
     index.faiss                  the user's index; replaced by an atomic rename and in no other way
     items.parquet                the user's items, in one file or several; replaced only when items are inserted or
@@ -14,7 +14,7 @@
     .migrator/created            the folder was made by migrator
 
 Beside an index of another name than index.faiss the folder is called `.migrator.<name>`: there may be several. Every
-file of ours is written to a temporary name, fsynced and renamed.
+file of its own is written to a temporary name, fsynced and renamed.
 """
 
 from __future__ import annotations
@@ -120,15 +120,15 @@ class Folder:
         self.index = Path(os.path.realpath(named))
         self.collection_id = str(self.path if self.is_folder else named)
         """By which the collection is known: its folder, or its index where the files have other names."""
-        self.ours = self.path / (".migrator" if named.name == "index.faiss" else f".migrator.{named.name}")
-        self.changes = self.ours / "changes"
-        self.created = self.ours / "created"
-        self.next = self.ours / "next"
-        self._next_record = self.ours / "next.json"
-        self.segments = self.ours / "segments"
-        self.stamps = self.ours / "stamps"
-        self.original = self.ours / "original.faiss"
-        self._outdated = self.ours / "vectors.json"
+        self.own = self.path / (".migrator" if named.name == "index.faiss" else f".migrator.{named.name}")
+        self.changes = self.own / "changes"
+        self.created = self.own / "created"
+        self.next = self.own / "next"
+        self._next_record = self.own / "next.json"
+        self.segments = self.own / "segments"
+        self.stamps = self.own / "stamps"
+        self.original = self.own / "original.faiss"
+        self._outdated = self.own / "vectors.json"
         self._numbers: dict[Path, int] = {}
 
     def opened_as(self, collection_id: str) -> Folder:
@@ -236,10 +236,10 @@ class Folder:
         """Makes `.migrator/` and takes its lock; it dies with the process. Raises `StoreBusy` at once if it is held."""
         import filelock
 
-        with translated(self.ours):
-            for folder in (self.ours, self.segments, self.stamps, self.changes, self.next):
+        with translated(self.own):
+            for folder in (self.own, self.segments, self.stamps, self.changes, self.next):
                 folder.mkdir(exist_ok=True)
-            lock = filelock.FileLock(self.ours / "lock", thread_local=False)
+            lock = filelock.FileLock(self.own / "lock", thread_local=False)
             try:
                 lock.acquire(timeout=0)
             except filelock.Timeout:
@@ -250,9 +250,9 @@ class Folder:
                     "host": socket.gethostname(),
                     "since": datetime.now(UTC).isoformat(timespec="seconds"),
                 }
-                self._write(self.ours / "lock.json", lambda file: file.write(json.dumps(holder).encode()))
+                self._write(self.own / "lock.json", lambda file: file.write(json.dumps(holder).encode()))
                 self._finish_replacement()
-                for leftover in self.ours.glob("**/*.tmp"):
+                for leftover in self.own.glob("**/*.tmp"):
                     leftover.unlink()
                 for file in (self.index, *self.item_files(), *self.vector_files()):
                     self._beside(file, "tmp").unlink(missing_ok=True)
@@ -272,13 +272,13 @@ class Folder:
 
     def _holder(self) -> str:
         try:
-            holder = json.loads((self.ours / "lock.json").read_bytes())
+            holder = json.loads((self.own / "lock.json").read_bytes())
             return f"process {holder['pid']} on {holder['host']} since {holder['since']}"
         except (OSError, ValueError, KeyError, TypeError):
             return "another process"
 
     def delete(self) -> None:
-        """Deletes index, items and ours, and the folder if nothing else lies in it. Call without the lock.
+        """Deletes index, items and `.migrator/`, and the folder if nothing else lies in it. Call without the lock.
 
         Items and vectors that lie under names of the user's own stay: other indexes may be made of them.
         """
@@ -286,7 +286,7 @@ class Folder:
             # The index first: without it this is no collection any more, whatever a kill leaves.
             for file in (self.named_index, *(self.item_files() if self.is_folder else ())):
                 file.unlink(missing_ok=True)
-            shutil.rmtree(self.ours, ignore_errors=True)
+            shutil.rmtree(self.own, ignore_errors=True)
             with contextlib.suppress(OSError):
                 self.path.rmdir()
             sync_folder(self.path.parent)
@@ -383,7 +383,7 @@ class Folder:
 
     def remove(self, files: Sequence[Path]) -> None:
         """Removes files in the order given."""
-        with translated(self.ours):
+        with translated(self.own):
             for file in files:
                 file.unlink(missing_ok=True)
             for folder in {file.parent for file in files}:
@@ -401,7 +401,7 @@ class Folder:
     def _beside(self, file: Path, suffix: str) -> Path:
         """A name from which `file` can be replaced in one step: in our folder, or where a link leads, beside it."""
         if file.parent == self.path or self._on_one_disk(file):
-            return self.ours / f"{file.name}.{suffix}"
+            return self.own / f"{file.name}.{suffix}"
         return file.with_name(f".{file.name}.{suffix}")
 
     def _on_one_disk(self, file: Path) -> bool:
@@ -479,13 +479,13 @@ class Folder:
                 sync_folder(folder)
             if replacement:
                 self._next_record.unlink()
-                sync_folder(self.ours)
+                sync_folder(self.own)
             for leftover in [*self.next.glob("*"), self._beside(self.index, "next")]:
                 leftover.unlink(missing_ok=True)
 
     def keep_original(self) -> None:
         """Keeps index.faiss as it is now, so that it can be published again bit for bit."""
-        temporary = self.ours / "original.tmp"
+        temporary = self.own / "original.tmp"
         with translated(self.original):
             temporary.unlink(missing_ok=True)
             try:
@@ -495,7 +495,7 @@ class Folder:
                     self._write_durably(temporary, lambda file: shutil.copyfileobj(source, file))
             temporary.replace(self.original)
             temporary.unlink(missing_ok=True)  # a rename onto a link to the same file leaves both names
-            sync_folder(self.ours)
+            sync_folder(self.own)
 
     def copy_original(self, write: Callable[[bytes], object]) -> None:
         """Hands the bytes of the original to `write`."""

@@ -46,7 +46,7 @@ def _mix(z: NDArray[np.uint64]) -> NDArray[np.uint64]:
 
 UNIT = 1e-5  # what an encoder's rounding may leave between a vector's length and 1
 
-TAKE_BACK = "take the migration back with `migrator rollback`, or use rollout.strategy shadow with another index"
+UNDO = "undo the migration with `migrator rollback`, or use rollout.strategy shadow with another index"
 
 
 class Index:
@@ -274,7 +274,7 @@ class Index:
         """Puts `vectors` (m, dim) in the place of those at `positions`. Only where `updates_in_place`."""
         faiss = _faiss()
         vectors = self.as_kept(vectors)
-        with translated_faiss(self._where, "replace vectors", TAKE_BACK):
+        with translated_faiss(self._where, "replace vectors", UNDO):
             if self._flat is not None:
                 self._flat[positions] = vectors
             else:
@@ -292,7 +292,7 @@ class Index:
         `kept_as_trained` and unless there are fewer vectors than FAISS needs for that.
         """
         vectors = np.ascontiguousarray(self.as_kept(vectors))
-        with translated_faiss(self._where, "rebuild the index", TAKE_BACK):
+        with translated_faiss(self._where, "rebuild the index", UNDO):
             self._empty()
             if self.count >= parts.training_needs(self._body):
                 parts.train(self._body, vectors)
@@ -322,7 +322,7 @@ class Index:
         it learns from them and from random directions.
         """
         vectors = np.ascontiguousarray(self.as_kept(vectors), np.float32)
-        with translated_faiss(self._where, "build the index", TAKE_BACK):
+        with translated_faiss(self._where, "build the index", UNDO):
             self._empty()
             needs = parts.training_needs(self._body)
             if len(vectors) >= needs or not self._body.is_trained:
@@ -366,7 +366,7 @@ class Index:
     def write(self, write: Callable[[bytes], object]) -> None:
         """Hands the index to `write` piece by piece, as FAISS's file format. Errors of `write` pass through."""
         faiss = _faiss()
-        with translated_faiss(self._where, "write the index", TAKE_BACK):
+        with translated_faiss(self._where, "write the index", UNDO):
             if self._users_direct_map is not None:
                 self._map_directly(self._users_direct_map)
             # Not write_index(path): it does not notice when the last buffer does not fit on the disk.

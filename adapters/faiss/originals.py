@@ -19,7 +19,7 @@ SAMPLE = 256
 FITS = 0.75
 """The share of them that must lie nearer to their own vector in the index than to another one's: of vectors in another
 order it is one half."""
-FEWEST = 8
+MIN_SAMPLE = 8
 """Below this many nothing is concluded."""
 
 

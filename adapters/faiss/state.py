@@ -15,7 +15,7 @@ from migrator.adapters.faiss.changes import Change, Changes
 from migrator.adapters.faiss.folder import Folder, Generation, Segment, Stamps
 from migrator.adapters.faiss.index import Index, row_checksums
 from migrator.adapters.faiss.items import Items
-from migrator.adapters.faiss.originals import FEWEST, FITS, SAMPLE, Originals
+from migrator.adapters.faiss.originals import FITS, MIN_SAMPLE, SAMPLE, Originals
 
 SAME_VECTORS = "name the files that the index was built from as store.vectors, in the order of the items, or none"
 
@@ -159,7 +159,7 @@ class State:
             return True
         ranks = np.flatnonzero(self._are_original(np.arange(len(self.ids))) & ~self.pending)
         ranks = np.random.default_rng(0).choice(ranks, min(SAMPLE, len(ranks)), replace=False)
-        if len(ranks) < FEWEST:
+        if len(ranks) < MIN_SAMPLE:
             return True
         kept = directions(self.index.vectors(self.where[ranks]))
         exact = directions(self.vector_files.vectors(self.items.rows[ranks]))

@@ -4,7 +4,7 @@ Items and vectors belong together by FAISS id: the column `faiss_id` if there is
 index has an ID map, else the row number. An item's id is the column `id`, else the row number. Where files with the
 exact vectors lie beside an index that keeps approximations, vectors that no migration has replaced are read from them.
 
-How a crash or the application's own writes cannot do harm: a written vector goes to a segment file together with the
+How a crash or the application's own writes do no harm: a written vector goes to a segment file together with the
 checksum of the vector that it replaces. A row of a segment is *pending* while index.faiss holds that vector,
 *applied* when it holds the written one, and void when it holds a third one, which somebody else wrote later. Stamps
 of published vectors are kept beside their checksums and hold while these agree. So what is true follows from the
@@ -124,7 +124,7 @@ class FaissStore(BaseStore):
                 continue
             if self._folder.identity() == generation:
                 return state
-        raise StoreUnavailable(f"{self._folder.collection_id} is being replaced all the time: try again when it rests")
+        raise StoreUnavailable(f"{self._folder.collection_id} keeps being replaced: try again when nothing replaces it")
 
     def _current(self) -> State:
         """The state in memory, after a look whether the application has replaced a file. Call with `_lock` held."""
@@ -386,7 +386,7 @@ class FaissStore(BaseStore):
                     state = self._current()
                 if self._merge(state) if final and state.changes else self._publish(state, final):
                     return
-        raise StoreUnavailable(f"{self._folder.index} is being replaced all the time: try again when it rests")
+        raise StoreUnavailable(f"{self._folder.index} keeps being replaced: try again when nothing replaces it")
 
     def _publish(self, state: State, final: bool) -> bool:
         """One attempt; False if the application replaced a file meanwhile."""
@@ -491,10 +491,10 @@ class FaissStore(BaseStore):
             store = FaissStore(Folder(path), write=True)
             if not store._folder.created.exists():
                 store.close()
-                raise StoreRejected(f"{path} is there already and was not made by migrator: remove it, or plan again")
+                raise StoreRejected(f"{path} exists already and was not created by migrator: remove it, or plan again")
             if store.describe().dim != dim:
                 store.close()
-                raise StoreRejected(f"{path} is there already, for vectors of another dimension than {dim}: remove it")
+                raise StoreRejected(f"{path} exists already, for vectors of another dimension than {dim}: remove it")
             return store
         with self._lock:
             state = self._current()

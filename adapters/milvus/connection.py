@@ -1,4 +1,4 @@
-"""A connection to a Milvus: a server, or Milvus Lite in this process; the client's errors in the store's words."""
+"""A connection to a Milvus: a server, or Milvus Lite in this process; the client's errors translated."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ class Connection:
         return self
 
     def release(self) -> None:
-        """One store less."""
+        """Closes the client with the last store that shares it."""
         self._users -= 1
         if self._users == 0:
             self.client.close()
@@ -102,7 +102,7 @@ class Connection:
             return None
 
     def ask(self, call: Callable[[MilvusClient], T]) -> T:
-        """Makes a call, with the client's exceptions in this package's words."""
+        """Makes a call; the client's exceptions become this package's."""
         return self._translated(lambda: call(self.client))
 
     def call(self, method: str, *arguments: Any, timeout: float | None = None, **options: Any) -> Any:
@@ -118,7 +118,7 @@ class Connection:
             return call()
         except ConnectionConfigException as error:
             if "Open local milvus failed" in str(error):
-                raise StoreBusy(f"{self.where} is open in another process: stop it, then again") from error
+                raise StoreBusy(f"{self.where} is open in another process: stop it, then try again") from error
             raise StoreRejected(f"{self.where} cannot be opened: {one_line(error)}") from error
         except MilvusException as error:
             raise self._of_code(error) from error

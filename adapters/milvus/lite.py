@@ -56,7 +56,7 @@ class Known:
             yield now is not None
 
     def _position(self) -> tuple[Any, int] | None:
-        # Not part of its interface: without it, everything is asked anew, which is slow but right.
+        # Not part of its interface: without it, everything is read again, which is slow but right.
         collection = self._collection() if self._collection is not None else None
         written = getattr(collection, "_next_seq", None)
         return (collection, written) if isinstance(written, int) else None

@@ -84,7 +84,7 @@ class MilvusReader(BaseStore):
         if loaded == "Loading":  # as after a restart of the server
             raise StoreUnavailable(f"collection {self._collection} is still being loaded")
         if loaded != "Loaded":
-            raise StoreRejected(f"collection {self._collection} is not loaded: load it, then again")
+            raise StoreRejected(f"collection {self._collection} is not loaded: load it, then try again")
         self._must_be_whole()
         self._index = self._index_of_vector()
         if self._index.get("metric_type") not in METRICS:
@@ -110,7 +110,7 @@ class MilvusReader(BaseStore):
             if str(state).removeprefix("LoadState.") != "Loaded":
                 raise StoreRejected(
                     f"partition {partition} of collection {self._collection} is not loaded, so that its rows cannot be "
-                    "read: load the whole collection, then again"
+                    "read: load the whole collection, then try again"
                 )
 
     def _index_of_vector(self) -> Row:
@@ -118,7 +118,7 @@ class MilvusReader(BaseStore):
             found: Row | None = self._call("describe_index", self._collection, name)
             if found and found.get("field_name") == self._vector:
                 return found
-        raise StoreRejected(f"{self._collection}.{self._vector} has no index: create one, then again")
+        raise StoreRejected(f"{self._collection}.{self._vector} has no index: create one, then try again")
 
     def _describe(self, collection: str) -> Row:
         def call(client: MilvusClient) -> Row:

@@ -6,8 +6,8 @@ is strong by itself.
 
 Where the server can change single fields, that is used. But then an application's write need not replace the whole
 row either (in Milvus Lite no upsert does), and a stamp may outlive the vector that it was written with. So there a
-stamp carries the checksum of its vector and holds as long as that fits. Elsewhere whole rows are written anew, with
-the row as it was right before, and an application's write takes the stamp away.
+stamp carries the checksum of its vector and holds as long as that fits. Elsewhere whole rows are rewritten, with
+the row as it was right before, and an application's write removes the stamp.
 
 What is known of a Milvus Lite without asking it again is in `migrator.adapters.milvus.lite`.
 """
@@ -44,7 +44,7 @@ from migrator.adapters.milvus.reader import (
 from migrator.adapters.vectors import Contents, as_batch, contents, unusable
 
 KEYS = ("kind", "uri", "token", "database", "collection", "vector", "timeout", "auto_id_in_shadow")
-WHOLE_ROWS = 5_000  # read and at once written anew: fewer take longer, more leave others more time in between
+WHOLE_ROWS = 5_000  # read and rewritten at once: fewer take longer, more leave others more time in between
 
 
 def open_store(config: Mapping[str, Any], *, write: bool) -> MilvusStore:
@@ -77,7 +77,7 @@ class MilvusStore(MilvusReader):
     def write_vectors(
         self, ids: Sequence[ItemId], vectors: Vectors, stamp: str | None, expected: Page | None = None
     ) -> WriteReport:
-        """Writes the vectors, as single fields or as whole rows, and looks afterwards what became of them."""
+        """Writes the vectors, as single fields or as whole rows, and reads them back afterwards."""
         self._must_write()
         if (refusal := self._in_place_refusal()) is not None:
             raise StoreRejected(f"collection {self._collection} {refusal}")
@@ -146,7 +146,7 @@ class MilvusStore(MilvusReader):
         if not self._partial:
             kept = {name: value for name, value in row.items() if name != STAMP and name not in self._made}
             changed = {**{name: plain_value(value, self._fields.get(name)) for name, value in kept.items()}, **changed}
-        if self._dynamic and (stamp is not None or self._partial):  # a single field is emptied, not taken away
+        if self._dynamic and (stamp is not None or self._partial):  # a single field is set to null, not removed
             changed[STAMP] = self._as_value(stamp, vector)
         return changed
 
@@ -194,7 +194,7 @@ class MilvusStore(MilvusReader):
             self._fence(self._connection.timeout)
 
     def clear_migration_state(self) -> None:
-        """Takes the stamps away. Every row that carries one is written once more for that."""
+        """Removes the stamps. Every row that carries one is rewritten for that."""
         self._must_write()
         if not self._dynamic:
             return
@@ -204,14 +204,14 @@ class MilvusStore(MilvusReader):
         while ids := self._key_list(carrying, after, None, LITE_PAGE):
             for part in parts(ids, self._fitting):
                 if self._connection.lite:
-                    self._take_field_away(part)
+                    self._remove_field(part)
                 else:
                     page = self.read(part, vectors=True, payload=False)
                     assert page.vectors is not None
                     self.write_vectors(page.ids, page.vectors, None)
             after = ids[-1]
 
-    def _take_field_away(self, ids: list[ItemId]) -> None:
+    def _remove_field(self, ids: list[ItemId]) -> None:
         """Replaces those rows of a Milvus Lite that have the field of the stamp by the same rows without it."""
         rows = [row for row in self._rows(ids, ["*"]).values() if STAMP in row]
         with self._known.held() as known:
@@ -267,7 +267,7 @@ class MilvusStore(MilvusReader):
             number = replicas.get("replica_number", 1)
             raise StoreRejected(
                 f"there is no room to load a second collection like {self._collection}, with {number} replicas: "
-                f"{refusal}: give the server more query nodes, then again"
+                f"{refusal}: give the server more query nodes, then try again"
             ) from refusal
 
     def _must_fit(self, collection_id: str, dim: int) -> None:

@@ -1,4 +1,4 @@
-"""A connection to a Qdrant: a server over REST or gRPC, or a local folder; the client's errors in the store's words."""
+"""A connection to a Qdrant: a server over REST or gRPC, or a local folder; the client's errors translated."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def _reach(config: Mapping[str, Any]) -> Connection:
         raise StoreRejected(f"`url` of a qdrant store is http://HOST:PORT or https://HOST:PORT, not {where!r}")
     if key is not None and not (isinstance(key, str) and key.isascii() and key.isprintable() and key.strip() == key):
         # The client would put it into an error message, and call it a broken connection.
-        raise StoreRejected("`api_key` of a qdrant store has characters that no key has, perhaps the end of a line")
+        raise StoreRejected("`api_key` of a qdrant store has characters that no key contains, perhaps a line break")
     # `plan` says so, once, and not as a warning among other lines.
     warnings.filterwarnings("ignore", message="Api key is used with an insecure connection", category=UserWarning)
     timeout = int(config.get("timeout", 30))
@@ -114,13 +114,13 @@ class Connection:
         return self
 
     def release(self) -> None:
-        """One store less."""
+        """Closes the client with the last store that shares it."""
         self._users -= 1
         if self._users == 0:
             self.client.close()
 
     def ask(self, call: Callable[[QdrantClient], T]) -> T:
-        """Makes a call, with the client's exceptions in this package's words."""
+        """Makes a call; the client's exceptions become this package's."""
         with self._guard:
             return translated(self.where, lambda: call(self.client))
 
@@ -176,7 +176,7 @@ class BadRequest(StoreRejected):
 
 
 def translated(where: str, call: Callable[[], T]) -> T:
-    """Makes a call, with the client's exceptions in this package's words."""
+    """Makes a call; the client's exceptions become this package's."""
     import grpc
     from pydantic import ValidationError
     from qdrant_client.common.client_exceptions import QdrantException, ResourceExhaustedResponse

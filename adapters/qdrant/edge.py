@@ -86,11 +86,11 @@ class EdgeStore(BaseStore):
     def __init__(self, folder: Folder, collection: str, *, vector: str | None, write: bool) -> None:
         self._folder, self._write = folder, write
         self._collection, self._alias = folder.resolve(collection)
-        self._shard = folder.take(self._collection)
+        self._shard = folder.acquire(self._collection)
         try:
             self._name, self._params = self._vector(vector)
             if write:
-                folder.sweep()
+                folder.remove_leftovers()
         except BaseException:
             self.close()
             raise
@@ -152,7 +152,7 @@ class EdgeStore(BaseStore):
                 "one process at a time has the collection open: stop the application for each run",
                 "an application that replaces a vector with update_vectors, and does not upsert the point, keeps the "
                 "stamp: let it delete the payload key _migrator too, or such a change is not found",
-                "a new vector is searched without the HNSW index until the cutover, which builds it anew",
+                "a new vector is searched without the HNSW index until the cutover, which rebuilds it",
             ),
         )
 
@@ -355,7 +355,7 @@ class EdgeStore(BaseStore):
                 if before is not None:
                     now = contents(page)
                     # What bears our stamp has been written by this very call, which is repeated.
-                    ours = {
+                    own = {
                         item for item, carried in zip(there, page.stamps, strict=True) if carried == stamp is not None
                     }
                     others = [
@@ -363,7 +363,7 @@ class EdgeStore(BaseStore):
                         for item in there
                         if item not in rejected
                         and not same_value(now[item], before.get(item))
-                        and not (item in ours and item in before and same_value(now[item][1], before[item][1]))
+                        and not (item in own and item in before and same_value(now[item][1], before[item][1]))
                     ]
                     changed += others
                     leave.update(others)

@@ -29,7 +29,7 @@ def can_be_id(item: ItemId) -> bool:
 
 
 def plain_id(item: Any) -> ItemId:
-    """An id of the client's as an id of ours."""
+    """Converts an id of the client."""
     return item if isinstance(item, int) else str(item)
 
 
@@ -69,7 +69,7 @@ def not_json(page: Page) -> dict[ItemId, str]:
 
 
 def plain_vector(vector: Any) -> NDArray[np.float64] | Sparse:
-    """A vector of the client's as one of ours."""
+    """Converts a vector of the client."""
     if hasattr(vector, "indices"):
         order = np.argsort(vector.indices, kind="stable")
         return Sparse(np.array(vector.indices, np.uint32)[order], np.array(vector.values, np.float64)[order])

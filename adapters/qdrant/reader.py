@@ -258,7 +258,7 @@ class QdrantReader(BaseStore):
             for record in records:
                 key = order_key(plain_id(record.id))
                 if reached is not None and key <= reached:
-                    raise StoreRejected(f"{self._where()} gives its points out of order: {record.id} comes again")
+                    raise StoreRejected(f"{self._where()} returns its points out of order: {record.id} appears again")
                 reached = key
                 if last is not None and key > last:
                     return found[:limit]
@@ -268,7 +268,7 @@ class QdrantReader(BaseStore):
             if offset is None:
                 break
             if not records:
-                raise StoreRejected(f"{self._where()} gives an empty page and says that there are more")
+                raise StoreRejected(f"{self._where()} returns an empty page and reports that there are more")
         return found[: max(limit, 0)]
 
     def scan(self, *, after: ItemId | None, up_to: ItemId | None = None, limit: int) -> Page:
@@ -302,7 +302,7 @@ class QdrantReader(BaseStore):
     def _check_none_missing(self, ids: Sequence[ItemId], found: Mapping[ItemId, Any]) -> None:
         missing = [item for item in ids if can_be_id(item) and item not in found]
         if missing and not self._connection.local and (left := self._count(self._filter(ids=missing))):
-            raise StoreUnavailable(f"{self._where()} gave {left} points less than were asked for and are there")
+            raise StoreUnavailable(f"{self._where()} returned {left} of the requested points fewer than exist")
 
     def read_further(self, ids: Sequence[ItemId]) -> list[FurtherVectors] | None:
         """What points have besides the vector that is migrated; None if the collection has no such vectors."""
@@ -340,14 +340,14 @@ class QdrantReader(BaseStore):
             for record in records:
                 if np.shape(self._vector_of(record)) != (dim,):
                     raise StoreRejected(
-                        f"{self._where()} gave point {record.id} a vector that is not {dim} numbers"
+                        f"{self._where()} returned for point {record.id} a vector that is not {dim} numbers"
                     ) from error
             raise
         # Over REST it could not be put back, and no search finds it.
         finite = np.logical_and.reduce(np.isfinite(vectors), axis=1)
         if not finite.all():
             item = records[int(np.flatnonzero(~finite)[0])].id
-            raise StoreRejected(f"{self._where()} holds a vector that is not finite, of point {item}: mend it first")
+            raise StoreRejected(f"{self._where()} holds a vector that is not finite, of point {item}: fix it first")
         return vectors
 
     def _where(self) -> str:
@@ -431,14 +431,14 @@ class QdrantReader(BaseStore):
         return [each.alias_name for each in found]
 
     def _change(self, method: str, *arguments: Any, **options: Any) -> None:
-        """Makes a change, or several in one request, and sees that they were made and not only noted for later."""
+        """Makes a change, or several in one request, and checks that they were applied and not only queued."""
         if self._fence is not None:
             self._fence(self._connection.timeout)
         result = self._call(method, *arguments, **options)
         for each in result if isinstance(result, list) else [result]:
             status = getattr(getattr(each, "status", None), "value", None)
             if status != "completed":
-                raise StoreUnavailable(f"{self._where()} took a change and has not made it yet ({status})")
+                raise StoreUnavailable(f"{self._where()} accepted a change and has not applied it yet ({status})")
 
     def _index_stamps(self) -> None:
         """Lets the server find stamps without looking at every payload."""

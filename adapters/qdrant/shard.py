@@ -1,4 +1,4 @@
-"""The folder of Qdrant Edge and its shards, opened through the engine; its errors in the store's words."""
+"""The folder of Qdrant Edge and its shards, opened through the engine; its errors translated."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ class Folder:
             raise StoreRejected(f"{self.path} has no collection {to!r} to point {alias!r} at")
         replace_link(place, Path(to))
 
-    def take(self, collection_id: str) -> Shard:
+    def acquire(self, collection_id: str) -> Shard:
         """A collection's shard, for one more user. Give it to `release` in the end."""
         shard = self._open.get(collection_id)
         if shard is None:
@@ -85,7 +85,7 @@ class Folder:
         return shard
 
     def release(self, shard: Shard) -> None:
-        """One user less."""
+        """Closes the shard with its last user."""
         shard.users -= 1
         if shard.users == 0:
             shard.close()
@@ -113,7 +113,7 @@ class Folder:
             sync_folder(self.path)
 
     def remove(self, collection_id: str) -> None:
-        """Deletes a collection: a kill leaves it as it was, or a hidden remainder that `sweep` finds."""
+        """Deletes a collection: a kill leaves it as it was, or a hidden remainder that `remove_leftovers` finds."""
         shard = self._open.pop(collection_id, None)
         if shard is not None:
             shard.close()
@@ -125,7 +125,7 @@ class Folder:
             sync_folder(self.path)
             shutil.rmtree(remainder, ignore_errors=True)
 
-    def sweep(self) -> None:
+    def remove_leftovers(self) -> None:
         """Deletes what a killed `remove` left."""
         for remainder in self.path.glob(".*.gone"):
             shutil.rmtree(remainder, ignore_errors=True)
@@ -178,8 +178,8 @@ class Shard:
     def _locked(self) -> int:
         """A handle of the folder with a lock on it, which dies with the process.
 
-        The engine looks at its own lock, on the folder of the log, only after it has repaired the other files, to the
-        harm of whoever has them open. So that is looked at here, before the engine is called.
+        The engine checks its own lock, on the folder of the log, only after it has repaired the other files, which
+        damages them for the process that has them open. So the lock is checked here, before the engine is called.
         """
         with translated(self.path):
             handle = os.open(self.path, os.O_RDONLY)
@@ -200,14 +200,14 @@ class Shard:
         return handle
 
     def _busy(self) -> StoreBusy:
-        return StoreBusy(f"{self.path} is open in another process: stop the application, then again")
+        return StoreBusy(f"{self.path} is open in another process: stop the application, then try again")
 
     def call(self, method: str, *arguments: Any) -> Any:
         """Calls a method of the engine's shard by its name."""
         return self.ask(lambda edge: getattr(edge, method)(*arguments))
 
     def ask(self, call: Callable[[EdgeShard], T]) -> T:
-        """Makes a call, with the engine's exceptions in this package's words."""
+        """Makes a call; the engine's exceptions become this package's."""
         with self.guard:
             return self._translated(lambda: call(self._edge), "was refused by the engine")
 
@@ -256,7 +256,7 @@ class Shard:
         if number and int(number[1]) in FORBIDDEN:
             return StoreRejected(f"{self.path}: {said}: give this user the right to read and write it")
         if number or "No space left" in said:
-            return StoreUnavailable(f"{self.path}: {said}: make room or repair the disk, then again")
+            return StoreUnavailable(f"{self.path}: {said}: free space or repair the disk, then try again")
         return StoreRejected(f"{self.path} {what} ({said})")
 
 

@@ -84,10 +84,10 @@ class QdrantStore(QdrantReader):
         before: Mapping[ItemId, Any] | None,
         rejected: Mapping[ItemId, str],
     ) -> tuple[dict[ItemId, Payload], list[ItemId], dict[ItemId, bool]]:
-        """Payloads of the points to write, those that are gone, and those that changed.
+        """Payloads of the points to write, the deleted ones, and the changed ones.
 
-        Of the last it says whether the new vector is there all the same: a call was cut off and is repeated, and the
-        application changed the payload in between.
+        True for a changed one that has the new vector: an interrupted call is repeated, and the application changed
+        the payload in between.
         """
         page = self.read(part, vectors=before is not None, payload=True)
         assert page.payloads is not None
@@ -98,10 +98,10 @@ class QdrantStore(QdrantReader):
             for item, (vector, payload) in contents(page).items():
                 if item in rejected or same_value((vector, payload), before.get(item)):
                     continue
-                ours = self._same(vector, vectors[rows[item]])
-                # Where only the vector is another one, and it is ours, the call was cut off and is repeated.
-                if not ours or item not in before or not same_value(payload, before[item][1]):
-                    changed[item] = ours
+                own = self._same(vector, vectors[rows[item]])
+                # Where only the vector differs, and it is the new one, the call was interrupted and is repeated.
+                if not own or item not in before or not same_value(payload, before[item][1]):
+                    changed[item] = own
         leave = {*changed, *rejected}
         to_write = {item: payload for item, payload in now.items() if item not in leave}
         return to_write, deleted, changed
@@ -154,11 +154,11 @@ class QdrantStore(QdrantReader):
         changed = list(others)
         if stamp is not None:
             # The intent stays with our vector: without it, the vector would pass for the application's.
-            self._clear([item for item, ours in others.items() if not ours])
+            self._clear([item for item, own in others.items() if not own])
         condition = self._filter(stamp=intent) if stamp is not None and self._conditional() else None
 
         def put(items: list[ItemId]) -> None:
-            """Vectors and then stamps in one request: cut off anywhere, it leaves no stamp beside an old vector."""
+            """Vectors and then stamps in one request: interrupted anywhere, it leaves no stamp beside an old vector."""
             these = [models.PointVectors(id=item, vector=self._as_vector(vectors[rows[item]])) for item in items]
             operations: list[Any] = [
                 models.UpdateVectorsOperation(
@@ -198,7 +198,7 @@ class QdrantStore(QdrantReader):
         return WriteReport(done, [*deleted, *lost], refused, [*changed, *late])
 
     def _despite_missing(self, items: Sequence[ItemId], change: Callable[[list[ItemId]], Any]) -> None:
-        """Makes a change to those points that exist; a point that goes meanwhile must not stop the others."""
+        """Makes a change to those points that exist; a point deleted in between must not stop the others."""
         remaining = list(items)
         missing_retries = 0
         while remaining:
@@ -208,7 +208,7 @@ class QdrantStore(QdrantReader):
             except MissingPoint as missing:
                 there = set(self.read(remaining, vectors=False, payload=False).ids)
                 missing_retries += len(there) == len(remaining)
-                if missing_retries > MAX_MISSING_RETRIES:  # a point may come back, but not over and over
+                if missing_retries > MAX_MISSING_RETRIES:  # a point may come back, but not repeatedly
                     raise StoreUnavailable(f"{self._where()} misses points that it has: {missing}") from missing
                 remaining = [item for item in remaining if item in there]
 
@@ -221,7 +221,7 @@ class QdrantStore(QdrantReader):
         )
 
     def _clear(self, items: Sequence[ItemId]) -> None:
-        """Takes the stamps of these points away."""
+        """Removes the stamps of these points."""
         self._despite_missing(
             items,
             lambda these: self._change("delete_payload", self._written_name, [STAMP], points=id_list(these), wait=True),
@@ -340,15 +340,15 @@ class QdrantStore(QdrantReader):
         body = models.CreateCollection.model_validate(
             creation(self._connection.description(self._collection)["config"], without=late_settings(models))
         )
-        words = {name: getattr(body, name) for name in body.model_fields_set}
-        vectors = words.pop("vectors")
+        options = {name: getattr(body, name) for name in body.model_fields_set}
+        vectors = options.pop("vectors")
         if self._name or not isinstance(vectors, models.VectorParams):
-            words["vectors_config"] = {**vectors, self._name: vectors[self._name].model_copy(update={"size": dim})}
+            options["vectors_config"] = {**vectors, self._name: vectors[self._name].model_copy(update={"size": dim})}
         else:
-            words["vectors_config"] = vectors.model_copy(update={"size": dim})
-        if "sparse_vectors" in words:
-            words["sparse_vectors_config"] = words.pop("sparse_vectors")
-        self._call("create_collection", collection_id, **words)
+            options["vectors_config"] = vectors.model_copy(update={"size": dim})
+        if "sparse_vectors" in options:
+            options["sparse_vectors_config"] = options.pop("sparse_vectors")
+        self._call("create_collection", collection_id, **options)
 
     def _complete(self, collection_id: str) -> None:
         """What cannot be said when a collection is created. May be repeated: what is there already stays as it is."""
@@ -497,7 +497,7 @@ def id_list(items: Sequence[ItemId]) -> Any:
 
 
 def as_given(vector: NDArray[np.float64] | Sparse) -> Any:
-    """A vector of ours as one of the client's."""
+    """Converts a vector for the client."""
     from qdrant_client import models
 
     if isinstance(vector, Sparse):

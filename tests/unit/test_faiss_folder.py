@@ -294,7 +294,7 @@ def test_a_folder_that_is_no_collection_does_not_stay_locked(folder: Path) -> No
 
 def test_what_stands_in_the_way_is_named(folder: Path) -> None:
     (folder / ".migrator").write_text("mine")
-    assert "move away what stands in its place" in refusal(folder, write=True)
+    assert "move what is in its place" in refusal(folder, write=True)
     assert (folder / ".migrator").read_text() == "mine"
 
 
@@ -436,7 +436,7 @@ def test_half_of_a_replacement_is_a_passing_fault(folder: Path) -> None:
         put_items(folder, id=list(range(N + 1)))
         assert store.count() == N + 1
         (folder / "index.faiss").rename(folder / "away")
-        with pytest.raises(StoreUnavailable, match=r"index\.faiss went away"):
+        with pytest.raises(StoreUnavailable, match=r"index\.faiss was removed"):
             store.count()
         (folder / "away").rename(folder / "index.faiss")
         assert store.count() == N + 1

@@ -54,7 +54,7 @@ class Points(Collection):
 
     @contextmanager
     def shard(self) -> Iterator[edge.EdgeShard]:
-        shard = self.folder.take(self.name)
+        shard = self.folder.acquire(self.name)
         try:
             yield shard._edge
         finally:

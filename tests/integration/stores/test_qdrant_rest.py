@@ -630,7 +630,7 @@ def fewer(result: Any) -> Any:
         (no_longer_in_order, StoreRejected, "out of order"),
         (the_same_again, StoreRejected, "out of order"),
         (nothing_and_more, StoreRejected, "empty page"),
-        (fewer, StoreUnavailable, "gave 1 points less"),
+        (fewer, StoreUnavailable, "returned 1 of the requested points fewer"),
     ],
 )
 def test_an_answer_that_is_wrong(place: Place, spoil: Any, kind: type[Exception], says: str) -> None:
