@@ -14,7 +14,7 @@ import yaml
 
 from migrator.backfill.run import Summary, backfill
 from migrator.ledger import Ledger, Migration
-from migrator.plan.run import bound_facts, fingerprint_of
+from migrator.lifecycle.freshness import bound_facts, fingerprint_of
 from migrator.project import Project
 from migrator.rollout.rollback import rollback
 from migrator.route import initial_route

@@ -11,8 +11,8 @@ from typing import Any
 from unittest import mock
 
 from bench.backfill import Projection
+from migrator.artifacts.undo_log import UndoLog
 from migrator.backfill.pipeline import Pipeline
-from migrator.backfill.undo import UndoLog
 from migrator.ledger import Ledger
 
 PARTS = ("read", "images", "encoder", "undo log", "write", "publish", "ledger")

@@ -16,7 +16,7 @@ import yaml
 
 from migrator.config import read_store
 from migrator.formatting import sanitized
-from migrator.plan.run import recommend
+from migrator.plan.capabilities import recommend
 
 if TYPE_CHECKING:
     from migrator.adapters.base import Capabilities, CollectionInfo, ItemId, Payload

@@ -6,9 +6,10 @@ import datetime as dt
 import re
 import textwrap
 import unicodedata
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, TypeGuard
 
+MAX_NAMES = 10
 MAX_CHARACTERS = 1000
 """Upper bound on the length of any printed text."""
 NONE = "–"
@@ -135,3 +136,19 @@ def disk_needed(plan: Mapping[str, Any]) -> str:
 def is_number(value: Any) -> TypeGuard[float]:
     """Whether it is a number that can be formatted; true and false are none."""
     return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def name_list(names: Iterable[str]) -> str:
+    """Some names in a row, shortened."""
+    distinct = sorted(dict.fromkeys(names))
+    shown = [quoted(name, 40, plain=True) for name in distinct[:MAX_NAMES]]
+    return ", ".join(shown + ["..."] * (len(distinct) > MAX_NAMES)) or "none"
+
+
+def quoted(value: Any, max_length: int = 60, *, plain: bool = False) -> str:
+    """An untrusted value as one line of bounded length; `plain`: text without quotes, where it can be printed."""
+    try:
+        text = value if plain and isinstance(value, str) and value.isprintable() else repr(value)
+    except ValueError:  # Python does not write out integers of thousands of digits
+        text = f"a {type(value).__name__}"
+    return text if len(text) <= max_length else text[: max_length - 3] + "..."

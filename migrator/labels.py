@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, TypeAlias
 
 from migrator.errors import ConfigError
+from migrator.formatting import quoted
 from migrator.trainer.images.templates import NotText, parse
 
 if TYPE_CHECKING:
@@ -40,4 +41,15 @@ def training_label(project: Project, template: str, item: ItemId, payload: Paylo
         raise ConfigError(
             f"{project.config.path}: migrations.{project.name}.train.items.label: item {item!r}: {problem}; training "
             "needs one class for each item: name a field with one value, or list path and label in a file"
+        ) from None
+
+
+def tags_or_refuse(project: Project, item: ItemId, payload: Payload) -> Tags:
+    """The classes of an item by verify.label. Raises `ConfigError` for what can be no class."""
+    try:
+        return tags_of(project.settings.verify.label or "", item, payload)
+    except NotText as problem:
+        raise ConfigError(
+            f"{project.config.path}: migrations.{project.name}.verify.label: item {quoted(item)}: {problem}; a "
+            "class is a value, or a list of values"
         ) from None

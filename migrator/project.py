@@ -8,10 +8,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from migrator.backfill.copies import CopyLog
-from migrator.backfill.files import ChunkFiles, LogFiles
-from migrator.backfill.stamps import StampedStore, StampLog
-from migrator.backfill.undo import UndoLog
+from migrator.artifacts.copy_log import CopyLog
+from migrator.artifacts.files import ChunkFiles, LogFiles
+from migrator.artifacts.stamp_log import StampedStore, StampLog
+from migrator.artifacts.undo_log import UndoLog
 from migrator.config import POST_HOC, Config, Encoder, find_migration, load_config
 from migrator.config import Migration as Settings
 from migrator.embedding.stored_encoder import StoredEncoder, is_stored

@@ -16,7 +16,7 @@ from migrator.config import ItemsFrom, Train
 from migrator.embedding.stored_vectors import old_vectors
 from migrator.errors import ConfigError, PreconditionFailed
 from migrator.labels import training_label
-from migrator.plan.run import check_fresh
+from migrator.lifecycle.freshness import check_fresh
 from migrator.project import Project
 from migrator.trainer.errors import ImageProblem
 from migrator.trainer.images.templates import MAX_FIELDS, field_advice, fields_of

@@ -20,8 +20,8 @@ from migrator.backfill.transfer import Transfer, open_transfer
 from migrator.errors import PreconditionFailed, TemporarilyUnavailable
 from migrator.labels import label_of
 from migrator.ledger import Chunk, LeaseLost, Ledger, Migration, this_process
+from migrator.lifecycle.freshness import check_fresh
 from migrator.lifecycle.strategy import STRATEGIES
-from migrator.plan.run import check_fresh
 from migrator.project import Project
 from migrator.trainer.errors import ImagesUnavailable
 from migrator.verify.health_check import catch_up_check, check_health, is_check_due

@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 
 from migrator.adapters.base import Fence, ItemId, Page, Store, WriteReport, order_key
 from migrator.adapters.iterate import IDS, ITEMS, iter_ids, pages, read_whole, whole_pages
-from migrator.backfill.copies import BEGUN, Copies, Copy, CopyLog, digests
-from migrator.backfill.undo import OldVectors, UndoLog
+from migrator.artifacts.copy_log import BEGUN, Copies, Copy, CopyLog, digests
+from migrator.artifacts.undo_log import OldVectors, UndoLog
 from migrator.ledger import Chunk, Ledger, Migration
 from migrator.lifecycle.strategy import STRATEGIES
 from migrator.project import Project

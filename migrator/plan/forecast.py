@@ -14,17 +14,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from migrator.adapters.base import ItemId, Store, order_key
-from migrator.backfill.order import worst_first
 from migrator.embedding.embed import embed, locate
 from migrator.embedding.stored_encoder import unit
 from migrator.evaluation.bootstrap import Interval, bootstrap
 from migrator.evaluation.exact_search import mixtures, rank
 from migrator.evaluation.metrics import parse_metric, relevance, summarise, tag_relevance
+from migrator.evaluation.ordering import worst_first
 from migrator.evaluation.verdicts import MOMENTS, Test, amount
-from migrator.labels import Tags
+from migrator.labels import Tags, tags_or_refuse
 from migrator.lifecycle.strategy import STRATEGIES
 from migrator.project import Project
-from migrator.verify.query_set.draw import tags_or_refuse
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

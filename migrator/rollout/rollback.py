@@ -10,8 +10,8 @@ from time import monotonic, sleep
 from migrator.adapters.base import ItemId, StoreBusy
 from migrator.errors import InUse, PreconditionFailed
 from migrator.ledger import Migration
+from migrator.lifecycle.freshness import check_same_collection
 from migrator.lifecycle.strategy import STRATEGIES
-from migrator.plan.run import check_same_collection
 from migrator.project import Project
 from migrator.rollout import write_alias
 from migrator.rollout.clients import Tell, wait_for_clients

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from migrator.adapters.base import ItemId, Page, Store, StoreError, StoreRejected, same_value
 from migrator.adapters.iterate import ITEMS, iter_ids, read_whole, whole_pages
-from migrator.backfill.copies import Copies, digests, further_digest
+from migrator.artifacts.copy_log import Copies, digests, further_digest
 from migrator.backfill.transfer import Shadow, open_transfer
 from migrator.embedding.embed import embed, locate
 from migrator.errors import PreconditionFailed

@@ -15,10 +15,11 @@ from migrator.adapters.base import Store
 from migrator.errors import PreconditionFailed, UsageProblem
 from migrator.evaluation.verdicts import losses
 from migrator.ledger import Migration, Plan, Route
+from migrator.lifecycle.collection import check_shadow, check_unmixed
+from migrator.lifecycle.freshness import check_fresh
 from migrator.lifecycle.strategy import STRATEGIES, Stage
 from migrator.lifecycle.transitions import Transition
 from migrator.lifecycle.validity import invalid_reason
-from migrator.plan.run import check_fresh, check_shadow, check_unmixed
 from migrator.project import Project
 from migrator.rollout import shadow, write_alias
 from migrator.rollout.clients import Tell, wait_for_clients

@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from migrator.backfill.order import worst_first
 from migrator.config import FLIPS
 from migrator.errors import UsageProblem
 from migrator.evaluation.bootstrap import BootstrapConfig, Interval, bootstrap
 from migrator.evaluation.exact_search import mixtures
 from migrator.evaluation.metrics import Relevance, backfill_auc, negative_flips, parse_metric, summarise
+from migrator.evaluation.ordering import worst_first
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

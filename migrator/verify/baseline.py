@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from migrator.verify.query_set.draw import old_files, query_set_files
+from migrator.verify.query_set.pinned import old_files, query_set_files
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -25,7 +25,7 @@ from migrator.lifecycle.validity import health_checks
 from migrator.project import Project
 from migrator.verify.backfill_curve import expected
 from migrator.verify.baseline import read_baseline
-from migrator.verify.query_set.draw import read_pinned
+from migrator.verify.query_set.pinned import read_pinned
 from migrator.verify.run import evaluate
 
 if TYPE_CHECKING:

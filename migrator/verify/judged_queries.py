@@ -13,7 +13,7 @@ from migrator.evaluation.metrics import Relevance, graded_relevance, relevance, 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from migrator.verify.query_set.draw import QuerySet
+    from migrator.verify.query_set.model import QuerySet
 
 
 @dataclass(frozen=True, slots=True)

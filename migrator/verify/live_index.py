@@ -15,7 +15,7 @@ from migrator.evaluation.metrics import Relevance, parse_metric, summarise
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from migrator.verify.query_set.draw import QuerySet
+    from migrator.verify.query_set.model import QuerySet
 
 Described: TypeAlias = tuple[tuple[str, ...], str | None]
 """The classes of an item, and the path of its image, None for none."""

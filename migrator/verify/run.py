@@ -48,10 +48,10 @@ from migrator.evaluation.similarity import (
 from migrator.evaluation.verdicts import Test
 from migrator.labels import Tags, tags_of
 from migrator.ledger import Migration
+from migrator.lifecycle.freshness import check_fresh
 from migrator.lifecycle.next_steps import next_steps, situation_of
 from migrator.lifecycle.strategy import STRATEGIES
 from migrator.lifecycle.validity import Gallery, gallery_of, interim_analysis_of
-from migrator.plan.run import check_fresh
 from migrator.project import Project
 from migrator.trainer.images.templates import NotText
 from migrator.verify.backfill_curve import SHARES, BackfillCurve, curve_facts, measure_curve
@@ -59,7 +59,8 @@ from migrator.verify.baseline import Baseline, write_baseline
 from migrator.verify.judged_queries import JudgedQueries, at_rows
 from migrator.verify.live_index import Live, evaluate_live
 from migrator.verify.query_set.augmented import altered
-from migrator.verify.query_set.draw import QuerySet, pinned_query_set
+from migrator.verify.query_set.model import QuerySet
+from migrator.verify.query_set.pinned import pinned_query_set
 from migrator.verify.regressions import examples, worst_groups
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from migrator.backfill.order import worst_first
+from migrator.evaluation.ordering import worst_first
 from migrator.project import Project
 from tests.crash.commands import Commands
 from tests.world import World, embed_images, make_world

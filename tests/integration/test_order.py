@@ -18,8 +18,9 @@ import pytest
 
 from migrator.adapters.base import StoreUnavailable
 from migrator.adapters.faiss.store import FaissStore
-from migrator.backfill.order import worst_first, worst_first_ids
+from migrator.backfill.order import worst_first_ids
 from migrator.cli import run
+from migrator.evaluation.ordering import worst_first
 from migrator.ledger import Ledger
 from migrator.project import Project
 from tests.world import World, embed_images, make_world, save_images

@@ -22,7 +22,8 @@ from migrator.ledger import Migration
 from migrator.project import Project
 from migrator.verify.judged_queries import JudgedQueries
 from migrator.verify.query_set.augmented import altered
-from migrator.verify.query_set.draw import QuerySet, pinned_query_set, read_pinned
+from migrator.verify.query_set.model import QuerySet
+from migrator.verify.query_set.pinned import pinned_query_set, read_pinned
 from tests.world import NAME, World, write_gallery
 
 MIGRATION = Migration(id=1, created_at=dt.datetime(2026, 11, 25, tzinfo=dt.UTC))
@@ -105,7 +106,7 @@ def test_artifacts_elsewhere_and_a_ledger_that_begins_anew(world: World) -> None
 
 
 def test_a_write_that_fails_leaves_the_questions_of_before(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    from migrator.backfill import files
+    from migrator.artifacts import files
     from migrator.errors import TemporarilyUnavailable
 
     first = frozen(world, label="{kind}", sample=6)

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from migrator.adapters.base import Capabilities
-from migrator.plan.run import describe_capabilities, describe_dim, recommend
+from migrator.plan.capabilities import describe_capabilities, describe_dim, recommend
 
 PLAIN = Capabilities(
     update_in_place=True, visible="at_once", stamps=True, concurrent_writers=True, exact_vectors=True,

@@ -12,8 +12,10 @@ from hypothesis import strategies as st
 from migrator.adapters.base import ItemId, Page, order_key
 from migrator.adapters.iterate import pages
 from migrator.backfill import order as module
-from migrator.backfill.order import badness, worst_first, worst_first_ids
+from migrator.backfill.order import worst_first_ids
 from migrator.errors import UsageProblem
+from migrator.evaluation import ordering
+from migrator.evaluation.ordering import distance_to_centroid, worst_first
 
 DIM = 4
 NAN, INF = float("nan"), float("inf")
@@ -56,12 +58,12 @@ def directions(n: int, seed: int = 0) -> np.ndarray:
 def plainly(vectors: np.ndarray, labels: list[str]) -> list[float]:
     """1 - cosine to the mean direction of an item's class, or to the nearest, one item at a time."""
     units = [vector / np.linalg.norm(vector) for vector in vectors.astype(np.float64)]
-    centres = {}
+    centroids = {}
     for label in set(labels) - {""}:
         total = sum(unit for unit, own in zip(units, labels, strict=True) if own == label)
-        centres[label] = total / np.linalg.norm(total)
+        centroids[label] = total / np.linalg.norm(total)
     return [
-        1 - (unit @ centres[label] if label else max(unit @ centre for centre in centres.values()))
+        1 - (unit @ centroids[label] if label else max(unit @ centroid for centroid in centroids.values()))
         for unit, label in zip(units, labels, strict=True)
     ]
 
@@ -86,7 +88,7 @@ def test_a_collection_page_by_page_is_in_the_same_order(labels, size, seed, cell
     rows = [ids.index(item) for item in in_order]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "pages", partial(pages, size=size))
-        patch.setattr(module, "CELLS", cells)
+        patch.setattr(ordering, "CELLS", cells)
         found = ids_worst_first(store)
     assert sorted(map(repr, found)) == sorted(map(repr, ids)), "each item once, and 7 is not '7'"
     row_of = {repr(item): row for row, item in enumerate(in_order)}
@@ -105,28 +107,28 @@ def test_what_search_cannot_find_comes_first_and_ties_keep_their_order():
     )
     labels = ["a", "a", "a", "", "a", "b", "a"]
     rows = worst_first(vectors, labels, seed=0)
-    assert list(rows) == [1, 3, 5, 0, 2, 4, 6], "the rest lie at 45 degrees from their centre, all of them"
-    unfindable = np.isinf(badness(vectors, np.zeros(7, np.int64), vectors[:1]))
+    assert list(rows) == [1, 3, 5, 0, 2, 4, 6], "the rest lie at 45 degrees from their centroid, all of them"
+    unfindable = np.isinf(distance_to_centroid(vectors, np.zeros(7, np.int64), vectors[:1]))
     assert list(np.flatnonzero(unfindable)) == [1, 3, 5]
 
 
 def test_an_item_without_a_label_is_as_far_as_the_nearest_class():
     vectors = np.eye(DIM, dtype=np.float32)[[0, 1, 0, 2]]
-    assert badness(vectors, np.array([0, 1, -1, -1]), vectors[:2]) == pytest.approx([0, 0, 0, 1])
+    assert distance_to_centroid(vectors, np.array([0, 1, -1, -1]), vectors[:2]) == pytest.approx([0, 0, 0, 1])
     assert list(worst_first(vectors, ["a", "b", "", ""], seed=0)) == [3, 0, 1, 2]
 
 
 def test_a_class_without_a_direction_is_nobodys_nearest():
-    centres = np.array([[0, 0, 0, 0], [-1, 0, 0, 0]], np.float32)
+    centroids = np.array([[0, 0, 0, 0], [-1, 0, 0, 0]], np.float32)
     vectors = np.eye(DIM, dtype=np.float32)[[0, 0]]
-    assert badness(vectors, np.array([-1, 0]), centres) == pytest.approx([2, 1])
-    assert badness(vectors, np.array([-1, 0]), centres[:1]) == pytest.approx([1, 1])
-    assert badness(vectors, np.array([-1, -1]), centres[:0]) == pytest.approx([1, 1])
+    assert distance_to_centroid(vectors, np.array([-1, 0]), centroids) == pytest.approx([2, 1])
+    assert distance_to_centroid(vectors, np.array([-1, 0]), centroids[:1]) == pytest.approx([1, 1])
+    assert distance_to_centroid(vectors, np.array([-1, -1]), centroids[:0]) == pytest.approx([1, 1])
 
 
 def test_a_large_class_is_summed_without_losing_its_later_items(monkeypatch):
-    """Added up one by one in float32, 1 + 2**24 stays 2**24; half the items would not move the centre."""
-    classes = module._Classes()
+    """Added up one by one in float32, 1 + 2**24 stays 2**24; half the items would not move the centroid."""
+    classes = ordering.Classes()
     classes.add(np.eye(DIM, dtype=np.float32)[:1], ["a"])
     classes._sums[0] = [2**24, 0, 0, 0]
     classes.add(np.repeat(np.eye(DIM, dtype=np.float32)[:1], 1000, axis=0), ["a"] * 1000)
@@ -136,18 +138,23 @@ def test_a_large_class_is_summed_without_losing_its_later_items(monkeypatch):
 def clusters(seed: int = 0) -> np.ndarray:
     """Forty vectors about each of two directions, and one that is far from both."""
     noise = np.random.default_rng(seed).standard_normal((81, DIM)) * 0.1
-    centres = np.eye(DIM)[[0] * 40 + [1] * 40 + [3]]
-    return (centres + noise).astype(np.float32)
+    centroids = np.eye(DIM)[[0] * 40 + [1] * 40 + [3]]
+    return (centroids + noise).astype(np.float32)
+
+
+def sample_of(vectors: int, patch: pytest.MonkeyPatch) -> None:
+    for place in (module, ordering):
+        patch.setattr(place, "SAMPLE", vectors)
 
 
 @pytest.mark.parametrize("labels", [None, [""] * 81])
 def test_without_labels_the_nearest_cluster_counts(labels, monkeypatch):
-    monkeypatch.setattr(module, "default_k", lambda _: 2)
-    monkeypatch.setattr(module, "SAMPLE", 80)  # without the one that is far off: it would be a cluster of its own
+    monkeypatch.setattr(ordering, "default_k", lambda _: 2)
+    sample_of(80, monkeypatch)  # without the one that is far off: it would be a cluster of its own
     vectors = clusters()
     store = Items({row: (vector, "") for row, vector in enumerate(vectors)})
     assert ids_worst_first(store, None if labels is None else lambda *_: "")[0] == 80
-    monkeypatch.setattr(module, "SAMPLE", 81)
+    sample_of(81, monkeypatch)
     rows = worst_first(vectors, labels, seed=0)
     assert list(rows) == list(worst_first(vectors, labels, seed=0))
     assert rows[0] == 80

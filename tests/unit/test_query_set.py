@@ -7,6 +7,7 @@ import datetime as dt
 import json
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -27,15 +28,10 @@ from migrator.ledger import Migration
 from migrator.project import Project
 from migrator.trainer.images.source import ImageSource
 from migrator.verify.judged_queries import JudgedQueries
-from migrator.verify.query_set import draw as module
-from migrator.verify.query_set.draw import (
-    COUNTS,
-    QuerySet,
-    draw_query_set,
-    even_draw,
-    pinned_query_set,
-    read_pinned,
-)
+from migrator.verify.query_set import rows
+from migrator.verify.query_set.draw import COUNTS, draw_query_set, even_draw
+from migrator.verify.query_set.model import QuerySet, digest, from_body, to_body
+from migrator.verify.query_set.pinned import pinned_query_set, read_pinned
 
 Items = Mapping[ItemId, Mapping[str, Any]]
 
@@ -248,7 +244,7 @@ def test_the_same_seed_draws_the_same_and_another_another(desk: Desk) -> None:
 
 
 def test_payloads_are_read_in_pages_and_only_of_the_sample(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "PAGE", 5)
+    monkeypatch.setattr(rows, "PAGE", 5)
     assert len(desk.draw(label="{kind}", gallery=12).gallery) == 12
     assert desk.shelf.asked == [5, 5, 2]
 
@@ -428,9 +424,9 @@ def test_frozen_tags_come_back_and_other_sets_keep_their_hash(desk: Desk) -> Non
     desk.shelf = tagged_shelf()
     first = desk.freeze(label="{tags}")
     assert read_pinned(desk.project(), desk.migration) == first
-    assert module.replace(first, gallery_tags=[[]] * len(first.gallery)).sha256 != first.sha256
+    assert replace(first, gallery_tags=[[]] * len(first.gallery)).sha256 != first.sha256
     desk.shelf = Shelf(shelf({"a": 3, "b": 3}))
-    body = module._body(desk.draw(label="{kind}"))
+    body = to_body(desk.draw(label="{kind}"))
     assert not {"tags", "gallery_tags"} & body.keys()
 
 
@@ -667,7 +663,7 @@ def test_frozen_questions_stay_while_the_collection_changes(desk: Desk) -> None:
 def test_the_hash_is_of_what_is_asked(desk: Desk) -> None:
     first = desk.draw(label="{kind}")
     for name, value in (("drawn_at", "2001-01-01T00:00:00+00:00"), ("made_from", {}), ("counts", {})):
-        assert module.replace(first, **{name: value}).sha256 == first.sha256
+        assert replace(first, **{name: value}).sha256 == first.sha256
     for name, value in (
         ("kind", "relevant"),
         ("paths", first.paths[::-1]),
@@ -679,8 +675,8 @@ def test_the_hash_is_of_what_is_asked(desk: Desk) -> None:
         ("gallery_labels", None),
         ("gallery_paths", [None] * len(first.gallery)),
     ):
-        assert module.replace(first, **{name: value}).sha256 != first.sha256, name
-    seven, text = (module.replace(first, relevant=[{item: 1.0}]) for item in (7, "7"))
+        assert replace(first, **{name: value}).sha256 != first.sha256, name
+    seven, text = (replace(first, relevant=[{item: 1.0}]) for item in (7, "7"))
     assert seven.sha256 != text.sha256
 
 
@@ -740,7 +736,7 @@ def test_a_change_that_is_none_is_not_refused(desk: Desk) -> None:
         lambda text: text.replace(b'"1.png"', b'"2.png"', 1),
         lambda text: text.replace(b'"sample": 500', b'"sample": 501', 1),
         lambda text: json.dumps(json.loads(text) | {"query_set": {}}).encode(),
-        lambda text: json.dumps(json.loads(text) | {"query_set": {}, "checksum": module._digest({})}).encode(),
+        lambda text: json.dumps(json.loads(text) | {"query_set": {}, "checksum": digest({})}).encode(),
         lambda text: json.dumps({"format": 1}).encode(),
     ],
 )
@@ -785,7 +781,7 @@ def test_questions_come_back_as_they_were(data: st.DataObject) -> None:
         counts=dict.fromkeys(COUNTS, 1),
         drawn_at="2026-11-25T12:00:00+00:00",
     )
-    back = module._query_set(json.loads(json.dumps(module._body(drawn)).encode()))
+    back = from_body(json.loads(json.dumps(to_body(drawn)).encode()))
     assert repr(back) == repr(drawn), "7 is not '7'"
     assert back.sha256 == drawn.sha256
 
@@ -795,7 +791,7 @@ def test_questions_come_back_as_they_were(data: st.DataObject) -> None:
     [(None, None), (["a", "a"], [0, 0]), (["a", "b", "c"], None), (["b", "a", "b"], [1, 0, 1]), (["a"], None)],
 )
 def test_clusters_are_classes_that_queries_share(desk: Desk, labels: list[str] | None, codes: list[int] | None) -> None:
-    query_set = module.replace(desk.draw(label="{kind}"), labels=labels)
+    query_set = replace(desk.draw(label="{kind}"), labels=labels)
     rows = np.arange(len(labels or ()))
     found = JudgedQueries(query_set, rows, np.arange(0), rows, None, None, None).clusters()
     assert (None if found is None else found.tolist()) == codes

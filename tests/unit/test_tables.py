@@ -18,7 +18,7 @@ from migrator.trainer.data.items import read_items
 from migrator.trainer.data.tables import Header, read_table
 from migrator.trainer.errors import TableProblem, TrainerError, TrainingProblem
 from migrator.trainer.images.source import ImageSource
-from migrator.verify.query_set.draw import _read_queries
+from migrator.verify.query_set.query_file import read_queries
 
 
 def both(file: Path) -> list[str]:
@@ -27,7 +27,7 @@ def both(file: Path) -> list[str]:
     images = ImageSource(str(file.parent / "images"))
     readers: list[Callable[[], object]] = [
         lambda: read_items(file, images, need_labels=False),
-        lambda: _read_queries(file, None, images),
+        lambda: read_queries(file, None, images),
     ]
     messages = []
     for read in readers:

@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from migrator.backfill import files as module
-from migrator.backfill import undo
-from migrator.backfill.files import ChunkFiles
-from migrator.backfill.undo import OldVectors, UndoLog
+from migrator.artifacts import files as module
+from migrator.artifacts import undo_log as undo
+from migrator.artifacts.files import ChunkFiles
+from migrator.artifacts.undo_log import OldVectors, UndoLog
 from migrator.errors import PreconditionFailed, TemporarilyUnavailable
 from migrator.ledger import Chunk
 

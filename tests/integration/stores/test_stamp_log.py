@@ -13,8 +13,8 @@ from pymilvus import MilvusClient
 
 from migrator.adapters.base import ItemId, Page, Store, Vectors
 from migrator.adapters.testing import Make, StoreContract, payloads_of, unit_vectors
-from migrator.backfill.files import LogFiles
-from migrator.backfill.stamps import StampedStore, StampLog
+from migrator.artifacts.files import LogFiles
+from migrator.artifacts.stamp_log import StampedStore, StampLog
 from migrator.errors import PreconditionFailed
 from tests.integration.stores.test_milvus import InLite, Rows, lite, lite_client
 

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from migrator.adapters.base import Capabilities, FurtherVectors, ItemId, Page, Payload, Sparse, Vectors
-from migrator.backfill.files import ChunkFiles
+from migrator.artifacts.files import ChunkFiles
 
 if TYPE_CHECKING:
     from migrator.ledger import Chunk

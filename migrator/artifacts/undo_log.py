@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from migrator.backfill.files import ChunkFiles
+from migrator.artifacts.files import ChunkFiles
 from migrator.errors import PreconditionFailed
 
 if TYPE_CHECKING:

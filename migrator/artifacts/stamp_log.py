@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from migrator.adapters.base import Capabilities, ForwardingStore, ItemId, Page, Store, Vectors, WriteReport
-from migrator.backfill.files import LogFiles
+from migrator.artifacts.files import LogFiles
 from migrator.errors import PreconditionFailed
 
 PAGE = 5_000

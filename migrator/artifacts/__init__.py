@@ -1,0 +1,1 @@
+"""Files that a migration keeps: undo log, copies, stamps, and what a verification pinned."""
