@@ -26,7 +26,7 @@ def command(images: tuple[str, ...], name: str | None, config_path: Path, encode
     IMAGES are files and folders; without any, a list of them on stdin, one a line. Vectors have unit length. Images
     that cannot be read are named on stderr, and the exit code is 3.
     """
-    from migrator.embedding_files import check_output, embed_files, find_images, open_sink
+    from migrator.embedding.vector_files import check_output, embed_files, find_images, open_sink
 
     check_output(output)
     if not images and (sys.stdin is None or sys.stdin.isatty()):

@@ -64,9 +64,9 @@ def command(
     a checkpoint and leaves with exit code 130, a second one leaves at once; the same command continues the run. On
     several GPUs or machines it is started by `torchrun ... -m migrator train` or `accelerate launch -m migrator train`.
     """
+    from migrator.train.run import train
     from migrator.trainer.errors import TrainingInterrupted
     from migrator.trainer.training.distributed import is_distributed, is_first_process
-    from migrator.training import train
 
     if restart and (finish or resume):
         raise UsageProblem(f"--restart and --{'finish' if finish else 'resume'} exclude each other")

@@ -36,6 +36,7 @@ from migrator.trainer.training.loop import learning_rate
 from migrator.trainer.training.progress import Progress
 from migrator.trainer.training.result import FitResult
 from migrator.trainer.training.settings import FitSettings
+from migrator.trainer.training.setup import build_optimizer
 from migrator.trainer.training.validation import mean_average_precision
 
 SPEC = EncoderSpec("test_resnet", 16, Preprocessing(image_size=16))
@@ -563,6 +564,21 @@ def test_reference_is_the_published_recipe() -> None:
     assert (settings.radius_limit, settings.radius_quantile, settings.boundary_weight) == (1.0, 1.0, 1.0)
     rates = [learning_rate(settings, epoch / 30) for epoch in range(30)]
     np.testing.assert_allclose(rates, [0.1] * 5 + [0.01] * 5 + [0.001] * 10 + [0.0001] * 10)
+
+
+@pytest.mark.parametrize("reference", [False, True])
+def test_weight_decay_is_for_matrices_and_in_the_published_recipe_for_everything(reference: bool) -> None:
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4), torch.nn.Linear(4, 2))
+    model.register_parameter("w", torch.nn.Parameter(torch.zeros(5)))
+    decayed, exempt = build_optimizer(model, FitSettings(reference=reference, weight_decay=0.3)).param_groups
+    assert (decayed["weight_decay"], exempt["weight_decay"]) == (0.3, 0.0)
+    # The order, too, is that of the checkpoints.
+    everything = list(model.parameters())
+    for group, wanted in (
+        (decayed, [p for p in everything if p.ndim >= 2 or reference]),
+        (exempt, [p for p in everything if p.ndim < 2 and not reference]),
+    ):
+        assert [id(p) for p in group["params"]] == [id(p) for p in wanted]
 
 
 def test_learning_rate_warms_up_and_falls_to_nought() -> None:

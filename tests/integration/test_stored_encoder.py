@@ -14,7 +14,7 @@ import pytest
 
 from migrator.errors import ConfigError, PreconditionFailed
 from migrator.project import Project
-from migrator.training import _items
+from migrator.train.items import load_items
 from tests.world import DIM, World, embed_images, save_images, write_gallery
 
 Migrator = Callable[..., int]
@@ -230,7 +230,7 @@ def items_of(world: World, items: Any) -> Any:
     world.configure(train={"items": items})
     with Project.open(world.config) as project:
         assert project.settings.train is not None
-        return _items(project, project.settings.train)
+        return load_items(project, project.settings.train)
 
 
 def test_training_items_come_with_their_stored_vectors(lost: World) -> None:

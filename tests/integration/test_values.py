@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from migrator.project import Project
-from migrator.training import _items
+from migrator.train.items import load_items
 from tests.world import World, embed_images
 
 Migrator = Callable[..., int]
@@ -42,7 +42,7 @@ def test_nested_fields_from_plan_to_the_items_of_a_training(world: World, migrat
     assert migrator("verify") == 0
     world.configure(train={"items": {"from": "store", "label": "{metadata.kind.name}"}})
     with Project.open(world.config) as project:
-        items, _, _ = _items(project, project.settings.train)  # type: ignore[arg-type]
+        items, _, _ = load_items(project, project.settings.train)  # type: ignore[arg-type]
     assert items.paths == tuple(table["path"].to_pylist())
     assert items.labels == tuple(table["kind"].to_pylist())
 
@@ -112,6 +112,6 @@ def test_what_a_folder_holds_besides_is_said(
             image.rename(folder / f"{image.stem}.png")
     world.configure(train={"items": {"from": "folders"}})
     with Project.open(world.config) as project:
-        items, _, _ = _items(project, project.settings.train)  # type: ignore[arg-type]
+        items, _, _ = load_items(project, project.settings.train)  # type: ignore[arg-type]
     assert len(items) == 20
     assert "20 images in folders; skipped 100: 100 images beside the folders, which have no class" in caplog.text

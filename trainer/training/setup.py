@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from migrator.trainer.encoders.building import build_model
 from migrator.trainer.errors import TrainingProblem
 from migrator.trainer.methods.registry import METHODS, build_objective
-from migrator.trainer.old_space import measure_old_space
+from migrator.trainer.old_space import OldSpace, measure_old_space
+from migrator.trainer.torchvision_cpu import import_timm
 from migrator.trainer.training.classifier import read_classifier
 from migrator.trainer.training.distributed import gathered, share_batch_statistics
 
@@ -82,38 +83,47 @@ def setup(inputs: Inputs, spec: EncoderSpec, settings: FitSettings, handle: Any)
             f"{settings.accumulate} micro-batches: set train.batch_size to a multiple of {parts}, at least {2 * parts}"
         )
     torch.manual_seed(settings.seed)
-    old_space = None
-    if METHODS[settings.method].needs_old and inputs.old is not None:
-        rows = inputs.train
-        old_space = measure_old_space(
-            inputs.old[rows],
-            inputs.labels[rows],
-            classes=inputs.classes,
-            quantile=settings.radius_quantile,
-            shrink=not settings.reference,
-        )
-        if settings.old_classifier is not None:
-            old_space = replace(
-                old_space, classifier=read_classifier(settings.old_classifier, inputs.class_names, spec.dim)
-            )
+    old_space = _old_space(inputs, spec, settings)
     objective = build_objective(settings.method, settings, dim=spec.dim, classes=inputs.classes, old=old_space)
     encoder = build_model(spec)
     encoder = share_batch_statistics(encoder, handle.device)  # type: ignore[assignment]
     encoder.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     learner = Learner(encoder, objective, spec, bf16=settings.bf16)
-    # Weight decay would pull norms, biases and the radii's w_c towards a value that means something else than "small".
-    # The published recipe decays everything.
-    decayed = [p for p in learner.parameters() if p.ndim >= 2 or settings.reference]
-    others = [p for p in learner.parameters() if p.ndim < 2 and not settings.reference]
-    groups = [
-        {"params": decayed, "weight_decay": settings.weight_decay},
-        {"params": others, "weight_decay": 0.0},
-    ]
-    if settings.reference:
-        optimizer: torch.optim.Optimizer = torch.optim.SGD(groups, lr=settings.lr, momentum=0.9)
-    else:
-        optimizer = torch.optim.AdamW(groups, lr=settings.lr)
+    optimizer = build_optimizer(learner, settings)
     if settings.compile:
         learner.encoder.compile()
     wrapped, optimizer = handle.prepare(learner, optimizer)
     return Run(inputs, spec, settings, handle, learner, wrapped, optimizer)
+
+
+def _old_space(inputs: Inputs, spec: EncoderSpec, settings: FitSettings) -> OldSpace | None:
+    if not METHODS[settings.method].needs_old or inputs.old is None:
+        return None
+    rows = inputs.train
+    space = measure_old_space(
+        inputs.old[rows],
+        inputs.labels[rows],
+        classes=inputs.classes,
+        quantile=settings.radius_quantile,
+        shrink=not settings.reference,
+    )
+    if settings.old_classifier is None:
+        return space
+    return replace(space, classifier=read_classifier(settings.old_classifier, inputs.class_names, spec.dim))
+
+
+def build_optimizer(model: nn.Module, settings: FitSettings) -> torch.optim.Optimizer:
+    """AdamW whose weight decay spares norms, biases and the radii's w_c; SGD that decays everything for `reference`.
+
+    Decay would pull those towards a value that means something else than "small".
+    """
+    import_timm()
+    from timm.optim import param_groups_weight_decay  # type: ignore[attr-defined]
+
+    exempt, decayed = param_groups_weight_decay(model, settings.weight_decay)
+    if settings.reference:
+        exempt["params"], decayed["params"] = [], list(model.parameters())
+    groups = [decayed, exempt]  # in the order of the checkpoints
+    if settings.reference:
+        return torch.optim.SGD(groups, lr=settings.lr, momentum=0.9)
+    return torch.optim.AdamW(groups, lr=settings.lr)
