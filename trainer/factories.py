@@ -118,7 +118,7 @@ def _find_factory(place: str, folder: Path | None) -> Factory:
     if not callable(factory):
         found = f"is a {type(factory).__name__}" if factory is not None else "is not"
         raise EncoderProblem(f"{named} {found} in {getattr(module, '__file__', module_name)}: name a function")
-    return cast(Factory, factory)
+    return cast("Factory", factory)
 
 
 def _called(factory: Factory, place: str) -> Any:

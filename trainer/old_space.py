@@ -45,7 +45,7 @@ class StoredVectors:
     @property
     def dim(self) -> int:
         """Length of a vector."""
-        return self.vectors.shape[1]
+        return int(self.vectors.shape[1])
 
 
 def stored_vectors(vectors: NDArray[np.float32]) -> StoredVectors:

@@ -58,7 +58,8 @@ def epoch_rows(
     import torch
 
     if not balanced:
-        return train[torch.randperm(len(train), generator=generator).numpy()]
+        shuffled: NDArray[np.int64] = train[torch.randperm(len(train), generator=generator).numpy()]
+        return shuffled
     classes, members = np.unique(labels[train], return_inverse=True)
     sizes = np.bincount(members)
     drawn = torch.randint(len(classes), (len(train),), generator=generator).numpy()

@@ -117,7 +117,9 @@ def fingerprint_of(
     model: EmbeddingNet | MappedNet, preprocessing: Preprocessing, device: torch.device
 ) -> NDArray[np.float32]:
     """The vector (dim,) of the fingerprint image. Raises EncoderProblem as `Encoder.encode` does."""
-    return _encode(model, preprocessing, device, preprocessing.prepare(fingerprint_image())[np.newaxis])[0]
+    image = preprocessing.prepare(fingerprint_image())
+    vector: NDArray[np.float32] = _encode(model, preprocessing, device, image[np.newaxis])[0]
+    return vector
 
 
 def manifest_of(spec: EncoderSpec, model: EmbeddingNet | MappedNet, fingerprint: NDArray[np.float32]) -> Manifest:

@@ -57,7 +57,7 @@ class Manifest:
         preprocessing: Preprocessing,
         weights_sha256: str,
         fingerprint: Any,
-        map: str | None = None,
+        map: str | None = None,  # noqa: A002 - as the field is called
     ) -> Manifest:
         """A manifest with the id that follows from its contents."""
         rounded = tuple(round(float(value), 6) + 0.0 for value in fingerprint)  # + 0.0: one zero, not two

@@ -154,10 +154,8 @@ def text_of(value: Any) -> str | None:
     space before the time, truth values as `True` and `False`, as pandas writes both into a CSV file. Bytes are read as
     UTF-8. Raises NotText for lists, mappings, other bytes, and what is none of these.
     """
-    if value is None:
-        return None
-    if isinstance(value, str):
-        return value if value.strip() else None
+    if value is None or isinstance(value, str):
+        return value if value and value.strip() else None
     if isinstance(value, bytes | bytearray | memoryview):
         return _decoded(bytes(value))
     if isinstance(value, Mapping):
@@ -165,14 +163,12 @@ def text_of(value: Any) -> str | None:
         raise NotText(f"a structure with the fields {', '.join(names) or 'none'}")
     if is_list(value):
         raise NotText("a list of several values")
-    if value != value or value in (math.inf, -math.inf):  # NaN and NaT differ from themselves
+    if value != value or value in (math.inf, -math.inf):  # noqa: PLR0124 - NaN and NaT differ from themselves
         return None
-    if isinstance(value, bool):
+    if isinstance(value, bool | date | time | timedelta | UUID):  # a datetime is a date
         return str(value)
     if isinstance(value, Integral | Real | Decimal):
         return _number(value)
-    if isinstance(value, date | time | timedelta | UUID):  # a datetime is a date
-        return str(value)
     item = getattr(value, "item", None)  # a numpy scalar that is no number: bool, datetime64, str
     if item is not None and type(value).__module__ == "numpy":
         return text_of(item())

@@ -43,7 +43,8 @@ class ElasticBoundary(nn.Module):
         distance = torch.linalg.vector_norm(F.normalize(features) - self.centres[labels], dim=1)
         excess = distance - self.elastic_radii()[labels]
         violating = (excess > 0) & self.known[labels]
-        return torch.where(violating, excess, 0).sum() / violating.sum().clamp(min=1)
+        loss: Tensor = torch.where(violating, excess, 0).sum() / violating.sum().clamp(min=1)
+        return loss
 
     def slack(self, labels: Tensor) -> Tensor:
         """Mean of r_y - r_c over the samples whose class has a ball: the spring that holds the boundary.

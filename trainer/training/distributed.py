@@ -106,13 +106,13 @@ class _Gather(torch.autograd.Function):
 
 class _Sum(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, part: Tensor) -> Tensor:
+    def forward(_ctx: Any, part: Tensor) -> Tensor:
         total = part.clone()
         dist.all_reduce(total)
         return total
 
     @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
+    def backward(_ctx: Any, *grads: Any) -> Any:
         # Each process's part counts in the sum of every process.
         total = grads[0].clone()
         dist.all_reduce(total)
@@ -167,8 +167,9 @@ class _SharedBatchNorm(nn.modules.batchnorm._BatchNorm):
                 self.running_mean.lerp_(mean.to(self.running_mean.dtype), share)
                 unbiased = variance * (count / max(count - 1, 1))
                 self.running_var.lerp_(unbiased.to(self.running_var.dtype), share)
-        result = centred * torch.rsqrt(variance + self.eps).view(shape)
+        result: Tensor = centred * torch.rsqrt(variance + self.eps).view(shape)
         if self.affine:
             result = result * self.weight.view(shape) + self.bias.view(shape)
-        # timm's batch norms carry dropout and activation in them.
-        return self.act(self.drop(result)) if hasattr(self, "act") else result  # type: ignore[operator]
+        if hasattr(self, "act"):  # timm's batch norms carry dropout and activation in them
+            result = self.act(self.drop(result))  # type: ignore[operator]
+        return result

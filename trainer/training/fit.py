@@ -56,7 +56,7 @@ def fit(
     restart: bool = False,
     finish: bool = False,
     stop: threading.Event | None = None,
-    report: Callable[[Progress], None] = lambda progress: None,
+    report: Callable[[Progress], None] = lambda _: None,
 ) -> FitResult:
     """Trains an encoder of `spec` on the images, compatible with `old` if the method is, in run folder `out`.
 
@@ -111,7 +111,7 @@ def follow(spec: EncoderSpec, settings: FitSettings, out: Path) -> None:
         with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
             inputs, labelled = shared(out, spec, settings)
             settings = replace(settings, labelled=labelled)
-            train(setup(inputs, spec, settings, handle), out, lambda progress: None, None)
+            train(setup(inputs, spec, settings, handle), out, lambda _: None, None)
 
 
 def _settled(items: TrainingItems, settings: FitSettings) -> FitSettings:

@@ -109,7 +109,7 @@ def load_inputs(
     preprocessing: Preprocessing,
     settings: FitSettings,
     out: Path,
-    report: Callable[[Progress], None] = lambda progress: None,
+    report: Callable[[Progress], None] = lambda _: None,
 ) -> Inputs:
     """The inputs of the run in folder `out`, prepared where they are not yet.
 
