@@ -87,7 +87,7 @@ def open_backfill(project: Project, new_encoder_id: str, manifest: str = "{}") -
 
 def run_whole(project: Project) -> tuple[Summary, float]:
     began = time.perf_counter()
-    summary = backfill(project)
+    summary, _ = backfill(project)
     seconds = time.perf_counter() - began
     assert summary.ended == "complete", summary
     return summary, seconds

@@ -5,26 +5,24 @@ from __future__ import annotations
 import random
 import threading
 import time
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
-from migrator.adapters.base import ItemId, StoreBusy, StoreRejected, StoreUnavailable
+from migrator.adapters.base import ItemId, StoreBusy, StoreRejected
 from migrator.backfill.chunks import cut_catch_up, cut_first_pass
 from migrator.backfill.leases import Leases
 from migrator.backfill.order import worst_first_ids
 from migrator.backfill.pipeline import ChunkFailed, Finished, Pipeline
 from migrator.backfill.throttle import Throttle
 from migrator.backfill.transfer import Transfer, open_transfer
-from migrator.errors import PreconditionFailed, TemporarilyUnavailable
+from migrator.errors import PreconditionFailed
 from migrator.labels import label_of
 from migrator.ledger import Chunk, LeaseLost, Ledger, Migration, this_process
 from migrator.lifecycle.freshness import check_fresh
 from migrator.lifecycle.strategy import STRATEGIES
 from migrator.project import Project
-from migrator.trainer.errors import ImagesUnavailable
-from migrator.verify.health_check import catch_up_check, check_health, is_check_due
 
 if TYPE_CHECKING:
     from migrator.trainer.encoders.encoder import Encoder
@@ -53,6 +51,16 @@ class Summary:
 
 
 @dataclass(frozen=True, slots=True)
+class Written:
+    """What the health check after a run needs."""
+
+    run_id: int
+    encoder: Encoder
+    sample: Sequence[ItemId] | None
+    """Items that the run wrote, `backfill.read_back` of them at most; None where it wrote none."""
+
+
+@dataclass(frozen=True, slots=True)
 class Progress:
     """How far the pass has come, for a progress bar."""
 
@@ -68,7 +76,7 @@ def backfill(
     max_items: int | None = None,
     stop: threading.Event | None = None,
     report: Callable[[Progress], None] = lambda _: None,
-) -> Summary:
+) -> tuple[Summary, Written | None]:
     """Works on chunks until everything is done, a limit is reached, a pause was asked for, or `stop` is set.
 
     `max_seconds` and `max_items` are checked between chunks; at least one chunk is done. Raises `PreconditionFailed`
@@ -76,34 +84,15 @@ def backfill(
     """
     migration = check_stage(project)
     if migration.paused is not None:
-        return Summary("paused", 0, 0, 0, 0, 0.0, 0.0, f"paused: {migration.paused}")
+        return Summary("paused", 0, 0, 0, 0, 0.0, 0.0, f"paused: {migration.paused}"), None
     try:
         with open_transfer(project, migration) as transfer:
             run = _Run(project, migration, transfer, max_seconds, max_items, stop or threading.Event(), report)
             summary = run.run()
     except StoreBusy as busy:
-        return Summary("busy", 0, 0, 0, 0, 0.0, 0.0, f"another run is going on: {busy}")
-    return _check_health(project, migration, run, summary)
-
-
-def _check_health(project: Project, migration: Migration, run: _Run, summary: Summary) -> Summary:
-    """The health check after a run that wrote something; it may pause the migration.
-
-    Also where an earlier run wrote and was killed before its health check.
-    """
-    if run.encoder is None or not is_check_due(project, migration):
-        return summary
-    try:
-        if summary.items:
-            checked = check_health(project, migration, run.encoder, run.written.items, run=run.run_id)
-        else:
-            checked = catch_up_check(project, migration, run.encoder)
-    except (StoreBusy, StoreUnavailable, ImagesUnavailable, TemporarilyUnavailable) as error:
-        # The run is done and in the ledger; another process may just have opened a store that is for one at a time.
-        return replace(summary, health_check=f"not this time: {error}")
-    if checked.pause is None:
-        return replace(summary, health_check=checked.summary)
-    return replace(summary, ended="paused", health_check=checked.summary, message=f"paused: {checked.pause}")
+        return Summary("busy", 0, 0, 0, 0, 0.0, 0.0, f"another run is in progress: {busy}"), None
+    assert run.encoder is not None, "the run has loaded it"
+    return summary, Written(run.run_id, run.encoder, run.written.items if summary.items else None)
 
 
 class _Sample:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import click
@@ -37,6 +37,7 @@ def command(
     """
     from migrator.backfill.run import Progress, backfill, check_stage
     from migrator.lifecycle.status import status_of
+    from migrator.verify.health_check import check_after_run
 
     with open_project(config_path, name) as project:
         migration = check_stage(project)
@@ -46,7 +47,12 @@ def command(
             def report(state: Progress) -> None:
                 advance(state.done, state.total, f"catch-up pass {state.pass_number}" if state.pass_number else "")
 
-            summary = backfill(project, max_seconds=max_seconds, max_items=max_items, stop=stop, report=report)
+            summary, written = backfill(project, max_seconds=max_seconds, max_items=max_items, stop=stop, report=report)
+            if written is not None:
+                checked = check_after_run(project, migration, written.encoder, written.sample, run=written.run_id)
+                summary = replace(summary, health_check=checked.summary)
+                if checked.pause is not None:
+                    summary = replace(summary, ended="paused", message=f"paused: {checked.pause}")
         following = status_of(project).next_command
     if as_json:
         print_json({"migration": project.name, **asdict(summary), "next": following})

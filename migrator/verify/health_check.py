@@ -13,16 +13,18 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from migrator.adapters.base import ItemId, Store
+from migrator.adapters.base import ItemId, Store, StoreBusy, StoreUnavailable
 from migrator.config import FLIPS, Gate
 from migrator.embedding.agreement import SAME_ENCODER, as_kept_by, cosines
 from migrator.embedding.embed import embed, locate
+from migrator.errors import TemporarilyUnavailable
 from migrator.evaluation.gate import Measured, Verdict, gate
 from migrator.evaluation.verdicts import Test, amount
 from migrator.ledger import Migration
 from migrator.lifecycle.strategy import STRATEGIES
 from migrator.lifecycle.validity import health_checks
 from migrator.project import Project
+from migrator.trainer.errors import ImagesUnavailable
 from migrator.verify.backfill_curve import expected
 from migrator.verify.baseline import read_baseline
 from migrator.verify.query_set.pinned import read_pinned
@@ -81,6 +83,24 @@ def check_health(
     if pause is not None:
         project.ledger.pause(migration, pause)
     return HealthCheck("; ".join(summaries), pause)
+
+
+def check_after_run(
+    project: Project, migration: Migration, encoder: Encoder, written: Sequence[ItemId] | None, *, run: int
+) -> HealthCheck:
+    """The health check after a backfill run: of what it wrote, or of what an earlier run wrote before it was killed.
+
+    Its summary is empty where no check is due, and gives the reason where a store or image source is unavailable: the
+    run is in the ledger, and the next one, or the cutover, makes the check.
+    """
+    if not is_check_due(project, migration):
+        return HealthCheck("", None)
+    try:
+        if written is not None:
+            return check_health(project, migration, encoder, written, run=run)
+        return catch_up_check(project, migration, encoder)
+    except (StoreBusy, StoreUnavailable, ImagesUnavailable, TemporarilyUnavailable) as error:
+        return HealthCheck(f"not this time: {error}", None)
 
 
 def is_check_due(project: Project, migration: Migration) -> bool:

@@ -360,7 +360,7 @@ def test_a_store_that_another_process_has_open(kind: Kind, world: World, migrato
         assert "open in another process" in looked.stderr
         backfilled = run("backfill", "--yes")  # by cron, while another run is still going on
         assert backfilled.returncode == 0
-        assert "another run is going on" in backfilled.stdout
+        assert "another run is in progress" in backfilled.stdout
         assert len(told(backfilled)) == 1, backfilled.stderr  # what it is about to do
     assert run("backfill", "--yes").returncode == 0
     assert expected(kind, "new")
