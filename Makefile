@@ -42,6 +42,7 @@ lint: venv
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
 
 # Installs the wheel beside the packages of PyPI that are called `adapters` and `trainer`, and starts the demo there.
 wheel: venv

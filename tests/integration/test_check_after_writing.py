@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from migrator.adapters.base import StoreUnavailable
-from migrator.backfill import run as backfill_run
 from migrator.cli import run
 from migrator.project import Project
+from migrator.verify import health_check
 from tests.integration.test_walk import to_stage
 from tests.support.forked import forked
 from tests.world import DIM, World
@@ -23,7 +23,7 @@ Migrator = Callable[..., int]
 
 def backfill_killed_before_its_check(config: str) -> None:
     """In a process of its own."""
-    backfill_run._check_health = lambda *_: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[assignment]
+    health_check.check_after_run = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[assignment]
     run(["backfill", "--yes", "--config", config])
 
 
@@ -95,7 +95,7 @@ def test_a_check_that_could_not_be_made_is_made_by_the_cutover(
         raise StoreUnavailable("gone for the moment")
 
     to_stage(migrator, "backfill")
-    monkeypatch.setattr(backfill_run, "check_health", down)
+    monkeypatch.setattr(health_check, "check_health", down)
     assert migrator("backfill") == 0
     assert checks(world) == []
     assert migrator("rollout", "--stage", "cutover") == 0

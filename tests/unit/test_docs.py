@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 from contextlib import suppress
@@ -18,8 +19,10 @@ from pydantic import ValidationError
 
 from docs._site.configuration import definitions
 from docs._site.configuration import table as keys_of
+from migrator import demo
 from migrator.cli import VERBS, cli
 from migrator.config import Section, Verify, load_config
+from migrator.demo_stores import STORES
 from migrator.ledger.ledger import SCHEMA
 from migrator.lifecycle.status import Status
 from migrator.rollout.stages import TRANSITIONS
@@ -270,3 +273,27 @@ def test_no_path_of_one_machine_is_left(page: Path) -> None:
 def test_the_schema_that_the_documentation_quotes_is_the_newest() -> None:
     quoted = [known for page in PAGES for known in re.findall(r"this one knows up to (\d+)", page.read_text())]
     assert quoted == [SCHEMA]
+
+
+def test_the_example_at_the_root_is_the_demo_seen_from_above(tmp_path: Path) -> None:
+    folder = tmp_path / "demo"
+    folder.mkdir()
+    (folder / "migrations.yaml").write_text(
+        demo.CONFIG.format(
+            name=demo.NAME, store=STORES["faiss"].settings, dim=demo.DIM, size=demo.SIZE, queries=demo.QUERIES
+        )
+    )
+    (tmp_path / "migrations.yaml").write_text((ROOT / "migrations.yaml").read_text())
+    assert load_config(tmp_path / "migrations.yaml").redacted() == load_config(folder / "migrations.yaml").redacted()
+
+
+def test_the_numbers_in_the_benchmarks_are_those_of_the_committed_results() -> None:
+    page = (ROOT / "docs" / "explanation" / "benchmarks.md").read_text()
+    measured = json.loads((ROOT / "bench" / "results" / "demo.json").read_text())["demo"]["quality"]
+    for row in measured:
+        shown = f"| {row['what']} | {row['metrics']['map@100']:.4f} | {row['metrics']['recall@1']:.4f} |"
+        assert shown in page
+    results = json.loads((ROOT / "bench" / "results" / "backfill.json").read_text())
+    assert f"| {results['pipeline']['median_ratio']:.2f} |" in page
+    for row in results["engine"]:
+        assert f"| {row['median_vectors_per_second']:,} |" in page
