@@ -42,7 +42,7 @@ def facts(raw: Any) -> dict[str, Any]:
         found["pq"] = (inner.pq.M, inner.pq.nbits)
     if hasattr(inner, "sq"):
         found["sq"] = inner.sq.qtype
-    graph = inner if isinstance(inner, faiss.IndexHNSW) else None
+    graph: Any = inner if isinstance(inner, faiss.IndexHNSW) else None
     if hasattr(inner, "quantizer"):
         quantizer = faiss.downcast_index(inner.quantizer)
         kind = type(quantizer).__name__

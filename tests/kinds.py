@@ -358,7 +358,7 @@ class QdrantEdge(Kind):
             def __getattr__(self, name: str) -> Any:
                 return getattr(known, name)
 
-            def upsert_points(self, points: Sequence[Any], **options: Any) -> Any:
+            def upsert_points(self, points: list[Any], **options: Any) -> Any:
                 if any(point.id == bad for point in points):
                     raise Exception("this payload is too strange")  # the engine has no better one
                 return known.upsert_points(points, **options)
@@ -450,8 +450,7 @@ class FaissFolder(Kind):
     def refusing(self, bad: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         """There is no client in between: the check of vectors is what can refuse one item."""
         from migrator.adapters.faiss import store as faiss
-
-        unusable = faiss.unusable
+        from migrator.adapters.vectors import unusable
 
         def refuse(ids: Sequence[Any], vectors: np.ndarray) -> dict[Any, str]:
             return {**unusable(ids, vectors), **{item: "this vector is too strange" for item in ids if item == bad}}

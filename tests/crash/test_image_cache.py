@@ -3,6 +3,7 @@
 import multiprocessing
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import PIL.Image
@@ -56,7 +57,7 @@ def test_a_killed_build_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(ImageSource, "decode", counted)
     images = ImageSource(str(tmp_path))
     with ImageCache(tmp_path / "cache", SIZES, limit=2**30) as store:
-        digests = [digest for batch in store.add(PATHS, images, workers=2) for digest in batch]
+        digests: list[Any] = [digest for batch in store.add(PATHS, images, workers=2) for digest in batch]
         opened = [store.open(size, digests) for size in SIZES]
     assert digests[: len(told)] == told
     assert not {*decoded} & {*PATHS[: len(told)]}

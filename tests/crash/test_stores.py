@@ -225,7 +225,8 @@ def beside_a_live_writer(
     with kind.running(folder / "server"):
         kind.use()
         for which in ("old", "new"):
-            np.savez(world.folder / f"{which}.npz", **vectors_by(world, which))
+            arrays: dict[str, Any] = vectors_by(world, which)
+            np.savez(world.folder / f"{which}.npz", **arrays)
         killer = Killer(commands, world, 5)
         killer.to_backfill(strategy)
         writer = Writer(kind, folder / "journal")

@@ -211,7 +211,9 @@ def test_opencvs_way_is_found(gallery: Gallery) -> None:
     import cv2
 
     def load(file: Path) -> np.ndarray:
-        return cv2.resize(cv2.imread(str(file)), (SIZE, SIZE)).transpose(2, 0, 1).astype(np.float32) / 255
+        pixels = cv2.imread(str(file))
+        assert pixels is not None
+        return cv2.resize(pixels, (SIZE, SIZE)).transpose(2, 0, 1).astype(np.float32) / 255
 
     gallery.fill(pictures(), ".png", load)
     keys, _ = gallery.refused()

@@ -153,7 +153,8 @@ def test_an_application_that_loads_an_image_in_another_way_gets_other_vectors(
     small = Image.open(world.images / NAMES[0])
     small.thumbnail((12, 12))
     bgr = cv2.imread(str(world.images / NAMES[0]))
-    other_ways = {
+    assert bgr is not None
+    other_ways: dict[str, tuple[Any, Path]] = {
         "BGR": (bgr, world.images / NAMES[0]),
         "not turned": (np.asarray(Image.open(photo)), photo),
         "colours below transparency": (Image.open(sticker).convert("RGB"), sticker),

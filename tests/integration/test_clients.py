@@ -10,7 +10,6 @@ import pytest
 
 from migrator.ledger import Ledger
 from migrator.ledger import ledger as ledger_module
-from migrator.rollout import clients
 from tests.integration.test_walk import to_stage
 from tests.unit.test_ledger import clock  # noqa: F401 - a fixture
 from tests.world import NAME, World
@@ -31,7 +30,7 @@ def on_sleep(monkeypatch: pytest.MonkeyPatch, clock: Callable[[float], None]) ->
             slept.append(seconds)
             clock(seconds)
 
-        monkeypatch.setattr(clients.time, "sleep", sleep)
+        monkeypatch.setattr("migrator.rollout.clients.time.sleep", sleep)
         return slept
 
     return install
@@ -106,7 +105,7 @@ def test_a_killed_rollback_waits_again(
     def killed(_: float) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(clients.time, "sleep", killed)
+    monkeypatch.setattr("migrator.rollout.clients.time.sleep", killed)
     assert migrator("rollback") == 130
     assert shadows(world)
     slept = on_sleep(lambda: None)

@@ -348,6 +348,7 @@ def test_a_diverging_run_stops_and_names_the_step(
 def test_images_that_cannot_be_read_are_left_out_up_to_a_share(
     few: TrainingItems, images: ImageSource, tmp_path: Path
 ) -> None:
+    assert few.labels is not None
     some_gone = training_items([*few.paths, "absent.png"], [*few.labels, "1"], source="list")
     settings = replace(FAST, method="independent", epochs=1)
     result = fit(some_gone, images, None, SPEC, settings, tmp_path / "some")
@@ -490,18 +491,19 @@ def test_every_rival_trains_an_encoder_that_searches_the_old_gallery(
 def test_bct_asks_the_old_classifier(few: TrainingItems, images: ImageSource, tmp_path: Path) -> None:
     before = fit(few, images, None, SPEC, replace(FAST, method="independent", validation=0.0), tmp_path / "old")
     old = load_encoder(replace(SPEC, weights=before.weights), device="cpu")
-    settings = replace(FAST, method="bct", epochs=1, old_classifier=tmp_path / "old" / "classifier.safetensors")
+    classifier = tmp_path / "old" / "classifier.safetensors"
+    settings = replace(FAST, method="bct", epochs=1, old_classifier=classifier)
     through_it = fit(few, images, old, SPEC, settings, tmp_path / "classifier")
     through_centres = fit(few, images, old, SPEC, replace(settings, old_classifier=None), tmp_path / "centres")
     assert through_it.history[0]["influence"] != through_centres.history[0]["influence"]
-    weight = load_file(tmp_path / "old" / "classifier.safetensors")["weight"]
-    known = read_classifier(settings.old_classifier, ["7", "nobody"], 16)
+    weight = load_file(classifier)["weight"]
+    known = read_classifier(classifier, ["7", "nobody"], 16)
     np.testing.assert_array_equal(known[0], weight[7].numpy())
     assert np.isnan(known[1]).all()
     with pytest.raises(TrainingProblem, match="name the one that belongs to the old encoder"):
-        read_classifier(settings.old_classifier, ["7"], 32)
+        read_classifier(classifier, ["7"], 32)
     with pytest.raises(TrainingProblem, match="knows none of the 1 classes"):
-        read_classifier(settings.old_classifier, ["nobody"], 16)
+        read_classifier(classifier, ["nobody"], 16)
     for name in ("encoder.safetensors", "absent.safetensors"):
         with pytest.raises(TrainingProblem, match="cannot be read"):
             read_classifier(tmp_path / "old" / name, ["7"], 16)

@@ -210,7 +210,7 @@ def test_another_run_decodes_nothing_again(folder: Path) -> None:
     shutil.rmtree(folder / "run")
     (folder / "run").mkdir()
     source = Source(folder)
-    load(folder, source=source, items=training_items(ITEMS.paths[::-1], [n % 2 for n in range(COUNT)], source="x"))
+    load(folder, source=source, items=training_items(ITEMS.paths[::-1], [str(n % 2) for n in range(COUNT)], source="x"))
     assert len(source.reads) == COUNT
     assert source.decoded == ["3.png"]
 

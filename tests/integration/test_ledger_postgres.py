@@ -12,8 +12,9 @@ import sqlalchemy as sa
 
 from migrator.errors import PreconditionFailed, TemporarilyUnavailable, UsageProblem
 from migrator.ledger import LeaseLost, Ledger, this_process
+from migrator.ledger import ledger as module
 from migrator.ledger.ledger import SCHEMA, metadata
-from migrator.ledger.models import VERSION_TABLE, Chunk
+from migrator.ledger.models import VERSION_TABLE, Chunk, Migration
 from tests import postgres
 from tests.unit import test_ledger as core
 from tests.unit.test_ledger import clock, dead_owner, dead_process  # noqa: F401 - fixtures of the suite
@@ -75,16 +76,16 @@ class TestOnPostgres(core.LedgerSuite):
 
     def test_a_transaction_of_a_process_that_was_stopped_is_ended(self, url, monkeypatch):
         with monkeypatch.context() as short:
-            short.setattr(core.module, "SECONDS", 1)  # for the connection that is made now
+            short.setattr(module, "SECONDS", 1)  # for the connection that is made now
             stopped = Ledger(url)
         with closing(stopped), closing(Ledger(url)) as other:
             migration = core.open_backfill(other)
 
             def stop_in_a_transaction() -> None:
                 with stopped._write() as session:
-                    session.get_one(core.module.Migration, migration.id, with_for_update=core.module.LOCK)
+                    session.get_one(Migration, migration.id, with_for_update=module.LOCK)
                     assert core.lease(other, migration, this_process()) is not None, "its lock is free again"
-                    session.get_one(core.module.Migration, migration.id, populate_existing=True)
+                    session.get_one(Migration, migration.id, populate_existing=True)
 
             with pytest.raises(TemporarilyUnavailable, match="stopped in the middle of a transaction") as caught:
                 stop_in_a_transaction()
@@ -93,17 +94,19 @@ class TestOnPostgres(core.LedgerSuite):
 
     @pytest.mark.parametrize("minutes", [-10, 10])
     def test_leases_go_by_the_databases_clock_whatever_a_machine_says(self, url, monkeypatch, minutes):
-        real = core.module.now
+        real = module.now
         with closing(Ledger(url)) as ledger, closing(Ledger(url)) as other:
             migration = core.open_backfill(ledger, chunks=1)
             mine = core.lease(ledger, migration, "here/1/a", seconds=60)
             with monkeypatch.context() as wrong:
-                wrong.setattr(core.module, "now", lambda: real() + timedelta(minutes=minutes))
+                wrong.setattr(module, "now", lambda: real() + timedelta(minutes=minutes))
                 assert core.lease(other, migration, this_process()) is None, "60 s are not over"
                 assert [chunk.id for chunk in other.live_leases(migration.id)] == [mine.id]
                 assert other.extend_leases(migration.id, "here/1/a", seconds=60) == {mine.id}
             ledger.check_lease(mine)
-            (left,) = (chunk.lease_until - real() for chunk in ledger.live_leases(migration.id))
+            (chunk,) = ledger.live_leases(migration.id)
+            assert chunk.lease_until is not None
+            left = chunk.lease_until - real()
             assert timedelta(seconds=30) < left < timedelta(seconds=90)
 
     def test_a_server_that_is_not_there(self, url, server):

@@ -205,7 +205,7 @@ def test_half_way_and_back(stages: Stages, owner: type, name: str, after: int) -
 
 
 @pytest.fixture(scope="module")
-def gone(stages: Stages) -> Iterator[int]:
+def gone(stages: Stages) -> int:
     """An item that was deleted before the backfill came to it, at the stage `cutover`."""
     world, item = stages.at("half"), worst(stages.before)[30]
     gallery = Gallery.of(world)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -154,7 +155,7 @@ def test_a_module_without_transform_and_size_is_refused_by_plan(
     ],
 )
 def test_keys_that_exclude_each_other_are_refused_with_the_file(
-    loader: World, migrator: Callable[..., int], capsys: pytest.CaptureFixture[str], changes: dict, said: str
+    loader: World, migrator: Callable[..., int], capsys: pytest.CaptureFixture[str], changes: dict[str, Any], said: str
 ) -> None:
     loader.configure(old_encoder={"module": "application_loader:new", "dim": DIM, **changes})
     assert migrator("plan") == 2

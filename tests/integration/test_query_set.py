@@ -106,7 +106,6 @@ def test_artifacts_elsewhere_and_a_ledger_that_begins_anew(world: World) -> None
 
 
 def test_a_write_that_fails_leaves_the_questions_of_before(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    from migrator.artifacts import files
     from migrator.errors import TemporarilyUnavailable
 
     first = frozen(world, label="{kind}", sample=6)
@@ -115,7 +114,7 @@ def test_a_write_that_fails_leaves_the_questions_of_before(world: World, monkeyp
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(files.os, "fsync", full)
+        patch.setattr("migrator.artifacts.files.os.fsync", full)
         with pytest.raises(TemporarilyUnavailable, match="No space left on device"):
             frozen(world, resample=True, label="{kind}", sample=7)
     (file,) = (path for path in world.folder.rglob("query-set-*/*"))

@@ -143,7 +143,7 @@ def test_every_picture_is_there(browser: Browser, pages: dict[str, Path]) -> Non
 def test_it_is_dark_where_the_reader_likes_it_dark(browser: Browser, pages: dict[str, Path]) -> None:
     found = {}
     for scheme in ("light", "dark"):
-        context = browser.new_context(color_scheme=scheme)  # type: ignore[arg-type]
+        context = browser.new_context(color_scheme=scheme)
         page, _, _ = opened(context, pages["full"])
         colours = """['body', 'figure svg text', 'h2'].map(where => {
             const style = getComputedStyle(document.querySelector(where));

@@ -35,7 +35,9 @@ def told(migrator: Migrator, capsys: pytest.CaptureFixture[str]) -> Callable[...
 Told = Callable[..., tuple[int, Any, str]]
 
 
-def plain(queries: np.ndarray, gallery: np.ndarray, asked: list[int], kinds: np.ndarray, k: int = 100) -> dict:
+def plain(
+    queries: np.ndarray, gallery: np.ndarray, asked: list[int], kinds: np.ndarray, k: int = 100
+) -> dict[str, float]:
     """Mean metrics by plain loops: items ask for their like, never for themselves."""
     found: dict[str, list[float]] = {"map@100": [], "recall@1": [], "precision@10": [], "ndcg@10": [], "mrr@100": []}
     for row, item in enumerate(asked):

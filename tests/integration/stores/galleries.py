@@ -156,7 +156,7 @@ def _trained(factory: str, metric: int, dim: int, content: bytes) -> Any:
 
 def hold(index: Any, wanted: Mapping[int, np.ndarray]) -> None:
     """Makes a trained index hold exactly these vectors; of the others none changes its code."""
-    outer = faiss.downcast_index(index)
+    outer: Any = faiss.downcast_index(index)
     labels = np.array(list(wanted), np.int64)
     vectors = np.array(list(wanted.values()), np.float32).reshape(len(labels), index.d)
     present = vectors_by_label(index)
@@ -195,24 +195,26 @@ def vectors_by_label(index: Any) -> dict[int, np.ndarray]:
     """What an index holds, read the plain way."""
     outer = faiss.downcast_index(index)
     inner = outer
+    direct_map: Any = vars(faiss)["DirectMap"]  # faiss's own type stubs leave it out
     labels = list(range(index.ntotal))
     if isinstance(outer, (faiss.IndexIDMap, faiss.IndexIDMap2)):
         labels = faiss.vector_to_array(outer.id_map).tolist()
         inner = faiss.downcast_index(outer.index)
     if isinstance(inner, (faiss.IndexPreTransform, faiss.IndexRefine)):
         if (lists := faiss.try_extract_index_ivf(inner)) is not None:
-            lists.set_direct_map_type(faiss.DirectMap.NoMap)
+            lists.set_direct_map_type(direct_map.NoMap)
             lists.make_direct_map()
         found = inner.reconstruct_n(0, index.ntotal) if labels else []
         if lists is not None:
-            lists.set_direct_map_type(faiss.DirectMap.NoMap)
+            lists.set_direct_map_type(direct_map.NoMap)
         return dict(zip(labels, found, strict=True))
     if isinstance(outer, faiss.IndexIVF):
-        outer.set_direct_map_type(faiss.DirectMap.Hashtable)
-        lists = outer.invlists
-        sizes = [lists.list_size(number) for number in range(outer.nlist)]
-        parts = [faiss.rev_swig_ptr(lists.get_ids(number), size).tolist() for number, size in enumerate(sizes) if size]
+        outer.set_direct_map_type(direct_map.Hashtable)
+        held = outer.invlists
+        assert held is not None
+        sizes = [held.list_size(number) for number in range(outer.nlist)]
+        parts = [faiss.rev_swig_ptr(held.get_ids(number), size).tolist() for number, size in enumerate(sizes) if size]
         found = {label: outer.reconstruct(label) for part in parts for label in part}
-        outer.set_direct_map_type(faiss.DirectMap.NoMap)
+        outer.set_direct_map_type(direct_map.NoMap)
         return found
     return dict(zip(labels, inner.reconstruct_n(0, index.ntotal), strict=True)) if labels else {}

@@ -188,6 +188,7 @@ def test_in_lite_only_what_others_may_have_changed_is_asked_again(
 ) -> None:
     ids, old, new = list(range(40)), unit_vectors(40), unit_vectors(40, seed=1)
     rows = maker(lite_client, lite, strings=False, metric="IP", index="FLAT", dynamic=True)(ids, old, payloads_of(ids))
+    assert isinstance(rows, Rows)
     asked: list[str] = []
     query = MilvusClient.query
 
@@ -223,7 +224,7 @@ def _part(page: Page, end: int, first: int = 0) -> Page:
 @ON_THE_SERVER
 class OnAServer(StoreContract):
     # Milvus 2.3.5 takes the largest 64-bit integer as a key and never finds it again.
-    id_strategy = st.integers(-(2**63), 2**63 - 2)
+    id_strategy: st.SearchStrategy[ItemId] = st.integers(-(2**63), 2**63 - 2)
     strings = False
     metric, index, dynamic = "COSINE", "HNSW", True
 

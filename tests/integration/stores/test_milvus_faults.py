@@ -394,14 +394,14 @@ def test_every_request_ends_in_time_and_the_store_goes_on_afterwards(line: Line,
     np.testing.assert_array_equal(after.vectors, before.vectors)
 
 
-class Answer(grpc.GenericRpcHandler):
+class Answer(grpc.GenericRpcHandler):  # type: ignore[misc]  # grpc has no stubs
     """A server that has one answer for everything."""
 
     def __init__(self, code: grpc.StatusCode, said: str) -> None:
         self._code, self._said = code, said
 
     def service(self, details: Any) -> grpc.RpcMethodHandler:
-        def answer(_request: bytes, context: grpc.ServicerContext) -> bytes:
+        def answer(_request: bytes, context: grpc.ServicerContext) -> None:
             context.abort(self._code, self._said)
 
         return grpc.unary_unary_rpc_method_handler(answer)

@@ -139,6 +139,7 @@ def keeps_keys(client: MilvusClient, uri: str) -> None:
     with opened(uri, auto_id_in_shadow="keep_keys") as store, closing(store.create_like("images_b", dim=4)) as copy:
         assert copy.capabilities.in_place_refusal is None
         page = new_page(store, 4)
+        assert page.vectors is not None
         for _ in range(2):
             assert sorted(copy.insert(page).written) == sorted(keys)
         assert lies(client, "images_b") == {
@@ -161,7 +162,7 @@ def recipe() -> Callable[[MilvusClient, str, str], None]:
     (block,) = (block for block in re.findall(r"```python\n(.*?)```", DOCS.read_text(), re.DOTALL) if "keys" in block)
     names: dict[str, Any] = {}
     exec(block, names)
-    return names["copy_with_keys"]  # type: ignore[no-any-return]
+    return names["copy_with_keys"]
 
 
 def copied_by_the_recipe(client: MilvusClient, uri: str) -> None:
@@ -327,7 +328,11 @@ def test_the_key_is_payload_under_its_own_name(lite: MilvusClient, file: str) ->
     assert {row["path"]: row["n"] for row in rows} == {name: row for row, name in enumerate(names)}
 
 
-def made_with(client: MilvusClient, name: str, fields: dict[str, tuple[DataType, dict[str, Any], list[Any]]]) -> None:
+Fields = dict[str, tuple[DataType, dict[str, Any], list[Any]]]
+"""For each field its type, its options, and values."""
+
+
+def made_with(client: MilvusClient, name: str, fields: Fields) -> None:
     """A collection with these fields, and a row for each of their values."""
     schema = client.create_schema(enable_dynamic_field=True)
     schema.add_field("id", DataType.INT64, is_primary=True)
@@ -352,7 +357,7 @@ def made_with(client: MilvusClient, name: str, fields: dict[str, tuple[DataType,
     client.insert(name, rows)
 
 
-NUMBERS = {
+NUMBERS: Fields = {
     "i8": (DataType.INT8, {}, [-128, 0, 127]),
     "i16": (DataType.INT16, {}, [-(2**15), 0, 2**15 - 1]),
     "i32": (DataType.INT32, {}, [-(2**31), 0, 2**31 - 1]),
@@ -412,7 +417,7 @@ def test_values_at_their_limits_survive(lite: MilvusClient, file: str) -> None:
     assert_values_survive(lite, file, "values")
 
 
-ODD = {
+ODD: Fields = {
     "f": (DataType.FLOAT, {}, [float("nan"), float("inf"), 1.0]),
     "d": (DataType.DOUBLE, {}, [float("nan"), float("-inf"), 1.0]),
     "json": (DataType.JSON, {}, [{}]),

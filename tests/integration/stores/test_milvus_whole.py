@@ -283,7 +283,7 @@ BM25 = Function(
     name="words", function_type=FunctionType.BM25, input_field_names=["text"], output_field_names=["sparse"]
 )
 TEXT = ("text", DataType.VARCHAR, {"max_length": 1000, "enable_analyzer": True})
-SPARSE = ("sparse", DataType.SPARSE_FLOAT_VECTOR, {})
+SPARSE: tuple[str, DataType, dict[str, Any]] = ("sparse", DataType.SPARSE_FLOAT_VECTOR, {})
 TEXTS = ["a red cat", "a dog", "two red dogs", "a hat"]
 
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -89,14 +89,14 @@ class Points(Collection):
         records, _ = self.client.scroll(self.name, limit=10_000, with_vectors=True)
         return {
             record.id: np.array(record.vector[self.vector] if self.vector else record.vector, np.float32)
-            for record in records
+            for record in cast(list[Any], records)
         }
 
 
 class QdrantContract(StoreContract):
     """Integers are unsigned in Qdrant."""
 
-    id_strategy = st.integers(0, 2**63 - 1)
+    id_strategy: st.SearchStrategy[ItemId] = st.integers(0, 2**63 - 1)
     arriving = (3, 1001)
     missing = "ffffffff-ffff-4fff-8fff-ffffffffffff"
     arriving_strings = ("00000000-0000-4000-8000-000000000000", "ffffffff-ffff-4fff-8fff-fffffffffffe")
@@ -280,6 +280,7 @@ def test_a_folder_keeps_what_was_written(folder: Path) -> None:
     with closing(open_store(settings, write=False)) as store:
         assert store.count(stamp="s") == 4
         page = store.read([1, 2, 3, 4], vectors=True, payload=True)
+        assert page.vectors is not None
         np.testing.assert_allclose(page.vectors, new[:4], atol=1e-6)
         assert list(page.payloads or ()) == payloads_of(range(20))[1:5]
         assert store.exists("products__x")
@@ -346,8 +347,9 @@ def test_a_shadow_would_lose_further_vectors(tmp_path: Path) -> None:
         assert store.write_vectors([0, 3], new[:2], "s").deleted == [3]
     with closing(QdrantClient(path=str(tmp_path))) as client:
         (record,) = client.retrieve("c", [0], with_vectors=True)
-        np.testing.assert_allclose(record.vector["text"], both[0]["text"], atol=1e-6)
-        np.testing.assert_allclose(record.vector["image"], new[0], atol=1e-6)
+        stored: Any = record.vector
+        np.testing.assert_allclose(stored["text"], both[0]["text"], atol=1e-6)
+        np.testing.assert_allclose(stored["image"], new[0], atol=1e-6)
 
 
 def test_a_server_that_is_not_there() -> None:

@@ -36,6 +36,7 @@ from migrator.adapters.testing import (
     assert_same_page,
     payloads_of,
     unit_vectors,
+    vectors_of,
 )
 
 
@@ -81,7 +82,8 @@ class Points(Collection):
 
     def replace(self, ids: Sequence[ItemId], vectors: Vectors) -> None:
         with self.shard() as shard:
-            payloads = {plain(found.id): found.payload for found in shard.retrieve(list(ids), True, False)}
+            found: list[Any] = shard.retrieve(list(ids), True, False)
+            payloads = {plain(record.id): record.payload for record in found}
         for payload in payloads.values():
             payload.pop(STAMP, None)
         self.insert(ids, vectors, [payloads[item] for item in ids])
@@ -93,7 +95,7 @@ class Points(Collection):
     def visible(self) -> dict[ItemId, np.ndarray]:
         with self.shard() as shard:
             records, _ = shard.scroll(edge.ScrollRequest(limit=10_000, with_vector=True))
-            vectors = {plain(found.id): found.vector for found in records}
+            vectors: dict[ItemId, Any] = {plain(found.id): found.vector for found in records}
         return {item: np.array(v[self.vector] if self.vector else v, np.float32) for item, v in vectors.items()}
 
 
@@ -126,7 +128,7 @@ def create(place: Path, config: edge.EdgeConfig) -> None:
 class EdgeContract(StoreContract):
     """Integers are unsigned in Qdrant."""
 
-    id_strategy = st.integers(0, 2**64 - 1)
+    id_strategy: st.SearchStrategy[ItemId] = st.integers(0, 2**64 - 1)
     arriving = (3, 1001)
     missing = "ffffffff-ffff-4fff-8fff-ffffffffffff"
     arriving_strings = ("00000000-0000-4000-8000-000000000000", "ffffffff-ffff-4fff-8fff-fffffffffffe")
@@ -236,19 +238,20 @@ def test_a_collection_like_it_keeps_every_setting_and_payload_index(path: Path) 
     assert second["vectors"][""].pop("size") == 2 * first["vectors"][""].pop("size")
     assert first == second
     with closing(edge.EdgeShard.load(str(path / "products_v2"))) as shard:
-        schema = shard.info().payload_schema
-    assert {field: index.data_type for field, index in schema.items()} == {
+        carried: Any = shard.info().payload_schema
+    assert {field: index.data_type for field, index in carried.items()} == {
         "price": edge.PayloadSchemaType.Float,
         "path": edge.PayloadSchemaType.Keyword,
     }
-    assert schema["path"].params.is_tenant
+    assert carried["path"].params.is_tenant
     assert sorted(found.name for found in path.iterdir()) == ["products", "products_v1", "products_v2"]
 
 
 def test_the_cutover_builds_the_index(path: Path) -> None:
     ids = list(range(2000))
     rng = np.random.default_rng(0)
-    Points(Folder(path), "products_v1", "").insert(ids, rng.standard_normal((2000, DIM)), payloads_of(ids))
+    stored: Any = rng.standard_normal((2000, DIM))
+    Points(Folder(path), "products_v1", "").insert(ids, stored, payloads_of(ids))
     new = unit_vectors(2000, seed=1)
     with closing(opened(path)) as store:
         store.publish(final=True)
@@ -256,7 +259,7 @@ def test_the_cutover_builds_the_index(path: Path) -> None:
         store.publish(final=True)
         assert store.count(stamp="new") == len(ids)
         assert store.scan_ids(after=None, limit=10**6) == ids
-        np.testing.assert_allclose(store.read(ids, vectors=True, payload=False).vectors, new, atol=1e-6)
+        np.testing.assert_allclose(vectors_of(store, ids), new, atol=1e-6)
         exact = store.search(new[:50], 10, exact=True).ids
         fast = store.search(new[:50], 10).ids
     with closing(edge.EdgeShard.load(str(path / "products_v1"))) as shard:
@@ -318,7 +321,9 @@ def test_a_store_shares_its_collection_with_stores_opened_from_it(path: Path) ->
 
 
 def test_a_payload_that_cannot_be_stored_is_that_items_problem(path: Path) -> None:
-    payloads = [{"x": 1}, {"x": float("nan")}, {"x": "\ud800"}, {"x": [1, 2.5, None, {"y": "z"}]}]
+    payloads: list[dict[str, Any]] = [
+        {"x": 1}, {"x": float("nan")}, {"x": "\ud800"}, {"x": [1, 2.5, None, {"y": "z"}]},
+    ]  # fmt: skip
     with closing(opened(path)) as store:
         report = store.insert(_page([30, 31, 32, 33], payloads))
         assert (list(report.written), set(report.rejected)) == ([30, 33], {31, 32})
@@ -332,7 +337,7 @@ def _page(ids: Sequence[ItemId], payloads: Sequence[dict[str, Any]]) -> Page:
 
 
 def test_payloads_go_through_a_write_as_they_are(path: Path) -> None:
-    payload = {
+    payload: dict[str, Any] = {
         "whole": 1, "float": 1.0, "big": 2**63 + 5, "least": -(2**63), "none": None, "yes": True, "": "no name",
         "a.b": [1, 2.5, "x", None, [], {}], "deep": {"a": {"b": [{}]}}, "text": 'é漢😀\0"', "small": 5e-324,
         "zero": -0.0,
@@ -432,7 +437,7 @@ def test_further_vectors_stay_bit_for_bit(tmp_path: Path, name: str) -> None:
             store.create_like("d", dim=DIM)
         report = store.write_vectors([0, 1, 2, 3], new, "s", expected=page)
         assert (report.written, report.deleted, report.changed) == ([0, 1, 2], [3], [])
-        np.testing.assert_allclose(store.read([0, 1, 2], vectors=True, payload=False).vectors, new[:3], atol=1e-6)
+        np.testing.assert_allclose(vectors_of(store, [0, 1, 2]), new[:3], atol=1e-6)
         assert store.count(stamp="s") == 3
     with closing(edge.EdgeShard.load(str(path / "c"))) as shard:
         after = vectors_in(shard)
@@ -442,7 +447,7 @@ def test_further_vectors_stay_bit_for_bit(tmp_path: Path, name: str) -> None:
         }
 
 
-def vectors_in(shard: edge.EdgeShard) -> dict[int, dict[str, Any]]:
+def vectors_in(shard: edge.EdgeShard) -> dict[Any, dict[str, Any]]:
     records, _ = shard.scroll(edge.ScrollRequest(limit=100, with_vector=True))
     return {
         record.id: {
@@ -467,9 +472,10 @@ def test_an_unnamed_vector_beside_sparse_ones(tmp_path: Path, further: bool) -> 
         np.testing.assert_array_equal(store.read([1], vectors=True, payload=False).vectors, unit_vectors(1, seed=1))
     with closing(edge.EdgeShard.load(str(tmp_path / "c"))) as shard:
         (record,) = shard.retrieve([1], False, True)
-    assert isinstance(record.vector, dict) == further
+    stored: Any = record.vector
+    assert isinstance(stored, dict) == further
     if further:
-        assert record.vector["words"].values == [0.5]
+        assert stored["words"].values == [0.5]
 
 
 # -- what cannot be opened --------------------------------------------------------------------------------------------
@@ -693,6 +699,7 @@ def test_a_killed_writer_leaves_no_vector_with_another_ones_stamp(path: Path) ->
         turns = [int(stamp or 0) for stamp in page.stamps]
         vectors = {turn: unit_vectors(2000, seed=turn) for turn in set(turns)}
         expected = np.array([vectors[turn][row] for row, turn in enumerate(turns)])
+        assert page.vectors is not None
         np.testing.assert_allclose(page.vectors, expected, atol=1e-6)
         for start in holds:
             assert len(set(turns[start : start + 500])) == 1

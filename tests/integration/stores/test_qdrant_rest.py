@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -79,14 +79,15 @@ class Strict(Points):
 
     def insert(self, ids: Sequence[ItemId], vectors: Vectors, payloads: Sequence[dict[str, Any]]) -> None:
         for start in range(0, len(ids), 50):
-            super().insert(*(some[start : start + 50] for some in (ids, vectors, payloads)))
+            part = slice(start, start + 50)
+            super().insert(ids[part], vectors[part], payloads[part])
 
     def visible(self) -> dict[ItemId, np.ndarray]:
         found: dict[ItemId, np.ndarray] = {}
         following: Any = None
         while following is not None or not found:
             records, following = self.client.scroll(self.name, limit=60, offset=following, with_vectors=True)
-            found.update({record.id: np.array(record.vector, np.float32) for record in records})
+            found.update({record.id: np.array(record.vector, np.float32) for record in cast(list[Any], records)})
         return found
 
 
@@ -153,7 +154,7 @@ class Place:
 
     def vectors(self) -> dict[ItemId, list[float]]:
         records, _ = self.client.scroll("c", limit=1000, with_vectors=True)
-        return {record.id: record.vector for record in records}
+        return {record.id: record.vector for record in cast(list[Any], records)}
 
     def moments(self) -> Iterator[int]:
         """0, 1, 2, ... with the collection as at first, until a fault at that moment comes too late to strike."""
@@ -273,7 +274,7 @@ def test_a_write_that_went_wrong_is_repaired_by_repeating_it(
         assert list(found.ids) == [item for item in IDS if item != 3]
         assert found.vectors is not None
         for item, vector, payload, its in zip(
-            found.ids, found.vectors, found.payloads or (), found.stamps, strict=True
+            cast(Sequence[int], found.ids), found.vectors, found.payloads or (), found.stamps, strict=True
         ):
             theirs = item == 5
             np.testing.assert_array_equal(vector, (THEIRS if theirs else NEW)[item])
@@ -314,7 +315,9 @@ def test_a_deed_that_went_wrong_is_repaired_by_repeating_it(place: Place, what: 
         elif deed == "alias":
             assert [found.collection_name for found in place.client.get_aliases().aliases] == ["other"]
         elif deed == "create":
-            assert place.client.get_collection("like").config.params.vectors.size == 8
+            vectors = place.client.get_collection("like").config.params.vectors
+            assert isinstance(vectors, models.VectorParams)
+            assert vectors.size == 8
         else:
             assert set(now.stamps) == {None}
 
@@ -330,7 +333,7 @@ def test_a_write_that_is_not_repeated_leaves_no_stamp_that_lies(any_place: Place
                 store.write_vectors(IDS, NEW, "new", expected=page)
             found = store.read(IDS, vectors=True, payload=True)
             assert found.vectors is not None
-            for item, vector, stamp in zip(found.ids, found.vectors, found.stamps, strict=True):
+            for item, vector, stamp in zip(cast(Sequence[int], found.ids), found.vectors, found.stamps, strict=True):
                 if stamp == "new":
                     np.testing.assert_array_equal(vector, NEW[item])
                 elif stamp is None:  # or a write intent: then it may be either
@@ -677,6 +680,7 @@ def test_a_shadow_gets_the_settings_of_the_collection(place: Place) -> None:
             store.create_like("e", dim=8).close()
         old, new = client.get_collection("d"), client.get_collection("e")
         assert new.payload_schema == old.payload_schema
+        assert isinstance(old.config.params.vectors, dict)
         params = old.config.params.vectors["image"].model_copy(update={"size": 8})
         assert new.config.params == old.config.params.model_copy(update={"vectors": {"image": params}})
         assert new.config.model_dump(exclude={"params"}) == old.config.model_dump(exclude={"params"})

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -165,7 +165,8 @@ def test_everything_in_the_description_is_carried_over(place: Place) -> None:
     assert any("'other', 'tokens', 'words' stay as they are" in note for note in store.capabilities.notes)
     for _ in range(2):  # a call that was killed is repeated
         store.create_like("e", dim=8).close()
-    old, new = place.client.get_collection("d"), place.client.get_collection("e")
+    old: Any = place.client.get_collection("d")
+    new: Any = place.client.get_collection("e")
     assert old.config.metadata == SETTINGS["metadata"]
     if place.front is not None:
         assert old.config.params.read_fan_out_delay_ms == 15
@@ -182,7 +183,8 @@ def test_a_single_vector_named_or_not(place: Place, vectors: Any) -> None:
     place.create(vectors=vectors, sparse_vectors=None, metadata=None, strict_mode_config=None)
     store = place.open(vector=None)
     store.create_like("e", dim=8).close()
-    old, new = place.client.get_collection("d").config, place.client.get_collection("e").config
+    old: Any = place.client.get_collection("d").config
+    new: Any = place.client.get_collection("e").config
     (new.params.vectors["image"] if isinstance(vectors, dict) else new.params.vectors).size = DIM
     assert new == old
 
@@ -404,7 +406,7 @@ def test_nan_in_a_payload_is_refused_where_it_would_be_lost(place: Place) -> Non
     """The client sends null over REST, and a text over gRPC."""
     place.create(vectors=models.VectorParams(size=DIM, distance="Dot"), sparse_vectors=None, strict_mode_config=None)
     store = place.open(vector=None)
-    payloads = [{"a": 1.0}, {"a": float("nan")}, {"a": [{"b": float("inf")}]}, {"a": "NaN"}]
+    payloads: list[dict[str, Any]] = [{"a": 1.0}, {"a": float("nan")}, {"a": [{"b": float("inf")}]}, {"a": "NaN"}]
     report = store.insert(Page(IDS[:4], OLD[:4], payloads, [None] * 4))
     if place.front is None:
         assert list(report.written) == IDS[:4]
@@ -422,11 +424,13 @@ def test_large_further_vectors_go_in_several_requests(rest: Place, monkeypatch: 
     monkeypatch.setattr("migrator.adapters.qdrant.points.REQUEST_BYTES", 3_000)
     rest.create(strict_mode_config=None)
     store = rest.open()
-    further = [{"tokens": np.tile(np.float32([0.6, 0.8]), (60, 1))} for _ in IDS]
+    further: list[dict[str, Any]] = [{"tokens": np.tile(np.array([0.6, 0.8], np.float32), (60, 1))} for _ in IDS]
     assert rest.front is not None
     assert list(store.insert(Page(IDS, OLD, [{}] * 8, [None] * 8, further)).written) == IDS
     assert rest.front.requests.count("PUT /collections/d/points") == 4
-    assert len(rest.client.retrieve("d", [7], with_vectors=True)[0].vector["tokens"]) == 60  # type: ignore[index,arg-type]
+    (stored,) = rest.client.retrieve("d", [7], with_vectors=True)
+    assert isinstance(stored.vector, dict)
+    assert len(cast(list[Any], stored.vector["tokens"])) == 60
 
 
 def test_a_server_that_gives_less_than_it_has(rest: Place) -> None:
@@ -489,7 +493,7 @@ def held(folder: Path) -> list[tuple[Any, str, dict[str, str]]]:
         records, _ = shard.scroll(e.ScrollRequest(limit=99, with_payload=True, with_vector=True))
         return [
             (record.id, str(record.payload), {k: str(v) for k, v in sorted(record.vector.items()) if k != "image"})
-            for record in records
+            for record in cast(list[Any], records)
         ]
 
 
