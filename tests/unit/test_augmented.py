@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import IO
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -69,7 +71,7 @@ def test_some_views_are_compressed_and_others_blurred(monkeypatch: pytest.Monkey
     saved: list[int] = []
     save = Image.Image.save
 
-    def noted(image: Image.Image, file: object, kind: str, *, quality: int) -> None:
+    def noted(image: Image.Image, file: IO[bytes], kind: str, *, quality: int) -> None:
         saved.append(quality)
         save(image, file, kind, quality=quality)
 

@@ -234,7 +234,8 @@ class TestMetrics:
     def test_the_answers_of_two_artists_to_one_class_are_one_value(self) -> None:
         images = emoji(classes=10)
         whole = split(images, Size(), seed=0)
-        first = per_query(images, whole, *(2 * [np.eye(len(whole.test_rows), dtype=np.float32)]), "recall@1")
+        vectors = np.eye(len(whole.test_rows), dtype=np.float32)
+        first = per_query(images, whole, vectors, vectors, "recall@1")
         assert len(first) == 2 * 3
         values = np.array([1.0, 0.0, np.nan, 0.0, 0.0, np.nan])
         assert per_question(images, whole, values).tolist() == [0.5, 0.0]  # and the third class was never answered

@@ -296,6 +296,7 @@ def test_the_detectable_difference_is_found_four_times_in_five():
 def test_the_queries_needed_make_a_distance_detectable():
     error = 0.02
     needed = queries_needed(100, error, 0.01, 0.95)
+    assert needed is not None
     assert minimum_detectable(error * math.sqrt(100 / needed), 0.95) <= 0.01
     assert minimum_detectable(error * math.sqrt(100 / (needed - 1)), 0.95) > 0.01
     assert queries_needed(100, error, -0.01, 0.95) == needed

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -61,5 +62,5 @@ def test_every_capability_has_its_sentence():
     said = describe_capabilities(PLAIN)
     assert said[-1] == "a note"
     for field in ("visible", "stamps", "concurrent_writers", "normalises", "partial_update", "aliases"):
-        other = {"visible": "on_publish"}.get(field, not getattr(PLAIN, field))
-        assert describe_capabilities(replace(PLAIN, **{field: other})) != said, field
+        other: dict[str, Any] = {field: {"visible": "on_publish"}.get(field, not getattr(PLAIN, field))}
+        assert describe_capabilities(replace(PLAIN, **other)) != said, field

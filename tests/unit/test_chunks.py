@@ -14,7 +14,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from migrator.adapters.base import ItemId, Page, order_key
-from migrator.backfill import throttle
 from migrator.backfill import transfer as module
 from migrator.backfill.chunks import cut_catch_up, cut_first_pass
 from migrator.backfill.throttle import Throttle
@@ -321,7 +320,7 @@ def test_two_processes_that_catch_up_at_once_store_one_pass():
 @pytest.mark.parametrize(("nice", "worked", "rests"), [(0.0, 2.0, []), (1.0, 2.0, [2.0]), (0.5, 4.0, [2.0])])
 def test_the_throttle_rests_in_proportion_to_the_work(monkeypatch, nice, worked, rests):
     clock, waited = [100.0], []
-    monkeypatch.setattr(throttle.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr("migrator.backfill.throttle.time.monotonic", lambda: clock[0])
 
     class Stop(threading.Event):
         def wait(self, timeout: float | None = None) -> bool:
@@ -343,5 +342,5 @@ def test_a_stop_ends_the_rest(monkeypatch):
     resting = Throttle(1e6, stop)
     resting.rest()
     later = time.monotonic() + 60
-    monkeypatch.setattr(throttle.time, "monotonic", lambda: later)
+    monkeypatch.setattr("migrator.backfill.throttle.time.monotonic", lambda: later)
     resting.rest()  # would be sixty million seconds

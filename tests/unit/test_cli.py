@@ -119,13 +119,15 @@ def call(capsys) -> Callable[..., tuple[int, str, str]]:
 
 def everything(ledger: Ledger, migration: Migration) -> list[Any]:
     """All that a command could have changed in the ledger."""
-    now = ledger.migration("digits-v2")
+    now, route = ledger.migration("digits-v2"), ledger.route("digits [old]")
+    assert now is not None
+    assert route is not None
     return [
         (now.stage, now.state, now.paused),
         len(ledger.events(migration.id)),
         [(chunk.state, chunk.attempts) for chunk in ledger.chunks(migration.id)],
         len(ledger.failures(migration.id)),
-        ledger.route("digits [old]").epoch,
+        route.epoch,
     ]
 
 
@@ -646,7 +648,7 @@ def test_sizes(count, said):
 def test_plain_progress_lines_come_while_nothing_moves(monkeypatch):
     lines: queue.Queue[str] = queue.Queue()
     monkeypatch.setattr(common, "PLAIN_EVERY", 0.01)
-    monkeypatch.setattr(common.click, "echo", lambda text, err: lines.put(text) if err else None)
+    monkeypatch.setattr("migrator.cli.common.click.echo", lambda text, err: lines.put(text) if err else None)
 
     def next_line(awaited: str) -> None:
         while lines.get(timeout=60) != awaited:

@@ -17,7 +17,19 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from migrator.config import MAX_ANSWERS, METRICS, Config, Gate, Section, find_migration, load_config, schema
+from migrator.config import (
+    MAX_ANSWERS,
+    METRICS,
+    Config,
+    Gate,
+    ItemsFrom,
+    OldEncoder,
+    Section,
+    Train,
+    find_migration,
+    load_config,
+    schema,
+)
 from migrator.config_template import TEMPLATE
 from migrator.errors import ConfigError, UsageProblem
 from migrator.evaluation.metrics import parse_metric
@@ -40,6 +52,19 @@ migrations:
 
 MODEL = "{arch: resnet10t, weights: old.safetensors, dim: 128, image_size: 32}"
 """The old encoder of the example."""
+
+
+def old_encoder(config: Config) -> OldEncoder:
+    """The old encoder of the example's migration, where its vectors are not only stored."""
+    found = config.migrations["digits-v2"].old_encoder
+    assert isinstance(found, OldEncoder)
+    return found
+
+
+def train(config: Config) -> Train:
+    found = config.migrations["digits-v2"].train
+    assert found is not None
+    return found
 
 
 def write(folder: Path, text: str | bytes) -> Path:
@@ -72,9 +97,9 @@ def test_the_example_with_paths_from_its_folder(tmp_path):
     migration = config.migrations["digits-v2"]
     assert migration.store.settings() == {"kind": "faiss", "path": str(tmp_path / "gallery")}
     assert migration.images.root == str(tmp_path / "images")
-    assert migration.old_encoder.weights == tmp_path / "old.safetensors"
+    assert old_encoder(config).weights == tmp_path / "old.safetensors"
     assert migration.new_encoder.weights is None
-    assert migration.train.items == tmp_path / "train.csv"
+    assert train(config).items == tmp_path / "train.csv"
     assert migration.verify.queries == tmp_path / "queries.csv"
     assert migration.verify.max_age == timedelta(days=7)
     assert migration.verify.gate == Gate()
@@ -86,7 +111,7 @@ def test_a_relative_config_path_gives_absolute_paths(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     config = load_config(Path("migrations.yaml"))
     assert config.path == tmp_path / "migrations.yaml"
-    assert config.migrations["digits-v2"].old_encoder.weights == tmp_path / "old.safetensors"
+    assert old_encoder(config).weights == tmp_path / "old.safetensors"
 
 
 def test_absolute_paths_home_and_urls_stay(tmp_path, monkeypatch):
@@ -95,7 +120,7 @@ def test_absolute_paths_home_and_urls_stay(tmp_path, monkeypatch):
     config = load_config(write(tmp_path, text.replace("sqlite:///migrator.db", "sqlite:////var/m.db?timeout=5")))
     migration = config.migrations["digits-v2"]
     assert migration.images.root == "s3://bucket/images"
-    assert migration.old_encoder.weights == Path("/home/ann/old.pt")
+    assert old_encoder(config).weights == Path("/home/ann/old.pt")
     assert migration.store.settings()["path"] == "/g"
     assert config.ledger == "sqlite:////var/m.db?timeout=5"
 
@@ -146,13 +171,16 @@ def test_an_unknown_key_of_a_store_is_told_with_the_keys_of_its_kind(tmp_path):
 
 def test_training_items_may_come_from_the_store(tmp_path):
     config = load_config(write(tmp_path, edited("items: train.csv", 'items: {from: store, label: "{category}"}')))
-    assert config.migrations["digits-v2"].train.items.label == "{category}"
+    items = train(config).items
+    assert isinstance(items, ItemsFrom)
+    assert items.label == "{category}"
 
 
 @pytest.mark.parametrize("source", ["store", "folders"])
 def test_training_items_need_no_file_and_no_labels(tmp_path, source):
     config = load_config(write(tmp_path, edited("items: train.csv", f"items: {{from: {source}}}")))
-    items = config.migrations["digits-v2"].train.items
+    items = train(config).items
+    assert isinstance(items, ItemsFrom)
     assert (items.source, items.label) == (source, None)
 
 
@@ -172,7 +200,7 @@ def test_new_weights_need_no_training(tmp_path):
 def test_a_config_cannot_be_changed(tmp_path):
     config = load_config(write(tmp_path, EXAMPLE))
     with pytest.raises(ValueError, match="frozen"):
-        config.migrations["digits-v2"].backfill.nice = 1.0
+        config.migrations["digits-v2"].backfill.nice = 1.0  # type: ignore[misc]
 
 
 def test_every_gate_metric_can_be_computed():
@@ -282,12 +310,8 @@ def test_expansion(tmp_path, monkeypatch, written, means):
 def test_numbers_and_truths_may_come_from_the_environment(tmp_path, monkeypatch):
     monkeypatch.setenv("EPOCHS", "3")
     monkeypatch.setenv("FLIP", "true")
-    train = (
-        load_config(write(tmp_path, edited("epochs: 10", 'epochs: "${EPOCHS}", flip: "${FLIP}"')))
-        .migrations["digits-v2"]
-        .train
-    )
-    assert (train.epochs, train.flip) == (3, True)
+    found = train(load_config(write(tmp_path, edited("epochs: 10", 'epochs: "${EPOCHS}", flip: "${FLIP}"'))))
+    assert (found.epochs, found.flip) == (3, True)
 
 
 @pytest.mark.parametrize(
@@ -641,7 +665,14 @@ def test_find_migration(tmp_path):
 
 def conforms(value: Any, rule: dict[str, Any], root: dict[str, Any]) -> bool:
     """Whether a value obeys a JSON Schema, for the keywords that ours uses; any other keyword fails the test."""
-    types = {"object": dict, "array": list, "string": str, "boolean": bool, "integer": int, "number": (int, float)}
+    types: dict[str, Any] = {
+        "object": dict,
+        "array": list,
+        "string": str,
+        "boolean": bool,
+        "integer": int,
+        "number": (int, float),
+    }
     checks = {
         "type": lambda t: (
             value is None if t == "null" else isinstance(value, types[t]) and (t == "boolean" or value is not True)
@@ -723,6 +754,8 @@ def test_the_template_is_complete(tmp_path):
     # Its commented lines are right too: without their mark they load as well.
     uncommented = re.sub(r"^(\s+)# (\w+: )", r"\1\2", TEMPLATE, flags=re.MULTILINE)
     changed = load_config(write(tmp_path, uncommented)).migrations[name]
+    assert changed.train is not None
+    assert isinstance(changed.old_encoder, OldEncoder)
     assert changed.new_encoder.weights == tmp_path / "new.safetensors"
     assert (changed.train.flip, changed.backfill.nice, changed.old_encoder.std) == (True, 1.0, (0.229, 0.224, 0.225))
 

@@ -37,6 +37,7 @@ def test_csv_and_parquet_give_the_same_items(tmp_path: Path) -> None:
     pq.write_table(table, tmp_path / "items.parquet")
     items = read_items(tmp_path / "items.csv")
     assert items == read_items(tmp_path / "items.parquet")
+    assert items.labels is not None
     assert list(zip(items.paths, items.labels, strict=True)) == rows
     assert items.classes == ["3", "7"]
     assert len(items) == 3

@@ -82,7 +82,7 @@ def test_every_row_has_its_own_vector_or_its_own_problem(numbers, torn, bad, bat
     assert all("torn" in why if row in torn else "not finite" in why for row, why in found.problems.items())
     assert found.rows.dtype == np.int64
     for vectors, encoder in zip(found.vectors, (first, second), strict=True):
-        assert (vectors.shape, vectors.dtype) == ((len(good), encoder.dim), np.float32)
+        assert (vectors.shape, vectors.dtype) == ((len(good), encoder.dim), np.dtype(np.float32))
         assert vectors[:, 0].tolist() == [numbers[row] * encoder.factor for row in good]
 
 
@@ -124,7 +124,8 @@ def test_nothing_to_embed():
 
 
 def test_batches_are_full_but_for_the_last_and_are_reported():
-    encoder, told = Encoder(), []
+    encoder = Encoder()
+    told: list[int] = []
     run(["1", "2!", *map(str, range(8))], encoder, batch_size=4, report=told.append)
     assert encoder.batches == [4, 4, 1]
     assert sum(told) == 10  # one of them cannot be loaded
@@ -188,7 +189,9 @@ def test_rows_of_a_batch():
     encoder = Encoder(bad=frozenset({1}))
     answers = dict(encode_batch(encoder, images))  # type: ignore[arg-type]
     assert answers[10] == "the vector is not finite"
-    assert answers[20].tolist() == [2.0, 2.0]
+    vector = answers[20]
+    assert isinstance(vector, np.ndarray)
+    assert vector.tolist() == [2.0, 2.0]
     everything = dict(encode_batch(Encoder(bad=frozenset({1, 2})), images))  # type: ignore[arg-type]
     assert everything == {10: "the vector is not finite", 20: "the vector is not finite"}
 
@@ -289,7 +292,7 @@ def test_a_view_is_of_the_picture_as_each_encoder_declares_it(orientation: int):
     class Declared(Encoder):
         def __init__(self, **fields: Any) -> None:
             super().__init__()
-            self.manifest = type("Manifest", (), {"preprocessing": Preprocessing(4, **fields)})
+            self.manifest: Any = type("Manifest", (), {"preprocessing": Preprocessing(4, **fields)})
             self.seen: list[Any] = []
 
         def prepare(self, image: Any) -> NDArray[np.uint8]:

@@ -49,13 +49,15 @@ def spec(dim: int = 8, weights: Path | None = None, **changes: Any) -> EncoderSp
 def net(dim: int = 8, seed: int = 0) -> EmbeddingNet:
     torch.manual_seed(seed)
     model = build_model(spec(dim))
+    norm: Any = model.norm
     with torch.no_grad():  # statistics as after a training, so that the norm matters
-        model.norm.running_mean.uniform_(-1, 1)
-        model.norm.running_var.uniform_(0.5, 2)
+        norm.running_mean.uniform_(-1, 1)
+        norm.running_var.uniform_(0.5, 2)
     return model
 
 
-def plain(classes: int = 0, seed: int = 0) -> torch.nn.Module:
+def plain(classes: int = 0, seed: int = 0) -> Any:
+    """A model as timm makes it."""
     torch.manual_seed(seed)
     return import_timm().create_model(ARCH, num_classes=classes).eval()
 
@@ -150,7 +152,7 @@ def test_vectors_follow_from_the_model_by_the_formula(saved: Path) -> None:
     scaled = torch.tensor(batch).double() / 255
     mean, std = (torch.tensor(x).double().view(1, 3, 1, 1) for x in (PREPROCESSING.mean, PREPROCESSING.std))
     with torch.no_grad():
-        model = copy.deepcopy(encoder.model).double()
+        model: Any = copy.deepcopy(encoder.model).double()
         pooled = model.backbone((scaled - mean) / std)
         projected = pooled @ model.projection.weight.T
         f = (projected - model.norm.running_mean) / torch.sqrt(model.norm.running_var + model.norm.eps)
@@ -287,7 +289,7 @@ def test_a_plain_timm_classifier_of_the_right_width_is_the_embedding(tmp_path: P
     assert load_encoder(spec(12, tmp_path / "again.safetensors")).id == encoder.id
 
 
-def features(model: torch.nn.Module, batch: np.ndarray, classes: int = 0) -> np.ndarray:
+def features(model: Any, batch: np.ndarray, classes: int = 0) -> np.ndarray:
     """What timm's own model gives for pictures once its classifier is taken away, or with it; of unit length."""
     if not classes:
         model.reset_classifier(0)
@@ -711,6 +713,6 @@ def test_what_cannot_be_written_is_said_in_one_line(tmp_path: Path) -> None:
 
 def test_weights_shared_between_layers_are_saved(tmp_path: Path) -> None:
     model = net()
-    model.norm.bias = model.norm.weight  # type: ignore[assignment]
+    model.norm.bias = model.norm.weight
     manifest = save_encoder(model, spec(), tmp_path / "a.safetensors")
     assert load_encoder(spec(weights=tmp_path / "a.safetensors")).manifest == manifest

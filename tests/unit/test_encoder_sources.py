@@ -645,7 +645,7 @@ def test_a_changed_program_below_a_map_is_refused(folder: Path, exported: Path) 
         "encoder.pt2",
         "encoder.safetensors",
     ]
-    other = network()
+    other: Any = network()
     with torch.no_grad():
         other[0].weight *= 2
     pt2_file(path.with_suffix(".pt2"), other)

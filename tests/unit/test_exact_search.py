@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 from unittest.mock import patch
 
 import numpy as np
@@ -83,7 +84,7 @@ def test_differences_below_float32_are_told_apart(scale):
     # Large numbers that cancel out take the small one's last bits with them, more in some rows than in others; and with
     # the smallest numbers of float32 each product loses some.
     random = np.random.default_rng(2)
-    gallery = np.zeros((2000, 64))
+    gallery: Any = np.zeros((2000, 64))
     gallery[:, 5], gallery[:, 40] = random.permutation(2000) / 8192, random.integers(0, 4096, 2000)
     gallery[:, 0], gallery[:, 63] = 9999 * random.random(2000), -gallery[:, 40]
     gallery[:, 31] = -gallery[:, 0]
@@ -251,8 +252,8 @@ def test_an_order_may_begin_and_end_as_if_its_rows_lay_side_by_side():
 
 def test_mixtures_pass_each_gallery_once():
     random = np.random.default_rng(7)
-    galleries = [unit(random, 100, 8) for _ in range(2)]
-    searched = {id(gallery): 0 for gallery in galleries}
+    old, new = (unit(random, 100, 8) for _ in range(2))
+    searched = {id(gallery): 0 for gallery in (old, new)}
     search = exact_search._search
 
     def counted(queries, gallery, rows, *rest):
@@ -260,9 +261,9 @@ def test_mixtures_pass_each_gallery_once():
         return search(queries, gallery, rows, *rest)
 
     with patch.object(exact_search, "_search", counted):
-        mixtures(galleries[0][:4], *galleries, np.arange(100), [0, 0.25, 0.5, 0.75, 1], 3)
+        mixtures(old[:4], old, new, np.arange(100), [0, 0.25, 0.5, 0.75, 1], 3)
         assert list(searched.values()) == [100, 100]
-        mixtures(galleries[0][:4], *galleries, np.arange(100), [0.25, 0.5], 3)
+        mixtures(old[:4], old, new, np.arange(100), [0.25, 0.5], 3)
         assert list(searched.values()) == [175, 150]  # what no mixture holds is not looked at
 
 

@@ -163,9 +163,10 @@ def test_a_link_that_leads_to_another_disk(tmp_path: Path, monkeypatch: pytest.M
     (folder / "items.parquet").symlink_to(real / "seven.parquet")
     replace, link = Path.replace, os.link
 
-    def no_crossing(one: Path, other: Any) -> None:
+    def no_crossing(one: Path, other: Any) -> bool:
         if real in (one.parent, Path(other).parent) and one.parent != Path(other).parent:
             raise OSError(18, os.strerror(18))
+        return False
 
     monkeypatch.setattr(Folder, "_on_one_disk", lambda _, file: file.parent != real)
     monkeypatch.setattr(Path, "replace", lambda self, other: no_crossing(self, other) or replace(self, other))
@@ -356,7 +357,8 @@ def test_old_vectors_are_read_exactly(files: Files, factory: str, dtype: Any) ->
         after = store.read(range(N), vectors=True, payload=False).vectors
         assert after is not None
         np.testing.assert_array_equal(after[40:], exact[40:])
-        assert not store.capabilities.exact_vectors, "what was published lies in the index alone"
+        published = store.capabilities
+        assert not published.exact_vectors, "what was published lies in the index alone"
     with closing(files.open(write=True)) as store:
         store.write_vectors(range(40), exact[:40], None)
         store.publish(final=True)
@@ -371,9 +373,9 @@ def test_after_a_migration_the_files_of_vectors_are_outdated(files: Files, facto
         store.write_vectors(range(N), vectors(seed=1), "new")
         store.publish(final=True)
         store.clear_migration_state()
-        np.testing.assert_allclose(
-            store.read(range(N), vectors=True, payload=False).vectors, vectors(seed=1), atol=0.01
-        )
+        found = store.read(range(N), vectors=True, payload=False).vectors
+        assert found is not None
+        np.testing.assert_allclose(found, vectors(seed=1), atol=0.01)
     with closing(files.open()) as store:
         assert store.capabilities.exact_vectors == (factory == "Flat")
         assert factory == "Flat" or "not used: remove the key" in " ".join(store.capabilities.notes)
@@ -644,6 +646,7 @@ def test_files_whose_columns_differ(files: Files) -> None:
     before = files.content()
     with closing(files.open(write=True)) as store:
         page = store.read([0, 30, 50], vectors=True, payload=True)
+        assert page.vectors is not None
         assert [dict(payload) for payload in page.payloads or ()] == [
             {"n": 0, "caption": None, "size": 0.0},
             {"n": 30, "caption": "x", "size": 0.5},
@@ -681,7 +684,9 @@ def test_a_killed_replacement_is_completed(files: Files, monkeypatch: pytest.Mon
     assert {name: files.content()[name] for name in before} == before
     with closing(files.open()) as reader:
         assert reader.count() == N - 1
-        assert reader.read([41], vectors=False, payload=True).payloads[0]["n"] == 41
+        payloads = reader.read([41], vectors=False, payload=True).payloads
+        assert payloads is not None
+        assert payloads[0]["n"] == 41
     with closing(files.open(write=True)) as store:
         assert store.count() == N - 1
     assert sum(len(pd.read_parquet(file)) for file in (files.path / "metadata").iterdir()) == N - 1

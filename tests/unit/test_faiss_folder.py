@@ -566,7 +566,7 @@ def test_a_rollback_keeps_what_the_application_wrote(folder: Path) -> None:
 
 def test_lists_are_balanced_again_at_the_cutover(folder: Path) -> None:
     def imbalance() -> float:
-        index = faiss.read_index(str(folder / "index.faiss"))
+        index: Any = faiss.read_index(str(folder / "index.faiss"))
         return float(index.invlists.imbalance_factor())
 
     n = 2000
@@ -577,7 +577,8 @@ def test_lists_are_balanced_again_at_the_cutover(folder: Path) -> None:
     put_items(folder, id=list(range(n)))
     with closing(open_folder(folder, write=True)) as store:
         assert "trained again at the cutover" in " ".join(store.capabilities.notes)
-        store.write_vectors(range(n), vectors(n, seed=1) * 0.1 + 2, "new")
+        moved: Any = vectors(n, seed=1) * 0.1 + 2
+        store.write_vectors(range(n), moved, "new")
         store.publish()
         crowded = imbalance()
         assert crowded > 3

@@ -19,6 +19,10 @@ from migrator.adapters.faiss.index import Index, read_index, row_checksums
 DIM = 16
 
 
+untyped: Any = faiss
+"""For what faiss's own type stubs leave out."""
+
+
 def vectors(n: int, seed: int = 0) -> np.ndarray:
     found = np.random.default_rng(seed).standard_normal((n, DIM)).astype(np.float32)
     return found / np.linalg.norm(found, axis=1, keepdims=True)
@@ -156,7 +160,7 @@ def test_ids_that_are_no_names_are_refused(ids: list[int], reason: str) -> None:
 def test_an_id_map_that_does_not_fit_its_lists_is_refused() -> None:
     mapped = faiss.IndexIDMap2(made("IVF4,Flat", 0))
     mapped.add_with_ids(vectors(3), np.array([7, 8, 9]))
-    inner = faiss.downcast_index(mapped.index)
+    inner: Any = faiss.downcast_index(mapped.index)
     inner.remove_ids(np.array([1]))
     inner.add_with_ids(vectors(1), np.array([5]))
     with pytest.raises(StoreRejected, match="does not fit its lists"):
@@ -171,7 +175,7 @@ def test_lists_on_disk_are_refused(tmp_path: Path) -> None:
     with pytest.raises(StoreRejected, match=r"another file: copy them .*by faiss's index\.copy_subset_to$"):
         Index(index, "here")
     held = faiss.IndexIVFFlat(index.quantizer, DIM, index.nlist, index.metric_type)
-    index.copy_subset_to(held, faiss.InvertedLists.SUBSET_TYPE_ID_RANGE, 0, 20)
+    index.copy_subset_to(held, untyped.InvertedLists.SUBSET_TYPE_ID_RANGE, 0, 20)
     assert reread(Index(held, "here")).count == 20
 
 
@@ -229,7 +233,7 @@ def test_a_replaced_vector_is_found_in_the_list_nearest_to_it() -> None:
     np.testing.assert_array_equal(index.search(new, 1, exact=False)[1][:, 0], np.arange(600))
 
 
-@pytest.mark.parametrize("kind", [faiss.DirectMap.NoMap, faiss.DirectMap.Array, faiss.DirectMap.Hashtable])
+@pytest.mark.parametrize("kind", [untyped.DirectMap.NoMap, untyped.DirectMap.Array, untyped.DirectMap.Hashtable])
 def test_the_users_table_of_places_stays_and_is_right(kind: int) -> None:
     raw = made("IVF4,Flat", 50)
     raw.set_direct_map_type(kind)
@@ -240,9 +244,9 @@ def test_the_users_table_of_places_stays_and_is_right(kind: int) -> None:
     buffer = io.BytesIO()
     index.write(buffer.write)
     buffer.seek(0)
-    written = faiss.read_index(faiss.PyCallbackIOReader(buffer.read))
+    written = untyped.read_index(untyped.PyCallbackIOReader(buffer.read))
     assert written.direct_map.type == kind
-    if kind == faiss.DirectMap.Array:
+    if kind == untyped.DirectMap.Array:
         np.testing.assert_array_equal(written.reconstruct(3), new[3])
 
 
@@ -263,8 +267,8 @@ REBUILT = [
 @pytest.mark.parametrize("factory", REBUILT)
 def test_a_rebuilt_index_is_as_good_as_a_new_one(factory: str, metric: int) -> None:
     """The new vectors lie elsewhere and are far shorter: what was learnt from the old ones would not do."""
-    new = 0.05 * vectors(600, seed=1) + 0.1
-    fresh = faiss.index_factory(DIM, factory, metric)
+    new: Any = 0.05 * vectors(600, seed=1) + 0.1
+    fresh: Any = faiss.index_factory(DIM, factory, metric)
     fresh.train(new)
     fresh.add(new)
     raw = made(factory, metric=metric)
@@ -272,7 +276,7 @@ def test_a_rebuilt_index_is_as_good_as_a_new_one(factory: str, metric: int) -> N
         raw.nprobe = fresh.nprobe = 4
     index = Index(raw, "here")
     index.rebuild(new)
-    queries = new[::3] + 0.005 * vectors(200, seed=2)
+    queries: Any = new[::3] + 0.005 * vectors(200, seed=2)
     truth = faiss.knn(queries, new, 5, metric=metric)[1]
 
     def recall(found: np.ndarray) -> float:
@@ -319,16 +323,16 @@ def test_too_few_vectors_to_learn_from_keep_what_was_learnt(factory: str) -> Non
 
 
 def test_a_polysemous_index_is_trained_as_one() -> None:
-    raw = faiss.IndexPQ(DIM, 4, 4, faiss.METRIC_L2)
+    raw: Any = faiss.IndexPQ(DIM, 4, 4, faiss.METRIC_L2)
     raw.train(vectors(300))
     raw.add(vectors(100))
-    raw.search_type, raw.polysemous_ht = faiss.IndexPQ.ST_polysemous, 8
+    raw.search_type, raw.polysemous_ht = untyped.IndexPQ.ST_polysemous, 8
     index = reread(Index(raw, "here"))
     assert not index._leaf.do_polysemous_training
     index.rebuild(vectors(100, seed=1))
     assert index._leaf.do_polysemous_training
     again = reread(index)
-    assert again._leaf.search_type == faiss.IndexPQ.ST_polysemous
+    assert again._leaf.search_type == untyped.IndexPQ.ST_polysemous
 
 
 def test_exact_search_goes_on_past_one_block(monkeypatch: pytest.MonkeyPatch) -> None:

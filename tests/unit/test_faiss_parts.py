@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from typing import Any
+from typing import Any, cast
 
 import faiss
 import numpy as np
@@ -77,11 +77,11 @@ def saved(index: Index) -> Any:
     buffer = io.BytesIO()
     index.write(buffer.write)
     buffer.seek(0)
-    return faiss.read_index(faiss.PyCallbackIOReader(buffer.read))
+    return faiss.read_index(cast(Any, faiss).PyCallbackIOReader(buffer.read))
 
 
 def recall(index: Any, content: np.ndarray, metric: int) -> float:
-    queries = content[::4] + 0.01 * vectors(len(content[::4]), seed=9, dim=content.shape[1])
+    queries: np.ndarray = content[::4] + np.float32(0.01) * vectors(len(content[::4]), seed=9, dim=content.shape[1])
     truth = faiss.knn(queries, content, 5, metric=metric)[1]
     found = index.search(queries, 5)[1]
     return float(np.mean([len(set(a) & set(b)) / 5 for a, b in zip(found, truth, strict=True)]))
@@ -201,7 +201,7 @@ def test_a_rebuild_keeps_every_parameter(factory: str) -> None:
 
 
 def test_settings_that_cannot_be_carried_over_are_a_refusal() -> None:
-    raw = faiss.IndexHNSWFlat(DIM, 8)
+    raw: Any = faiss.IndexHNSWFlat(DIM, 8)
     raw.hnsw.set_nb_neighbors(0, 20)
     with pytest.raises(
         StoreRejected, match=r"for 32 dimensions would lose hnsw\.M=\[20, 8\]: choose rollout\.strategy"
@@ -229,7 +229,7 @@ def test_a_matrix_that_somebody_made_is_kept_and_named() -> None:
     assert index.kept_as_trained == ["linear transform"]
     index.rebuild(vectors(seed=1))
     written = saved(index)
-    kept = faiss.downcast_VectorTransform(written.chain.at(0))
+    kept: Any = faiss.downcast_VectorTransform(written.chain.at(0))
     np.testing.assert_array_equal(faiss.vector_to_array(kept.A), faiss.vector_to_array(matrix.A))
     with pytest.raises(StoreRejected, match="LinearTransform of LinearTransform,Flat cannot be made for 32 dimensions"):
         index.like(32)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -47,7 +48,8 @@ def test_other_packages_join_by_an_entry_point(tmp_path: Path, monkeypatch: pyte
     monkeypatch.syspath_prepend(tmp_path)
     assert {"faiss", "toy"} <= set(known_kinds())
     config = {"kind": "toy", "broken": False}
-    assert open_store(config, write=True) == (config, True)
+    store: Any = open_store(config, write=True)
+    assert store == (config, True)
     with pytest.raises(StoreRejected, match="needs the library toyclient: install toyclient"):
         open_store({"kind": "toy", "broken": True}, write=True)
 

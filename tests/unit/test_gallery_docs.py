@@ -102,7 +102,9 @@ def by_clip(file: Path) -> Any:
 def by_opencv(file: Path) -> Any:
     import cv2
 
-    return cv2.resize(cv2.imread(str(file)), (SIZE, SIZE)).transpose(2, 0, 1) / 255
+    pixels = cv2.imread(str(file))
+    assert pixels is not None
+    return cv2.resize(pixels, (SIZE, SIZE)).transpose(2, 0, 1) / 255
 
 
 def turned(file: Path) -> Any:

@@ -296,7 +296,7 @@ class StatusError(Exception):
         self.status = status
 
 
-class TroubledFiles(AbstractFileSystem):
+class TroubledFiles(AbstractFileSystem):  # type: ignore[misc]  # fsspec has no stubs
     """A file system whose paths say which trouble they meet."""
 
     protocol = "troubled"

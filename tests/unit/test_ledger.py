@@ -862,8 +862,10 @@ class LedgerSuite:
             for _ in range(3)
         ]
         for process in processes:
+            assert process.stdout is not None
             assert process.stdout.readline() == b"\n", "it is ready"
         for process in processes:
+            assert process.stdin is not None
             process.stdin.write(b"\n")
             process.stdin.flush()
         for process in processes:
@@ -971,7 +973,9 @@ def test_a_newer_revision_upgrades_a_ledger_with_its_rows(template, tmp_path, mo
     monkeypatch.setattr(module, "__file__", str(package / "ledger.py"))
     monkeypatch.setattr(module, "SCHEMA", newer)
     with closing(Ledger(f"sqlite:///{path}")) as new:
-        assert new.migration("digits-v2").state == "planned"
+        migration = new.migration("digits-v2")
+        assert migration is not None
+        assert migration.state == "planned"
     with closing(sqlite3.connect(path)) as raw:
         assert raw.execute("SELECT id, mood FROM encoders ORDER BY id").fetchall() == [(NEW, None), (OLD, None)]
         assert raw.execute(f"SELECT version_num FROM {VERSION_TABLE}").fetchall() == [(newer,)]
@@ -1149,7 +1153,7 @@ def test_foreign_keys_hold_in_every_transaction(template, tmp_path):
 
 def test_a_naive_time_is_refused(template, tmp_path, monkeypatch):
     with closing(Ledger(f"sqlite:///{shutil.copy(template, tmp_path / 'migrator.db')}")) as ledger:
-        monkeypatch.setattr(module, "now", lambda: module.dt.datetime(2026, 1, 1))
+        monkeypatch.setattr(module, "now", lambda: datetime(2026, 1, 1))
         with pytest.raises(exc.StatementError, match="needs a zone"):
             ledger.save_encoder(OLD, "{}")
 
@@ -1309,7 +1313,9 @@ def test_results_stored_before_version_0007_get_the_terms_of_today(tmp_path, mon
         )  # fmt: skip
     monkeypatch.undo()
     with closing(Ledger(f"sqlite:///{path}")) as new:
-        found = new.latest_verification(migration.id).results
+        verification = new.latest_verification(migration.id)
+        assert verification is not None
+        found = verification.results
     assert found == {
         "outcome": "pass", "interim_analysis": 2, "next_steps": [],
         "curve": {"auc_gain": interval, "lowest": {"share": 0.2}},

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -38,8 +39,13 @@ def batch() -> tuple[Tensor, Tensor, Tensor]:
 @pytest.fixture
 def old_space() -> OldSpace:
     rng = np.random.default_rng(0)
-    centres = rng.normal(size=(CLASSES, DIM)).astype(np.float32) / 4
+    centres = rng.normal(size=(CLASSES, DIM)).astype(np.float32) / np.float32(4)
     return OldSpace(centres, np.array([0.3, 0.9, 1.2, 0.0], np.float32), np.array([True, True, True, False]))
+
+
+def gradient(tensor: Tensor) -> Tensor:
+    assert tensor.grad is not None
+    return tensor.grad
 
 
 def unit(vector: list[float]) -> list[float]:
@@ -96,8 +102,8 @@ def test_arcface_of_a_feature_on_its_class_direction_has_a_finite_gradient(sign:
     loss = ArcFace(DIM, CLASSES, scale=30.0, margin=0.3)
     features = (sign * 7 * loss.weight.detach()[1:2]).requires_grad_()
     loss(features, torch.tensor([1])).backward()
-    assert torch.isfinite(features.grad).all()
-    assert torch.isfinite(loss.weight.grad).all()
+    assert torch.isfinite(gradient(features)).all()
+    assert torch.isfinite(gradient(loss.weight)).all()
 
 
 def test_arcface_can_start_from_the_old_centres(old_space: OldSpace) -> None:
@@ -155,7 +161,7 @@ def test_boundary_without_violation_or_without_known_class_is_zero_with_zero_gra
         value = loss(features, torch.tensor(labels))
         assert value.item() == 0
         value.backward()
-        assert not features.grad.any()
+        assert not gradient(features).any()
 
 
 def test_radii_start_between_r_c_and_the_limit(old_space: OldSpace) -> None:
@@ -173,14 +179,14 @@ def test_the_spring_narrows_the_balls_that_are_violated_least(old_space: OldSpac
     near = torch.from_numpy(old_space.centres[[1, 1, 1]])
     labels = torch.tensor([0, 0, 0, 1, 1, 1])
     (loss(torch.cat([far, near]), labels) + loss.slack(labels)).backward()
-    assert loss.w.grad[0] < 0  # descent widens the violated ball
-    assert loss.w.grad[1] > 0  # and narrows the other
+    assert gradient(loss.w)[0] < 0  # descent widens the violated ball
+    assert gradient(loss.w)[1] > 0  # and narrows the other
 
 
 def test_adversarial_is_its_formula(batch: tuple[Tensor, Tensor, Tensor]) -> None:
     features, _, old = batch
     loss = AdversarialAlignment(DIM, hidden=5).double()
-    first, norm, _, last = loss.discriminator
+    first, norm, _, last = cast(Any, loss.discriminator)
     total = 0.0
     for vector, label in [(v, 0) for v in features.tolist()] + [(v, 1) for v in old.tolist()]:
         x = [math.sqrt(DIM) * value for value in unit(vector)]
@@ -243,7 +249,7 @@ def cosine_to_centre(loss: ArcFace, old_space: OldSpace) -> float:
 def test_advbct_adds_up_its_weighted_terms(batch: tuple[Tensor, Tensor, Tensor], old_space: OldSpace) -> None:
     features, labels, old = (batch[0].float(), batch[1], batch[2].float())
     settings = LossSettings(boundary_weight=7.0, adversarial_weight=3.0, anchor_weight=0.5)
-    objective = build_objective("advbct", settings, dim=DIM, classes=CLASSES, old=old_space)
+    objective: Any = build_objective("advbct", settings, dim=DIM, classes=CLASSES, old=old_space)
     terms = objective(features, labels, old, progress=0.5, remaining=0.25)
     classification, boundary, adversarial = objective.classification, objective.boundary, objective.adversarial
     assert terms["classification"] == classification(features, labels)
@@ -257,9 +263,9 @@ def test_the_published_recipe_has_no_spring_no_anchor_and_no_start_from_the_cent
     batch: tuple[Tensor, Tensor, Tensor], old_space: OldSpace
 ) -> None:
     features, labels, old = (batch[0].float(), batch[1], batch[2].float())
-    ours = build_objective("advbct", LossSettings(), dim=DIM, classes=CLASSES, old=old_space)
+    ours: Any = build_objective("advbct", LossSettings(), dim=DIM, classes=CLASSES, old=old_space)
     assert cosine_to_centre(ours.classification, old_space) == pytest.approx(1)
-    objective = build_objective("advbct", LossSettings(reference=True), dim=DIM, classes=CLASSES, old=old_space)
+    objective: Any = build_objective("advbct", LossSettings(reference=True), dim=DIM, classes=CLASSES, old=old_space)
     assert cosine_to_centre(objective.classification, old_space) < 0.99
     assert set(objective(features, labels, old, progress=0, remaining=1)) == {
         "classification",
@@ -310,12 +316,13 @@ def test_influence_of_classes_that_nobody_knew_is_zero(old_space: OldSpace) -> N
     value = Influence(old_space, scale=30.0)(features, torch.tensor([3, 3]))
     assert value.item() == 0
     value.backward()
-    assert not features.grad.any()
+    assert not gradient(features).any()
 
 
 def test_bct_adds_up_its_weighted_terms(batch: tuple[Tensor, Tensor, Tensor], old_space: OldSpace) -> None:
     features, labels, old = batch[0].float(), batch[1], batch[2].float()
-    objective = build_objective("bct", LossSettings(influence_weight=2.0), dim=DIM, classes=CLASSES, old=old_space)
+    settings = LossSettings(influence_weight=2.0)
+    objective: Any = build_objective("bct", settings, dim=DIM, classes=CLASSES, old=old_space)
     terms = objective(features, labels, old, progress=0.5, remaining=0.5)
     assert terms["influence"] == 2 * objective.influence(features, labels)
     assert set(terms) == {"classification", "influence"}
@@ -354,10 +361,10 @@ def test_lce_asks_nothing_of_features_inside_the_cone_or_of_unknown_classes(labe
     value = AngularBoundary(old_space)(features, torch.tensor([label, label]))
     assert value.item() == 0
     value.backward()
-    assert not features.grad.any()
+    assert not gradient(features).any()
     weight = torch.randn(CLASSES, DIM, requires_grad=True)
     CentreAlignment(old_space)(weight, torch.tensor([label, label])).backward()
-    assert weight.grad.any() == (label == 2)
+    assert gradient(weight).any() == (label == 2)
 
 
 def test_the_cone_of_the_angular_boundary_holds_what_the_ball_holds() -> None:
@@ -378,7 +385,7 @@ def test_a_perfect_fit_has_a_finite_gradient(method: str, length: float, old_spa
     old = torch.nn.functional.normalize(features.detach())
     terms = objective(features, torch.tensor([0, 1, 2]), old, progress=1.0, remaining=0.1)
     torch.stack(list(terms.values())).sum().backward()
-    assert torch.isfinite(features.grad).all()
+    assert torch.isfinite(gradient(features)).all()
 
 
 @pytest.mark.parametrize("labelled", [True, False])
@@ -409,7 +416,7 @@ def test_reference_is_plain_softmax_and_a_discriminator_of_raw_features_with_bat
     batch: tuple[Tensor, Tensor, Tensor], old_space: OldSpace
 ) -> None:
     features, labels, old = batch[0].float(), batch[1], batch[2].float()
-    objective = build_objective("advbct", LossSettings(reference=True), dim=DIM, classes=CLASSES, old=old_space)
+    objective: Any = build_objective("advbct", LossSettings(reference=True), dim=DIM, classes=CLASSES, old=old_space)
     terms = objective(features, labels, old, progress=0.5, remaining=1.0)
     weight = objective.classification.weight.tolist()
     logits = [[dot(row, feature) for row in weight] for feature in features.tolist()]

@@ -66,6 +66,8 @@ def test_graded_relevance_by_hand():
     found = graded_relevance(relevant, np.array([[2, 1, -1], [0, 1, 2], [1, 3, 0]]))
     assert found.hits.tolist() == [[True, False, False], [False, False, False], [False, True, False]]
     assert found.total.tolist() == [2, 0, 3]
+    assert found.grades is not None
+    assert found.ideal is not None
     assert found.grades.tolist() == [[3, 0, 0], [0, 0, 0], [0, 2, 0]]
     assert found.ideal.tolist() == [[3, 1, 0], [0, 0, 0], [5, 4, 2]]
 
@@ -96,6 +98,8 @@ def graded(draw: st.DrawFn) -> tuple[list[dict[int, float]], np.ndarray, int]:
 def test_graded_relevance_equals_a_plain_loop(case):
     relevant, ranking, _ = case
     found = graded_relevance(relevant, ranking)
+    assert found.grades is not None
+    assert found.ideal is not None
     assert found.grades.tolist() == [
         [of.get(answer, 0) for answer in row] for of, row in zip(relevant, ranking.tolist(), strict=True)
     ]
@@ -395,12 +399,13 @@ def test_backfill_auc_by_hand():
     assert metrics.backfill_auc([0, 1], [0.4, 0.6]) == pytest.approx(0.5)
     assert metrics.backfill_auc([0, 0.25, 1], [0.2, 0.6, 0.6]) == pytest.approx(0.25 * 0.4 + 0.75 * 0.6)
     assert metrics.backfill_auc(np.linspace(0, 1, 11), np.full(11, 0.7)) == pytest.approx(0.7)
-    for fractions, values in [
+    refused: list[tuple[list[float], list[float]]] = [
         ([0, 1], [1]),
         ([0, 0.5], [1, 1]),
         ([0, 0.5, 0.5, 1], [1] * 4),
         ([0], [1]),
         ([1, 0], [1, 1]),
-    ]:
+    ]
+    for fractions, values in refused:
         with pytest.raises(ValueError, match="rise from 0 to 1"):
             metrics.backfill_auc(fractions, values)

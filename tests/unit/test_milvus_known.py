@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from migrator.adapters.milvus.lite import REMEMBERED_BYTES, Known
 
@@ -14,7 +15,7 @@ class Engine:
 
 def test_it_forgets_what_others_may_have_changed() -> None:
     engine = Engine(7)
-    known = Known(lambda: engine, 100)
+    known: Any = Known(lambda: engine, 100)
     with known.held() as certain:
         assert certain
         known.keys = [1, 2, 3]

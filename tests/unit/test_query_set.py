@@ -63,7 +63,7 @@ class Shelf:
 
 def shelf(per_class: Mapping[str, int]) -> dict[ItemId, dict[str, Any]]:
     """Items 0, 1, ... with these classes, which take turns."""
-    left, items = Counter(per_class), {}
+    left, items = Counter(per_class), cast(dict[ItemId, dict[str, Any]], {})
     while left := +left:
         for label in list(left):
             left[label] -= 1
@@ -219,7 +219,7 @@ def test_items_with_labels_ask_for_their_class_and_never_for_themselves(desk: De
     assert drawn.gallery == sorted(desk.shelf.items, key=order_key)
     assert Counter(drawn.labels) == {"common": 8, "rare": 2}
     assert drawn.paths == [f"{item}.png" for item in drawn.own]
-    assert drawn.own == sorted(drawn.own, key=order_key), "in the order of the gallery"
+    assert drawn.own == sorted(cast(list[ItemId], drawn.own), key=order_key), "in the order of the gallery"
     assert drawn.gallery_labels is not None
     assert dict(zip(drawn.gallery, drawn.gallery_labels, strict=True))["no class"] == ""
     assert dict(zip(drawn.gallery, drawn.gallery_paths, strict=True))["unsafe"] is None
@@ -290,7 +290,7 @@ def test_of_two_items_with_one_image_the_first_is_the_query_itself(desk: Desk) -
     assert drawn.relevant == [{2: 1.0, 3: 1.0}]
 
 
-RELEVANT = [
+RELEVANT: list[tuple[str, list[ItemId], list[float]]] = [
     ("q1.png", [17, "17"], [3, 0.5]),
     ("q2.png", ["ü"], [1]),
     ("30.png", [30, 31], [2, 1]),
@@ -412,10 +412,8 @@ def test_a_tag_that_all_items_have_does_not_count(desk: Desk, caplog: pytest.Log
 
 
 def test_rare_tags_are_drawn_as_often_as_common_ones(desk: Desk) -> None:
-    desk.shelf = Shelf(
-        {row: {"path": f"{row}.png", "tags": ["common", *(["rare"] if row < 4 else [])]} for row in range(60)}
-        | {row: {"path": f"{row}.png", "tags": ["other"]} for row in range(60, 70)}
-    )
+    tags = [["common", "rare"]] * 4 + [["common"]] * 56 + [["other"]] * 10
+    desk.shelf = Shelf({row: {"path": f"{row}.png", "tags": some} for row, some in enumerate(tags)})
     drawn = desk.draw(label="{tags}", sample=12)
     assert Counter(drawn.labels) == {"common": 4, "rare": 4, "other": 4}
 
@@ -662,6 +660,7 @@ def test_frozen_questions_stay_while_the_collection_changes(desk: Desk) -> None:
 
 def test_the_hash_is_of_what_is_asked(desk: Desk) -> None:
     first = desk.draw(label="{kind}")
+    value: Any
     for name, value in (("drawn_at", "2001-01-01T00:00:00+00:00"), ("made_from", {}), ("counts", {})):
         assert replace(first, **{name: value}).sha256 == first.sha256
     for name, value in (
@@ -766,7 +765,7 @@ ids = st.one_of(st.integers(-(2**63), 2**64 - 1), st.text(max_size=4))
 @given(st.data())
 def test_questions_come_back_as_they_were(data: st.DataObject) -> None:
     text = st.text(st.characters(), max_size=6)  # lone surrogates among them
-    of_query = {"min_size": 3, "max_size": 3}
+    of_query: dict[str, Any] = {"min_size": 3, "max_size": 3}
     drawn = QuerySet(
         kind=data.draw(st.sampled_from(["labels", "relevant", "instance"])),
         paths=data.draw(st.lists(text, **of_query)),
@@ -820,7 +819,7 @@ def test_rows_of_those_items_that_are_still_there(data: st.DataObject) -> None:
     item = st.sampled_from(gallery)
     label = st.sampled_from(["a", "b", "c"])
     n = data.draw(st.integers(1, 4))
-    of_query = {"min_size": n, "max_size": n}
+    of_query: dict[str, Any] = {"min_size": n, "max_size": n}
     by_label = data.draw(st.booleans())
     query_set = QuerySet(
         kind="labels" if by_label else "relevant",

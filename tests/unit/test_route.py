@@ -141,7 +141,7 @@ def ledger(tmp_path) -> Iterator[Ledger]:
 def clock(monkeypatch) -> list[float]:
     """The time that the client sees, in seconds; a test changes it."""
     now = [1000.0]
-    monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr("migrator.route.time.monotonic", lambda: now[0])
     return now
 
 

@@ -98,6 +98,7 @@ def test_values_are_never_templates(values: dict[str, str]) -> None:
 
 
 def test_the_same_value_has_the_same_text() -> None:
+    value: Any
     for value in (3, 3.0, np.int64(3), np.float32(3), np.uint8(3), Decimal("3.00"), Decimal(3), "3", b"3"):
         assert text_of(value) == "3"
     for value in (0.1, np.float64(0.1), np.float32(0.1), Decimal("0.10")):

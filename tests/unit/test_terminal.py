@@ -20,7 +20,7 @@ def drawn(width: int, steps: list[tuple[float, int, int, str]]) -> str:
     clock = [0.0]
     console = Console(file=io.StringIO(), width=width, force_terminal=True, color_system=None)
     bar = common.progress_bar(console)
-    bar.get_time = lambda: clock[0]  # type: ignore[method-assign]
+    bar.get_time = lambda: clock[0]
     task = bar.add_task("training", total=None, text="")
     for seconds, done, total, text in steps:
         clock[0] = seconds

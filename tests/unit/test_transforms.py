@@ -309,6 +309,6 @@ def test_prepared_images_keep_what_the_transform_gave(folder: Path) -> None:
         digests = [result for result in results if isinstance(result, bytes)]
         floats = cache.open(preprocessing, digests).take(np.arange(3))
         pixels = cache.open(Preprocessing((8, 6)), digests).take(np.arange(3))
-    assert (floats.dtype, pixels.dtype) == (np.float32, np.uint8)
+    assert (floats.dtype, pixels.dtype) == (np.dtype(np.float32), np.dtype(np.uint8))
     assert np.array_equal(floats, np.stack([preprocessing.prepare(source.load(name)) for name in names[2:]]))
     assert np.array_equal(pixels, np.stack([Preprocessing((8, 6)).prepare(source.load(name)) for name in names[2:]]))

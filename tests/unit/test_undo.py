@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+from migrator.adapters.base import ItemId
 from migrator.artifacts import files as module
 from migrator.artifacts import undo_log as undo
 from migrator.artifacts.files import ChunkFiles
@@ -20,7 +21,7 @@ from migrator.errors import PreconditionFailed, TemporarilyUnavailable
 from migrator.ledger import Chunk
 
 EXTREME = [0.0, -0.0, 1e-45, -1e-45, 1.1754942e-38, 1.1754944e-38, 3.4028235e38, -3.4028235e38, 1.0, 0.1]
-IDS = [-1, 0, 7, "7", 2**62, "", "é✓\U0001f600", 'quoted "\\', "a\nb", "\ud800", "null"]
+IDS: list[ItemId] = [-1, 0, 7, "7", 2**62, "", "é✓\U0001f600", 'quoted "\\', "a\nb", "\ud800", "null"]
 
 ids = st.lists(st.one_of(st.integers(-(2**63), 2**63 - 1), st.text(st.characters(), max_size=8)), max_size=12).map(
     lambda found: list({(type(item), item): item for item in found}.values())
@@ -150,6 +151,7 @@ def test_whatever_is_repeated_the_first_state_stands(attempts):
             first.setdefault(item, vector.tobytes())
         log.record(chunk(), state)
     found = log.read(chunk())
+    assert found is not None
     assert {item: vector.tobytes() for item, vector in zip(found.ids, found.vectors, strict=True)} == first
     log.drop()
 

@@ -16,16 +16,7 @@ from migrator.plan.forecast import Quality, loss_risks
 
 
 def counts(passes: int = 0, failures: int = 0) -> Counts:
-    found = {
-        "passes": passes,
-        "open_failures": failures,
-        "planned": 10,
-        "done": 0,
-        "gone": 0,
-        "written": 0,
-        "by_state": {},
-    }
-    return Counts(**{name: found[name] for name in Counts.__dataclass_fields__})
+    return Counts(by_state={}, planned=10, done=0, written=0, gone=0, passes=passes, open_failures=failures)
 
 
 @pytest.mark.parametrize(
