@@ -391,20 +391,20 @@ def test_a_store_that_refuses_half_way_keeps_no_collection(
 def test_a_route_that_moved_meanwhile_leaves_no_collection(
     world: World, migrator: Call, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from migrator.rollout import stages
+    from migrator.rollout.stages import StageTransition
 
     kind = QdrantFolder(world)
     kind.use()
     shadow = prepared_shadow(world, migrator)
-    move = stages._move_route
+    move: Any = StageTransition._move_route
 
-    def late(project: Project, migration: Any, route: Any, **columns: Any) -> None:
-        with project.store() as store:
+    def late(transition: StageTransition, route: Any, **columns: Any) -> None:
+        with transition.project.store() as store:
             assert store.exists(shadow)
-        move(project, migration, SimpleNamespace(epoch=route.epoch - 1), **columns)  # type: ignore[arg-type]
+        move(transition, SimpleNamespace(epoch=route.epoch - 1), **columns)
 
     with monkeypatch.context() as patch:
-        patch.setattr(stages, "_move_route", late)
+        patch.setattr(StageTransition, "_move_route", late)
         assert migrator("rollout", "--stage", "backfill") == 3
     assert not kind.exists(shadow)
     assert migrator("rollout", "--stage", "backfill") == 0

@@ -443,7 +443,7 @@ def test_a_server_that_gives_less_than_it_has(rest: Place) -> None:
     assert rest.front is not None
     rest.front.fail("spoiled", path="POST /collections/d/points$", spoil=lambda records: records[1:])
     with pytest.raises(StoreUnavailable, match="1 of the requested points fewer"):
-        store.read_further(IDS)  # type: ignore[attr-defined]
+        store.read_further(IDS)
 
 
 # -- an edge folder ---------------------------------------------------------------------------------------------------
