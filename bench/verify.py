@@ -37,10 +37,10 @@ def of_the_demo() -> dict[str, Any]:
                 began = time.perf_counter()
                 verified = verify_once(project)
                 whole.append(round(time.perf_counter() - began, 3))
-                encoding.append(verified.results["encoding_seconds"])
+                encoding.append(verified.results.encoding_seconds)
     return {
-        "queries": verified.results["queries"],
-        "gallery": verified.results["gallery"],
+        "queries": verified.results.queries,
+        "gallery": verified.results.gallery,
         "seconds": whole,
         "encoding_seconds": encoding,
         "median_beyond_encoding": round(

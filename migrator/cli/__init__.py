@@ -17,7 +17,7 @@ from migrator.errors import MigratorError
 VERBS = {
     "init": "Write a commented migrations.yaml to begin with.",
     "config": "Check the configuration; print it or its JSON Schema.",
-    "plan": "Look at the collection and say what the upgrade costs.",
+    "plan": "Check the collection and say what the upgrade costs.",
     "train": "Train the new encoder to be comparable with the old one.",
     "runs": "List the training runs side by side, with their validation and verification.",
     "verify": "Prove on sampled queries that search gets no worse.",
@@ -33,6 +33,7 @@ VERBS = {
     "embed": "Turn images into vectors, as the backfill does.",
     "export": "Write an encoder as a .pt2, .onnx or .safetensors file.",
     "schedule": "Print a crontab line or systemd units for the backfill.",
+    "schema": "Print the JSON Schema of what a command prints with --json.",
     "demo": "Run a whole migration on scanned digits.",
 }
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from migrator.cli.common import json_option, migration_options, open_project, print_json, print_table, progress, say
-from migrator.evaluation.verdicts import finding_state, state_of, summary
+from migrator.evaluation.verdicts import state_of, summary
+
+if TYPE_CHECKING:
+    from migrator.documents import LiveIndex, VerificationResults
 
 MEANING = {
     "baseline": "old query, old gallery: today's search",
@@ -76,7 +79,7 @@ def command(
             _print_evaluation(found, project.settings.verify.gate.metric)
         return 0
     if as_json:
-        print_json({"migration": project.name, **verified.results})
+        print_json({"migration": project.name, **verified.results.to_json()})
     else:
         _print_results(project.name, verified.results)
     return 0 if verified.verdict.outcome == "pass" else 3
@@ -84,10 +87,12 @@ def command(
 
 def _print_evaluation(found: dict[str, Any], metric: str) -> None:
     """What the collection gives now; beside it today's search of the verification, for the same queries."""
+    from migrator.documents import LiveIndex
+
     test = {"old": "cross", "new": "self"}.get(found["gallery"], "mixed")
     before = {} if found["today"] is None else {"baseline": found["today"]}
     _print_tests({**before, test: found["mixed"]}, metric)
-    _print_live(found.get("live"), metric)
+    _print_live(LiveIndex.model_validate(found["live"]) if "live" in found else None, metric)
 
 
 def _columns(metric: str) -> list[str]:
@@ -105,70 +110,70 @@ def _print_tests(tests: dict[str, dict[str, float]], metric: str) -> None:
     )
 
 
-def _print_live(live: dict[str, Any] | None, metric: str) -> None:
+def _print_live(live: LiveIndex | None, metric: str) -> None:
     if live is None:
         return
     metrics = _columns(metric)
-    k = live["index_recall"]["k"]
+    k = live.index_recall["k"]
     print_table(
-        (f"through the index, {live['items']} items", *metrics, f"index recall@{k}"),
+        (f"through the index, {live.items} items", *metrics, f"index recall@{k}"),
         [
-            (test, *(f"{of[name]:.4f}" for name in metrics), f"{live['index_recall'][test]:.4f}")
-            for test, of in live["tests"].items()
+            (test, *(f"{of[name]:.4f}" for name in metrics), f"{live.index_recall[test]:.4f}")
+            for test, of in live.tests.items()
         ],
     )
 
 
-def _print_results(name: str, results: dict[str, Any]) -> None:
-    _print_tests(results["tests"], results["metric"])
-    _print_live(results["live"], results["metric"])
-    query_set = results["query_set"]
+def _print_results(name: str, results: VerificationResults) -> None:
+    _print_tests(results.tests, results.metric)
+    _print_live(results.live, results.metric)
+    query_set = results.query_set
     say(
-        f"{results['queries']} queries against {results['gallery']} items; first results that became irrelevant: "
-        f"{results['flips']['negative']:.1%}, relevant: {results['flips']['positive']:.1%}"
+        f"{results.queries} queries against {results.gallery} items; first results that became irrelevant: "
+        f"{results.flips.negative:.1%}, relevant: {results.flips.positive:.1%}"
     )
-    say(f"query set {query_set['sha256'][:12]} of {query_set['drawn_at'][:10]}: {results['evidence']}")
+    say(f"query set {query_set.sha256[:12]} of {query_set.drawn_at[:10]}: {results.evidence}")
     for line in _excluded(results):
         say(line)
-    for what in ("classes", "segments"):
-        groups = results[what]
-        losing = [] if groups is None else [group for group in groups["worst"] if group["gain"] < 0][:GROUPS]
-        if losing:
-            worst = ", ".join(f"{group['name']!r} {group['gain']:+.4f}" for group in losing)
-            say(f"{what} that lose most, of {groups['count']}: {worst}")
-    curve = results["curve"]
+    for what, groups in (("classes", results.classes), ("segments", results.segments)):
+        losing = [] if groups is None else [group for group in groups.worst if group.gain < 0][:GROUPS]
+        if groups is not None and losing:
+            worst = ", ".join(f"{group.name!r} {group.gain:+.4f}" for group in losing)
+            say(f"{what} that lose most, of {groups.count}: {worst}")
+    curve = results.curve
     if curve is not None:
-        areas = ", ".join(f"{order} {found['auc']:.4f}" for order, found in curve["orders"].items())
-        say(f"{curve['metric']} over the backfill, on average, by its order: {areas}")
-        low = curve["lowest"]
-        gain = "" if low["gain"] is None else f", {low['gain']['mean']:+.4f} over today"
-        say(f"minimum during the backfill: {low['value']:.4f} at {low['share']:.0%} of the backfill{gain}")
-    if results["shift"]:
-        say(f"scores: {results['shift']}")
-    if results["scores"]:
-        say(", ".join(f"{score} {value:.4f}" for score, value in results["scores"].items()))
-    verdict = f"verdict: {summary(results)}"
-    for finding in results["findings"]:
-        if finding["reason"] not in verdict:
-            say(f"{finding_state(finding)}: {finding['reason']}")
-    say(verdict, colour="yellow" if state_of(results) == "accepted" else None)
-    if results["next_steps"]:
+        areas = ", ".join(f"{order} {found.auc:.4f}" for order, found in curve.orders.items())
+        say(f"{curve.metric} over the backfill, on average, by its order: {areas}")
+        low = curve.lowest
+        gain = "" if low.gain is None else f", {low.gain.mean:+.4f} over today"
+        say(f"minimum during the backfill: {low.value:.4f} at {low.share:.0%} of the backfill{gain}")
+    if results.shift:
+        say(f"scores: {results.shift}")
+    if results.scores:
+        say(", ".join(f"{score} {value:.4f}" for score, value in results.scores.items()))
+    document = results.to_json()
+    verdict = f"verdict: {summary(document)}"
+    for finding in results.findings:
+        if finding.reason not in verdict:
+            say(f"{'accepted' if finding.accepted else finding.outcome}: {finding.reason}")
+    say(verdict, colour="yellow" if state_of(document) == "accepted" else None)
+    if results.next_steps:
         say("next steps:")
-    for step in results["next_steps"]:
+    for step in results.next_steps:
         say(f"  - {step}", hanging="    ")
-    if results["outcome"] == "pass":
+    if results.outcome == "pass":
         say(f"next: migrator rollout {name} --stage prepare")
 
 
-def _excluded(results: dict[str, Any]) -> list[str]:
+def _excluded(results: VerificationResults) -> list[str]:
     found = []
-    if number := results["queries_without_relevant_items"]:
+    if number := results.queries_without_relevant_items:
         found.append(f"{number} queries without a relevant item were excluded")
-    if number := results["queries_without_old_vector"]:
+    if number := results.queries_without_old_vector:
         found.append(f"{number} queries were excluded: no item of the collection has their image")
-    if number := results["gallery_gone"]:
+    if number := results.gallery_gone:
         found.append(f"{number} items of the gallery are gone from the collection")
-    if unreadable := results["unreadable"]:
+    if unreadable := results.unreadable:
         path, why = next(iter(unreadable.items()))
         found.append(f"{len(unreadable)} images could not be read, for instance {path}: {why}")
     return found

@@ -185,12 +185,10 @@ def exact_share(share: float, queries: int, confidence: float) -> Interval:
     and Pearson, The Use of Confidence or Fiducial Limits Illustrated in the Case of the Binomial, Biometrika 26(4),
     1934.
     """
-    from scipy.special import betaincinv
+    from scipy.stats import binomtest
 
-    tail, cases = (1 - confidence) / 2, round(share * queries)
-    low = float(betaincinv(cases, queries - cases + 1, tail)) if cases > 0 else 0.0
-    high = float(betaincinv(cases + 1, queries - cases, 1 - tail)) if cases < queries else 1.0
-    return Interval(share, low, high)
+    interval = binomtest(round(share * queries), queries).proportion_ci(confidence, method="exact")
+    return Interval(share, float(interval.low), float(interval.high))
 
 
 def interim_confidence(confidence: float, analysis: int) -> float:

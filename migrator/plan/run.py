@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from migrator.adapters.base import Capabilities, CollectionInfo, Store
 from migrator.config import OldEncoder
+from migrator.documents import PlanContent
 from migrator.embedding.stored_encoder import SAME, StoredEncoder
 from migrator.errors import ConfigError, PreconditionFailed
 from migrator.ledger import now
@@ -49,7 +50,7 @@ class Planned:
     """A plan as it is shown: `content` is what the ledger keeps."""
 
     fingerprint: str
-    content: dict[str, Any]
+    content: PlanContent
 
 
 def make_plan(project: Project, report: Callable[..., None] = lambda *_: None) -> Planned:
@@ -142,6 +143,7 @@ def make_plan(project: Project, report: Callable[..., None] = lambda *_: None) -
             list(step) for step in [*([_TRAIN] if project.trains() else []), *STRATEGIES[strategy].purposes.items()]
         ],
     }
+    plan = PlanContent.model_validate(content)
     bound = bound_facts(project, info, old_id)
     fingerprint = fingerprint_of(bound)
     project.ledger.save_plan(
@@ -154,9 +156,9 @@ def make_plan(project: Project, report: Callable[..., None] = lambda *_: None) -
         new_encoder_id=None if new.untrained else new.encoder.id,
         fingerprint=fingerprint,
         bound=bound,
-        content=content,
+        content=plan.to_json(),
     )
-    return Planned(fingerprint, content)
+    return Planned(fingerprint, plan)
 
 
 def _called(old: OldEncoder | str) -> str:

@@ -19,6 +19,7 @@ import numpy as np
 
 from migrator.adapters.base import ItemId, Payload, Store
 from migrator.config import FLIPS, Gate
+from migrator.documents import VerificationResults
 from migrator.embedding.embed import embed, locate
 from migrator.embedding.stored_encoder import unit
 from migrator.embedding.stored_vectors import old_vectors
@@ -85,7 +86,7 @@ class Verified:
     """The outcome of one `verify`."""
 
     verdict: Verdict
-    results: dict[str, Any]
+    results: VerificationResults
     """As `migrator verify --json` prints it, `migrator report` draws it and the ledger keeps it."""
 
 
@@ -114,12 +115,12 @@ def verify(
         project.ledger.verifications(migration.id), new_encoder_id=new_id, query_set_sha256=query_set.sha256
     )
     verdict = gate(tests.measured(), project.settings.verify.gate, analysis=analysis, seed=project.settings.verify.seed)
-    results = {
+    facts = {
         **_verdict_facts(verdict),
         **_measurement_facts(project, tests, verdict),
         "live": None if seen is None else seen.to_json(),
     }
-    results["next_steps"] = next_steps(results, situation_of(project))
+    results = VerificationResults.model_validate({**facts, "next_steps": next_steps(facts, situation_of(project))})
     # The encoder may have been made elsewhere; from here on the migration is bound to it.
     project.ledger.set_new_encoder(migration.id, new_id)
     today = tests.judged["baseline"]
@@ -142,7 +143,7 @@ def verify(
         new_encoder_id=new_id,
         queries_sha256=query_set.sha256,
         outcome=verdict.outcome,
-        results=results,
+        results=results.to_json(),
     )
     return Verified(verdict, results)
 

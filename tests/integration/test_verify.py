@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from migrator.cli import run
+from migrator.documents import DOCUMENTS
 from migrator.project import Project
 from tests.world import NAME, World, embed_images
 
@@ -338,3 +340,31 @@ def test_files_of_a_verification_before_version_0007_are_read(world: World, migr
     assert told("backfill", "--max-items", "60")[0] == 0
     (check,) = health_checks(world)
     assert (check["outcome"], check["value"]) == ("ok", pytest.approx(check["forecast"], abs=1e-6))
+
+
+def test_each_document_has_the_schema_that_is_printed(
+    migrator: Migrator, told: Told, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def check(command: str, *words: str) -> None:
+        code, document, _ = told(command, *words)
+        assert code == 0
+        model = DOCUMENTS[command]
+        whole = model.model_validate(document, extra="forbid")
+        assert json.loads(whole.model_dump_json(by_alias=True, exclude_unset=True)) == document
+        capsys.readouterr()
+        assert run(["schema", command]) == 0
+        schema = json.loads(capsys.readouterr().out)
+        assert schema["properties"].keys() == document.keys()
+        assert schema["properties"]["format"]["const"] == document["format"]
+
+    check("status")
+    check("plan")
+    check("report")
+    check("verify", "--live")
+    for words in (("prepare",), ("canary",), ("backfill",)):
+        assert migrator("rollout", "--stage", *words) == 0
+    check("route")
+    assert migrator("backfill", "--max-items", "60") == 0
+    check("status")
+    assert migrator("verify", "--mixed") == 0
+    check("report")
