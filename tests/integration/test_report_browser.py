@@ -92,7 +92,7 @@ def test_nothing_is_wider_than_the_screen(browser: Browser, pages: dict[str, Pat
     assert page.evaluate("document.documentElement.scrollWidth") <= width
     wide = """[...document.querySelectorAll("section *")].filter(element => {
         const box = element.getBoundingClientRect();
-        return box.right > innerWidth + 1 && box.width && !element.closest(".scroll, .unseen, .answers small");
+        return box.right > innerWidth + 1 && box.width && !element.closest(".scroll, .unseen, .results small");
     }).map(element => element.outerHTML.slice(0, 200))"""
     assert page.evaluate(wide) == []
     context.close()

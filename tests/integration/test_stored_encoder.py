@@ -177,7 +177,7 @@ def test_queries_are_asked_with_their_stored_vectors(world: World, migrator: Mig
     assert (by_model["queries_without_old_vector"], by_vectors["queries_without_old_vector"]) == (0, 1)
     assert by_vectors["queries"] == by_model["queries"] == 50
     assert by_vectors["tests"] == by_model["tests"]
-    assert "1 queries were left out" in printed("verify")[1]
+    assert "1 queries were excluded" in printed("verify")[1]
 
     (world.folder / "queries.csv").write_text("path,label\nstranger.png,kind 1\nanother.png,kind 2\n")
     code, out, err = printed("verify", "--resample-queries")
