@@ -69,9 +69,16 @@ class Map(nn.Module):
 
 
 def fit_map(kind: str, new: NDArray[np.float32], old: NDArray[np.float32], *, seed: int) -> Map:
-    """The map of `kind` that brings new (n, d) nearest to old (n, D), row by row; both of unit length.
+    """The map that brings new vectors nearest to old ones, row by row. On the CPU; the same for the same seed.
 
-    On the CPU, the same for the same seed. Raises TrainingProblem for pairs that nothing can be learnt from.
+    Args:
+        kind: One of `POST_HOC`.
+        new: (n, d) float32 of unit length.
+        old: (n, D) float32 of unit length, of the same images.
+        seed: Of the random numbers of `residual_mlp`.
+
+    Raises:
+        TrainingProblem: The kind is unknown, or nothing can be learnt from these pairs.
     """
     _require_pairs(kind, new, old)
     with torch.random.fork_rng(devices=[]):  # new layers draw their first weights: not from the caller's numbers

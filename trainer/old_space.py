@@ -85,7 +85,7 @@ def _lengths(vectors: NDArray[np.float32]) -> NDArray[np.float32]:
 def measure_old_space(
     vectors: NDArray[np.float32], labels: NDArray[np.int64], *, classes: int, quantile: float, shrink: bool = True
 ) -> OldSpace:
-    """Centres and radii from vectors (n, D) and labels (n,) in 0..classes-1.
+    """Centres and radii of the classes in the old space.
 
     A centre is the mean of the L2-normalised vectors. A radius is the `quantile` (0..1, 1 for the largest) of the
     distances to the centre, after distances beyond [Q1 - 1.5 IQR, Q3 + 1.5 IQR] are dropped in classes of at least
@@ -94,7 +94,19 @@ def measure_old_space(
     The distances of fewer than four images are a poor estimate: with `shrink` such a radius is drawn towards the median
     radius of the classes that have four, with weight 1 for one image and 1/3 for three (n images have n - 1 free
     distances of the 3 that are required). Without it a class of one image is not `known`, as published.
-    Raises TrainingProblem for a vector that is zero or not finite.
+
+    Args:
+        vectors: (n, D) old vectors of any length.
+        labels: (n,) int64 in 0..classes-1.
+        classes: C, number of classes.
+        quantile: Which of a class's distances is its radius, 0..1.
+        shrink: Whether to correct the radii of small classes.
+
+    Raises:
+        TrainingProblem: A vector is zero or not finite.
+
+    Source:
+        AdvBCT, https://arxiv.org/abs/2305.02610, section 3.4.
     """
     lengths = _lengths(vectors)
     counts = np.bincount(labels, minlength=classes)

@@ -19,8 +19,14 @@ class AngularBoundary(nn.Module):
     L = mean over the samples of known classes of max(0, theta(f, c_y) - theta_y). theta_y belongs to the radius of the
     class's ball: a unit vector at distance r from the centre c, not of unit length itself, has
     cos theta = (1 + |c|^2 - r^2) / 2|c|.
-    Source: LCE, the boundary loss, checked against the authors' code, which departs in two ways: it takes the largest
-    angle of a class, which is the radius at quantile 1; and it compares cosines, whose slope fades near the centre.
+    Two departures from the authors' code: it takes the largest angle of a class, which is the radius at quantile 1; and
+    it compares cosines, whose slope fades near the centre.
+
+    Args:
+        old: Centres (C, D) and radii (C,) of the old space.
+
+    Source:
+        LCE, https://arxiv.org/abs/2108.01958, the boundary loss, checked against the authors' code.
     """
 
     directions: Tensor
@@ -36,7 +42,15 @@ class AngularBoundary(nn.Module):
         self.register_buffer("known", torch.from_numpy(old.known))  # (C,)
 
     def forward(self, features: Tensor, labels: Tensor) -> Tensor:
-        """Mean excess, in radians, of those of features (B, D) whose class is known; 0 where none is."""
+        """Mean excess over the samples whose class has a cone.
+
+        Args:
+            features: (B, D) embeddings of any length.
+            labels: (B,) int64 in 0..C-1.
+
+        Returns:
+            A scalar, in radians; 0 where no class has a cone.
+        """
         cosine = (F.normalize(features) * self.directions[labels]).sum(dim=1)
         # At +-1 the slope of acos is infinite, and one perfect sample would turn every weight into NaN.
         excess = cosine.clamp(-1 + 1e-6, 1 - 1e-6).acos() - self.angles[labels]

@@ -14,9 +14,18 @@ class ArcFace(nn.Module):
 
     L = -log( exp(s cos(theta_y + m)) / (exp(s cos(theta_y + m)) + sum_{j != y} exp(s cos theta_j)) )
 
-    Source: ArcFace, https://arxiv.org/abs/1801.07698, equation 3; used in AdvBCT, https://arxiv.org/abs/2305.02610,
-    section 3.2. Beyond theta_y = pi - m, where cos(theta_y + m) would rise again, the target logit keeps
-    falling as cos(theta_y) - m sin(m), as the authors' code does.
+    Beyond theta_y = pi - m, where cos(theta_y + m) would rise again, the target logit keeps falling as
+    cos(theta_y) - m sin(m), as the authors' code does.
+
+    Args:
+        dim: D, length of an embedding.
+        classes: C, number of classes.
+        scale: s, by which the cosines are multiplied.
+        margin: m, in radians.
+
+    Source:
+        ArcFace, https://arxiv.org/abs/1801.07698, equation 3; used in AdvBCT, https://arxiv.org/abs/2305.02610,
+        section 3.2.
     """
 
     def __init__(self, dim: int, classes: int, *, scale: float, margin: float) -> None:
@@ -28,12 +37,25 @@ class ArcFace(nn.Module):
 
     @torch.no_grad()
     def start_from(self, centres: Tensor, known: Tensor) -> None:
-        """Turns the weights of the classes `known` (C,) into the directions of `centres` (C, D), their lengths kept."""
+        """Turns the weights of some classes into given directions; their lengths are kept.
+
+        Args:
+            centres: (C, D), the directions, of any length.
+            known: (C,) bool, the classes that are turned.
+        """
         turned = F.normalize(centres) * self.weight.norm(dim=1, keepdim=True)
         self.weight.copy_(torch.where(known[:, None], turned, self.weight))
 
     def forward(self, features: Tensor, labels: Tensor) -> Tensor:
-        """Mean loss of features (B, D), of any length, with labels (B,)."""
+        """Mean loss over the batch.
+
+        Args:
+            features: (B, D) embeddings of any length.
+            labels: (B,) int64 in 0..C-1.
+
+        Returns:
+            A scalar.
+        """
         cosine = F.linear(F.normalize(features), F.normalize(self.weight))  # (B, C)
         target = cosine.gather(1, labels[:, None])
         # At +-1 the slope of acos is infinite, and one perfect sample would turn every weight into NaN.
@@ -47,7 +69,12 @@ class ArcFace(nn.Module):
 
 
 class Softmax(nn.Module):
-    """Cross entropy of W f, on features as they are."""
+    """Cross entropy of W f, on features as they are: the classification term of the published recipe.
+
+    Args:
+        dim: D, length of an embedding.
+        classes: C, number of classes.
+    """
 
     def __init__(self, dim: int, classes: int) -> None:
         super().__init__()
@@ -59,5 +86,13 @@ class Softmax(nn.Module):
         return self.linear.weight
 
     def forward(self, features: Tensor, labels: Tensor) -> Tensor:
-        """Mean loss of features (B, D) with labels (B,)."""
+        """Mean loss over the batch.
+
+        Args:
+            features: (B, D) embeddings.
+            labels: (B,) int64 in 0..C-1.
+
+        Returns:
+            A scalar.
+        """
         return F.cross_entropy(self.linear(features), labels)

@@ -17,9 +17,15 @@ class ElasticBoundary(nn.Module):
 
     L = mean over the violating samples of ||f_hat - c_y|| - r_y,   r_y = r_c + (T - r_c) sigmoid(w_c)
 
-    c and r_c are the centres and radii of the old space, T is the limit between which and r_c the learnable w_c
-    moves the radius. Samples of classes that the old encoder does not know have no ball and are skipped.
-    Source: AdvBCT, https://arxiv.org/abs/2305.02610, section 3.4.
+    c and r_c are the centres and radii of the old space; the learnable w_c moves the radius between r_c and T. Samples
+    of classes that the old encoder does not know have no ball and are skipped.
+
+    Args:
+        old: Centres (C, D) and radii (C,) of the old space.
+        limit: T, a distance on the unit sphere, 0..2.
+
+    Source:
+        AdvBCT, https://arxiv.org/abs/2305.02610, section 3.4.
     """
 
     centres: Tensor
@@ -35,11 +41,19 @@ class ElasticBoundary(nn.Module):
         self.w = nn.Parameter(torch.empty(len(old.radii)).uniform_(-1, 1))
 
     def elastic_radii(self) -> Tensor:
-        """The radius of each class as it stands, (C,)."""
+        """The current radius of each class, (C,)."""
         return self.radii + (self.limit - self.radii) * self.w.sigmoid()
 
     def forward(self, features: Tensor, labels: Tensor) -> Tensor:
-        """Mean excess of the violating ones among features (B, D) with labels (B,); 0 where none violates."""
+        """Mean excess over the samples outside their ball.
+
+        Args:
+            features: (B, D) embeddings of any length.
+            labels: (B,) int64 in 0..C-1.
+
+        Returns:
+            A scalar, a distance on the unit sphere; 0 where no sample is outside.
+        """
         distance = torch.linalg.vector_norm(F.normalize(features) - self.centres[labels], dim=1)
         excess = distance - self.elastic_radii()[labels]
         violating = (excess > 0) & self.known[labels]
@@ -50,7 +64,14 @@ class ElasticBoundary(nn.Module):
         """Mean of r_y - r_c over the samples whose class has a ball: the spring that holds the boundary.
 
         Where T > r_c, the boundary loss alone can only widen a ball. With this term added, classes violated more than
-        the average of the batch widen and the others narrow, since the two gradients on the radii cancel in sum.
+        the average of the batch widen and the others narrow, since the two gradients on the radii cancel in sum. It is
+        not in the paper.
+
+        Args:
+            labels: (B,) int64 in 0..C-1.
+
+        Returns:
+            A scalar; 0 where no class has a ball.
         """
         known = self.known[labels]
         widened = (self.elastic_radii() - self.radii)[labels]

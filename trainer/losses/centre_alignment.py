@@ -15,9 +15,15 @@ if TYPE_CHECKING:
 class CentreAlignment(nn.Module):
     """Mean of 1 - cos(w_c, c_c) over the classes of the batch that have an old centre c; w are the new class centres.
 
-    The new centres are the weights of the classifier. Source: LCE, the alignment loss, checked against the authors'
-    code, which has the squared distance of the unit vectors, that is 2 - 2 cos, over all classes. Here only those of
-    the batch count, so that the loss does not fade as classes become many.
+    The new centres are the weights of the classifier. The authors' code has the squared distance of the unit vectors,
+    that is 2 - 2 cos, over all classes. Here only those of the batch count, so that the loss does not fade as the
+    number of classes grows.
+
+    Args:
+        old: Centres (C, D) of the old space.
+
+    Source:
+        LCE, https://arxiv.org/abs/2108.01958, the alignment loss, checked against the authors' code.
     """
 
     centres: Tensor
@@ -29,7 +35,15 @@ class CentreAlignment(nn.Module):
         self.register_buffer("known", torch.from_numpy(old.known))  # (C,)
 
     def forward(self, weight: Tensor, labels: Tensor) -> Tensor:
-        """Loss of new centres (C, D) for labels (B,); 0 where no class is known."""
+        """Mean loss over the classes of the batch that have an old centre.
+
+        Args:
+            weight: (C, D), the new centres, of any length.
+            labels: (B,) int64 in 0..C-1.
+
+        Returns:
+            A scalar; 0 where no class has an old centre.
+        """
         classes = labels.unique()
         known = self.known[classes]
         apart = 1 - F.cosine_similarity(weight[classes], self.centres[classes].to(weight.dtype))

@@ -16,9 +16,14 @@ class Contrast(nn.Module):
     L = -log( exp(f.o / t) / (exp(f.o / t) + sum exp(f.o' / t) + sum exp(f.f' / t)) )
 
     f and o are an image's new and old vector, o' and f' those of other images, each sum over the 10 greatest; images of
-    the same known class are no negatives. Source: Hot-Refresh, regression-alleviating compatible training. Where there
-    are no labels, every other image is a negative, be it of the same thing or not: nobody knows better. The temperature
-    is `LossSettings.temperature`; published code has 0.01, at which the self-test suffers.
+    the same class are no negatives. Without labels every other image is a negative, whatever it shows.
+
+    Args:
+        temperature: t. Published code has 0.01, at which the self-test suffers.
+        labelled: Whether labels are real.
+
+    Source:
+        RACT (Hot-Refresh), https://arxiv.org/abs/2201.09724, regression-alleviating compatible training.
     """
 
     def __init__(self, *, temperature: float, labelled: bool) -> None:
@@ -27,7 +32,16 @@ class Contrast(nn.Module):
         self.labelled = labelled
 
     def forward(self, features: Tensor, labels: Tensor, old: Tensor) -> Tensor:
-        """Mean loss of features (B, D), of any length, and old vectors (B, D)."""
+        """Mean loss over the batch.
+
+        Args:
+            features: (B, D) new embeddings of any length.
+            labels: (B,) int64; not used where `labelled` is False.
+            old: (B, D) old vectors of the same images, of any length.
+
+        Returns:
+            A scalar.
+        """
         new, old = F.normalize(features), F.normalize(old)
         same = torch.eye(len(new), dtype=torch.bool, device=new.device)
         if self.labelled:

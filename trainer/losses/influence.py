@@ -19,7 +19,13 @@ class Influence(nn.Module):
     L = cross entropy of s cos(f, w_c), over the classes c that have a direction w_c: the old classifier's where it
     knows the class, else the centre of the class's old vectors, as in UniBCT (https://arxiv.org/abs/2203.01583).
     There is no margin: the old directions cannot give way. Samples of classes without a direction are skipped.
-    Source: BCT, section 3.3, equation 5.
+
+    Args:
+        old: Centres (C, D) of the old space, and the directions of the old classifier where it is there.
+        scale: s, by which the cosines are multiplied.
+
+    Source:
+        BCT, https://arxiv.org/abs/2003.11942, section 3.3, equation 5.
     """
 
     directions: Tensor
@@ -37,7 +43,15 @@ class Influence(nn.Module):
         self.register_buffer("known", torch.from_numpy(known))  # (C,)
 
     def forward(self, features: Tensor, labels: Tensor) -> Tensor:
-        """Mean loss of those of features (B, D) whose class is known; 0 where none is."""
+        """Mean loss over the samples whose class has a direction.
+
+        Args:
+            features: (B, D) embeddings of any length.
+            labels: (B,) int64 in 0..C-1.
+
+        Returns:
+            A scalar; 0 where no class has a direction.
+        """
         logits = self.scale * F.linear(F.normalize(features), self.directions.to(features.dtype))
         logits = logits.masked_fill(~self.known, -1e9)
         known = self.known[labels]

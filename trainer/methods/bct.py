@@ -34,7 +34,7 @@ class BCT(nn.Module):
 
 
 def build(settings: LossSettings, *, dim: int, classes: int, old: OldSpace | None) -> BCT:
-    """The method as `settings` have it."""
+    """The method as `settings` have it, for D = `dim` and C = `classes`."""
     assert old is not None  # build_objective asks for it
     return BCT(
         ArcFace(dim, classes, scale=settings.arcface_scale, margin=settings.arcface_margin),

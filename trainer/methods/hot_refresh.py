@@ -33,7 +33,7 @@ class HotRefresh(nn.Module):
 
 
 def build(settings: LossSettings, *, dim: int, classes: int, old: OldSpace | None) -> HotRefresh:
-    """The method as `settings` have it."""
+    """The method as `settings` have it, for D = `dim` and C = `classes`."""
     assert old is not None  # build_objective asks for it
     classification = None
     if settings.labelled:

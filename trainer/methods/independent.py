@@ -28,5 +28,5 @@ class Independent(nn.Module):
 
 
 def build(settings: LossSettings, *, dim: int, classes: int, old: OldSpace | None) -> Independent:
-    """The method as `settings` have it."""
+    """The method as `settings` have it, for D = `dim` and C = `classes`."""
     return Independent(ArcFace(dim, classes, scale=settings.arcface_scale, margin=settings.arcface_margin))

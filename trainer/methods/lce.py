@@ -39,7 +39,7 @@ class LCE(nn.Module):
 
 
 def build(settings: LossSettings, *, dim: int, classes: int, old: OldSpace | None) -> LCE:
-    """The method as `settings` have it."""
+    """The method as `settings` have it, for D = `dim` and C = `classes`."""
     assert old is not None  # build_objective asks for it
     return LCE(
         ArcFace(dim, classes, scale=settings.arcface_scale, margin=settings.arcface_margin),

@@ -73,9 +73,17 @@ def old_is_missing(method: str) -> TrainingProblem:
 
 
 def build_objective(method: str, settings: LossSettings, *, dim: int, classes: int, old: OldSpace | None) -> nn.Module:
-    """The loss of `method` for D = `dim` and that many classes. `old` is None where there is no old encoder.
+    """The loss that a method minimises, as a module with the `forward` described above.
 
-    Raises TrainingProblem where the method needs one.
+    Args:
+        method: A key of `METHODS`.
+        settings: Weights and parameters of the losses.
+        dim: D, length of an embedding.
+        classes: C, number of classes.
+        old: Centres (C, D) and radii (C,) of the old space; None where there is no old encoder.
+
+    Raises:
+        TrainingProblem: The method needs an old encoder and there is none.
     """
     if METHODS[method].needs_old and old is None:
         raise old_is_missing(method)

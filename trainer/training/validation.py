@@ -25,10 +25,17 @@ def measure(
     *,
     reverse: bool = False,
 ) -> dict[str, float]:
-    """mAP@100 of held-out queries in a gallery of training images; each pair is (queries, gallery).
+    """mAP@100 of held-out queries in a gallery of training images.
 
-    `self` has both sides new, `old` both sides old, `cross` new queries in the old gallery, `reverse` old queries in
-    the new one. The last two are left out where the two spaces differ in length.
+    Args:
+        new: Vectors of queries (q, D) and gallery (g, D) from the new encoder, of unit length.
+        old: The same from the old encoder; None where there is none.
+        labels: Of queries (q,) and gallery (g,), int64.
+        reverse: Whether to measure `reverse` too.
+
+    Returns:
+        `self` has both sides new, `old` both sides old, `cross` new queries in the old gallery, `reverse` old queries
+        in the new one. The last two are missing where vectors differ in length.
     """
     measured = {"self": mean_average_precision(*new, *labels)}
     if old is None:
@@ -44,10 +51,19 @@ def measure(
 def score(measured: Mapping[str, float], upper_bound: float | None) -> float:
     """P_1 of a validation, by which the best epoch is chosen: 0.5 is par, and more is better.
 
-    P_1 = harmonic mean of P_up = sigmoid((self - bound) / bound) and P_comp = sigmoid((cross - old) / (bound - old)),
-    AdvBCT, https://arxiv.org/abs/2305.02610, section 4.2. `bound` is the self-test of an independent encoder. Where it
-    is not known, or not above `old`, the old encoder stands in for it: sigmoid((self - old) / old) and
-    sigmoid((cross - old) / old). Without an old encoder to compare with the score is the self-test.
+    P_1 = harmonic mean of P_up = sigmoid((self - bound) / bound) and P_comp = sigmoid((cross - old) / (bound - old)).
+    `bound` is the self-test of an independent encoder. Where it is not known, or not above `old`, the old encoder
+    stands in for it: sigmoid((self - old) / old) and sigmoid((cross - old) / old).
+
+    Args:
+        measured: mAP@100 by name, as `measure` returns it.
+        upper_bound: mAP@100 of an independent encoder's self-test, 0..1.
+
+    Returns:
+        P_1, 0..1; without an old encoder to compare with, the self-test.
+
+    Source:
+        AdvBCT, https://arxiv.org/abs/2305.02610, section 4.2.
     """
     if "cross" not in measured:
         return measured["self"]
@@ -74,7 +90,15 @@ def mean_average_precision(
 ) -> float:
     """mAP@k by inner product: the mean over queries of sum_i precision@i relevant_i / min(k, number of relevant items).
 
-    queries (q, D), gallery (g, D). Queries without a relevant item are left out; 0 where no query has one.
+    Args:
+        queries: (q, D) float32.
+        gallery: (g, D) float32.
+        query_labels: (q,) int64.
+        gallery_labels: (g,) int64; an item is relevant to the queries of the same label.
+        k: Length of a result list.
+
+    Returns:
+        The mean over the queries that have a relevant item, 0..1; 0 where none has.
     """
     relevant_items = np.bincount(gallery_labels, minlength=int(query_labels.max()) + 1)[query_labels]
     k = min(k, len(gallery))
