@@ -7,14 +7,14 @@ import re
 from functools import cache
 from typing import Any
 
-from migrator.config import schema
+from migrator.config import json_schema
 from migrator.trainer.training.settings import FitSettings
 
 
 @cache
 def definitions() -> dict[str, Any]:
     """The sections of `migrations.yaml` by the name of their type."""
-    whole = schema()
+    whole = json_schema()
     return {"Config": whole, **whole["$defs"]}
 
 

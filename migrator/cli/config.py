@@ -23,6 +23,6 @@ def command(config_path: Path, show_schema: bool) -> None:
 
     Printed is what migrator understood, defaults filled in and secrets starred out.
     """
-    from migrator.config import load_config, schema
+    from migrator.config import json_schema, load_config
 
-    click.echo(json.dumps(schema() if show_schema else load_config(config_path).redacted(), indent=2))
+    click.echo(json.dumps(json_schema() if show_schema else load_config(config_path).redacted(), indent=2))

@@ -46,7 +46,7 @@ def command(path: Path, kind: str | None, options: Sequence[str], **given: str |
     if kind is None:
         if options or any(value is not None for value in given.values()):
             raise UsageProblem("these options describe a store: name its kind with --store faiss, milvus or qdrant")
-        from migrator.config_template import TEMPLATE
+        from migrator.config.template import TEMPLATE
 
         _write(path, TEMPLATE)
         say(f"wrote {path}: fill it in, then `migrator config` checks it and `migrator plan` begins")

@@ -24,7 +24,7 @@ from migrator.adapters.files import Vanished
 from migrator.cli import VERBS, common, run
 from migrator.cli import status as status_verb
 from migrator.config import load_config
-from migrator.config_template import TEMPLATE
+from migrator.config.template import TEMPLATE
 from migrator.embedding.agreement import Disagreement, Tried
 from migrator.ledger import BackfillRun, Failure, LeaseLost, Ledger, Migration, RouteMoved, this_process
 from migrator.route import choose, initial_route

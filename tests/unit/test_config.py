@@ -27,10 +27,10 @@ from migrator.config import (
     Section,
     Train,
     find_migration,
+    json_schema,
     load_config,
-    schema,
 )
-from migrator.config_template import TEMPLATE
+from migrator.config.template import TEMPLATE
 from migrator.errors import ConfigError, UsageProblem
 from migrator.evaluation.metrics import parse_metric
 
@@ -709,7 +709,7 @@ def conforms(value: Any, rule: dict[str, Any], root: dict[str, Any]) -> bool:
 
 
 def test_the_schema_accepts_what_loads(tmp_path):
-    rules = schema()
+    rules = json_schema()
     json.dumps(rules)
     for text in (
         EXAMPLE,
@@ -743,7 +743,7 @@ def test_the_schema_accepts_what_loads(tmp_path):
 def test_the_schema_refuses_what_does_not_load(tmp_path, old, new):
     text = edited(old, new)
     problems(tmp_path, text)
-    assert not conforms(yaml.safe_load(text), schema(), schema())
+    assert not conforms(yaml.safe_load(text), json_schema(), json_schema())
 
 
 def test_the_template_is_complete(tmp_path):

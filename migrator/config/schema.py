@@ -1,21 +1,16 @@
-"""`migrations.yaml`: read, checked and typed. Every problem is found in one go and named with file, line and key.
+"""The sections of `migrations.yaml`. Their docstrings are the reference.
 
 The values of a configuration may be secrets: no message and no `repr` shows one. `Config.redacted` is for printing.
 """
 
 from __future__ import annotations
 
-import difflib
-import glob
-import os
 import re
 from collections.abc import Mapping
 from datetime import timedelta
-from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeAlias, get_args
+from typing import Annotated, Any, Literal, get_args
 
-import yaml
 from pydantic import (
     AfterValidator,
     BaseModel,
@@ -23,187 +18,56 @@ from pydantic import (
     ConfigDict,
     Discriminator,
     Field,
-    PlainSerializer,
     PrivateAttr,
     StringConstraints,
     Tag,
-    ValidationError,
     ValidationInfo,
-    WithJsonSchema,
     field_validator,
 )
 
-from migrator.errors import ConfigError, UsageProblem
+from migrator.config.values import (
+    COLOUR_PATTERN,
+    FLIPS,
+    METRIC_PATTERN,
+    POST_HOC,
+    Dim,
+    Duration,
+    ImageSize,
+    LocalFiles,
+    LocalPath,
+    Location,
+    Method,
+    Name,
+    NotNegative,
+    Place,
+    Positive,
+    Seed,
+    Template,
+    Text,
+    as_canary,
+    as_factory,
+    as_gate_metric,
+    as_ledger,
+    as_location,
+    as_metric,
+    as_stored,
+    shaped,
+)
 from migrator.lifecycle.strategy import STRATEGIES, StrategyName
-from migrator.trainer.images.templates import parse
 
-_MAX_BYTES = 1 << 20
-_MAX_DEPTH = 20
 _HIDDEN = "***"
+
+
 _SENSITIVE = "(?:api|access|secret|private)[_-]?key|token|passw|secret|credential|auth"
-_SECRET_KEY = re.compile(_SENSITIVE, re.IGNORECASE)
-_URL_CREDENTIALS = re.compile(r"(?<=://).*@", re.DOTALL)
+
+
+SECRET_KEY = re.compile(_SENSITIVE, re.IGNORECASE)
+
+
+URL_CREDENTIALS = re.compile(r"(?<=://).*@", re.DOTALL)
+
+
 _URL_PARAMETER = re.compile(rf"([?&;][^=&;]*(?:{_SENSITIVE})[^=&;]*=)[^&;]*", re.IGNORECASE)
-_VARIABLE = re.compile(r"\$(?:(?P<dollar>\$)|\{(?:(?P<name>[A-Za-z_][A-Za-z0-9_]*)(?::-(?P<default>[^}]*))?\})?)")
-_SQLITE = re.compile(r"(?P<driver>sqlite(?:\+pysqlite)?):///(?P<file>[^?]+)(?P<query>\?.*)?")
-_DURATION = re.compile(r"([1-9][0-9]{0,5})([smhd])")
-_COLOUR = "white|black|#[0-9a-fA-F]{6}"
-_SIDE = {"type": "integer", "minimum": 8, "maximum": 4096}
-_UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days"}
-
-METRICS = ("map", "recall", "precision", "ndcg", "mrr")
-"""Those of `migrator.evaluation.metrics`, named here so that reading a file does not load numpy."""
-FLIPS = "negative_flips"
-"""The share of queries whose first answer was right and is wrong now."""
-MAX_ANSWERS = 1000
-"""The longest ranking that a metric may look at."""
-_METRIC = rf"(?:{'|'.join(METRICS)})@(?:[1-9][0-9]{{0,2}}|{MAX_ANSWERS})"
-
-Place: TypeAlias = tuple[str | int, ...]
-"""Keys and list positions from the top of the file to a value."""
-
-
-# --- what a value may be ---------------------------------------------------------------------------------------------
-
-
-def _folder(info: ValidationInfo) -> Path:
-    return info.context["folder"] if info.context else Path()
-
-
-def _local_path(value: Any, info: ValidationInfo) -> Path:
-    if not isinstance(value, str | Path) or not str(value) or "\0" in str(value):
-        raise ValueError("must be the path of a local file or folder")
-    if "://" in str(value):
-        raise ValueError("must be a local path; a URL cannot be read here")
-    try:
-        return _folder(info) / Path(value).expanduser()
-    except RuntimeError as error:
-        raise ValueError("begins with the home folder of a user who does not exist") from error
-
-
-def _local_files(value: Any, info: ValidationInfo) -> list[str]:
-    """Names of files and patterns, absolute."""
-    names = value if isinstance(value, list) and value else [value]
-    found = []
-    for name in names:
-        path = str(_local_path(name, info))
-        folder = str(_folder(info))
-        if re.search(r"[*?[]", str(name)) and path == os.path.join(folder, str(Path(name))):  # noqa: PTH118 - a pattern
-            path = str(Path(glob.escape(folder), name))  # what the folder is called is no pattern
-        found.append(path)
-    return found
-
-
-def _location(value: str, info: ValidationInfo) -> str:
-    return value if "://" in value else str(_local_path(value, info))
-
-
-def _ledger(value: str, info: ValidationInfo) -> str:
-    if re.match(r"postgresql(\+[a-z0-9_]+)?://", value):
-        return value
-    match = _SQLITE.fullmatch(value)
-    if match is None or match["file"].startswith((":memory:", "file:")):
-        raise ValueError("must be a database URL: sqlite:///file.db, or postgresql+psycopg://user@host/database")
-    file = _local_path(match["file"], info)
-    if "?" in str(file):
-        raise ValueError("lies in a folder with a ? in its name, which a database URL cannot hold: move the ledger")
-    return f"{match['driver']}:///{file}{match['query'] or ''}"
-
-
-def _template(value: str) -> str:
-    try:
-        parse(value)
-    except ValueError:
-        raise ValueError(
-            'must hold payload fields in braces, such as "{path}", "{shop}/{id}.jpg" or "{metadata.source}"'
-        ) from None
-    return value
-
-
-def _duration(value: Any) -> timedelta:
-    if isinstance(value, timedelta):
-        return value
-    match = _DURATION.fullmatch(value) if isinstance(value, str) else None
-    if match is None:
-        raise ValueError("must be a duration: a number and s, m, h or d, such as 7d")
-    return timedelta(**{_UNITS[match[2]]: int(match[1])})
-
-
-def _factory(value: str) -> str:
-    if not re.fullmatch(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*", value):
-        raise ValueError("must be package.module:factory, such as encoders:lite2")
-    return value
-
-
-def _image_size(value: Any) -> int | tuple[int, int]:
-    found = value if isinstance(value, list | tuple) else [value, value]
-    sides = [int(side) if isinstance(side, str) and side.isdecimal() else side for side in found]  # of a ${VARIABLE}
-    if len(sides) != 2 or any(type(side) is not int or not 8 <= side <= 4096 for side in sides):
-        raise ValueError("must be a whole number from 8 to 4096, or two of them, [height, width]")
-    return sides[0] if sides[0] == sides[1] else (sides[0], sides[1])
-
-
-def _stored(value: Any) -> Any:
-    if value != "stored":
-        raise ValueError("must be a mapping of keys to values, or the word stored")
-    return value
-
-
-def _metric(value: str) -> str:
-    if not re.fullmatch(_METRIC, value) and value != FLIPS:
-        near = difflib.get_close_matches(value.partition("@")[0], METRICS, n=1)
-        advice = f'did you mean "{near[0]}@10"?' if near else f"known are {', '.join(f'{name}@k' for name in METRICS)}"
-        raise ValueError(f"is no metric with k up to {MAX_ANSWERS}; {advice}")
-    return value
-
-
-def _gate_metric(value: str) -> str:
-    if value == FLIPS:
-        raise ValueError(f"{FLIPS} can be one of gate.thresholds: here a metric such as map@100 is compared")
-    return _metric(value)
-
-
-def _canary(value: list[int]) -> list[int]:
-    if value[-1] != 100 or any(later <= earlier for earlier, later in pairwise(value)):
-        raise ValueError("must rise from step to step and end with 100, such as [1, 10, 50, 100]")
-    return value
-
-
-Text: TypeAlias = Annotated[str, StringConstraints(min_length=1, max_length=4096)]
-Name: TypeAlias = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9._-]{0,62}$")]
-LocalPath: TypeAlias = Annotated[Path, BeforeValidator(_local_path)]
-LocalFiles: TypeAlias = Annotated[
-    list[str],
-    BeforeValidator(_local_files),
-    WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}, "minItems": 1}]}),
-]
-"""Names of local files or patterns such as metadata/*.parquet."""
-Location: TypeAlias = Annotated[Text, AfterValidator(_location)]
-Template: TypeAlias = Annotated[Text, AfterValidator(_template)]
-Duration: TypeAlias = Annotated[
-    timedelta,
-    BeforeValidator(_duration),
-    PlainSerializer(lambda value: f"{int(value.total_seconds())}s"),
-    WithJsonSchema({"type": "string", "pattern": f"^{_DURATION.pattern}$"}),
-]
-Seed: TypeAlias = Annotated[int, Field(ge=0, lt=2**32)]
-Dim: TypeAlias = Annotated[int, Field(ge=1, le=65_536)]
-ImageSize: TypeAlias = Annotated[
-    int | tuple[int, int],
-    BeforeValidator(_image_size),
-    WithJsonSchema({"anyOf": [_SIDE, {"type": "array", "items": _SIDE, "minItems": 2, "maxItems": 2}]}),
-]
-Positive: TypeAlias = Annotated[float, Field(gt=0)]
-NotNegative: TypeAlias = Annotated[float, Field(ge=0)]
-Method: TypeAlias = Literal["advbct", "bct", "lce", "hot_refresh", "independent", "procrustes", "ridge", "residual_mlp"]
-"""The methods of `migrator.trainer.methods` and `.maps`, named here so that reading a file does not load torch."""
-POST_HOC: tuple[Method, ...] = ("procrustes", "ridge", "residual_mlp")
-"""Those that map the vectors of a new encoder that is finished."""
-
-
-def _shaped(pattern: str) -> Any:
-    """For the JSON Schema; the words of a problem are a validator's."""
-    return Field(json_schema_extra={"pattern": f"^(?:{pattern})$"})
 
 
 def _takes_truth(annotation: Any) -> bool:
@@ -287,7 +151,7 @@ class MilvusStore(Store):
 
     kind: Literal["milvus"]
     """A Milvus server or a Milvus Lite file."""
-    uri: Annotated[Text, AfterValidator(_location)]
+    uri: Annotated[Text, AfterValidator(as_location)]
     """`http://host:19530` of a server, or the path of a Milvus Lite file."""
     token: Text | None = None
     """`user:password`, or an API key."""
@@ -356,14 +220,15 @@ class OtherStore(Store):
         return self.model_dump(mode="json", exclude=None if self.path else {"path"})
 
 
-_STORES: Mapping[str | int | None, type[Store]] = {
+STORES: Mapping[str | int | None, type[Store]] = {
     "<faiss>": FaissStore, "<milvus>": MilvusStore, "<qdrant>": QdrantStore
 }  # fmt: skip
 
 
-def _store_kind(value: Any) -> str:
+def store_kind(value: Any) -> str:
+    """The discriminator of a store's section."""
     kind = value.get("kind") if isinstance(value, Mapping) else getattr(value, "kind", None)
-    return f"<{kind}>" if f"<{kind}>" in _STORES else "<other>"
+    return f"<{kind}>" if f"<{kind}>" in STORES else "<other>"
 
 
 class Images(Section):
@@ -392,7 +257,7 @@ class Encoder(Section):
 
     arch: Text | None = None
     """Name of a timm architecture."""
-    module: Annotated[str, AfterValidator(_factory)] | None = None
+    module: Annotated[str, AfterValidator(as_factory)] | None = None
     """`package.module:factory`, instead of `arch`: a function without parameters that returns a `torch.nn.Module`. The
     function is executed."""
     weights: Annotated[LocalPath | None, Field(validate_default=True)] = None
@@ -408,7 +273,7 @@ class Encoder(Section):
     """Length of the encoder's vectors."""
     preprocessing: Literal["timm"] | None = None
     """`timm`: the keys below as timm's data config has them for `arch`. Keys that are set take precedence."""
-    transform: Annotated[str, AfterValidator(_factory)] | None = None
+    transform: Annotated[str, AfterValidator(as_factory)] | None = None
     """`package.module:factory`: a function without parameters that returns a callable from a PIL image to a normalised
     float tensor (3, height, width), instead of the keys from `mean` to `channels`. The function is executed."""
     image_size: Annotated[ImageSize | None, Field(validate_default=True)] = None
@@ -419,7 +284,7 @@ class Encoder(Section):
     convert: Literal["scaled", "pil", "none"] | None = None
     """Conversion to RGB: `scaled` scales 16-bit and floating-point greyscale to 8 bits (default), `pil` does what
     `Image.convert("RGB")` does, `none` leaves it to a transform."""
-    alpha: Annotated[Text, _shaped(f"{_COLOUR}|drop")] | None = None
+    alpha: Annotated[Text, shaped(f"{COLOUR_PATTERN}|drop")] | None = None
     """Background colour of transparent pixels (default: white). `drop` ignores transparency, as `Image.convert("RGB")`
     does."""
     mean: tuple[float, float, float] | None = None
@@ -431,7 +296,7 @@ class Encoder(Section):
     with `fill` (`letterbox`), or pad with the mean colour (`border`)."""
     crop_pct: Annotated[float, Field(ge=0.1, le=2)] | None = None
     """Scale to `image_size / crop_pct`, then crop the centre, or pad if it is above 1 (default: 1)."""
-    fill: Annotated[Text, _shaped(_COLOUR)] | None = None
+    fill: Annotated[Text, shaped(COLOUR_PATTERN)] | None = None
     """Colour of the padding (default: black)."""
     interpolation: Literal["nearest", "bilinear", "bicubic", "lanczos", "box", "hamming"] | None = None
     """Resampling filter (default: bilinear)."""
@@ -533,7 +398,7 @@ class Encoder(Section):
     @field_validator("alpha")
     @classmethod
     def _used(cls, alpha: str, info: ValidationInfo) -> str:
-        if not re.fullmatch(f"{_COLOUR}|drop", alpha):
+        if not re.fullmatch(f"{COLOUR_PATTERN}|drop", alpha):
             raise ValueError('must be white, black, drop or a colour such as "#f0f0f0"')
         if alpha != "drop" and info.data.get("convert") in ("pil", "none"):
             raise ValueError(f"is not used with convert: {info.data['convert']}: remove one of them")
@@ -551,7 +416,7 @@ class Encoder(Section):
     @field_validator("fill")
     @classmethod
     def _padded(cls, fill: str, info: ValidationInfo) -> str:
-        if not re.fullmatch(_COLOUR, fill):
+        if not re.fullmatch(COLOUR_PATTERN, fill):
             raise ValueError('must be white, black or a colour such as "#727272"')
         known = {"preprocessing", "resize", "crop_pct"} <= info.data.keys()
         may_pad = known and (
@@ -715,7 +580,7 @@ class Train(Section):
 class Threshold(Section):
     """One more thing that must hold before queries are moved: a metric, its bound, and for whom."""
 
-    metric: Annotated[Text, AfterValidator(_metric), _shaped(rf"{_METRIC}|{FLIPS}")]
+    metric: Annotated[Text, AfterValidator(as_metric), shaped(rf"{METRIC_PATTERN}|{FLIPS}")]
     """As `gate.metric`, or `negative_flips`: the share of queries whose first result was relevant and is irrelevant
     now."""
     min: Annotated[float | None, Field(ge=0, le=1)] = None
@@ -782,7 +647,7 @@ class MinGain(Section):
 class Gate(Section):
     """What the new encoder must show before queries are moved to it."""
 
-    metric: Annotated[Text, AfterValidator(_gate_metric), _shaped(_METRIC)] = "map@100"
+    metric: Annotated[Text, AfterValidator(as_gate_metric), shaped(METRIC_PATTERN)] = "map@100"
     """The metric that is compared, query by query: `map@k`, `recall@k`, `precision@k`, `ndcg@k` or `mrr@k`, k up to
     1000."""
     confidence: Annotated[float, Field(ge=0.5, lt=1)] = 0.95
@@ -842,7 +707,7 @@ class Rollout(Section):
     strategy: StrategyName = "in_place"
     """`in_place` replaces the vectors in the collection; `shadow` fills a second collection and moves the queries."""
     canary: Annotated[
-        list[Annotated[int, Field(ge=1, le=100)]], Field(min_length=1, max_length=100), AfterValidator(_canary)
+        list[Annotated[int, Field(ge=1, le=100)]], Field(min_length=1, max_length=100), AfterValidator(as_canary)
     ] = [1, 10, 50, 100]
     """Percentages of the queries that the new encoder answers, step by step; they rise and end with 100."""
     route_ttl: Annotated[float, Field(ge=0, le=3600)] = 5.0
@@ -886,13 +751,14 @@ class Migration(Section):
         | Annotated[MilvusStore, Tag("<milvus>")]
         | Annotated[QdrantStore, Tag("<qdrant>")]
         | Annotated[OtherStore, Tag("<other>")],
-        Discriminator(_store_kind),
+        Discriminator(store_kind),
     ]
     """Where the collection is stored."""
     images: Images
     """Where its images are stored."""
     old_encoder: Annotated[
-        Annotated[Literal["stored"], BeforeValidator(_stored), Tag("<stored>")] | Annotated[OldEncoder, Tag("<model>")],
+        Annotated[Literal["stored"], BeforeValidator(as_stored), Tag("<stored>")]
+        | Annotated[OldEncoder, Tag("<model>")],
         Discriminator(lambda value: "<model>" if isinstance(value, Mapping | OldEncoder) else "<stored>"),
     ]
     """The encoder that made the stored vectors, or `stored` if its model is not available."""
@@ -993,7 +859,7 @@ class Config(Section):
 
     version: Literal[1]
     """Version of the file format."""
-    ledger: Annotated[Text, AfterValidator(_ledger)] = Field("sqlite:///migrator.db", validate_default=True)
+    ledger: Annotated[Text, AfterValidator(as_ledger)] = Field("sqlite:///migrator.db", validate_default=True)
     """Database that keeps the progress: `sqlite:///file.db`, or `postgresql+psycopg://user:${PGPASSWORD}@host/database`
     with the extra `postgres`. A relative SQLite path starts from the folder of this file."""
     artifacts: Location = Field("./artifacts", validate_default=True)
@@ -1025,7 +891,7 @@ class Config(Section):
         def hide(value: Any, at: Place) -> Any:
             if isinstance(value, dict):
                 return {
-                    key: _HIDDEN if at[2:3] == ("store",) and _SECRET_KEY.search(key) else hide(inner, (*at, key))
+                    key: _HIDDEN if at[2:3] == ("store",) and SECRET_KEY.search(key) else hide(inner, (*at, key))
                     for key, inner in value.items()
                 }
             if isinstance(value, list):
@@ -1033,248 +899,12 @@ class Config(Section):
             shown = self._texts.get(at, value)
             if not isinstance(shown, str):
                 return shown
-            return _URL_PARAMETER.sub(rf"\g<1>{_HIDDEN}", _URL_CREDENTIALS.sub(f"{_HIDDEN}@", shown))
+            return _URL_PARAMETER.sub(rf"\g<1>{_HIDDEN}", URL_CREDENTIALS.sub(f"{_HIDDEN}@", shown))
 
         redacted: dict[str, Any] = hide(self.model_dump(mode="json", by_alias=True, exclude_none=True), ())
         return redacted
 
 
-# --- from the file to the types --------------------------------------------------------------------------------------
-
-
-class _Loader(yaml.SafeLoader):
-    """SafeLoader without aliases: a few of them can stand for gigabytes."""
-
-    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
-        if self.check_event(yaml.AliasEvent):
-            mark = self.peek_event().start_mark  # type: ignore[no-untyped-call]
-            raise yaml.MarkedYAMLError(problem="aliases (*name) are not supported", problem_mark=mark)
-        return super().compose_node(parent, index)
-
-
-class _Document:
-    """Plain values of a YAML document, with the line of each, and every problem met on the way."""
-
-    def __init__(self, file: Path, environment: Mapping[str, str]) -> None:
-        self.file = file
-        self.environment = environment
-        self.scalars = yaml.constructor.SafeConstructor()
-        self.lines: dict[Place, int] = {(): 1}
-        self.texts: dict[Place, str] = {}  # as written, where the value came from the environment
-        self.problems: dict[Place, tuple[int, str]] = {}
-
-    def report(self, at: Place, problem: str, line: int | None = None) -> None:
-        """Notes the first problem of a place; one that is not in the file has the line of what encloses it."""
-        line = line or next(self.lines[at[:size]] for size in range(len(at), -1, -1) if at[:size] in self.lines)
-        where = f"{_spell(at)}: " if at else ""
-        self.problems.setdefault(at, (line, f"{self.file}:{line}: {where}{problem}"))
-
-    def value(self, node: yaml.Node, at: Place) -> Any:
-        """The plain value of a node: mapping, list, text, number, truth or None."""
-        self.lines.setdefault(at, node.start_mark.line + 1)
-        if len(at) > _MAX_DEPTH:
-            self.report(at[:3], "is nested too deeply")
-            return None
-        kind = node.tag.removeprefix("tag:yaml.org,2002:")
-        if isinstance(node, yaml.MappingNode) and kind == "map":
-            return self.mapping(node, at)
-        if isinstance(node, yaml.SequenceNode) and kind == "seq":
-            return [self.value(inner, (*at, index)) for index, inner in enumerate(node.value)]
-        if isinstance(node, yaml.ScalarNode) and kind in ("str", "timestamp"):
-            return self.expanded(node.value, at)
-        if isinstance(node, yaml.ScalarNode) and kind in ("int", "float", "bool", "null"):
-            try:
-                return self.scalars.construct_object(node)
-            except (ValueError, LookupError):
-                self.report(at, f"cannot be read as {kind}")
-                return None
-        self.report(at, "YAML tags are not supported: put a value that begins with ! in quotes")
-        return None
-
-    def mapping(self, node: yaml.MappingNode, at: Place) -> dict[str, Any]:
-        """The values of a mapping; each key is text and stands once."""
-        values: dict[str, Any] = {}
-        for key, inner in node.value:
-            line = key.start_mark.line + 1
-            if not isinstance(key, yaml.ScalarNode) or key.tag != "tag:yaml.org,2002:str":
-                name = key.value if isinstance(key, yaml.ScalarNode) else "?"
-                self.report((*at, name), "this key is not text: put it in quotes", line)
-            elif key.value in values:
-                place = (*at, key.value)
-                self.report(place, f"the key stands here again; remove it or the one on line {self.lines[place]}", line)
-            else:
-                self.lines[(*at, key.value)] = line
-                values[key.value] = self.value(inner, (*at, key.value))
-        return values
-
-    def expanded(self, text: str, at: Place) -> str:
-        """`text` with `${NAME}` and `${NAME:-default}` replaced from the environment; `$$` stands for `$`."""
-
-        def replacement(match: re.Match[str]) -> str:
-            if match["dollar"]:
-                return "$"
-            self.texts[at] = text
-            name, default = match["name"], match["default"]
-            if name is None:
-                self.report(at, "${ begins a variable: write ${NAME} or ${NAME:-default}, or $${ for the characters")
-            elif default is None and name not in self.environment:
-                self.report(at, f"the environment variable {name} is not set: set it, or write ${{{name}:-default}}")
-            else:
-                return self.environment.get(name) or default or ""
-            return ""
-
-        return _VARIABLE.sub(replacement, text)
-
-
-def _printable(text: str) -> str:
-    shown = text if text.isprintable() else ascii(text)[1:-1]
-    return shown if len(shown) <= 80 else shown[:77] + "..."
-
-
-def _spell(at: Place) -> str:
-    parts = (f"[{part}]" if isinstance(part, int) else f".{_printable(part)}" for part in at)
-    return "".join(parts).removeprefix(".")
-
-
-def _compose(path: Path) -> yaml.Node:
-    """The one document of a file, as YAML nodes with their lines."""
-    if path.is_dir():
-        raise ConfigError(f"{path}: is a folder: give the path of the migrations.yaml in it")
-    if not path.is_file():
-        raise ConfigError(f"{path}: no such file: run `migrator init`, or name another with --config")
-    try:
-        with path.open("rb") as file:
-            data = file.read(_MAX_BYTES + 1)
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read ({error.strerror}): correct its permissions") from error
-    if len(data) > _MAX_BYTES:
-        raise ConfigError(f"{path}: is larger than 1 MiB: this is not a migrations.yaml")
-    try:
-        text = data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise ConfigError(f"{path}:{line}: is not UTF-8 text: save it as UTF-8") from error
-    try:
-        node = _Loader(text).get_single_node()
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        line, column = (mark.line, mark.column) if mark else (0, 0)
-        problem = ", ".join(part for part in (error.context, error.problem) if part)
-        problem = re.sub(r"(handle|anchor) .*", r"\1", problem)  # its name may be a secret that begins with ! or &
-        if mark and text[mark.index - 1 : mark.index + 1] == "${":
-            problem += '; inside { } and [ ] write "${NAME}" with quotes'
-        raise ConfigError(f"{path}:{line + 1}:{column + 1}: is not YAML: {problem}") from None
-    except yaml.reader.ReaderError as error:
-        line = text.count("\n", 0, error.position) + 1
-        raise ConfigError(f"{path}:{line}: is not YAML: it holds a control character") from None
-    except RecursionError:
-        raise ConfigError(f"{path}: is nested too deeply: this is not a migrations.yaml") from None
-    if node is None:
-        raise ConfigError(f"{path}: is empty: run `migrator init` for an example")
-    return node
-
-
-def _known_keys(at: Place, tag: str | None) -> list[str]:
-    """The keys that the section at `at` may hold; `tag` tells which kind of store it is."""
-    section: type[Section] = Migration if len(at) >= 2 else Config
-    if tag in _STORES:
-        return list(_STORES[tag].model_fields)
-    for key in at[2:]:
-        if isinstance(key, int):  # a place in a list
-            continue
-        inner = section.model_fields[key].annotation
-        members = (get_args(member)[0] if get_args(member) else member for member in get_args(inner))  # of a union
-        section = next(kind for kind in (inner, *members) if isinstance(kind, type) and issubclass(kind, Section))
-    return [field.alias or name for name, field in section.model_fields.items()]
-
-
-def _wording(kind: str, message: str, at: Place, tag: str | None) -> str:
-    """A pydantic problem in this program's words, without the value."""
-    if kind == "extra_forbidden":
-        known = _known_keys(at[:-1], tag)
-        near = difflib.get_close_matches(str(at[-1]), known, n=1)
-        return f'unknown key; did you mean "{near[0]}"?' if near else f"unknown key; known are {', '.join(known)}"
-    if kind == "string_pattern_mismatch" and len(at) == 2:
-        return "a migration's name has 1 to 63 characters of a-z, 0-9, . _ - and begins with a letter or digit"
-    if kind in ("model_type", "model_attributes_type", "dict_type"):
-        return "must be a mapping of keys to values"
-    if kind == "too_short" and at == ("migrations",):
-        return "holds no migration; `migrator init` writes an example"
-    if kind == "missing":
-        return "missing"
-    message = message.removeprefix("Value error, ").split(", unable to parse", 1)[0]
-    return re.sub(r"^(Input|String|List|Tuple|Dictionary) should ", "must ", message)
-
-
-def load_config(path: Path) -> Config:
-    """Reads and checks `migrations.yaml`. What it names need not exist yet.
-
-    Raises `ConfigError` with a line for each problem.
-    """
-    node = _compose(path)
-    document = _Document(path, os.environ)
-    absolute = path.absolute()
-    try:
-        raw = document.value(node, ())
-        config = Config.model_validate(raw, context={"folder": absolute.parent})
-    except ValidationError as error:
-        for detail in error.errors(include_url=False, include_input=False):
-            # The last place of an unknown key is the key, which may look like the tag of a union.
-            end = len(detail["loc"]) - (detail["type"] == "extra_forbidden")
-            above, key = detail["loc"][:end], detail["loc"][end:]
-            at = (*(part for part in above if part != "[key]" and not str(part).startswith("<")), *key)
-            tag = next((str(part) for part in above if part in _STORES), None)
-            document.report(at, _wording(detail["type"], detail["msg"], at, tag))
-    if document.problems:
-        raise ConfigError("\n".join(text for _, text in sorted(document.problems.values())))
-    config._path = absolute
-    config._texts = document.texts
-    return config
-
-
-def read_store(text: str, file: Path) -> Store:
-    """The section `store` written as `text`, as `load_config` would read it from `file`, which need not exist yet.
-
-    Raises `ConfigError`, also for a secret that is written out: the file would keep it.
-    """
-    document = _Document(file, os.environ)
-    node = yaml.compose(text, Loader=_Loader)
-    assert node is not None
-    raw = document.value(node, ())
-    kind = _store_kind(raw)
-    problems = [problem.split(": ", 1)[1] for _, problem in document.problems.values()]
-    for key, value in raw.items():
-        written = str(document.texts.get((key,), value))
-        if (_SECRET_KEY.search(key) or _URL_CREDENTIALS.search(written)) and "${" not in written:
-            problems.append(f"{key}: a secret belongs in the environment: write '${{NAME}}', in single quotes")
-    if not problems:
-        try:
-            return _STORES.get(kind, OtherStore).model_validate(raw, context={"folder": file.absolute().parent})
-        except ValidationError as error:
-            for detail in error.errors(include_url=False, include_input=False):
-                # As if it stood in a file: the words for an unknown key depend on the section.
-                at = ("migrations", "", "store", *detail["loc"])
-                problems.append(f"{_spell(detail['loc'])}: {_wording(detail['type'], detail['msg'], at, kind)}")
-    raise ConfigError("\n".join(f"store.{problem}" for problem in problems))
-
-
-def schema() -> dict[str, Any]:
+def json_schema() -> dict[str, Any]:
     """The JSON Schema (draft 2020-12) of `migrations.yaml`, made from the same types that check it."""
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **Config.model_json_schema()}
-
-
-def find_migration(config: Config, name: str | None) -> tuple[str, Migration]:
-    """The migration called `name`, or the only one of the file where no name is given.
-
-    Raises `UsageProblem`.
-    """
-    known = list(config.migrations)
-    if name is None and len(known) == 1:
-        name = known[0]
-    if name is None:
-        raise UsageProblem(f"{config.path} holds {len(known)} migrations: name one of {', '.join(known)}")
-    if name not in config.migrations:
-        near = difflib.get_close_matches(name, known, n=1)
-        advice = f'did you mean "{near[0]}"?' if near else f"known are {', '.join(known)}"
-        raise UsageProblem(f'{config.path} holds no migration "{_printable(name)}"; {advice}')
-    return name, config.migrations[name]
