@@ -154,18 +154,18 @@ def gain(row: dict[str, Any], measure: str) -> str:
     return f"**{shown}**" if interval["low"] > 0 or interval["high"] < 0 else shown
 
 
-def main(words: list[str]) -> None:
+def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m bench sweep", description=__doc__.splitlines()[0])
     arguments(parser)
-    asked = parser.parse_args(words)
+    args = parser.parse_args(argv)
     tried = variants()
-    only = asked.only
+    only = args.only
     if only:  # there is nothing to compare with but the defaults
         only = [*only, *("/".join([*[*wanted.split("/"), "*"][:2], DEFAULTS]) for wanted in only)]
-    chosen = cases(SWEEP, tried, only, asked.seeds or SWEEP.seeds)
-    if not asked.table:
+    chosen = cases(SWEEP, tried, only, args.seeds or SWEEP.seeds)
+    if not args.table:
         redone = [run for one in chosen for run in one.methods.values()]
-        for run in do_all(runs_of(chosen), redone if asked.again else [], jobs=asked.jobs, device=SWEEP.device):
+        for run in do_all(runs_of(chosen), redone if args.again else [], jobs=args.jobs, device=SWEEP.device):
             print(f"failed: {run.name}: {run.result()['failed']}")
     rows = table(chosen)
     results = {"machine": machine(), "plan": asdict(SWEEP), "tried": TRIED, "rows": rows}

@@ -118,7 +118,7 @@ def cases(plan: Plan, methods: dict[str, tuple[str, dict[str, Any]]], only: list
 
 
 def selected(path: str, only: list[str]) -> bool:
-    """Whether `fashion/extended_data/bct` is asked for: by itself, by its beginning, or with * in place of a part."""
+    """Whether `fashion/extended_data/bct` is selected: by itself, by its beginning, or with * in place of a part."""
     parts = path.split("/")
     return not only or any(
         all(want in ("*", part) for want, part in zip(wanted.split("/"), parts, strict=False)) for wanted in only
@@ -149,7 +149,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--table", action="store_true", help="write the table of what is done; train nothing")
 
 
-def main(words: list[str]) -> None:
+def main(argv: list[str]) -> None:
     from bench.train_table import write_table
 
     parser = argparse.ArgumentParser(prog="python -m bench train", description=__doc__.splitlines()[0])
@@ -158,15 +158,15 @@ def main(words: list[str]) -> None:
     parser.add_argument(
         "--set", action="append", default=[], type=override, metavar="KEY=VALUE", help="a setting of the methods"
     )
-    asked = parser.parse_args(words)
-    plan = FULL if asked.full else DEFAULT
-    methods = {name: (name, dict(asked.set) if name in TRAINED else {}) for name in METHODS}
+    args = parser.parse_args(argv)
+    plan = FULL if args.full else DEFAULT
+    methods = {name: (name, dict(args.set) if name in TRAINED else {}) for name in METHODS}
     # The paper's three terms alone, beside the trainer's own.
-    methods["advbct, no anchor"] = ("advbct", {**dict(asked.set), "anchor_weight": 0.0})
-    chosen = cases(plan, methods, asked.only, asked.seeds or plan.seeds)
-    if not asked.table:
+    methods["advbct, no anchor"] = ("advbct", {**dict(args.set), "anchor_weight": 0.0})
+    chosen = cases(plan, methods, args.only, args.seeds or plan.seeds)
+    if not args.table:
         redone = [run for one in chosen for run in one.methods.values()]
-        failed = do_all(runs_of(chosen), redone if asked.again else [], jobs=asked.jobs, device=plan.device)
+        failed = do_all(runs_of(chosen), redone if args.again else [], jobs=args.jobs, device=plan.device)
         for run in failed:
             print(f"failed: {run.name}: {run.result()['failed']}")
     write_table(plan, chosen)

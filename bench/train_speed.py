@@ -119,7 +119,7 @@ def rates(arch: str, image_size: int, device: str, *, fast: bool, rounds: int, s
 
 
 def settle(device: str) -> None:
-    """Waits for what the device has been told to do."""
+    """Waits until the device has finished."""
     import torch
 
     if device == "cuda":
@@ -199,16 +199,16 @@ def table(results: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def main(words: list[str]) -> None:
+def main(argv: list[str]) -> None:
     import torch
 
     parser = argparse.ArgumentParser(prog="python -m bench train-speed", description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=9)
-    asked = parser.parse_args(words)
-    speed = [measure("resnet18", 64, "cpu", fast=False, rounds=asked.rounds, steps=3)]
+    args = parser.parse_args(argv)
+    speed = [measure("resnet18", 64, "cpu", fast=False, rounds=args.rounds, steps=3)]
     if torch.cuda.is_available():
         for fast in (False, True):
-            one = measure("resnet50", 224, "cuda", fast=fast, rounds=asked.rounds, steps=20)
+            one = measure("resnet50", 224, "cuda", fast=fast, rounds=args.rounds, steps=20)
             speed.append({**one, "device_name": torch.cuda.get_device_name()})
     results = {"machine": machine(), "speed": speed}
     save("train_speed", results, table(results))

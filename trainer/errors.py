@@ -40,7 +40,7 @@ class EncoderProblem(TrainerError):
 
 
 class EncoderMismatch(EncoderProblem):
-    """The encoder is not what it was: the message says whether weights, preprocessing or output differ."""
+    """The encoder is not what it was: the message names what differs: weights, preprocessing or output."""
 
     exit_code = 3
 
@@ -54,7 +54,7 @@ class TrainingProblem(TrainerError):
 
 
 class TrainingInterrupted(TrainerError):
-    """The training was asked to stop and has written a checkpoint, from which the same call continues."""
+    """The training was stopped after writing a checkpoint, from which the same call continues."""
 
     exit_code = 130
 

@@ -25,7 +25,7 @@ Transform = Callable[[Any], Any]
 _transforms: dict[Factory, Transform] = {}
 """What factories brought. Each image that is prepared asks for it."""
 _unused: dict[Factory, nn.Module] = {}
-"""Modules that came with a transform before one was asked for: each is given out once."""
+"""Modules that came with a transform and are not used yet: each is returned once."""
 _lock = threading.Lock()
 
 
@@ -89,7 +89,7 @@ def _is_pair(returned: Any) -> bool:
 
 
 def _loaded_factory(place: str) -> Factory | None:
-    """The factory if its module is imported already. Safe in many threads, and quick: asked for each image."""
+    """The factory if its module is imported already. Safe in many threads, and quick: called for each image."""
     module_name, _, name = place.partition(":")
     factory = getattr(sys.modules.get(module_name), name, None)
     return factory if factory in _transforms else None
@@ -102,7 +102,7 @@ def _find_factory(place: str, folder: Path | None) -> Factory:
         sys.path.insert(0, str(folder))  # and stays: a factory's module may import its neighbours later
     # What is printed must not get among the results that a command prints.
     with contextlib.redirect_stdout(sys.stderr):
-        with contextlib.suppress(ImportError, RuntimeError):  # a factory that needs it tells why it cannot have it
+        with contextlib.suppress(ImportError, RuntimeError):  # a factory that needs it raises the reason itself
             import_torchvision()
         try:
             importlib.invalidate_caches()

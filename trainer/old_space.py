@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 MIN_FOR_OUTLIERS = 4
 """In smaller classes quartiles are meaningless, and no distance is dropped as an outlier."""
 CHUNK = 65_536
-"""Rows looked at together."""
+"""Rows that are processed together."""
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ Report = Callable[[int, int], None]
 def find_images(places: Sequence[str], lines: Iterable[str] = ()) -> list[str]:
     """The files named, those of `lines`, and the images below the folders named, each once, in order.
 
-    A file that somebody names is an image, whatever its suffix. Raises UsageProblem for a folder without images.
+    A file that is named is taken for an image, whatever its suffix. Raises UsageProblem for a folder without images.
     """
     found: dict[str, None] = {}
     for place in [*places, *(line.rstrip("\n") for line in lines)]:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class Pixels:
-    """Prepared images as memory maps of the shards that hold them, in the order they were asked for.
+    """Prepared images as memory maps of the shards that hold them, in the order in which they were requested.
 
     A shard stays locked against eviction until the last of its readers is gone.
     """
@@ -46,7 +46,7 @@ class Pixels:
 def open_pixels(folder: Path, preprocessing: Preprocessing, digests: Sequence[bytes]) -> Pixels | None:
     """The images with these SHA-256 digests from the cache in `folder`; None where any of them is not there.
 
-    Waits for nobody, and so works beside a process that fills the cache. Raises TrainingProblem for a folder that
+    Takes no lock, so that it works beside a process that fills the cache. Raises TrainingProblem for a folder that
     cannot be read.
     """
     try:

@@ -41,7 +41,7 @@ def _pixel_fields(preprocessing: Preprocessing) -> dict[str, object]:
     del fields["std"]
     if preprocessing.resize != "border":  # which pads with the mean colour
         del fields["mean"]
-    if preprocessing.transform is not None:  # its name does not tell what it does today
+    if preprocessing.transform is not None:  # the code behind its name may have changed
         fields["output"] = hashlib.sha256(preprocessing.prepare(fingerprint_image()).tobytes()).hexdigest()
     return fields
 
@@ -56,7 +56,7 @@ class Shard:
         self.count = 0
 
     def evict(self) -> int:
-        """Removes it unless somebody reads it. Returns the bytes that became free."""
+        """Removes it unless a process reads it. Returns the bytes freed."""
         with self.pixels.open("ab") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -94,7 +94,7 @@ class Shelf:
                 self.rows.setdefault(digest.tobytes(), (int(path.stem), row))
 
     def _keys(self, shard: Shard) -> NDArray[np.void]:
-        """The keys whose pixels are there; none where the first or last row's pixels are not what its key says."""
+        """The keys whose pixels are there; none where the first or last row's pixels do not match its key."""
         try:
             with shard.pixels.open("rb") as pixels:
                 data = shard.keys.read_bytes()

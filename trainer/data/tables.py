@@ -175,7 +175,7 @@ def _read_csv(file: Path, stream: IO[bytes], chosen: Callable[[Sequence[str]], l
         except UnicodeDecodeError as error:
             raise TableProblem(f"{file}: line {_undecodable(stream)} is not UTF-8 text: save it as UTF-8") from error
         finally:
-            text.detach()  # whoever opened the stream closes it
+            text.detach()  # the stream is closed where it was opened
     return names, columns, lines
 
 

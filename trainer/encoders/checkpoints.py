@@ -116,7 +116,7 @@ def is_needed(name: str) -> bool:
 def find_weights(path: Path, content: Mapping[Any, Any], network: Network, key: str | None) -> Found:
     """The one place in a file's content where `network` is, or with `key` the one there.
 
-    Where it is nowhere, the state dict that comes closest: what does not fit in it is the caller's to say. Raises
+    Where it is nowhere, the state dict that comes closest: the caller reports what does not fit. Raises
     EncoderProblem where it is in several places with different numbers, or among other weights.
     """
     named = f"weights {str(path)!r}"

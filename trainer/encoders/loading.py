@@ -49,7 +49,7 @@ def load_encoder(spec: EncoderSpec, *, expected: Manifest | None = None, device:
     layer gives the embedding where it has `dim` outputs, else the pooled features do, which must then be `dim` wide.
     `device` is `auto` (CUDA where available), `cpu`, `cuda` or `cuda:1`.
 
-    Raises EncoderMismatch where the encoder is not what the manifest says, EncoderProblem where it cannot be loaded.
+    Raises EncoderMismatch where the encoder does not match the manifest, EncoderProblem where it cannot be loaded.
     """
     require_dim(spec)
     manifest = expected or (read_manifest(spec.weights) if spec.weights else None)
@@ -83,7 +83,7 @@ def _checked(
     device: torch.device,
     taken: str | None,
 ) -> Encoder:
-    """The model on its device, once it has shown that it is what the manifest says. Without a manifest one is made."""
+    """The model on its device, checked against the manifest. Without a manifest one is made."""
     if manifest is not None and model.head != manifest.head:
         raise EncoderMismatch(
             f"encoder {manifest.id}: its embedding is declared as head {model.head}, but its manifest says "

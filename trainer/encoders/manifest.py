@@ -112,7 +112,7 @@ class Manifest:
 def read_manifest(path: Path) -> Manifest | None:
     """The manifest beside the weights at `path`; None where there is none. Raises EncoderProblem for a damaged one."""
     place = manifest_path(path)
-    if place == path:  # no weights file at all, as reading it will tell
+    if place == path:  # no weights file at all, which reading it reports
         return None
     try:
         return Manifest.from_json(place.read_text(encoding="utf-8"))

@@ -142,7 +142,7 @@ def _open_exported(
     operators: list[tuple[str, str]] = []
     try:
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
-            damaged = archive.testzip()  # torch does not look at the checksums
+            damaged = archive.testzip()  # torch does not verify the checksums
             operators = _operators(archive)
         if damaged is not None:
             raise ValueError(f"the checksum of {damaged} is wrong")

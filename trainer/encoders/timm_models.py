@@ -64,7 +64,7 @@ class TimmLayout:
         return any(name == layer or name.startswith(f"{layer}.") for layer in self.layers)
 
     def outputs(self, state: Mapping[str, Tensor]) -> set[int]:
-        """The numbers of classes that the head of a state dict tells apart: one, unless its parts disagree."""
+        """The numbers of classes of a state dict's head: one, unless its parts disagree."""
         found = {name: axis for name, axis in self.classifiers.items() if name in state}
         return {state[name].shape[axis] for name, axis in found.items() if state[name].ndim > axis}
 
@@ -96,7 +96,7 @@ def timm_layout(arch: str, *, image_size: int | tuple[int, int]) -> TimmLayout:
 def _renamed_by_timm(arch: str, model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor] | None:
     """What timm's own filter for checkpoints of this architecture makes of a state dict.
 
-    It may also resample position embeddings to another image size, which nobody asked for: then None.
+    It may also resample position embeddings to another image size, which is not wanted: then None.
     """
     entry = import_timm().models.model_entrypoint(arch)
     convert = getattr(sys.modules[entry.__module__], "checkpoint_filter_fn", None)

@@ -16,7 +16,7 @@ Convert = Literal["scaled", "pil", "none"]
 
 _ORIENTATION = 0x0112
 _ORIENTED = ("exif", "Raw profile type exif", "XML:com.adobe.xmp", "xmp")
-"""Where Pillow looks for an orientation."""
+"""Keys in which Pillow finds an orientation."""
 
 
 def to_rgb(

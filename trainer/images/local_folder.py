@@ -88,7 +88,7 @@ class LocalFolder:
 def _open_beneath(folder: int, relative: Path) -> int:
     """Opens a path without links, folder by folder, so that a link put in its way after the check is met, not followed.
 
-    O_NONBLOCK keeps a FIFO from hanging the caller until somebody writes to it.
+    O_NONBLOCK keeps a FIFO from blocking the caller until a writer opens it.
     """
     *folders, name = relative.parts or (os.curdir,)
     current = os.dup(folder)

@@ -17,7 +17,7 @@ def plain_path(path: str, *, merge: bool = True) -> str:
 
 
 def is_safe(path: str) -> bool:
-    """Whether a local root would take a relative path for what it says."""
+    """Whether a local root accepts a relative path."""
     try:
         require_safe(path, decoded=False)
     except ImageProblem:

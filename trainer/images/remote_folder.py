@@ -32,7 +32,7 @@ class RemoteFolder:
             # fsspec would follow links out of the root
             raise TrainerError(f"image root {self.root!r} is a folder of this machine: write it as a plain path")
         if scheme in ("s3", "s3a"):
-            self._files.retries = 1  # of its own; whoever calls `read` tries again, and says so
+            self._files.retries = 1  # of its own: callers of `read` retry, and report it
         named = self._files.protocol
         self._schemes = () if "::" in root else (named,) if isinstance(named, str) else tuple(named)
 

@@ -1,6 +1,6 @@
 """Where image files lie: a local folder, a web server, or any other fsspec URL. Nothing outside the root is ever read.
 
-Paths arrive from payloads and files of anybody's making and are treated as hostile. A path is the name of a file below
+Paths arrive from payloads and files of untrusted origin and are treated as hostile. A path is the name of a file below
 the root, or an absolute path or URL that begins with the root and is cut to such a name.
 """
 

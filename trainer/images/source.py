@@ -1,6 +1,6 @@
 """Where images come from, and how their files become pictures.
 
-Paths arrive from payloads and CSV files, and files from whoever could upload one: both are treated as hostile.
+Paths arrive from payloads and CSV files, and files from any uploader: both are treated as hostile.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class ImageSource:
     """The images of a collection: a local folder, a web server's, or any fsspec URL (`s3://bucket/prefix`).
 
     `uri` is a template over the payload's fields and `{id}`; what it gives is a path below `root`, or an absolute path
-    or URL that begins with `root`. Nothing outside `root` is ever read, whatever a payload says. Files over `max_bytes`
+    or URL that begins with `root`. Nothing outside `root` is read, whatever a payload holds. Files over `max_bytes`
     and pictures over `max_pixels` are refused before they are read or decoded. A server that does not answer within
     `timeout` seconds counts as unavailable. One source may be used from many threads.
 
@@ -150,7 +150,7 @@ def _open(data: bytes) -> ImageFile.ImageFile:
     for name in FORMATS:
         factory, accept = Image.OPEN.get(name, (None, None))
         accepted = accept(data[:16]) if accept else False
-        if factory and accepted and not isinstance(accepted, str):  # a string says why this build cannot
+        if factory and accepted and not isinstance(accepted, str):  # a string is the reason why this build cannot
             return factory(io.BytesIO(data), "")
     raise ValueError(f"it is none of {', '.join(FORMATS)}, or this Pillow was built without that format")
 
@@ -163,7 +163,7 @@ def _load_plugins() -> None:
 
 @functools.cache
 def image_suffixes() -> frozenset[str]:
-    """By which a folder's images are told from its other files: `.jpg` and all that Pillow knows for our formats.
+    """Suffixes of a folder's images: `.jpg` and all others that Pillow knows for the decoded formats.
 
     Whoever names an image may call it as they like.
     """

@@ -68,7 +68,7 @@ class LossSettings:
 
 
 def old_is_missing(method: str) -> TrainingProblem:
-    """What to raise where a compatible method is asked for and there is nothing to be compatible with."""
+    """The problem that a compatible method is set and there is no old encoder."""
     return TrainingProblem(f"method {method} needs the old encoder: declare old_encoder, or set method to independent")
 
 

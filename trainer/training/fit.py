@@ -159,7 +159,7 @@ def _save(out: Path, run: Run, history: list[dict[str, float]], baseline: dict[s
         # Also where that is the last whole epoch: the checkpoint may be from within the next one.
         state = run_folder.read_state(out / "best.pt")
         if state is not None and state["epoch"] > len(history):
-            # Killed between the two files of an epoch, and asked to finish.
+            # Killed between the two files of an epoch, then called with --finish.
             raise TrainingProblem(f"{out}: epoch {state['epoch']} is not complete: run train without --finish first")
         if state is None or state["epoch"] != best:
             raise TrainingProblem(f"{out / 'best.pt'} is damaged or missing: train again with --restart")
@@ -180,7 +180,7 @@ def _fingerprint(
     new = asdict(spec)
     del new["preprocessing"]
     new.update(spec.preprocessing.declared())
-    if spec.preprocessing.transform is not None:  # its name does not tell what it does today
+    if spec.preprocessing.transform is not None:  # the code behind its name may have changed
         new["transform's output"] = pixel_key(spec.preprocessing)
     del new["folder"]
     for key in ("head", "checkpoint_key"):

@@ -57,7 +57,7 @@ class Inputs:
     class_names: list[str]
     old: NDArray[np.float32] | None  # (n, D) unit length
     old_flipped: NDArray[np.float32] | None
-    """The same of the mirrored images, where images are mirrored in training and an old encoder can say."""
+    """The same of the mirrored images, where images are mirrored in training and the old encoder is there."""
     excluded: list[Excluded]
     train: NDArray[np.int64]  # rows
     queries: NDArray[np.int64]  # rows held out

@@ -1,4 +1,4 @@
-"""How far a training has come, for whoever watches it."""
+"""Progress reports of a training."""
 
 from __future__ import annotations
 

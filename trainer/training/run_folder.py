@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 _CHECKPOINT = re.compile(r"checkpoint-(\d{5})(?:-(\d{7}))?\.pt")
 LOCK_WAIT = 2.0
-"""Seconds: whoever lists the runs holds a lock for an instant, to see whether a process trains there."""
+"""Seconds. Listing the runs holds the lock for an instant, to see whether a process trains there."""
 _RENAMED = {"train.most_left_out": "train.max_excluded"}
 """Settings by their names in earlier runs, which can still be resumed."""
 _RUN_FILES = (
@@ -41,7 +41,7 @@ def locked(out: Path) -> Iterator[None]:
             yield
     except Timeout:
         raise TrainingProblem(f"another process is training in {out}: wait for it or choose another folder") from None
-    except ConnectionError:  # whoever listened to the progress is gone
+    except ConnectionError:  # the reader of the progress reports is gone
         raise
     except OSError as error:
         raise TrainingProblem(
@@ -125,7 +125,7 @@ def write_state(path: Path, state: dict[str, Any]) -> None:
 def read_state(path: Path) -> dict[str, Any] | None:
     """The saved state, or None where the file is damaged or not there."""
     try:
-        # torch does not look at the checksums in its own archives.
+        # torch does not verify the checksums in its own archives.
         with zipfile.ZipFile(path) as archive:
             if archive.testzip() is not None:
                 return None
