@@ -124,20 +124,68 @@ class CollectionInfo:
 
 @dataclass(frozen=True, slots=True)
 class Page:
-    """A batch of items in the order of the ids asked for; ids that no longer exist are left out.
-
-    `vectors` is None when they were not asked for, `payloads` likewise. `stamps` is always there.
-    """
+    """Whole items, in the order of the ids requested; ids that no longer exist are left out."""
 
     ids: Sequence[ItemId]
-    vectors: Vectors | None  # (n, dim)
-    payloads: Sequence[Payload] | None
+    vectors: Vectors  # (n, dim)
+    payloads: Sequence[Payload]
     stamps: Sequence[str | None]
     further: Sequence[FurtherVectors] | None = None
     """The items' further vectors; None where the collection has no such or where they were not read."""
 
     def __len__(self) -> int:
         return len(self.ids)
+
+
+@dataclass(frozen=True, slots=True)
+class VectorPage:
+    """Vectors and stamps of items, in the order of the ids requested; ids that no longer exist are left out."""
+
+    ids: Sequence[ItemId]
+    vectors: Vectors  # (n, dim)
+    stamps: Sequence[str | None]
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+@dataclass(frozen=True, slots=True)
+class PayloadPage:
+    """Payloads and stamps of items, in the order of the ids requested; ids that no longer exist are left out."""
+
+    ids: Sequence[ItemId]
+    payloads: Sequence[Payload]
+    stamps: Sequence[str | None]
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+@dataclass(frozen=True, slots=True)
+class StampPage:
+    """Stamps of items, in the order of the ids requested; ids that no longer exist are left out."""
+
+    ids: Sequence[ItemId]
+    stamps: Sequence[str | None]
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """What `BaseStore._read` gives: vectors and payloads where it was asked for them, stamps always."""
+
+    ids: Sequence[ItemId]
+    vectors: Vectors | None  # (n, dim)
+    payloads: Sequence[Payload] | None
+    stamps: Sequence[str | None]
+
+    def page(self) -> Page:
+        """Whole items, where both were read."""
+        assert self.vectors is not None
+        assert self.payloads is not None
+        return Page(self.ids, self.vectors, self.payloads, self.stamps)
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,8 +242,20 @@ class Store(Protocol):
         """The next `limit` ids in the store's total order, beyond `after` and not beyond `up_to` (inclusive)."""
         ...
 
-    def read(self, ids: Sequence[ItemId], *, vectors: bool, payload: bool) -> Page:
+    def read(self, ids: Sequence[ItemId]) -> Page:
         """The items as they were written last; ids that no longer exist are left out."""
+        ...
+
+    def read_vectors(self, ids: Sequence[ItemId]) -> VectorPage:
+        """As `read`, without payloads."""
+        ...
+
+    def read_payloads(self, ids: Sequence[ItemId]) -> PayloadPage:
+        """As `read`, without vectors."""
+        ...
+
+    def read_stamps(self, ids: Sequence[ItemId]) -> StampPage:
+        """As `read`, without vectors and payloads: which items exist, and their stamps."""
         ...
 
     def read_further(self, ids: Sequence[ItemId]) -> Sequence[FurtherVectors] | None:
@@ -388,8 +448,8 @@ class BaseStore(ABC):
         """See `Store`."""
 
     @abstractmethod
-    def read(self, ids: Sequence[ItemId], *, vectors: bool, payload: bool) -> Page:
-        """See `Store`."""
+    def _read(self, ids: Sequence[ItemId], *, vectors: bool, payload: bool) -> Reading:
+        """The items as they were written last, with vectors and payloads if requested. Leaves out missing ids."""
 
     @abstractmethod
     def write_vectors(
@@ -443,9 +503,30 @@ class BaseStore(ABC):
 
     # -- derived from them --------------------------------------------------------------------------------------------
 
+    def read(self, ids: Sequence[ItemId]) -> Page:
+        """Whole items."""
+        return self._read(ids, vectors=True, payload=True).page()
+
+    def read_vectors(self, ids: Sequence[ItemId]) -> VectorPage:
+        """Vectors and stamps."""
+        found = self._read(ids, vectors=True, payload=False)
+        assert found.vectors is not None
+        return VectorPage(found.ids, found.vectors, found.stamps)
+
+    def read_payloads(self, ids: Sequence[ItemId]) -> PayloadPage:
+        """Payloads and stamps."""
+        found = self._read(ids, vectors=False, payload=True)
+        assert found.payloads is not None
+        return PayloadPage(found.ids, found.payloads, found.stamps)
+
+    def read_stamps(self, ids: Sequence[ItemId]) -> StampPage:
+        """Stamps alone."""
+        found = self._read(ids, vectors=False, payload=False)
+        return StampPage(found.ids, found.stamps)
+
     def scan(self, *, after: ItemId | None, up_to: ItemId | None = None, limit: int) -> Page:
         """The next `limit` items: their ids, and then what they hold."""
-        return self.read(self.scan_ids(after=after, up_to=up_to, limit=limit), vectors=True, payload=True)
+        return self.read(self.scan_ids(after=after, up_to=up_to, limit=limit))
 
     def unstamped(self, stamp: str, *, after: ItemId | None, limit: int) -> list[ItemId]:
         """Ids of items that do not carry `stamp`, from the stamps of all beyond `after`."""
@@ -459,7 +540,7 @@ class BaseStore(ABC):
     def _stamps(self, after: ItemId | None) -> Iterator[tuple[ItemId, str | None]]:
         """Every item beyond `after`, in order, with its stamp."""
         while ids := self.scan_ids(after=after, limit=PAGE_IDS):
-            page = self.read(ids, vectors=False, payload=False)
+            page = self.read_stamps(ids)
             yield from zip(page.ids, page.stamps, strict=True)
             after = ids[-1]
 
@@ -531,9 +612,21 @@ class ForwardingStore:
         """Passed on."""
         return self._forward(lambda: self._store.scan_ids(after=after, up_to=up_to, limit=limit))
 
-    def read(self, ids: Sequence[ItemId], *, vectors: bool, payload: bool) -> Page:
+    def read(self, ids: Sequence[ItemId]) -> Page:
         """Passed on."""
-        return self._forward(lambda: self._store.read(ids, vectors=vectors, payload=payload))
+        return self._forward(lambda: self._store.read(ids))
+
+    def read_vectors(self, ids: Sequence[ItemId]) -> VectorPage:
+        """Passed on."""
+        return self._forward(lambda: self._store.read_vectors(ids))
+
+    def read_payloads(self, ids: Sequence[ItemId]) -> PayloadPage:
+        """Passed on."""
+        return self._forward(lambda: self._store.read_payloads(ids))
+
+    def read_stamps(self, ids: Sequence[ItemId]) -> StampPage:
+        """Passed on."""
+        return self._forward(lambda: self._store.read_stamps(ids))
 
     def read_further(self, ids: Sequence[ItemId]) -> Sequence[FurtherVectors] | None:
         """Passed on."""

@@ -44,15 +44,14 @@ def whole_pages(
 
 def read_whole(store: Store, ids: Sequence[ItemId]) -> Page:
     """These items with everything: vectors, payloads, further vectors."""
-    return with_further(store, store.read(ids, vectors=True, payload=True))
+    return with_further(store, store.read(ids))
 
 
 def payloads(store: Store, ids: Iterable[ItemId]) -> Iterator[tuple[ItemId, Payload]]:
     """Id and payload of these items, read page by page; ids that no longer exist are left out."""
     remaining = iter(ids)
     while batch := list(itertools.islice(remaining, ITEMS)):
-        page = store.read(batch, vectors=False, payload=True)
-        assert page.payloads is not None
+        page = store.read_payloads(batch)
         yield from zip(page.ids, page.payloads, strict=True)
 
 

@@ -98,14 +98,12 @@ def everything(store: Store, page: int = 37) -> list[ItemId]:
 
 def vectors_of(store: Store, ids: Sequence[ItemId]) -> Vectors:
     """What the store reads for these ids, (n, DIM)."""
-    vectors = store.read(ids, vectors=True, payload=False).vectors
-    assert vectors is not None
-    return vectors
+    return store.read_vectors(ids).vectors
 
 
 def stamps_of(store: Store, ids: Sequence[ItemId]) -> list[str | None]:
     """The stamps of these ids."""
-    return list(store.read(ids, vectors=False, payload=False).stamps)
+    return list(store.read_stamps(ids).stamps)
 
 
 def assert_same(store: Store, actual: Vectors, desired: Vectors) -> None:
@@ -119,11 +117,9 @@ def assert_same(store: Store, actual: Vectors, desired: Vectors) -> None:
 def assert_same_page(one: Page, other: Page) -> None:
     """Two pages hold the same, bit for bit."""
     assert list(one.ids) == list(other.ids)
-    assert one.vectors is not None
-    assert other.vectors is not None
     assert (one.vectors.shape, one.vectors.dtype) == (other.vectors.shape, other.vectors.dtype)
     np.testing.assert_array_equal(one.vectors, other.vectors)
-    assert list(one.payloads or ()) == list(other.payloads or ())
+    assert list(one.payloads) == list(other.payloads)
     assert list(one.stamps) == list(other.stamps)
 
 
@@ -195,7 +191,7 @@ class StoreContract:
             if store.capabilities.stamps:
                 assert store.count(stamp="s") == 0
                 assert store.unstamped("s", after=None, limit=10) == []
-            page = store.read([7], vectors=True, payload=True)
+            page = store.read([7])
             assert (len(page), vectors_of(store, [7]).shape, page.payloads) == (0, (0, DIM), [])
             assert store.write_vectors([7], unit_vectors(1), "s").deleted == [7]
             for exact in (False, True):
@@ -222,10 +218,10 @@ class StoreContract:
                 if store.capabilities.stamps:
                     assert store.unstamped("s", after=after, limit=limit) == beyond[:limit]
                 scanned = store.scan(after=after, up_to=up_to, limit=limit)
-                assert_same_page(scanned, store.read(between[:limit], vectors=True, payload=True))
-            page = store.read(ids, vectors=False, payload=True)
+                assert_same_page(scanned, store.read(between[:limit]))
+            page = store.read_payloads(ids)
             assert list(page.ids) == ids
-            assert [dict(payload) for payload in page.payloads or ()] == payloads_of(ids)
+            assert [dict(payload) for payload in page.payloads] == payloads_of(ids)
 
     @SLOW
     @given(data=st.data())
@@ -267,14 +263,14 @@ class StoreContract:
         stamped.write_vectors(ids[:30], new[:30], "new")
         order = sorted(ids, key=order_key)
         page = stamped.scan(after=order[9], up_to=order[150], limit=10**6)
-        assert_same_page(page, stamped.read(order[10:151], vectors=True, payload=True))
+        assert_same_page(page, stamped.read(order[10:151]))
         assert [item for item, stamp in zip(page.ids, page.stamps, strict=True) if stamp == "new"] == [
             item for item in order[10:151] if item in ids[:30]
         ]
 
     def test_an_integer_and_its_digits_are_two_items(self, store: Store, ids: list[ItemId]) -> None:
         other = str(ids[0]) if isinstance(ids[0], int) else 7
-        assert len(store.read([other], vectors=True, payload=True)) == 0
+        assert len(store.read([other])) == 0
         assert store.write_vectors([other], unit_vectors(1), "s").deleted == [other]
         assert store.count() == len(ids)
 
@@ -285,21 +281,24 @@ class StoreContract:
     ) -> None:
         missing: ItemId = 10**6 + 1 if isinstance(ids[0], int) else self.missing
         wanted = [ids[5], missing, ids[2], ids[9]]
-        page = store.read(wanted, vectors=True, payload=True)
+        page = store.read(wanted)
         assert list(page.ids) == [ids[5], ids[2], ids[9]]
-        assert page.vectors is not None
         assert page.vectors.dtype == np.float32
         assert page.vectors.shape == (3, DIM)
         if store.capabilities.exact_vectors:
             assert_same(store, page.vectors, old[[5, 2, 9]])
-        assert page.payloads is not None
         assert [dict(payload) for payload in page.payloads] == [payloads_of(ids)[row] for row in (5, 2, 9)]
         assert list(page.stamps) == [None] * 3
 
-    def test_read_gives_only_what_was_asked_for(self, store: Store, ids: list[ItemId]) -> None:
-        page = store.read(ids[:3], vectors=False, payload=False)
-        assert (page.vectors, page.payloads) == (None, None)
-        assert len(page) == len(page.stamps) == 3
+    def test_parts_of_items_are_those_of_the_whole(self, store: Store, ids: list[ItemId]) -> None:
+        missing: ItemId = 10**6 + 1 if isinstance(ids[0], int) else self.missing
+        wanted = [ids[5], missing, ids[2]]
+        whole, stamps = store.read(wanted), store.read_stamps(wanted)
+        vectors, payloads = store.read_vectors(wanted), store.read_payloads(wanted)
+        for part in (stamps, vectors, payloads):
+            assert (list(part.ids), list(part.stamps), len(part)) == ([ids[5], ids[2]], [None] * 2, 2)
+        np.testing.assert_array_equal(vectors.vectors, whole.vectors)
+        assert list(payloads.payloads) == list(whole.payloads)
 
     def test_what_was_read_does_not_change_afterwards(self, store: Store, ids: list[ItemId], new: Vectors) -> None:
         before = vectors_of(store, ids)
@@ -327,8 +326,8 @@ class StoreContract:
         assert_same(stamped, vectors_of(stamped, ids[:20]), new[:20])
         np.testing.assert_array_equal(vectors_of(stamped, ids[20:]), untouched)
         assert stamps_of(stamped, ids) == ["new"] * 20 + [None] * (len(ids) - 20)
-        page = stamped.read(ids, vectors=False, payload=True)
-        assert [dict(payload) for payload in page.payloads or ()] == payloads_of(ids)
+        page = stamped.read_payloads(ids)
+        assert [dict(payload) for payload in page.payloads] == payloads_of(ids)
 
     def test_a_write_never_creates_an_item(self, store: Store, ids: list[ItemId]) -> None:
         missing: ItemId = 10**6 + 1 if isinstance(ids[0], int) else self.missing
@@ -340,7 +339,7 @@ class StoreContract:
     def test_what_changed_since_it_was_read_is_left_alone(
         self, collection: Collection, stamped: Store, ids: list[ItemId], new: Vectors
     ) -> None:
-        page = stamped.read(ids[:6], vectors=True, payload=True)
+        page = stamped.read(ids[:6])
         theirs = unit_vectors(1, seed=15)
         collection.replace(ids[:1], theirs)
         collection.delete(ids[1:2])
@@ -396,7 +395,7 @@ class StoreContract:
     def test_a_write_repeated_after_a_lost_answer_knows_its_own_work(
         self, stamped: Store, ids: list[ItemId], new: Vectors
     ) -> None:
-        page = stamped.read(ids[:9], vectors=True, payload=True)
+        page = stamped.read(ids[:9])
         for _ in range(2):
             report = stamped.write_vectors(ids[:9], new[:9], "new", expected=page)
             assert (list(report.written), list(report.changed), list(report.deleted)) == (ids[:9], [], [])
@@ -564,7 +563,7 @@ class StoreContract:
             assert like.name != info.name
             assert like.metric == info.metric
             assert everything(shadow) == []
-            page = store.read(ids, vectors=False, payload=True)
+            page = store.read_payloads(ids)
             items = Page(page.ids, new, page.payloads, ["new"] * len(ids))
             for _ in range(2):  # a repeated call changes nothing more
                 report = shadow.insert(items)
@@ -572,11 +571,10 @@ class StoreContract:
             shadow.publish(final=True)
             assert everything(shadow) == sorted(ids, key=order_key)
             assert shadow.describe().schema == info.schema
-            copied = shadow.read(ids, vectors=True, payload=True)
-            assert copied.vectors is not None
+            copied = shadow.read(ids)
             if shadow.capabilities.exact_vectors:
                 assert_same(shadow, copied.vectors, new)
-            assert [dict(payload) for payload in copied.payloads or ()] == payloads_of(ids)
+            assert [dict(payload) for payload in copied.payloads] == payloads_of(ids)
             if shadow.capabilities.stamps:
                 assert list(copied.stamps) == ["new"] * len(ids)
                 assert shadow.count(stamp="new") == len(ids)
@@ -621,12 +619,11 @@ class StoreContract:
             for _ in range(2):
                 assert shadow.count() == len(ids) - 4
                 assert everything(shadow) == sorted(set(ids) - set(ids[5:9]), key=order_key)
-                page = shadow.read(ids[:10], vectors=True, payload=True)
+                page = shadow.read(ids[:10])
                 assert list(page.ids) == [*ids[:5], ids[9]]
-                assert page.vectors is not None
                 if shadow.capabilities.exact_vectors:
                     assert_same(shadow, page.vectors[:5], unit_vectors(5, seed=8))
-                assert [dict(payload) for payload in page.payloads or ()][:5] == other
+                assert [dict(payload) for payload in page.payloads][:5] == other
                 shadow.publish(final=True)
             assert set(shadow.search(new[5:9], len(ids), exact=True).ids[0]) == set(everything(shadow))
 
@@ -649,7 +646,7 @@ class StoreContract:
         store.delete(ids[:2])
         store.publish(final=True)
         assert set(collection.visible()) == {*ids[2:], *arrived}
-        assert list(store.read(arrived, vectors=False, payload=True).payloads or ()) == payloads_of(arrived)
+        assert list(store.read_payloads(arrived).payloads) == payloads_of(arrived)
 
     def test_a_write_through_a_deleted_alias_changes_nothing(
         self, collection: Collection, ids: list[ItemId], old: Vectors, new: Vectors
@@ -824,7 +821,7 @@ class StoreContract:
         assert list(stamped.write_vectors(ids[2:5], new[2:5], "new").deleted) == [ids[2]]
         stamped.publish(final=True)
         assert set(collection.visible()) == set(everything(stamped)) == set(ids[3:])
-        assert list(stamped.read(ids[:5], vectors=True, payload=False).ids) == ids[3:5]
+        assert list(stamped.read_vectors(ids[:5]).ids) == ids[3:5]
         assert stamped.count(stamp="new") == 7
 
     def test_an_item_that_arrives_is_found_by_its_missing_stamp(
@@ -852,8 +849,7 @@ class StoreContract:
             try:
                 while not written.is_set():
                     assert everything(stamped) == sorted(ids, key=order_key)
-                    page = stamped.read(ids, vectors=True, payload=True)
-                    assert page.vectors is not None
+                    page = stamped.read(ids)
                     for row, stamp in enumerate(page.stamps):
                         if stamp in (None, "new"):  # and not an adapter's write intent: then it may be either
                             assert_same(stamped, page.vectors[row], before[row] if stamp is None else new[row])

@@ -51,8 +51,6 @@ def unusable(ids: Sequence[ItemId], vectors: Vectors) -> dict[ItemId, str]:
 
 def contents(page: Page) -> dict[ItemId, Contents]:
     """What lies in each item of a page that was read with vectors and payloads."""
-    assert page.vectors is not None
-    assert page.payloads is not None
     return {
         item: (vector.tobytes(), dict(payload))
         for item, vector, payload in zip(page.ids, page.vectors, page.payloads, strict=True)

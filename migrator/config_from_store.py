@@ -60,7 +60,7 @@ def draft_config(settings: Mapping[str, Any], file: Path) -> Draft:
     store = open_store(read_store(section, file).settings(), write=False)
     try:
         info, can = store.describe(), store.capabilities
-        page = store.read(store.sample(SAMPLE, seed=0), vectors=False, payload=True)
+        page = store.read_payloads(store.sample(SAMPLE, seed=0))
     finally:
         store.close()
     payloads = page.payloads or []

@@ -145,9 +145,7 @@ class Kind(ABC):
 def _items(store: Store) -> dict[Any, Item]:
     found: dict[Any, Item] = {}
     ids = store.scan_ids(after=None, limit=10**6)
-    page = store.read(ids, vectors=True, payload=True)
-    assert page.vectors is not None
-    assert page.payloads is not None
+    page = store.read(ids)
     for item, vector, payload in zip(page.ids, page.vectors, page.payloads, strict=True):
         assert item not in found
         found[item] = Item(vector, json.loads(json.dumps(dict(payload))))

@@ -31,6 +31,7 @@ from migrator.adapters.base import (
     Hits,
     ItemId,
     Page,
+    Reading,
     StoreRejected,
     StoreUnavailable,
     Vectors,
@@ -193,7 +194,7 @@ class FaissStore(BaseStore):
             ids = itertools.takewhile(lambda item: last is None or order_key(item) <= last, state.all_after(after))
             return list(itertools.islice(ids, max(limit, 0)))
 
-    def read(self, ids: Sequence[ItemId], *, vectors: bool, payload: bool) -> Page:
+    def _read(self, ids: Sequence[ItemId], *, vectors: bool, payload: bool) -> Reading:
         """Items with what was written last, published or not."""
         with self._lock:
             state = self._current()
@@ -205,10 +206,10 @@ class FaissStore(BaseStore):
             stamps = [state.known_stamps[number] for number in state.stamps[ranks].tolist()]
             payloads = rows_of(state.items.payload, state.items.rows[ranks]) if payload else None
         if len(plain) == len(there):
-            return Page(there, found, payloads, stamps)
+            return Reading(there, found, payloads, stamps)
         place = {item: row for row, item in enumerate(plain)}
         mixed = [(place.get(item, -1), staged.get(item)) for item in there]
-        return Page(
+        return Reading(
             there,
             None
             if found is None
@@ -224,7 +225,7 @@ class FaissStore(BaseStore):
     def scan(self, *, after: ItemId | None, up_to: ItemId | None = None, limit: int) -> Page:
         """The next `limit` items, as `read` gives them."""
         with self._lock:
-            return self.read(self.scan_ids(after=after, up_to=up_to, limit=limit), vectors=True, payload=True)
+            return self.read(self.scan_ids(after=after, up_to=up_to, limit=limit))
 
     def unstamped(self, stamp: str, *, after: ItemId | None, limit: int) -> list[ItemId]:
         """Ids beyond `after` of items whose last written vector does not carry `stamp`."""
@@ -296,7 +297,7 @@ class FaissStore(BaseStore):
                 state = self._current()
                 vectors = state.index.as_kept(as_batch(vectors, state.index.dim, ids))
                 rejected = {} if stamp is None else unusable(ids, vectors)
-                now = self.read(ids, vectors=expected is not None, payload=self._items_replaced(state))
+                now = self._read(ids, vectors=expected is not None, payload=self._items_replaced(state))
                 there = set(now.ids)
                 rejected = {item: why for item, why in rejected.items() if item in there}
                 changed = [] if expected is None else _changed(expected, now)
@@ -314,7 +315,7 @@ class FaissStore(BaseStore):
                 with self._lock:
                     self._state.apply_segment(segment)
             if staged:
-                again = self.read([ids[row] for row in staged], vectors=False, payload=True)
+                again = self.read_payloads([ids[row] for row in staged])
                 self._insert(Page(again.ids, vectors[staged], again.payloads, [stamp] * len(staged)))
         return WriteReport(written, [item for item in ids if item not in there], rejected, changed)
 
@@ -329,8 +330,6 @@ class FaissStore(BaseStore):
             return self._insert(page)
 
     def _insert(self, page: Page) -> WriteReport:
-        assert page.vectors is not None
-        assert page.payloads is not None
         with self._lock:
             state = self._current()
             vectors = state.index.as_kept(as_batch(page.vectors, state.index.dim, page.ids))
@@ -362,7 +361,7 @@ class FaissStore(BaseStore):
             self._must_write()
             with self._lock:
                 state = self._current()
-                there = list(self.read(ids, vectors=False, payload=False).ids)
+                there = list(self.read_stamps(ids).ids)
                 change = Change(there, self._replaced(state, there))
             if there:
                 self._folder.write_change(change)
@@ -538,14 +537,13 @@ class FaissStore(BaseStore):
                 self._held = None
 
 
-def _changed(expected: Page, now: Page) -> list[ItemId]:
+def _changed(expected: Page, now: Reading) -> list[ItemId]:
     """Items whose vector, or payload where it is given, is another than it was."""
-    assert expected.vectors is not None
     assert now.vectors is not None
     before = dict(zip(expected.ids, row_checksums(expected.vectors).tolist(), strict=True))
     after = zip(now.ids, row_checksums(now.vectors).tolist(), strict=True)
     changed = {item for item, checksum in after if before.get(item) != checksum}
-    if now.payloads is not None and expected.payloads is not None:
+    if now.payloads is not None:
         payloads = dict(zip(expected.ids, expected.payloads, strict=True))
         changed |= {
             item
@@ -555,7 +553,7 @@ def _changed(expected: Page, now: Page) -> list[ItemId]:
     return [item for item in now.ids if item in changed]
 
 
-def _not_ours(changed: list[ItemId], now: Page, ids: Sequence[ItemId], vectors: Vectors, stamp: str) -> list[ItemId]:
+def _not_ours(changed: list[ItemId], now: Reading, ids: Sequence[ItemId], vectors: Vectors, stamp: str) -> list[ItemId]:
     """Those of `changed` that do not bear `vectors` and `stamp` already, from this very call, repeated."""
     assert now.vectors is not None
     row, place = {item: row for row, item in enumerate(ids)}, {item: at for at, item in enumerate(now.ids)}

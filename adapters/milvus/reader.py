@@ -20,6 +20,7 @@ from migrator.adapters.base import (
     ItemId,
     Metric,
     Page,
+    Reading,
     StoreRejected,
     StoreUnavailable,
     Vectors,
@@ -338,10 +339,10 @@ class MilvusReader(BaseStore):
         """The next `limit` rows in order."""
         with self._known.held() as known:
             if known or len(self._partitions()) > 1:
-                return self.read(self.scan_ids(after=after, up_to=up_to, limit=limit), vectors=True, payload=True)
+                return self.read(self.scan_ids(after=after, up_to=up_to, limit=limit))
         pages = self._pages("", after, up_to, limit, ["*"], self._fitting)
         rows = {row[self._key]: row for page in pages for row in page}
-        return self._page(list(rows), rows, vectors=True, payload=True)
+        return self._reading(list(rows), rows, vectors=True, payload=True).page()
 
     def unstamped(self, stamp: str, *, after: ItemId | None, limit: int) -> list[ItemId]:
         """Keys of rows that do not carry the stamp."""
@@ -360,7 +361,7 @@ class MilvusReader(BaseStore):
                 if not known:
                     break
                 keys = self.scan_ids(after=after, limit=LITE_PAGE)
-                self.read(self._known.unread(keys), vectors=False, payload=False)
+                self.read_stamps(self._known.unread(keys))
                 stamps = [(item, self._known.stamps.get(item)) for item in keys]
             yield from stamps
             if len(keys) < LITE_PAGE:
@@ -423,7 +424,7 @@ class MilvusReader(BaseStore):
         names = self._call("list_partitions", self._collection)
         return [None] if len(names) == 1 else sorted(names)
 
-    def read(self, ids: Sequence[ItemId], *, vectors: bool, payload: bool) -> Page:
+    def _read(self, ids: Sequence[ItemId], *, vectors: bool, payload: bool) -> Reading:
         """The rows as they were written last."""
         fields = ["*"] if payload else [self._key]
         if not payload and (vectors or (self._partial and self._dynamic)):
@@ -435,20 +436,20 @@ class MilvusReader(BaseStore):
             for part in parts(ids, self._fitting):
                 rows.update(self._rows(part, fields))
             self._must_be_open()
-            page = self._page([item for item in ids if item in rows], rows, vectors=vectors, payload=payload)
+            page = self._reading([item for item in ids if item in rows], rows, vectors=vectors, payload=payload)
             if known:
                 stamps = dict(zip(page.ids, page.stamps, strict=True))
-                self._known.saw(stamps, contents(page) if vectors and payload else {})
+                self._known.saw(stamps, contents(page.page()) if vectors and payload else {})
         return page
 
-    def _page(self, ids: list[ItemId], rows: Mapping[ItemId, Row], *, vectors: bool, payload: bool) -> Page:
+    def _reading(self, ids: list[ItemId], rows: Mapping[ItemId, Row], *, vectors: bool, payload: bool) -> Reading:
         stacked: Vectors | None = None
         if vectors:
             nothing = np.zeros(self._dim, np.float32)  # Milvus Lite shows a vector that is null so, too
             found = [rows[item][self._vector] for item in ids]
             found = [nothing if vector is None else vector for vector in found]
             stacked = np.array(found, np.float32).reshape(len(ids), self._dim)
-        return Page(
+        return Reading(
             ids,
             stacked,
             [self._payload(rows[item]) for item in ids] if payload else None,
@@ -509,7 +510,6 @@ class MilvusReader(BaseStore):
         best: list[list[tuple[float, ItemId]]] = [[] for _ in queries]
         after: ItemId | None = None
         while page := self.scan(after=after, limit=ROWS):
-            assert page.vectors is not None
             scores = self._scores(queries, page.vectors)
             for row, found in enumerate(best):
                 found += zip(scores[row].tolist(), page.ids, strict=True)

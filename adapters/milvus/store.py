@@ -130,7 +130,9 @@ class MilvusStore(MilvusReader):
         else:
             # A single field is written without the rest of the row.
             rows = self._rows(ids, [self._key] if before is None and self._partial else ["*"])
-            found = {} if before is None else contents(self._page(list(rows), rows, vectors=True, payload=True))
+            found = (
+                {} if before is None else contents(self._reading(list(rows), rows, vectors=True, payload=True).page())
+            )
         return rows, [item for item in rows if before is not None and not same_value(found[item], before.get(item))]
 
     def _is_written(self, row: Row, vector: Vectors, stamp: str | None) -> bool:
@@ -206,8 +208,7 @@ class MilvusStore(MilvusReader):
                 if self._connection.lite:
                     self._remove_field(part)
                 else:
-                    page = self.read(part, vectors=True, payload=False)
-                    assert page.vectors is not None
+                    page = self.read_vectors(part)
                     self.write_vectors(page.ids, page.vectors, None)
             after = ids[-1]
 
@@ -331,8 +332,6 @@ class MilvusStore(MilvusReader):
     def insert(self, page: Page) -> WriteReport:
         """Upserts whole rows."""
         self._must_write()
-        assert page.vectors is not None
-        assert page.payloads is not None
         vectors = as_batch(page.vectors, self._dim, page.ids)
         rejected = unusable(page.ids, vectors)
         kind = "strings" if self._keys.strings else "integers"

@@ -30,6 +30,7 @@ from migrator.adapters.base import (
     Hits,
     ItemId,
     Page,
+    Reading,
     Sparse,
     StoreRejected,
     Vectors,
@@ -199,7 +200,7 @@ class EdgeStore(BaseStore):
     def scan(self, *, after: ItemId | None, up_to: ItemId | None = None, limit: int) -> Page:
         """The next `limit` points with everything."""
         records = list(self._records(self._filter(), after, up_to, limit, vectors=True, payload=True))
-        return self._page(records, vectors=True, payload=True)
+        return self._reading(records, vectors=True, payload=True).page()
 
     def unstamped(self, stamp: str, *, after: ItemId | None, limit: int) -> list[ItemId]:
         """Ids of points whose payload does not carry the stamp."""
@@ -261,13 +262,13 @@ class EdgeStore(BaseStore):
             if offset is None:
                 return
 
-    def read(self, ids: Sequence[ItemId], *, vectors: bool, payload: bool) -> Page:
+    def _read(self, ids: Sequence[ItemId], *, vectors: bool, payload: bool) -> Reading:
         """The points as they were written last."""
         found: dict[ItemId, Record] = {}
         fields: Any = True if payload else [STAMP]
         for part in parts(ids, self._per_part()):
             found.update(self._fetch(part, fields, [self._name] if vectors else False))
-        return self._page([found[item] for item in ids if item in found], vectors=vectors, payload=payload)
+        return self._reading([found[item] for item in ids if item in found], vectors=vectors, payload=payload)
 
     def _fetch(self, ids: Sequence[ItemId], payload: Any, vectors: Any) -> dict[ItemId, Record]:
         from qdrant_edge import ScrollRequest
@@ -279,11 +280,11 @@ class EdgeStore(BaseStore):
         records, _ = self._call("scroll", request) if possible else ([], None)
         return {plain_id(record.id): record for record in records}
 
-    def _page(self, records: Sequence[Record], *, vectors: bool, payload: bool) -> Page:
+    def _reading(self, records: Sequence[Record], *, vectors: bool, payload: bool) -> Reading:
         payloads = [record.payload or {} for record in records]
         stamps = [as_stamp(fields.pop(STAMP, None)) for fields in payloads]
         ids = [plain_id(record.id) for record in records]
-        return Page(ids, self._stacked(records) if vectors else None, payloads if payload else None, stamps)
+        return Reading(ids, self._stacked(records) if vectors else None, payloads if payload else None, stamps)
 
     def _stacked(self, records: Iterable[Record]) -> Vectors:
         """Vectors of records, (n, dim). The engine gives lists: each goes as soon as it is copied."""
@@ -350,10 +351,10 @@ class EdgeStore(BaseStore):
                 found = self._fetch(part, True, which)
                 there = [item for item in part if item in found]
                 deleted += [item for item in part if item not in found]
-                page = self._page([found[item] for item in there], vectors=before is not None, payload=True)
+                page = self._reading([found[item] for item in there], vectors=before is not None, payload=True)
                 leave = set(rejected)
                 if before is not None:
-                    now = contents(page)
+                    now = contents(page.page())
                     # What bears our stamp has been written by this very call, which is repeated.
                     own = {
                         item for item, carried in zip(there, page.stamps, strict=True) if carried == stamp is not None
@@ -367,10 +368,9 @@ class EdgeStore(BaseStore):
                     ]
                     changed += others
                     leave.update(others)
-                assert page.payloads is not None
                 points = [
                     (item, batch[rows[item]], with_stamp(payload, stamp), found[item].vector if whole else None)
-                    for item, payload in zip(there, page.payloads, strict=True)
+                    for item, payload in zip(there, page.payloads or (), strict=True)
                     if item not in leave
                 ]
                 rejected.update(self._put(points, create=False))
@@ -508,8 +508,6 @@ class EdgeStore(BaseStore):
     def insert(self, page: Page) -> WriteReport:
         """Upserts whole points, with further vectors where the collection has such."""
         self._must_write()
-        assert page.vectors is not None
-        assert page.payloads is not None
         if page.further is None and self._further_names:
             raise StoreRejected(f"points of collection {self._collection} have further vectors, which are not given")
         vectors = as_batch(page.vectors, self._dim, page.ids)

@@ -16,6 +16,7 @@ from migrator.adapters.base import (
     Hits,
     ItemId,
     Page,
+    Reading,
     Sparse,
     StoreRejected,
     StoreUnavailable,
@@ -275,9 +276,9 @@ class QdrantReader(BaseStore):
         """The next `limit` points with vectors and payloads, in one scroll."""
         size = self._allowed(self._per_request(), "max_query_limit")
         records = self._records(self._filter(), after, up_to, limit, size, fields=True, which=self._which)
-        return self._page(records, vectors=True, payload=True)
+        return self._reading(records, vectors=True, payload=True).page()
 
-    def read(self, ids: Sequence[ItemId], *, vectors: bool, payload: bool) -> Page:
+    def _read(self, ids: Sequence[ItemId], *, vectors: bool, payload: bool) -> Reading:
         """The points as they were written last."""
         fields: Any = True if payload else [STAMP]
         which: Any = self._which if vectors or self._which is not True else False
@@ -287,7 +288,7 @@ class QdrantReader(BaseStore):
             if not which or self._vector_of(record) is not None
         }
         self._check_none_missing(ids, found)
-        return self._page([found[item] for item in ids if item in found], vectors=vectors, payload=payload)
+        return self._reading([found[item] for item in ids if item in found], vectors=vectors, payload=payload)
 
     def _retrieve(self, ids: Sequence[ItemId], fields: Any, which: Any, size: int) -> dict[ItemId, Any]:
         found: dict[ItemId, Any] = {}
@@ -324,13 +325,13 @@ class QdrantReader(BaseStore):
                     further[name] = np.divide(vector, length, out=vector.copy(), where=length > 0)
         return further
 
-    def _page(self, records: Sequence[Any], *, vectors: bool, payload: bool) -> Page:
+    def _reading(self, records: Sequence[Any], *, vectors: bool, payload: bool) -> Reading:
         payloads = [dict(record.payload or {}) for record in records]
         stamps = [as_stamp(fields.pop(STAMP, None)) for fields in payloads]
         stacked: Vectors | None = None
         if vectors:
             stacked = self._stacked(records)
-        return Page([plain_id(record.id) for record in records], stacked, payloads if payload else None, stamps)
+        return Reading([plain_id(record.id) for record in records], stacked, payloads if payload else None, stamps)
 
     def _stacked(self, records: Sequence[Any]) -> Vectors:
         dim = self._params.size

@@ -21,6 +21,7 @@ from migrator.adapters.base import (
     ItemId,
     Page,
     Payload,
+    PayloadPage,
     Sparse,
     StoreRejected,
     StoreUnavailable,
@@ -89,12 +90,11 @@ class QdrantStore(QdrantReader):
         True for a changed one that has the new vector: an interrupted call is repeated, and the application changed
         the payload in between.
         """
-        page = self.read(part, vectors=before is not None, payload=True)
-        assert page.payloads is not None
+        page = self.read_payloads(part) if before is None else self.read(part)
         now = dict(zip(page.ids, page.payloads, strict=True))
         deleted = [item for item in part if item not in now]
         changed: dict[ItemId, bool] = {}
-        if before is not None:
+        if before is not None and isinstance(page, Page):
             for item, (vector, payload) in contents(page).items():
                 if item in rejected or same_value((vector, payload), before.get(item)):
                     continue
@@ -180,13 +180,13 @@ class QdrantStore(QdrantReader):
         if not points:
             return WriteReport((), deleted, refused, changed)
         if stamp is None:
-            there = set(self.read(points, vectors=False, payload=False).ids)
+            there = set(self.read_stamps(points).ids)
             lost = [item for item in points if item not in there]
             return WriteReport([item for item in points if item in there], [*deleted, *lost], refused, changed)
-        page = self.read(points, vectors=False, payload=not self._conditional())
+        page = self.read_stamps(points) if self._conditional() else self.read_payloads(points)
         stamps = dict(zip(page.ids, page.stamps, strict=True))
         late = [item for item in page.ids if stamps[item] != stamp]
-        if page.payloads is not None:  # without conditions all that can be seen afterwards is another payload
+        if isinstance(page, PayloadPage):  # without conditions all that can be seen afterwards is another payload
             later = dict(zip(page.ids, page.payloads, strict=True))
             overwritten = [
                 item for item in page.ids if not same_value(later[item], to_write[item]) and item not in late
@@ -206,7 +206,7 @@ class QdrantStore(QdrantReader):
                 change(remaining)
                 return
             except MissingPoint as missing:
-                there = set(self.read(remaining, vectors=False, payload=False).ids)
+                there = set(self.read_stamps(remaining).ids)
                 missing_retries += len(there) == len(remaining)
                 if missing_retries > MAX_MISSING_RETRIES:  # a point may come back, but not repeatedly
                     raise StoreUnavailable(f"{self._where()} misses points that it has: {missing}") from missing
@@ -414,8 +414,6 @@ class QdrantStore(QdrantReader):
         from qdrant_client import models
 
         self._must_write()
-        assert page.vectors is not None
-        assert page.payloads is not None
         if page.further is None and self._further:
             raise StoreRejected(f"points of {self._where()} have further vectors, which are not given")
         vectors = as_batch(page.vectors, self._params.size, page.ids)

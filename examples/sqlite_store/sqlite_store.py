@@ -23,6 +23,7 @@ from migrator.adapters.base import (
     Hits,
     ItemId,
     Page,
+    Reading,
     StoreBusy,
     StoreRejected,
     StoreUnavailable,
@@ -111,7 +112,7 @@ class SqliteStore(BaseStore):
     def describe(self) -> CollectionInfo:
         """Facts of the collection. The schema is taken from the first payloads."""
         schema: dict[str, str] = {}
-        for payload in self.read(self.scan_ids(after=None, limit=100), vectors=False, payload=True).payloads or ():
+        for payload in self.read_payloads(self.scan_ids(after=None, limit=100)).payloads:
             schema.update({name: type(value).__name__ for name, value in payload.items()})
         return CollectionInfo(
             name=f"sqlite:{self._path}/{self._collection}",
@@ -136,11 +137,11 @@ class SqliteStore(BaseStore):
         with self._database() as database:
             return [row[0] for row in database.execute(f"{query} ORDER BY id LIMIT ?", (*values, max(limit, 0)))]
 
-    def read(self, ids: Sequence[ItemId], *, vectors: bool, payload: bool) -> Page:
+    def _read(self, ids: Sequence[ItemId], *, vectors: bool, payload: bool) -> Reading:
         """The items as they were written last."""
         with self._database() as database:
             page = self._page(database, ids)
-        return Page(page.ids, page.vectors if vectors else None, page.payloads if payload else None, page.stamps)
+        return Reading(page.ids, page.vectors if vectors else None, page.payloads if payload else None, page.stamps)
 
     def _page(self, database: sqlite3.Connection, ids: Sequence[ItemId]) -> Page:
         rows: dict[ItemId, tuple[Any, ...]] = {}
@@ -212,8 +213,6 @@ class SqliteStore(BaseStore):
     def insert(self, page: Page) -> WriteReport:
         """Writes whole items."""
         self._must_write()
-        assert page.vectors is not None
-        assert page.payloads is not None
         vectors = as_batch(page.vectors, self._dim, page.ids)
         rejected = unusable(page.ids, vectors)
         rows = [

@@ -48,8 +48,6 @@ def digests(page: Page, can: Capabilities) -> list[int]:
     A store that scales vectors may give back another last bit than before: there a coarse sketch stands for the
     vector (eight random projections, as in locality-sensitive hashing). Of approximations only the payload counts.
     """
-    assert page.vectors is not None
-    assert page.payloads is not None
     if not can.exact_vectors:
         vectors = [b""] * len(page)
     elif can.normalises:

@@ -18,7 +18,18 @@ from typing import Any
 
 import numpy as np
 
-from migrator.adapters.base import Capabilities, ForwardingStore, ItemId, Page, Store, Vectors, WriteReport
+from migrator.adapters.base import (
+    Capabilities,
+    ForwardingStore,
+    ItemId,
+    Page,
+    PayloadPage,
+    StampPage,
+    Store,
+    VectorPage,
+    Vectors,
+    WriteReport,
+)
 from migrator.artifacts.files import LogFiles
 from migrator.errors import PreconditionFailed
 
@@ -93,11 +104,26 @@ class StampedStore(ForwardingStore):
         """The store's, and stamps."""
         return dataclasses.replace(self._store.capabilities, stamps=True)
 
-    def read(self, ids: Sequence[ItemId], *, vectors: bool, payload: bool) -> Page:
-        """The items; their vectors are read in any case."""
+    def read(self, ids: Sequence[ItemId]) -> Page:
+        """Whole items."""
         self._log.refresh()
-        page = self._stamped(self._store.read(ids, vectors=True, payload=payload))
-        return page if vectors else dataclasses.replace(page, vectors=None)
+        return self._stamped(self._store.read(ids))
+
+    def read_vectors(self, ids: Sequence[ItemId]) -> VectorPage:
+        """Vectors and stamps."""
+        self._log.refresh()
+        page = self._store.read_vectors(ids)
+        return dataclasses.replace(page, stamps=self._log.of(page.ids, page.vectors))
+
+    def read_payloads(self, ids: Sequence[ItemId]) -> PayloadPage:
+        """Payloads and stamps; the vectors are read too."""
+        page = self.read(ids)
+        return PayloadPage(page.ids, page.payloads, page.stamps)
+
+    def read_stamps(self, ids: Sequence[ItemId]) -> StampPage:
+        """Stamps; the vectors are read too."""
+        page = self.read_vectors(ids)
+        return StampPage(page.ids, page.stamps)
 
     def scan(self, *, after: ItemId | None, up_to: ItemId | None = None, limit: int) -> Page:
         """The next `limit` items."""
@@ -105,7 +131,6 @@ class StampedStore(ForwardingStore):
         return self._stamped(self._store.scan(after=after, up_to=up_to, limit=limit))
 
     def _stamped(self, page: Page) -> Page:
-        assert page.vectors is not None
         return dataclasses.replace(page, stamps=self._log.of(page.ids, page.vectors))
 
     def write_vectors(
@@ -118,7 +143,6 @@ class StampedStore(ForwardingStore):
 
     def insert(self, page: Page) -> WriteReport:
         """Writes down the stamps, then whole items."""
-        assert page.vectors is not None
         for stamp in dict.fromkeys(page.stamps):
             rows = [row for row, carried in enumerate(page.stamps) if carried == stamp]
             self._log.record([page.ids[row] for row in rows], page.vectors[rows], stamp)

@@ -29,18 +29,16 @@ def worst_first_ids(store: Store, label: Label | None, *, seed: int) -> list[Ite
     classes = Classes()
     if label is not None:
         for page in pages(store):
-            assert page.vectors is not None
             classes.add(page.vectors, _labels(label, page.ids, page.payloads))
     if classes.labelled:
         centroids = classes.centroids()
     else:
-        sample = store.read(store.sample(SAMPLE, seed=seed), vectors=True, payload=False).vectors
+        sample = store.read_vectors(store.sample(SAMPLE, seed=seed)).vectors
         assert sample is not None
         centroids = cluster_centroids(sample, seed=seed)
     ids: list[ItemId] = []
     distances: list[NDArray[np.float32]] = []
     for page in pages(store):
-        assert page.vectors is not None
         labels = [""] * len(page) if label is None else _labels(label, page.ids, page.payloads)
         ids += page.ids
         distances.append(distance_to_centroid(page.vectors, classes.codes(labels), centroids))

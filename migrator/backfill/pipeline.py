@@ -168,7 +168,6 @@ class Pipeline:
                 loaded = self.transfer.load_chunk(chunk, self.leave)
                 work, page = Work(loaded), loaded.page
                 works.put(work)
-                assert page.payloads is not None
                 for start in range(0, len(page), GROUP):
                     self._window.acquire()
                     if self._abort.is_set():

@@ -115,15 +115,15 @@ class InPlace:
         before = self._undo.read(chunk)
         begun = set() if before is None else set(before.ids)
         if chunk.pass_number > 0:  # a few items of a range that may be the whole collection
-            page = self.source.read(self._due(chunk, leave), vectors=True, payload=True)
+            page = self.source.read(self._due(chunk, leave))
             begun.difference_update(page.ids)
-            stamps = self.source.read(list(begun), vectors=False, payload=False)
+            stamps = self.source.read_stamps(list(begun))
             done = [item for item, stamp in zip(stamps.ids, stamps.stamps, strict=True) if stamp == self._stamp]
             return LoadedChunk(chunk, page, repeated=done)
         if chunk.ids is None:
             page = _joined(list(pages(self.source, *bounds(chunk), size=chunk.items + 1)))
         else:
-            page = self.source.read(json.loads(chunk.ids), vectors=True, payload=True)
+            page = self.source.read(json.loads(chunk.ids))
         carries = [stamp == self._stamp for stamp in page.stamps]
         due = [row for row, item in enumerate(page.ids) if not carries[row] and item not in leave]
         done = [item for row, item in enumerate(page.ids) if carries[row] and item in begun]
@@ -141,14 +141,12 @@ class InPlace:
         if not rows:
             return WriteReport(())
         old = _rows(loaded.page, rows)
-        assert old.vectors is not None
         # Before the write: a crash between the two only repeats the chunk.
         # A repeated chunk may find what an attempt cut off has written, which bears a stamp or an adapter's write
         # intent; a vector without either is the application's, perhaps newer than what the first attempt recorded.
         external = [item for item, stamp in zip(old.ids, old.stamps, strict=True) if stamp is None]
         recorded = self._recorded_earlier(loaded.chunk, old)
         first = _rows(old, [row for row, item in enumerate(old.ids) if item not in recorded]) if recorded else old
-        assert first.vectors is not None
         self._undo.record(loaded.chunk, OldVectors(first.ids, first.vectors, first.stamps), external)
         return self.source.write_vectors(old.ids, vectors, self._stamp, expected=old)
 
@@ -236,7 +234,6 @@ class Shadow:
     def write_chunk(self, loaded: LoadedChunk, rows: Sequence[int], vectors: NDArray[np.float32]) -> WriteReport:
         """Writes the copies, reads them back, and notes what they were made from."""
         page = loaded.page
-        assert page.payloads is not None
         written: Sequence[ItemId] = ()
         rejected: dict[ItemId, str] = {}
         lost: list[ItemId] = []
@@ -261,7 +258,7 @@ class Shadow:
         gone: list[ItemId] = []
         if surplus:
             # Read again: an item that came back must not lose its copy.
-            there = set(self.source.read(surplus, vectors=False, payload=False).ids)
+            there = set(self.source.read_stamps(surplus).ids)
             gone = [item for item in surplus if item not in there]
             self.target.delete(gone)
         return WriteReport(written, gone, {item: why for item, why in rejected.items() if item not in gone})
@@ -343,8 +340,8 @@ def _joined(some: Sequence[Page]) -> Page:
         return some[0]
     return Page(
         [item for page in some for item in page.ids],
-        np.concatenate([page.vectors for page in some if page.vectors is not None]),
-        [payload for page in some for payload in page.payloads or ()],
+        np.concatenate([page.vectors for page in some]),
+        [payload for page in some for payload in page.payloads],
         [stamp for page in some for stamp in page.stamps],
         None if any(page.further is None for page in some) else [each for page in some for each in page.further or ()],
     )
@@ -352,8 +349,6 @@ def _joined(some: Sequence[Page]) -> Page:
 
 def _rows(page: Page, rows: Sequence[int]) -> Page:
     """The part of a page at these rows."""
-    assert page.vectors is not None
-    assert page.payloads is not None
     return Page(
         [page.ids[row] for row in rows],
         page.vectors[list(rows)],

@@ -36,16 +36,14 @@ class StoredEncoder:
     @classmethod
     def first_seen(cls, store: Store) -> StoredEncoder:
         """Samples a collection that holds old vectors only."""
-        page = store.read(store.sample(FINGERPRINT_ITEMS, seed=SEED), vectors=True, payload=False)
-        assert page.vectors is not None
+        page = store.read_vectors(store.sample(FINGERPRINT_ITEMS, seed=SEED))
         vectors = unit(page.vectors).round(6) + 0.0  # + 0.0: one zero, not two
         digest = hashlib.sha256(json.dumps(list(page.ids)).encode() + vectors.astype("<f4").tobytes()).hexdigest()
         return cls(f"stored-{digest[:16]}", tuple(page.ids), vectors)
 
     def agreement(self, store: Store) -> float | None:
         """Median cosine between the sampled vectors then and now; None where none of these items is left."""
-        page = store.read(self.items, vectors=True, payload=False)
-        assert page.vectors is not None
+        page = store.read_vectors(self.items)
         if not len(page) or page.vectors.shape[1] != self.vectors.shape[1]:
             return None
         rows = {item: row for row, item in enumerate(self.items)}

@@ -29,8 +29,6 @@ def old_vectors(store: Store, images: ImageSource, paths: Sequence[str]) -> NDAr
         rows.setdefault(path, []).append(row)
     found = np.zeros((len(paths), store.describe().dim), np.float32)
     for page in pages(store):
-        assert page.vectors is not None
-        assert page.payloads is not None
         vectors = unit(page.vectors)
         for at, place in enumerate(locate(images, zip(page.ids, page.payloads, strict=True))):
             if isinstance(place, str) and place in rows and vectors[at].any():

@@ -39,7 +39,7 @@ def check_unmixed(project: Project, store: Store, old_encoder_id: str, new_encod
     """Refuses a collection that holds vectors of a migration which this ledger knows nothing of."""
     if not store.capabilities.stamps:
         return  # what an unknown migration left there cannot be told
-    stamps = store.read(store.sample(SAMPLE, seed=SEED), vectors=False, payload=False).stamps
+    stamps = store.read_stamps(store.sample(SAMPLE, seed=SEED)).stamps
     foreign = {stamp for stamp in stamps if stamp not in (None, old_encoder_id)}
     if new_encoder_id is not None and new_encoder_id != old_encoder_id and store.count(stamp=new_encoder_id):
         foreign.add(new_encoder_id)

@@ -68,9 +68,7 @@ def expected_quality(
     tags_at = _sample(project, store)
     if not tags_at:
         return None
-    page = store.read(list(tags_at), vectors=True, payload=True)
-    assert page.vectors is not None
-    assert page.payloads is not None
+    page = store.read(list(tags_at))
     paths = locate(images, zip(page.ids, page.payloads, strict=True))
     rows = np.arange(len(page.ids))
     by_new = None
@@ -160,8 +158,7 @@ def _sample(project: Project, store: Store) -> dict[ItemId, Tags]:
     template = project.settings.verify.label
     if template is None:
         return {}
-    page = store.read(store.sample(LOOKED_AT, seed=SEED), vectors=False, payload=True)
-    assert page.payloads is not None
+    page = store.read_payloads(store.sample(LOOKED_AT, seed=SEED))
     tags_at: dict[ItemId, Tags] = {}
     members: dict[str, list[ItemId]] = {}
     for item, payload in zip(page.ids, page.payloads, strict=True):

@@ -80,9 +80,7 @@ def measure_sample(
     Without an old model only the second can be told.
     """
     ids = store.sample(SAMPLE, seed=SEED)
-    page = store.read(ids, vectors=True, payload=True)
-    assert page.vectors is not None
-    assert page.payloads is not None
+    page = store.read(ids)
     _check_training_labels(project, page.ids, page.payloads)
     images = project.images()
     paths = locate(images, zip(page.ids, page.payloads, strict=True))

@@ -91,8 +91,7 @@ class Restore:
         foreign: list[ItemId] = []
         if old is not None:
             rows = {item: row for row, item in enumerate(old.ids)}
-            now = self.store.read([item for item in old.ids if item not in handled], vectors=True, payload=False)
-            assert now.vectors is not None
+            now = self.store.read_vectors([item for item in old.ids if item not in handled])
             back: dict[str | None, list[int]] = {}
             for item, vector, stamp in zip(now.ids, now.vectors, now.stamps, strict=True):
                 row = rows[item]
@@ -132,13 +131,13 @@ class Restore:
             after = ids[-1]
 
     def _without_stamp(self, ids: list[ItemId]) -> list[ItemId]:
-        page = self.store.read(ids, vectors=False, payload=False)
+        page = self.store.read_stamps(ids)
         return [item for item, stamp in zip(page.ids, page.stamps, strict=True) if stamp != self.stamp]
 
     def _stamped(self) -> Iterator[ItemId]:
         after: ItemId | None = None
         while ids := self.store.scan_ids(after=after, limit=PAGE):
-            page = self.store.read(ids, vectors=False, payload=False)
+            page = self.store.read_stamps(ids)
             yield from (item for item, stamp in zip(page.ids, page.stamps, strict=True) if stamp == self.stamp)
             after = ids[-1]
 
@@ -151,8 +150,7 @@ class Restore:
         while ids := list(itertools.islice(remaining, PAGE)):
             if self._old_encoder is None:
                 self._old_encoder = self.project.old_encoder()
-            page = self.store.read(ids, vectors=False, payload=True)
-            assert page.payloads is not None
+            page = self.store.read_payloads(ids)
             images = self.project.images()
             embedded = embed(
                 images,

@@ -169,7 +169,7 @@ def take_back(
 def _any_missing(store: Store, items: Sequence[ItemId]) -> bool:
     """Whether one of these items is not there; the application may have brought some back itself."""
     parts = (items[start : start + ITEMS] for start in range(0, len(items), ITEMS))
-    return any(len(store.read(part, vectors=False, payload=False)) < len(part) for part in parts)
+    return any(len(store.read_stamps(part)) < len(part) for part in parts)
 
 
 def _dual_writes(project: Project, migration: Migration, route: Route) -> Route:
@@ -235,11 +235,10 @@ class _BackSync:
     def _re_encode(self, page: Page, rows: list[int]) -> None:
         if not rows:
             return
-        assert page.payloads is not None
         ids, payloads = [page.ids[row] for row in rows], [page.payloads[row] for row in rows]
         further = None if page.further is None else [page.further[row] for row in rows]
         if self.project.old_is_stored:
-            self._bring_payloads(Page(ids, None, payloads, [None] * len(ids), further))
+            self._bring_payloads(Page(ids, page.vectors[rows], payloads, [None] * len(ids), further))
             return
         if self._old is None:
             self._old = self.project.old_encoder()
@@ -268,11 +267,8 @@ class _BackSync:
 
     def _bring_payloads(self, page: Page) -> None:
         """Without an old model: items keep the old vector that the source has, those it has none of are named."""
-        assert page.payloads is not None
         place = {item: row for row, item in enumerate(page.ids)}
         there = read_whole(self.source, page.ids)
-        assert there.vectors is not None
-        assert there.payloads is not None
         rows = [row for row, item in enumerate(there.ids) if not _same_beside_vector(there, row, page, place[item])]
         if rows:
             items = [there.ids[row] for row in rows]
@@ -291,8 +287,6 @@ class _BackSync:
 
 def _same_beside_vector(one: Page, row: int, other: Page, place: int) -> bool:
     """Whether two items have the same payload and the same further vectors."""
-    assert one.payloads is not None
-    assert other.payloads is not None
     if not same_value(one.payloads[row], other.payloads[place]):
         return False
     return (

@@ -334,7 +334,7 @@ class CutoverInPlace(Cutover):
         with self.project.store() as store:
             total, stamped = store.count(), store.count(stamp=self.stamp)
             _check_all_stamped(self.name, total, stamped, self.failures)
-            page = store.read(store.sample(READ_BACK, seed=self.route.epoch), vectors=True, payload=False)
+            page = store.read_vectors(store.sample(READ_BACK, seed=self.route.epoch))
         missing = sum(found != self.stamp for found in page.stamps)
         if missing > self.failures:
             raise PreconditionFailed(

@@ -143,9 +143,7 @@ def _served(project: Project, migration: Migration) -> Iterator[Store]:
 def _read_back(
     project: Project, migration: Migration, store: Store, encoder: Encoder, written: Sequence[ItemId]
 ) -> tuple[dict[str, Any], str, list[str]]:
-    page = store.read(written, vectors=True, payload=True)
-    assert page.vectors is not None
-    assert page.payloads is not None
+    page = store.read(written)
     # What the application has written since bears no stamp, and is its own. A shadow's copies never bear one.
     own = [
         row

@@ -479,8 +479,7 @@ def _stored_gallery(store: Store, query_set: QuerySet) -> tuple[NDArray[np.int64
     """Which of the gallery's items are still there, as ascending positions (n,), and their vectors (n, dim): of unit
     length where the store compares directions, whatever length they have there."""
     where = {item: at for at, item in enumerate(query_set.gallery)}
-    page = store.read(query_set.gallery, vectors=True, payload=False)
-    assert page.vectors is not None
+    page = store.read_vectors(query_set.gallery)
     if not len(page):
         raise PreconditionFailed(
             "none of the gallery's items is left in the collection: draw a new query set with --resample-queries"
@@ -497,8 +496,7 @@ def _with_own_vectors(
     Today's search is then a search for items like an item. Raises `PreconditionFailed` where no query is an item.
     """
     own = [item for item in query_set.own if item is not None]
-    page = store.read(list(dict.fromkeys(own)), vectors=True, payload=False)
-    assert page.vectors is not None
+    page = store.read_vectors(list(dict.fromkeys(own)))
     row_of = {item: row for row, item in enumerate(page.ids)}
     vectors = np.zeros((len(query_set.paths), page.vectors.shape[1] or store.describe().dim), np.float32)
     for row, item in enumerate(query_set.own):

@@ -52,7 +52,7 @@ def forward(store: Store, _: np.ndarray, progress: Callable[[str], None]) -> Non
 
 def back(store: Store, old: np.ndarray, progress: Callable[[str], None]) -> None:
     """The rollback: what has a stamp gets its old vector, in another order than it came."""
-    stamps = store.read(IDS, vectors=False, payload=False).stamps
+    stamps = store.read_stamps(IDS).stamps
     ids = [item for item, stamp in zip(IDS, stamps, strict=True) if stamp == STAMP][::-1]
     for number, start in enumerate(range(0, len(ids), CHUNK)):
         some = ids[start : start + CHUNK]
@@ -174,8 +174,7 @@ class Scene:
         assert self.gallery.items_file.read_bytes() == self.items
         self.is_new(self.vectors())
         with closing(self.gallery.open(write=False)) as store:
-            page = store.read(IDS, vectors=True, payload=False)
-            assert page.vectors is not None
+            page = store.read_vectors(IDS)
             stamped = np.array([stamp == STAMP for stamp in page.stamps])
             np.testing.assert_array_equal(self.is_new(page.vectors), stamped)
             assert store.count(stamp=STAMP) == stamped.sum()

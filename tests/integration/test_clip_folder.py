@@ -154,7 +154,7 @@ def test_finished_in_place(clip: ClipFolder, migrator: Migrator, capsys: pytest.
     with Project.open(clip.world.config) as project, project.store() as store:
         assert not store.capabilities.exact_vectors
         assert "not used" in " ".join(store.capabilities.notes)
-        read = store.read(range(N), vectors=True, payload=False).vectors
+        read = store.read_vectors(range(N)).vectors
         assert read is not None
         np.testing.assert_array_equal(read, faiss.read_index(str(clip.index_file)).reconstruct_n(0, N))
     assert_holds(clip.index_file, new, "PQ8x4np")
@@ -241,8 +241,8 @@ def test_what_changed_in_the_shadow_is_brought_back_whole(clip: ClipFolder, migr
     assert clip.files().keys() == before.keys()
     with Project.open(clip.world.config) as project, project.store() as store:
         assert store.count() == N
-        page = store.read([N, 100], vectors=False, payload=True)
-        assert [payload["caption"] for payload in page.payloads or ()] == [after["caption"][3], "changed"]
+        page = store.read_payloads([N, 100])
+        assert [payload["caption"] for payload in page.payloads] == [after["caption"][3], "changed"]
 
 
 def test_two_indexes_in_one_folder_are_two_collections(clip: ClipFolder, migrator: Migrator) -> None:

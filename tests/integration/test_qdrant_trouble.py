@@ -96,7 +96,7 @@ def test_in_place_there_and_back_through_trouble(migrated: Migrated) -> None:
     assert all(after[item].near(before[item].vector) for item in set(before) - {2, 3})
     assert all(after[item].payload == before[item].payload for item in set(before) - {2, 3})
     with kind.opened() as store:
-        assert not any(store.read(list(after), vectors=False, payload=False).stamps)
+        assert not any(store.read_stamps(list(after)).stamps)
         assert STAMP not in migrated.front.qdrant.collection("toys").payload_schema
 
 

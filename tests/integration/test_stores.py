@@ -78,7 +78,7 @@ def in_place_there_and_back(kind: Kind, migrator: Call) -> None:
     untouched = set(before) - {2, 3}
     assert all(after[item] == before[item] or after[item].near(before[item].vector) for item in untouched)
     with kind.opened() as store:
-        assert not any(store.read(list(after), vectors=False, payload=False).stamps)
+        assert not any(store.read_stamps(list(after)).stamps)
 
 
 def prepared_shadow(world: World, migrator: Call) -> str:

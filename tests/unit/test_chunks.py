@@ -47,8 +47,10 @@ class Ids:
     def scan(self, *, after: ItemId | None, up_to: ItemId | None = None, limit: int) -> Page:
         return self._items(self.scan_ids(after=after, up_to=up_to, limit=limit))
 
-    def read(self, ids: Sequence[ItemId], *, vectors: bool, payload: bool) -> Page:
+    def read(self, ids: Sequence[ItemId]) -> Page:
         return self._items([item for item in ids if item in self.stamps])
+
+    read_vectors = read_payloads = read_stamps = read
 
     def _items(self, ids: list[ItemId]) -> Page:
         stamps = [STAMP if self.stamps[item] else None for item in ids]

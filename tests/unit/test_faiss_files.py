@@ -99,8 +99,8 @@ def test_files_are_read_in_the_order_of_their_names(files: Files, names: list[st
     before = files.content()
     with closing(files.open()) as store:
         assert store.scan_ids(after=None, limit=N) == list(range(N))
-        page = store.read(range(N), vectors=True, payload=True)
-        assert [payload["image_path"] for payload in page.payloads or ()] == [f"{row}.png" for row in range(N)]
+        page = store.read(range(N))
+        assert [payload["image_path"] for payload in page.payloads] == [f"{row}.png" for row in range(N)]
     assert files.content() == before, "reading leaves nothing behind"
 
 
@@ -112,8 +112,8 @@ def test_a_list_gives_another_order(files: Files) -> None:
     }
     assert "or in another order" in files.refusal()
     with closing(files.open(items=where["metadata"], vectors=where["img_emb"])) as store:
-        page = store.read([7, 40], vectors=False, payload=True)
-        assert [payload["n"] for payload in page.payloads or ()] == [7, 40]
+        page = store.read_payloads([7, 40])
+        assert [payload["n"] for payload in page.payloads] == [7, 40]
 
 
 def test_today_s_names_are_today_s_folder(tmp_path: Path) -> None:
@@ -140,7 +140,7 @@ def test_links_to_files_are_followed_and_kept(tmp_path: Path) -> None:
     (folder / "items.parquet").symlink_to("../v7/seven.parquet")
     before = (real / "seven.index").read_bytes()
     with closing(open_store({"kind": "faiss", "path": str(folder)}, write=True)) as store:
-        old = store.read(range(N), vectors=True, payload=False).vectors
+        old = store.read_vectors(range(N)).vectors
         store.write_vectors(range(N), vectors(seed=1), "new")
         store.publish(final=True)
         np.testing.assert_array_equal(faiss.read_index(str(real / "seven.index")).reconstruct_n(0, N), vectors(seed=1))
@@ -175,7 +175,7 @@ def test_a_link_that_leads_to_another_disk(tmp_path: Path, monkeypatch: pytest.M
     with closing(open_store({"kind": "faiss", "path": str(folder)}, write=True)) as store:
         store.write_vectors([3], vectors(1, seed=1), "new")
         store.publish()
-        payload = store.read([5], vectors=True, payload=True)
+        payload = store.read([5])
         store.insert(Page([5], payload.vectors, [{"path": "other.png"}], [None]))
         store.publish(final=True)
     index = faiss.read_index(str(real / "seven.index"))
@@ -326,9 +326,7 @@ def test_ids_of_two_files_are_one_set(files: Files) -> None:
     assert re.search(r"metadata_2.* has strings in its column `id`, .*metadata_0.* has integers", files.refusal())
     put(2, [1000 - row for row in PARTS[2]])
     with closing(files.open()) as store:
-        page = store.read([1000 - 55], vectors=True, payload=True)
-        assert page.payloads is not None
-        assert page.vectors is not None
+        page = store.read([1000 - 55])
         assert page.payloads[0]["n"] == 55
         np.testing.assert_array_equal(page.vectors[0], vectors().astype(np.float16)[55])
 
@@ -347,14 +345,14 @@ def test_old_vectors_are_read_exactly(files: Files, factory: str, dtype: Any) ->
     before = files.content()
     with closing(files.open(write=True)) as store:
         assert store.capabilities.exact_vectors
-        page = store.read(range(N), vectors=True, payload=False)
+        page = store.read_vectors(range(N))
         np.testing.assert_array_equal(page.vectors, exact)
         store.write_vectors(range(40), vectors(seed=1)[:40], "new")
-        mixed = store.read(range(N), vectors=True, payload=False).vectors
+        mixed = store.read_vectors(range(N)).vectors
         np.testing.assert_array_equal(mixed, np.concatenate([vectors(seed=1)[:40], exact[40:]]))
         assert store.capabilities.exact_vectors
         store.publish(final=True)
-        after = store.read(range(N), vectors=True, payload=False).vectors
+        after = store.read_vectors(range(N)).vectors
         assert after is not None
         np.testing.assert_array_equal(after[40:], exact[40:])
         published = store.capabilities
@@ -373,7 +371,7 @@ def test_after_a_migration_the_files_of_vectors_are_outdated(files: Files, facto
         store.write_vectors(range(N), vectors(seed=1), "new")
         store.publish(final=True)
         store.clear_migration_state()
-        found = store.read(range(N), vectors=True, payload=False).vectors
+        found = store.read_vectors(range(N)).vectors
         assert found is not None
         np.testing.assert_allclose(found, vectors(seed=1), atol=0.01)
     with closing(files.open()) as store:
@@ -383,7 +381,7 @@ def test_after_a_migration_the_files_of_vectors_are_outdated(files: Files, facto
         np.save(files.path / "img_emb" / f"img_emb_{part}.npy", vectors(seed=1)[list(rows)])
     with closing(files.open()) as store:
         assert store.capabilities.exact_vectors, "new files of vectors are used"
-        np.testing.assert_array_equal(store.read(range(N), vectors=True, payload=False).vectors, vectors(seed=1))
+        np.testing.assert_array_equal(store.read_vectors(range(N)).vectors, vectors(seed=1))
 
 
 def test_a_part_taken_back_is_rebuilt_from_the_exact_vectors(files: Files) -> None:
@@ -405,7 +403,7 @@ def test_what_the_application_writes_into_the_index_meanwhile_is_seen(files: Fil
     newer = vectors().astype(np.float16).astype(np.float32)
     newer[5] = vectors(seed=3)[5]
     with closing(files.open(write=True)) as store:
-        page = store.read([4, 5], vectors=True, payload=True)
+        page = store.read([4, 5])
         files.put_index(built("SQ8", newer))
         report = store.write_vectors([4, 5], vectors(2, seed=1), "new", expected=page)
         assert (list(report.written), list(report.changed)) == ([4], [5])
@@ -497,12 +495,12 @@ def test_payloads_survive_a_shadow_exactly(odd: Path) -> None:
             new = np.ones((N, 8), np.float32)
             for start in range(0, N, 20):
                 ids = list(range(start, min(start + 20, N)))
-                page = source.read(ids, vectors=True, payload=True)
+                page = source.read(ids)
                 target.insert(Page(ids, new[ids], page.payloads, ["new"] * len(ids)))
-            again = target.read(range(N), vectors=False, payload=True)
+            again = target.read_payloads(range(N))
             target.publish(final=True)
-            once_more = target.read(range(N), vectors=False, payload=True)
-        want = source.read(range(N), vectors=False, payload=True)
+            once_more = target.read_payloads(range(N))
+        want = source.read_payloads(range(N))
     assert repr(want.payloads) == repr(again.payloads) == repr(once_more.payloads)
     found, expected = as_read(Path(f"{odd}__shadow")), as_read(odd)
     assert found.schema.equals(expected.schema, check_metadata=True)
@@ -513,7 +511,7 @@ def test_payloads_survive_a_shadow_exactly(odd: Path) -> None:
 def test_payloads_survive_a_rewrite_exactly(odd: Path) -> None:
     before = as_read(odd)
     with closing(open_store({"kind": "faiss", "path": str(odd)}, write=True)) as store:
-        page = store.read([9], vectors=True, payload=True)
+        page = store.read([9])
         assert not store.insert(Page([7], page.vectors, page.payloads, [None])).rejected
         store.delete([0])
         store.publish(final=True)
@@ -531,8 +529,7 @@ def test_payloads_survive_a_rewrite_exactly(odd: Path) -> None:
 
 def test_payload_values_are_usable(odd: Path) -> None:
     with closing(open_store({"kind": "faiss", "path": str(odd)}, write=False)) as store:
-        page = store.read([0, 5], vectors=False, payload=True)
-    assert page.payloads is not None
+        page = store.read_payloads([0, 5])
     first, other = page.payloads
     assert first["stamp"] == "2024-05-18 02:40:00.000000001"
     assert other["took"] == "5005"
@@ -545,7 +542,7 @@ def test_payload_values_are_usable(odd: Path) -> None:
 
 def test_not_a_number_is_no_change(odd: Path) -> None:
     with closing(open_store({"kind": "faiss", "path": str(odd)}, write=True)) as store:
-        page = store.read(range(8), vectors=True, payload=True)
+        page = store.read(range(8))
         pq.write_table(as_read(odd), odd / "new")
         (odd / "new").replace(odd / "items.parquet")
         report = store.write_vectors(range(8), vectors(8, seed=1), "new", expected=page)
@@ -553,7 +550,7 @@ def test_not_a_number_is_no_change(odd: Path) -> None:
         table = as_read(odd)
         names = table.schema.names
         changed = table.set_column(names.index("nan"), table.schema.field("nan"), pa.array([2.0] * N))
-        page = store.read(range(8), vectors=True, payload=True)
+        page = store.read(range(8))
         pq.write_table(changed, odd / "new")
         (odd / "new").replace(odd / "items.parquet")
         report = store.write_vectors(range(8), vectors(8, seed=2), "next", expected=page)
@@ -582,16 +579,14 @@ def test_only_files_that_hold_a_change_are_written(files: Files) -> None:
     (files.path / "metadata" / "metadata_1.parquet").chmod(0o640)
     before = files.content()
     with closing(files.open(write=True)) as store:
-        page = store.read([40], vectors=True, payload=True)
         store.insert(Page([40], vectors(1, seed=5), [{"image_path": "other.png", "n": 40}], [None]))
         store.publish(final=True)
-        again = store.read([40, 41], vectors=True, payload=True)
+        again = store.read([40, 41])
     after = {name: data for name, data in files.content().items() if ".migrator" not in name}
     assert {name for name in before if after[name] != before[name]} == {
         "image.index", "metadata/metadata_1.parquet", "img_emb/img_emb_1.npy",
     }  # fmt: skip
     assert after.keys() == before.keys()
-    assert page.payloads is not None
     assert again.payloads is not None
     assert [payload["image_path"] for payload in again.payloads] == ["other.png", "41.png"]
     written = pq.read_metadata(files.path / "metadata" / "metadata_1.parquet")
@@ -607,14 +602,14 @@ def test_only_files_that_hold_a_change_are_written(files: Files) -> None:
 def test_a_column_of_ids_comes_when_rows_go(files: Files) -> None:
     files.write()
     with closing(files.open(write=True)) as store:
-        page = store.read([3], vectors=True, payload=True)
+        page = store.read([3])
         store.delete([10, 63])
         store.insert(Page([100], page.vectors, page.payloads, [None]))
         store.publish(final=True)
         ids = [row for row in range(N) if row not in (10, 63)] + [100]
         assert store.scan_ids(after=None, limit=200) == ids
-        found = store.read([100, 11], vectors=True, payload=True)
-        assert [payload["n"] for payload in found.payloads or ()] == [3, 11]
+        found = store.read([100, 11])
+        assert [payload["n"] for payload in found.payloads] == [3, 11]
     tables = [pd.read_parquet(file) for file in sorted((files.path / "metadata").iterdir())]
     assert [len(table) for table in tables] == [29, 20, 14]
     assert pd.concat(tables)["id"].tolist() == ids
@@ -627,7 +622,7 @@ def test_a_column_of_ids_comes_when_rows_go(files: Files) -> None:
 def test_rows_at_the_end_need_no_column_of_ids(files: Files) -> None:
     files.write()
     with closing(files.open(write=True)) as store:
-        page = store.read([3], vectors=True, payload=True)
+        page = store.read([3])
         store.insert(Page([N], page.vectors, page.payloads, [None]))
         store.publish(final=True)
         assert store.scan_ids(after=N - 2, limit=9) == [N - 1, N]
@@ -645,9 +640,8 @@ def test_files_whose_columns_differ(files: Files) -> None:
     put(2, caption=pa.array(["y"] * 14).dictionary_encode())
     before = files.content()
     with closing(files.open(write=True)) as store:
-        page = store.read([0, 30, 50], vectors=True, payload=True)
-        assert page.vectors is not None
-        assert [dict(payload) for payload in page.payloads or ()] == [
+        page = store.read([0, 30, 50])
+        assert [dict(payload) for payload in page.payloads] == [
             {"n": 0, "caption": None, "size": 0.0},
             {"n": 30, "caption": "x", "size": 0.5},
             {"n": 50, "caption": "y", "size": None},
@@ -684,7 +678,7 @@ def test_a_killed_replacement_is_completed(files: Files, monkeypatch: pytest.Mon
     assert {name: files.content()[name] for name in before} == before
     with closing(files.open()) as reader:
         assert reader.count() == N - 1
-        payloads = reader.read([41], vectors=False, payload=True).payloads
+        payloads = reader.read_payloads([41]).payloads
         assert payloads is not None
         assert payloads[0]["n"] == 41
     with closing(files.open(write=True)) as store:

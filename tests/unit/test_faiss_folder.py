@@ -184,7 +184,7 @@ def test_settings_that_are_none(config: dict[str, Any]) -> None:
 def test_reading_leaves_the_folder_untouched(folder: Path) -> None:
     before = content(folder)
     with closing(open_folder(folder)) as store:
-        store.read([1, 2], vectors=True, payload=True)
+        store.read([1, 2])
         store.search(vectors(1), 3)
         assert set(store.describe().schema) == {"path"}, "the folder's name is no column"
     assert content(folder) == before
@@ -220,7 +220,7 @@ def test_ids_in_every_dress(folder: Path, ids: pa.Array) -> None:
         assert store.scan_ids(after=None, limit=N) == expected
         store.write_vectors(expected, vectors(seed=1), "new")
         store.publish()
-        np.testing.assert_array_equal(store.read(expected, vectors=True, payload=False).vectors, vectors(seed=1))
+        np.testing.assert_array_equal(store.read_vectors(expected).vectors, vectors(seed=1))
 
 
 def test_payloads_are_plain_python(folder: Path) -> None:
@@ -236,8 +236,7 @@ def test_payloads_are_plain_python(folder: Path) -> None:
         nothing=pa.nulls(N),
     )
     with closing(open_folder(folder)) as store:
-        page = store.read([3], vectors=False, payload=True)
-        assert page.payloads is not None
+        page = store.read_payloads([3])
         payload = dict(page.payloads[0])
         assert payload.pop("late") == "2024-05-18 02:40:00.000000001", "Python's times end at microseconds"
         assert payload == {"name": "Ärger", "tags": ["a", None], "box": {"x": 1}, "seen": moment, "nothing": None}
@@ -456,7 +455,7 @@ def test_a_reader_who_met_a_publication_looks_again(folder: Path, monkeypatch: p
         monkeypatch.setattr(Folder, "stamp_files", publish_first)
         with closing(open_folder(folder)) as reader:
             assert reader.count(stamp="new") == N
-            np.testing.assert_array_equal(reader.read(range(N), vectors=True, payload=False).vectors, vectors(seed=1))
+            np.testing.assert_array_equal(reader.read_vectors(range(N)).vectors, vectors(seed=1))
 
 
 @pytest.mark.parametrize("factory", ["Flat", "IVF2,Flat"])
@@ -480,8 +479,7 @@ def test_readers_see_whole_generations_while_others_are_published(folder: Path, 
 
     def ours() -> None:
         with closing(open_folder(folder)) as store:
-            page = store.read(range(N), vectors=True, payload=False)
-            assert page.vectors is not None
+            page = store.read_vectors(range(N))
             version = one(page.vectors)
             assert set(page.stamps) == {f"v{version:g}" if version else None}
             seen.add(version)
@@ -523,7 +521,7 @@ def test_a_rollback_publishes_the_very_file(folder: Path, factory: str) -> None:
     before = (folder / "index.faiss").read_bytes()
     for _ in range(2):  # a second migration may follow the first that was taken back
         with closing(open_folder(folder, write=True)) as store:
-            old = store.read(range(N), vectors=True, payload=False).vectors
+            old = store.read_vectors(range(N)).vectors
             assert old is not None
             for rows in (range(25), range(25, 38)):  # two are never written
                 store.write_vectors(rows, vectors(seed=1)[rows], "new")

@@ -34,7 +34,7 @@ class Items:
         rest = [item for item in self.items if after is None or order_key(item) > order_key(after)]
         return self._page(rest[:limit])
 
-    def read(self, ids: list[ItemId], *, vectors: bool, payload: bool) -> Page:
+    def read_vectors(self, ids: list[ItemId]) -> Page:
         return self._page(ids)
 
     def sample(self, n: int, *, seed: int) -> list[ItemId]:

@@ -20,7 +20,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from migrator.adapters.base import ItemId, Page, Store, order_key
+from migrator.adapters.base import ItemId, PayloadPage, StampPage, Store, order_key
 from migrator.config import find_migration, load_config
 from migrator.errors import ConfigError, MigratorError, PreconditionFailed
 from migrator.labels import label_of
@@ -54,11 +54,14 @@ class Shelf:
         ids = list(self.items)
         return [ids[row] for row in np.random.default_rng(seed).permutation(len(ids))[:n]]
 
-    def read(self, ids: Sequence[ItemId], *, vectors: bool, payload: bool) -> Page:
-        assert not vectors
+    def read_payloads(self, ids: Sequence[ItemId]) -> PayloadPage:
         self.asked.append(len(ids))
         found = [item for item in ids if item in self.items]
-        return Page(found, None, [self.items[item] for item in found] if payload else None, [None] * len(found))
+        return PayloadPage(found, [self.items[item] for item in found], [None] * len(found))
+
+    def read_stamps(self, ids: Sequence[ItemId]) -> StampPage:
+        page = self.read_payloads(ids)
+        return StampPage(page.ids, page.stamps)
 
 
 def shelf(per_class: Mapping[str, int]) -> dict[ItemId, dict[str, Any]]:

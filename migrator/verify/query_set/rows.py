@@ -77,5 +77,9 @@ class Queries:
 def pages(store: Store, ids: Sequence[ItemId], *, payload: bool) -> Iterator[list[tuple[ItemId, Payload]]]:
     """Id and payload of these items, page by page; the payload is empty unless `payload`."""
     for start in range(0, len(ids), PAGE):
-        page = store.read(ids[start : start + PAGE], vectors=False, payload=payload)
-        yield list(zip(page.ids, page.payloads if page.payloads is not None else [{}] * len(page), strict=True))
+        some = ids[start : start + PAGE]
+        if payload:
+            page = store.read_payloads(some)
+            yield list(zip(page.ids, page.payloads, strict=True))
+        else:
+            yield [(item, {}) for item in store.read_stamps(some).ids]

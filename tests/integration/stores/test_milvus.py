@@ -215,8 +215,6 @@ def test_in_lite_only_what_others_may_have_changed_is_asked_again(
 
 
 def _part(page: Page, end: int, first: int = 0) -> Page:
-    assert page.vectors is not None
-    assert page.payloads is not None
     here = slice(first, end)
     return Page(page.ids[here], page.vectors[here], page.payloads[here], page.stamps[here])
 

@@ -309,7 +309,7 @@ def assert_rows_stay_in_their_partitions(client: MilvusClient, uri: str) -> None
     ]
     with closing(open_store({"kind": "milvus", "uri": uri, "collection": "parted"}, write=True)) as store:
         page = store.scan(after=None, limit=10)
-        assert [dict(payload) for payload in page.payloads or ()] == payloads
+        assert [dict(payload) for payload in page.payloads] == payloads
         report = store.write_vectors(page.ids, unit_vectors(6, seed=1), "new", expected=page)
         assert list(report.written) == list(range(6))
         assert (lie_in("parted"), store.count(), store.describe().count) == (places, 6, 6)
@@ -318,7 +318,7 @@ def assert_rows_stay_in_their_partitions(client: MilvusClient, uri: str) -> None
             with closing(store.create_like("parted_copy", dim=DIM)) as copy:
                 assert list(copy.insert(page).written) == list(range(6))
                 assert lie_in("parted_copy") == places
-                assert [dict(payload) for payload in copy.scan(after=None, limit=10).payloads or ()] == payloads
+                assert [dict(payload) for payload in copy.scan(after=None, limit=10).payloads] == payloads
 
 
 # -- a server that is not there, or not well ----------------------------------------------------------------------
@@ -356,7 +356,7 @@ def on_the_line(line: Line) -> dict[str, Any]:
 REQUESTS: dict[str, Callable[[Store], object]] = {
     "describe": lambda store: store.describe(),
     "scan": lambda store: store.scan(after=None, limit=3),
-    "read": lambda store: store.read([1, 2], vectors=True, payload=True),
+    "read": lambda store: store.read([1, 2]),
     "count": lambda store: store.count(),
     "write": lambda store: store.write_vectors([1, 2], unit_vectors(2, seed=9), "lost"),
     "insert": lambda store: store.insert(Page([7], unit_vectors(1), payloads_of([7]), [None])),
@@ -541,7 +541,7 @@ def test_on_a_server_rows_too_large_for_one_message(server: MilvusServer, server
     with closing(open_store(config, write=True)) as store:
         page = store.scan(after=None, limit=items)
         assert list(page.ids) == list(range(items))
-        assert len(store.read(page.ids, vectors=True, payload=True)) == items
+        assert len(store.read(page.ids)) == items
         assert len(store.write_vectors(page.ids, unit_vectors(items), "new", expected=page).written) == items
         with closing(store.create_like("large_copy", dim=DIM)) as copy:
             assert len(copy.insert(page).written) == items

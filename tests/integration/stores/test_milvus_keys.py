@@ -139,7 +139,6 @@ def keeps_keys(client: MilvusClient, uri: str) -> None:
     with opened(uri, auto_id_in_shadow="keep_keys") as store, closing(store.create_like("images_b", dim=4)) as copy:
         assert copy.capabilities.in_place_refusal is None
         page = new_page(store, 4)
-        assert page.vectors is not None
         for _ in range(2):
             assert sorted(copy.insert(page).written) == sorted(keys)
         assert lies(client, "images_b") == {
@@ -473,7 +472,7 @@ def vectors_of_any_length(client: MilvusClient, uri: str) -> None:
     """COSINE: read and written as they are, scores by direction alone."""
     keys, vectors = make(client, "odd", rows=6)
     with opened(uri, "odd", write=False) as store:
-        np.testing.assert_array_equal(store.read(keys, vectors=True, payload=False).vectors, vectors)
+        np.testing.assert_array_equal(store.read_vectors(keys).vectors, vectors)
         for exact in (False, True):
             hits = store.search(vectors[:2] * 7, 1, exact=exact)
             assert [ids[0] for ids in hits.ids] == keys[:2]

@@ -328,7 +328,7 @@ def test_a_payload_that_cannot_be_stored_is_that_items_problem(path: Path) -> No
         report = store.insert(_page([30, 31, 32, 33], payloads))
         assert (list(report.written), set(report.rejected)) == ([30, 33], {31, 32})
         assert all("\n" not in reason for reason in report.rejected.values())
-        assert list(store.read([30, 31, 32, 33], vectors=False, payload=True).payloads or ()) == payloads[::3]
+        assert list(store.read_payloads([30, 31, 32, 33]).payloads) == payloads[::3]
         assert set(store.insert(_page([-1, "x"], [{}, {}])).rejected) == {-1, "x"}
 
 
@@ -346,7 +346,7 @@ def test_payloads_go_through_a_write_as_they_are(path: Path) -> None:
     with closing(opened(path)) as store:
         for stamp in ("new", "newer", None):
             store.write_vectors([1], unit_vectors(1, seed=2), stamp)
-            (found,) = store.read([1], vectors=False, payload=True).payloads or ()
+            (found,) = store.read_payloads([1]).payloads
             assert repr(found) == repr(payload)
     with closing(edge.EdgeShard.load(str(path / "products_v1"))) as shard:
         assert repr(shard.retrieve([1], True, False)[0].payload) == repr(payload)
@@ -357,7 +357,7 @@ def test_a_page_that_knows_less_is_a_change(path: Path) -> None:
     odd = np.full((1, DIM), np.nan, np.float32)
     Points(Folder(path), "products_v1", "").insert([4], odd, payloads_of(IDS)[4:5])
     with closing(opened(path)) as store:
-        page = store.read([3, 4], vectors=True, payload=True)
+        page = store.read([3, 4])
         report = store.write_vectors([3, 4, 5], unit_vectors(3, seed=1), "new", expected=page)
         assert (list(report.written), list(report.changed)) == ([3, 4], [5])
 
@@ -469,7 +469,7 @@ def test_an_unnamed_vector_beside_sparse_ones(tmp_path: Path, further: bool) -> 
         shard.update(edge.UpdateOperation.upsert_points([edge.Point(1, {"": unit_vectors(1)[0], **words})]))
     with closing(opened(tmp_path, "c")) as store:
         assert store.write_vectors([1], unit_vectors(1, seed=1), "s").written == [1]
-        np.testing.assert_array_equal(store.read([1], vectors=True, payload=False).vectors, unit_vectors(1, seed=1))
+        np.testing.assert_array_equal(store.read_vectors([1]).vectors, unit_vectors(1, seed=1))
     with closing(edge.EdgeShard.load(str(tmp_path / "c"))) as shard:
         (record,) = shard.retrieve([1], False, True)
     stored: Any = record.vector
@@ -695,11 +695,10 @@ def test_a_killed_writer_leaves_no_vector_with_another_ones_stamp(path: Path) ->
         with closing(opened(path)) as store:
             page = store.scan(after=None, limit=10**6)
         assert list(page.ids) == ids
-        assert list(page.payloads or ()) == payloads_of(ids)
+        assert list(page.payloads) == payloads_of(ids)
         turns = [int(stamp or 0) for stamp in page.stamps]
         vectors = {turn: unit_vectors(2000, seed=turn) for turn in set(turns)}
         expected = np.array([vectors[turn][row] for row, turn in enumerate(turns)])
-        assert page.vectors is not None
         np.testing.assert_allclose(page.vectors, expected, atol=1e-6)
         for start in holds:
             assert len(set(turns[start : start + 500])) == 1

@@ -88,14 +88,14 @@ def test_a_write_that_went_wrong_is_repaired_by_repeating_it(
     monkeypatch.setattr("migrator.retry._backoff", lambda state: 0.0)
     store = place.store
     for moment in place.moments():
-        page = store.read(IDS, vectors=True, payload=True)
+        page = store.read(IDS)
         place.client.delete("c", [3])
         place.upsert(5)
         with place.fault(what, skip=moment):
             report = with_retries(lambda: store.write_vectors(IDS, NEW, "new", expected=page), seconds=20)  # noqa: B023
         ours = [item for item in IDS if item not in (3, 5)]
         assert (list(report.written), list(report.deleted), list(report.changed)) == (ours, [3], [5]), moment
-        found = store.read([4, 5], vectors=True, payload=True)
+        found = store.read([4, 5])
         np.testing.assert_array_equal(found.vectors, [NEW[4], THEIRS[5]])
         assert list(found.stamps) == ["new", None]
 
@@ -108,13 +108,13 @@ def test_a_point_that_goes_during_the_write_or_is_refused(place: Place) -> None:
                 raise Refusal(400, "Wrong input: there is something about this point")
 
     store = place.store
-    page = store.read(IDS, vectors=True, payload=True)
+    page = store.read(IDS)
     place.front.before = meddle
     report = store.write_vectors(IDS, NEW, "new", expected=page)
     place.front.before = None
     assert (list(report.deleted), set(report.rejected), list(report.changed)) == ([3], {7}, [])
     assert list(report.written) == [item for item in IDS if item not in (3, 7)]
-    np.testing.assert_array_equal(store.read([7], vectors=True, payload=True).vectors, OLD[7:8])
+    np.testing.assert_array_equal(store.read([7]).vectors, OLD[7:8])
 
 
 def test_a_vector_that_is_not_finite_is_refused(place: Place) -> None:

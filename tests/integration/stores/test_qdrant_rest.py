@@ -262,7 +262,7 @@ def test_a_write_that_went_wrong_is_repaired_by_repeating_it(
     place = any_place
     for moment in place.moments():
         store = place.store
-        page = store.read(IDS, vectors=True, payload=True)
+        page = store.read(IDS)
         place.client.delete("c", [3])
         place.upsert(5)
         with place.fault(what, skip=moment, **how):
@@ -270,11 +270,10 @@ def test_a_write_that_went_wrong_is_repaired_by_repeating_it(
         ours = [item for item in IDS if item not in (3, 5)]
         assert (list(report.written), list(report.deleted), list(report.changed)) == (ours, [3], [5]), moment
         assert dict(report.rejected) == {}
-        found = store.read(IDS, vectors=True, payload=True)
+        found = store.read(IDS)
         assert list(found.ids) == [item for item in IDS if item != 3]
-        assert found.vectors is not None
         for item, vector, payload, its in zip(
-            cast(Sequence[int], found.ids), found.vectors, found.payloads or (), found.stamps, strict=True
+            cast(Sequence[int], found.ids), found.vectors, found.payloads, found.stamps, strict=True
         ):
             theirs = item == 5
             np.testing.assert_array_equal(vector, (THEIRS if theirs else NEW)[item])
@@ -290,7 +289,7 @@ def test_a_deed_that_went_wrong_is_repaired_by_repeating_it(place: Place, what: 
         Points(place.client, "other", "").create(models.Distance.DOT)
         store = place.store
         store.write_vectors(IDS[:5], NEW[:5], "new")
-        page = store.read(IDS, vectors=True, payload=True)
+        page = store.read(IDS)
 
         def act(store: Store = store, page: Page = page) -> Any:
             if deed == "insert":
@@ -306,7 +305,7 @@ def test_a_deed_that_went_wrong_is_repaired_by_repeating_it(place: Place, what: 
 
         with place.fault(what, skip=moment):
             result = with_retries(act, seconds=20)
-        now = store.read(IDS, vectors=True, payload=False)
+        now = store.read_vectors(IDS)
         if deed == "insert":
             assert (list(result), set(now.stamps)) == (IDS, {"new"})
             np.testing.assert_array_equal(now.vectors, NEW)
@@ -328,11 +327,10 @@ def test_a_write_that_is_not_repeated_leaves_no_stamp_that_lies(any_place: Place
     for what in ("drop", "drop_after", "half", "torn"):
         for moment in place.moments():
             store = place.store
-            page = store.read(IDS, vectors=True, payload=True)
+            page = store.read(IDS)
             with place.fault(what, skip=moment), contextlib.suppress(StoreUnavailable):
                 store.write_vectors(IDS, NEW, "new", expected=page)
-            found = store.read(IDS, vectors=True, payload=True)
-            assert found.vectors is not None
+            found = store.read(IDS)
             for item, vector, stamp in zip(cast(Sequence[int], found.ids), found.vectors, found.stamps, strict=True):
                 if stamp == "new":
                     np.testing.assert_array_equal(vector, NEW[item])
@@ -383,7 +381,7 @@ def test_a_point_that_is_refused_does_not_stop_the_others(place: Place, deed: st
 
     store = place.store
     assert isinstance(store, QdrantStore)
-    page = store.read(IDS, vectors=True, payload=True)
+    page = store.read(IDS)
     store._index_stamps()
     place.front.before = refuse
     if deed == "write":
@@ -394,7 +392,7 @@ def test_a_point_that_is_refused_does_not_stop_the_others(place: Place, deed: st
     assert set(report.rejected) == {7, 12}
     assert all("something about this point" in one_line(Exception(why)) for why in report.rejected.values())
     assert list(report.written) == [item for item in IDS if item not in (7, 12)]
-    now = store.read([6, 7, 12], vectors=True, payload=True)
+    now = store.read([6, 7, 12])
     np.testing.assert_array_equal(now.vectors, [NEW[6], OLD[7], OLD[12]])
     assert list(now.stamps) == ["new", None, None]
 
@@ -434,14 +432,13 @@ def test_an_application_writes_between_two_requests(place: Place, what: str) -> 
                     place.client.set_payload("c", {"price": -7.0}, points=[2])
 
         store = place.store
-        page = store.read(IDS, vectors=True, payload=True)
+        page = store.read(IDS)
         place.front.before = interpose
         report = store.write_vectors(IDS, NEW, "new", expected=page)
         place.front.before = None
         assert sorted([*report.written, *report.deleted, *report.changed]) == IDS
         assert set(IDS) - {2} <= set(report.written)
-        found = store.read([2], vectors=True, payload=True)
-        assert found.payloads is not None
+        found = store.read([2])
         if not happened:
             assert list(found.stamps) == ["new"]
             assert moment > 4
@@ -568,13 +565,13 @@ def test_keys() -> None:
                 open_store({**settings, **({} if key is None else {"api_key": key})}, write=True)
             one_line(refusal.value)
         with closing(open_store({**settings, "api_key": "reader"}, write=True)) as store:
-            page = store.read(IDS, vectors=True, payload=True)
+            page = store.read(IDS)
             for act in (lambda: store.write_vectors(IDS, NEW, "new"), lambda: store.insert(page)):
                 before = len(front.requests)
                 with pytest.raises(StoreRejected, match="correct `api_key`"):
                     act()
                 assert len(front.requests) <= before + 1, "a refused batch is not halved where the key is refused"
-            np.testing.assert_array_equal(store.read(IDS, vectors=True, payload=True).vectors, OLD)
+            np.testing.assert_array_equal(store.read(IDS).vectors, OLD)
             assert any("http" in note for note in store.capabilities.notes)
         with closing(open_store({**settings, "api_key": "right"}, write=True)) as store:
             assert list(store.write_vectors(IDS, NEW, "new").written) == IDS
@@ -642,7 +639,7 @@ def test_an_answer_that_is_wrong(place: Place, spoil: Any, kind: type[Exception]
     if spoil is not fewer:
         acts.append(lambda: store.scan(after=None, limit=100))
     if spoil not in (no_longer_in_order, the_same_again, nothing_and_more):
-        acts.append(lambda: store.read(IDS, vectors=True, payload=True))
+        acts.append(lambda: store.read(IDS))
     for act in acts:
         place.front.fail("spoiled", times=10**6, path="points(/scroll)?$", spoil=spoil)
         with pytest.raises(kind, match=says) as refusal:
@@ -650,7 +647,7 @@ def test_an_answer_that_is_wrong(place: Place, spoil: Any, kind: type[Exception]
         one_line(refusal.value)
         place.front.heal()
     if spoil not in (no_longer_in_order, the_same_again, nothing_and_more):
-        page = store.read(IDS, vectors=True, payload=True)
+        page = store.read(IDS)
         place.front.fail("spoiled", times=10**6, path="points$", spoil=spoil)
         with pytest.raises(kind, match=says):
             store.write_vectors(IDS, NEW, "new", expected=page)
@@ -699,4 +696,4 @@ def test_one_server_for_several_processes(tmp_path: Path) -> None:
             assert list(store.write_vectors(IDS[:5], NEW[:5], "new").written) == IDS[:5]
     with qdrant_process(folder) as url, closing(open_store({**settings, "url": url}, write=True)) as store:
         assert (store.count(), store.count(stamp="new")) == (20, 5)
-        np.testing.assert_array_equal(store.read(IDS[:5], vectors=True, payload=False).vectors, NEW[:5])
+        np.testing.assert_array_equal(store.read_vectors(IDS[:5]).vectors, NEW[:5])

@@ -353,16 +353,16 @@ def test_further_vectors_are_carried_over_as_they_are(place: Place, name: str) -
     assert set(page.further[0]) == {"tokens", "words"}
     assert isinstance(page.further[0]["words"], Sparse)
     assert np.shape(page.further[7]["tokens"]) == (8, 2)
-    assert with_further(store, store.read([7, 99, 2], vectors=True, payload=True)).further is not None
+    assert with_further(store, store.read([7, 99, 2])).further is not None
     with closing(store.create_like("e", dim=DIM)) as shadow:
         assert list(shadow.insert(Page(IDS, NEW, page.payloads, [None] * 8, page.further)).written) == IDS
-        np.testing.assert_array_equal(shadow.read(IDS, vectors=True, payload=False).vectors, NEW)
-        assert with_further(shadow, shadow.read(IDS, vectors=True, payload=True)).further is not None
+        np.testing.assert_array_equal(shadow.read_vectors(IDS).vectors, NEW)
+        assert with_further(shadow, shadow.read(IDS)).further is not None
     assert retrieved(place.client, "e", name) == retrieved(place.client, "d", name)
     # And in place nothing but the one vector is touched.
     before = retrieved(place.client, "d", name)
     assert list(store.write_vectors(IDS, NEW, "new", expected=page).written) == IDS
-    np.testing.assert_array_equal(store.read(IDS, vectors=True, payload=False).vectors, NEW)
+    np.testing.assert_array_equal(store.read_vectors(IDS).vectors, NEW)
     assert list(store.write_vectors(IDS, OLD, None).written) == IDS
     assert retrieved(place.client, "d", name) == before
 
@@ -375,7 +375,7 @@ def test_an_unnamed_vector_beside_a_sparse_one(place: Place) -> None:
     place.client.upsert("d", points)
     store = place.open(vector=None)
     assert (store.count(), store.scan_ids(after=None, limit=9)) == (3, [1, 2, 3])
-    assert list(store.read([1, 3, 4], vectors=False, payload=False).ids) == [1, 3]
+    assert list(store.read_stamps([1, 3, 4]).ids) == [1, 3]
     page = with_further(store, store.scan(after=None, limit=9))
     np.testing.assert_array_equal(page.vectors, OLD[1:4])
     assert [sorted(further) for further in page.further or ()] == [["words"], ["words"], []]
@@ -411,7 +411,7 @@ def test_nan_in_a_payload_is_refused_where_it_would_be_lost(place: Place) -> Non
     if place.front is None:
         assert list(report.written) == IDS[:4]
         assert repr(place.client.retrieve("d", [1])[0].payload) == "{'a': nan}"
-        page = store.read(IDS[:4], vectors=True, payload=True)
+        page = store.read(IDS[:4])
         assert list(store.write_vectors(IDS[:4], NEW[:4], "new", expected=page).written) == IDS[:4]
         assert list(store.write_vectors(IDS[:4], NEW[:4], "new", expected=page).changed) == []
     else:
@@ -505,7 +505,7 @@ def test_further_vectors_and_settings_on_the_edge(edge: Path) -> None:
         for _ in range(2):
             with closing(store.create_like("e", dim=DIM)) as shadow:
                 assert list(shadow.insert(Page(IDS, NEW, page.payloads, [None] * 8, page.further)).written) == IDS
-                np.testing.assert_array_equal(shadow.read(IDS, vectors=True, payload=False).vectors, NEW)
+                np.testing.assert_array_equal(shadow.read_vectors(IDS).vectors, NEW)
         with closing(store.create_like("f", dim=8)) as shadow:
             assert shadow.describe().dim == 8
     assert held(edge / "e") == held(edge / "d")

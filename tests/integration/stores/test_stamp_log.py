@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from pymilvus import MilvusClient
 
-from migrator.adapters.base import ItemId, Page, Store, Vectors
-from migrator.adapters.testing import Make, StoreContract, payloads_of, unit_vectors
+from migrator.adapters.base import ItemId, Store, VectorPage, Vectors
+from migrator.adapters.testing import Make, StoreContract, unit_vectors
 from migrator.artifacts.files import LogFiles
 from migrator.artifacts.stamp_log import StampedStore, StampLog
 from migrator.errors import PreconditionFailed
@@ -120,10 +120,10 @@ def test_a_crash_before_the_write_leaves_the_item_unstamped(files: LogFiles) -> 
         def write_vectors(self, *_: object) -> None:
             raise KeyboardInterrupt
 
-        def read(self, ids: Sequence[ItemId], **_: object) -> Page:
-            return Page(ids, unit_vectors(len(ids)), payloads_of(ids), [None] * len(ids))
+        def read_vectors(self, ids: Sequence[ItemId]) -> VectorPage:
+            return VectorPage(ids, unit_vectors(len(ids)), [None] * len(ids))
 
     store = StampedStore(Dies(), StampLog(files))  # type: ignore[arg-type]
     with pytest.raises(KeyboardInterrupt):
         store.write_vectors([1, 2], np.float32(2) * unit_vectors(2, seed=1), "new")
-    assert list(store.read([1, 2], vectors=False, payload=False).stamps) == [None, None]
+    assert list(store.read_stamps([1, 2]).stamps) == [None, None]
