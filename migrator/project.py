@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from migrator.artifacts.copy_log import CopyLog
-from migrator.artifacts.files import ChunkFiles, LogFiles
+from migrator.artifacts.files import LogFiles
 from migrator.artifacts.stamp_log import StampedStore, StampLog
 from migrator.artifacts.undo_log import UndoLog
 from migrator.config import POST_HOC, Config, Encoder, find_migration, load_config
@@ -96,11 +96,11 @@ class Project:
 
     def undo_log(self, migration: Migration) -> UndoLog:
         """The undo log of a migration."""
-        return UndoLog(ChunkFiles(self.config.artifacts, self.name, "undo", migration.key))
+        return UndoLog(LogFiles(self.config.artifacts, self.name, "undo", migration.key))
 
     def copy_log(self, migration: Migration) -> CopyLog:
         """The copy log of a migration."""
-        return CopyLog(ChunkFiles(self.config.artifacts, self.name, "copy", migration.key))
+        return CopyLog(LogFiles(self.config.artifacts, self.name, "copy", migration.key))
 
     def stamp_log(self, migration: Migration) -> StampLog:
         """The stamp log of a migration whose store keeps no stamps."""

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from migrator.adapters.base import Capabilities, FurtherVectors, ItemId, Page, Payload, Sparse, Vectors
-from migrator.artifacts.files import ChunkFiles
+from migrator.artifacts.files import LogFiles, chunk_file
 
 if TYPE_CHECKING:
     from migrator.ledger import Chunk
@@ -91,16 +91,16 @@ def _digest(payload: Payload, vectors: bytes) -> int:
 class CopyLog:
     """The copy files of one migration."""
 
-    def __init__(self, files: ChunkFiles) -> None:
+    def __init__(self, files: LogFiles) -> None:
         self._files = files
 
     def record(self, chunk: Chunk, copies: Copies) -> None:
         """Adds entries to a chunk's file; a newer one of an item replaces the older."""
-        self._files.write(chunk, _to_parquet({**self.read(chunk), **copies}))
+        self._files.write(chunk_file(chunk), _to_parquet({**self.read(chunk), **copies}))
 
     def read(self, chunk: Chunk) -> Copies:
         """What the chunk has copied; nothing where its file is missing or damaged, so that it is copied again."""
-        content = self._files.read(chunk)
+        content = self._files.read(chunk_file(chunk))
         return {} if content is None else _from_parquet(content)
 
     def drop(self) -> None:

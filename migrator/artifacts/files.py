@@ -74,31 +74,8 @@ class LogFiles:
             self._fs.rm(self.folder, recursive=True)
 
 
-class ChunkFiles:
-    """One Parquet file a chunk."""
-
-    def __init__(self, artifacts: str, name: str, kind: str, key: str) -> None:
-        self._files = LogFiles(artifacts, name, kind, key)
-        self.folder = self._files.folder
-
-    def path(self, chunk: Chunk) -> str:
-        """Where a chunk's file lies, whether there is one or not."""
-        return self._files.path(_name(chunk))
-
-    def read(self, chunk: Chunk) -> bytes | None:
-        """The content of a chunk's file; None if there is none. Raises `TemporarilyUnavailable`."""
-        return self._files.read(_name(chunk))
-
-    def write(self, chunk: Chunk, content: bytes) -> None:
-        """Makes a chunk's file durable, whole or not at all. Raises `TemporarilyUnavailable`."""
-        self._files.write(_name(chunk), content)
-
-    def drop(self) -> None:
-        """Deletes the files of all chunks."""
-        self._files.drop()
-
-
-def _name(chunk: Chunk) -> str:
+def chunk_file(chunk: Chunk) -> str:
+    """The name of a chunk's file in a log that has one per chunk."""
     return f"{chunk.pass_number:04d}-{chunk.ordinal:08d}.parquet"
 
 

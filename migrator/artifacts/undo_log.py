@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from migrator.artifacts.files import ChunkFiles
+from migrator.artifacts.files import LogFiles, chunk_file
 from migrator.errors import PreconditionFailed
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ class OldVectors:
 class UndoLog:
     """The undo files of one migration."""
 
-    def __init__(self, files: ChunkFiles) -> None:
+    def __init__(self, files: LogFiles) -> None:
         self._files = files
         self.folder = files.folder
 
@@ -60,12 +60,12 @@ class UndoLog:
                 np.concatenate([before.vectors[kept], old.vectors[new]]),
                 [*(before.stamps[row] for row in kept), *(old.stamps[row] for row in new)],
             )
-        self._files.write(chunk, _to_parquet(old))
+        self._files.write(chunk_file(chunk), _to_parquet(old))
 
     def read(self, chunk: Chunk) -> OldVectors | None:
         """What the chunk overwrote; None if it never came to writing."""
-        content = self._files.read(chunk)
-        return None if content is None else _from_parquet(content, self._files.path(chunk))
+        content = self._files.read(chunk_file(chunk))
+        return None if content is None else _from_parquet(content, self._files.path(chunk_file(chunk)))
 
     def drop(self) -> None:
         """Deletes the undo files. After that there is no way back to the old vectors."""

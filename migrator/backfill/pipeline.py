@@ -8,15 +8,15 @@ work of the chunks in flight and nothing else.
 
 from __future__ import annotations
 
-import queue
 import threading
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, TypeAlias
+from queue import SimpleQueue
+from typing import TYPE_CHECKING, Protocol, TypeAlias
 
 import numpy as np
 
@@ -45,7 +45,7 @@ class Work:
     """A chunk on its way, and its images as they become ready."""
 
     loaded: LoadedChunk
-    images: queue.SimpleQueue[Future[Loaded]] = field(default_factory=queue.SimpleQueue)
+    images: SimpleQueue[Future[Loaded]] = field(default_factory=SimpleQueue)
     """Groups of images, in the order of the page."""
 
 
@@ -78,17 +78,40 @@ class ChunkFailed(Exception):
         self.reason = reason
 
 
-class Pipeline:
-    """Runs chunks through one encoder and one strategy's `transfer`.
+class ChunkQueue(Protocol):
+    """Where chunks come from and what becomes of them. Called from the pipeline's threads."""
 
-    `lease` gives the next chunk or None; `check` raises unless a chunk is still held and a request of that many seconds
-    may be sent for it; `leave` holds items not to be touched; `finish` records a written chunk, `fail` a refused one:
-    these are called from the pipeline's threads. `enough` is asked before each chunk is encoded; `on_batch` is told how
-    many items each batch held.
-    """
+    def lease(self) -> Chunk | None:
+        """The next chunk; None if there is none."""
+        ...
+
+    def check(self, chunk: Chunk, request_seconds: float) -> None:
+        """Raises `LeaseLost` unless the chunk is held and a request of that many seconds may be sent."""
+        ...
+
+    def finish(self, finished: Finished) -> None:
+        """Records a written chunk."""
+        ...
+
+    def fail(self, failed: ChunkFailed) -> None:
+        """Records a chunk that the store refused."""
+        ...
+
+    def is_enough(self) -> bool:
+        """Whether to stop before the next chunk is encoded."""
+        ...
+
+    def on_batch(self, items: int) -> None:
+        """Called after each batch with the number of its items."""
+        ...
+
+
+class Pipeline:
+    """Runs the chunks of a queue through one encoder and one `transfer`; items in `leave` are not touched."""
 
     def __init__(
         self,
+        queue: ChunkQueue,
         *,
         transfer: Transfer,
         images: ImageSource,
@@ -96,18 +119,11 @@ class Pipeline:
         batch_size: int,
         image_threads: int,
         retry_for: float,
-        lease: Callable[[], Chunk | None],
-        check: Callable[[Chunk, float], None],
         leave: Collection[ItemId],
-        finish: Callable[[Finished], None],
-        fail: Callable[[ChunkFailed], None],
-        enough: Callable[[], bool],
-        on_batch: Callable[[int], None],
     ) -> None:
         self.transfer, self.images, self.encoder = transfer, images, encoder
         self.batch_size, self.retry_for = batch_size, retry_for
-        self.lease, self.check, self.leave, self.finish, self.fail = lease, check, leave, finish, fail
-        self.enough, self.on_batch = enough, on_batch
+        self.queue, self.leave = queue, leave
         self.encoding_seconds = 0.0
         self._image_threads = image_threads
         self._abort = threading.Event()
@@ -118,8 +134,8 @@ class Pipeline:
         self._ahead = threading.Semaphore(2)
 
     def run(self) -> None:
-        """Until `lease` gives no more chunk or it is `enough`. On an error the chunks in flight are dropped."""
-        works: queue.SimpleQueue[Work | None] = queue.SimpleQueue()
+        """Until the queue is empty or says that it is enough. On an error the chunks in flight are dropped."""
+        works: SimpleQueue[Work | None] = SimpleQueue()
         with (
             ThreadPoolExecutor(self._image_threads, "image") as decoders,
             ThreadPoolExecutor(1, "reader") as reader,
@@ -129,7 +145,7 @@ class Pipeline:
             writing: Future[None] | None = None
             try:
                 for work in self._arriving(works, reading):
-                    if self.enough():
+                    if self.queue.is_enough():
                         self._stop_reading(decoders)
                         break
                     encoded = self._encode(work)
@@ -152,18 +168,18 @@ class Pipeline:
         self._window.release(self._groups)
         decoders.shutdown(wait=False, cancel_futures=True)
 
-    def _arriving(self, works: queue.SimpleQueue[Work | None], reading: Future[None]) -> Iterator[Work]:
+    def _arriving(self, works: SimpleQueue[Work | None], reading: Future[None]) -> Iterator[Work]:
         while (work := works.get()) is not None:
             yield work
         reading.result()
 
     # -- reader ---------------------------------------------------------------------------------------------------
 
-    def _read_ahead(self, works: queue.SimpleQueue[Work | None], decoders: ThreadPoolExecutor) -> None:
+    def _read_ahead(self, works: SimpleQueue[Work | None], decoders: ThreadPoolExecutor) -> None:
         try:
             while True:
                 self._ahead.acquire()
-                if self._abort.is_set() or (chunk := self.lease()) is None:
+                if self._abort.is_set() or (chunk := self.queue.lease()) is None:
                     return
                 loaded = self.transfer.load_chunk(chunk, self.leave)
                 work, page = Work(loaded), loaded.page
@@ -211,7 +227,7 @@ class Pipeline:
                         rows.append(done)
                         vectors.append(vector)
                 self.encoding_seconds += time.monotonic() - began
-                self.on_batch(len(batch))
+                self.queue.on_batch(len(batch))
                 batch = []
         stacked = np.stack(vectors) if vectors else np.empty((0, self.encoder.dim), np.float32)
         return Encoded(work, rows, stacked, failures)
@@ -226,16 +242,16 @@ class Pipeline:
 
     def _write(self, encoded: Encoded) -> None:
         loaded = encoded.work.loaded
-        fence = partial(self.check, loaded.chunk)
+        fence = partial(self.queue.check, loaded.chunk)
         fence(0.0)  # before the undo log too, which a rollback may have dropped by now
         self.transfer.set_fence(fence)
         try:
             report = self.transfer.write_chunk(loaded, encoded.rows, encoded.vectors)
         except StoreRejected as error:
-            self.fail(ChunkFailed(loaded.chunk, str(error)))
+            self.queue.fail(ChunkFailed(loaded.chunk, str(error)))
             return
         refused = [Failure(item, "store", reason) for item, reason in report.rejected.items()]
-        self.finish(
+        self.queue.finish(
             Finished(
                 loaded.chunk, [*loaded.repeated, *report.written], len(report.deleted), [*encoded.failures, *refused]
             )

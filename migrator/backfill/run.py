@@ -214,19 +214,14 @@ class _Run:
             self.done_before, self.total = counts.done, counts.planned
             self.pass_number = max(counts.passes - 1, 0)
             pipeline = Pipeline(
+                self,
                 transfer=self.transfer,
                 images=images,
                 encoder=encoder,
                 batch_size=self.settings.batch_size,
                 image_threads=self.settings.image_threads,
                 retry_for=self.settings.retry_for,
-                lease=self._lease,
-                check=self.leases.check,
                 leave=self.failing,
-                finish=self._finish,
-                fail=self._fail,
-                enough=self._enough,
-                on_batch=self._on_batch,
             )
             try:
                 pipeline.run()
@@ -258,7 +253,7 @@ class _Run:
             leave=self.project.open_failures(self.migration),
         )
 
-    # -- called by the pipeline -----------------------------------------------------------------------------------
+    # -- the pipeline's queue -----------------------------------------------------------------------------------
 
     def _out_of_time(self) -> bool:
         return self.max_seconds is not None and time.monotonic() - self.began >= self.max_seconds
@@ -266,11 +261,13 @@ class _Run:
     def _over_limit(self) -> bool:
         return self._out_of_time() or (self.max_items is not None and self.leased_items >= self.max_items)
 
-    def _enough(self) -> bool:
+    def is_enough(self) -> bool:
+        """Whether a stop was asked for, or the time is over after at least one chunk."""
         self.encoded += 1
         return self.stop.is_set() or (self.encoded > 1 and self._out_of_time())
 
-    def _lease(self) -> Chunk | None:
+    def lease(self) -> Chunk | None:
+        """The next free chunk within the limits."""
         if self.stop.is_set() or (self.leased_items and self._over_limit()):
             return None
         chunk = self.leases.acquire(self.tried)
@@ -278,12 +275,18 @@ class _Run:
             self.leased_items += chunk.items
         return chunk
 
-    def _on_batch(self, items: int) -> None:
+    def check(self, chunk: Chunk, request_seconds: float) -> None:
+        """See `Leases.check`."""
+        self.leases.check(chunk, request_seconds)
+
+    def on_batch(self, items: int) -> None:
+        """Reports the progress and rests."""
         self.done_before += items
         self.report(Progress(self.pass_number, min(self.done_before, self.total), self.total))
         self.throttle.rest()
 
-    def _finish(self, finished: Finished) -> None:
+    def finish(self, finished: Finished) -> None:
+        """In the ledger, and in what this run sums up."""
         self.ledger.finish_chunk(
             finished.chunk,
             self.owner,
@@ -299,7 +302,8 @@ class _Run:
         self.failed += len(finished.failures)
         self.gone += finished.gone
 
-    def _fail(self, failed: ChunkFailed) -> None:
+    def fail(self, failed: ChunkFailed) -> None:
+        """In the ledger; this run does not try it again."""
         self.tried.add(failed.chunk.id)
         self.leases.drop(failed.chunk)
         self.ledger.fail_chunk(failed.chunk, self.owner, error=failed.reason, max_attempts=self.settings.max_attempts)

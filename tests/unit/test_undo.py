@@ -15,7 +15,7 @@ from hypothesis.extra import numpy as hnp
 from migrator.adapters.base import ItemId
 from migrator.artifacts import files as module
 from migrator.artifacts import undo_log as undo
-from migrator.artifacts.files import ChunkFiles
+from migrator.artifacts.files import LogFiles
 from migrator.artifacts.undo_log import OldVectors, UndoLog
 from migrator.errors import PreconditionFailed, TemporarilyUnavailable
 from migrator.ledger import Chunk
@@ -64,20 +64,20 @@ def artifacts(request, tmp_path) -> str:
 
 @pytest.fixture
 def log(tmp_path) -> UndoLog:
-    return UndoLog(ChunkFiles(str(tmp_path), "digits-v2", "undo", "1"))
+    return UndoLog(LogFiles(str(tmp_path), "digits-v2", "undo", "1"))
 
 
 # --- what was there comes back ---------------------------------------------------------------------------------------
 
 
 def test_vectors_come_back_bit_for_bit(artifacts):
-    log = UndoLog(ChunkFiles(artifacts, "digits-v2", "undo", "1"))
+    log = UndoLog(LogFiles(artifacts, "digits-v2", "undo", "1"))
     assert log.read(chunk()) is None
     vectors = np.array([EXTREME[row % 10 :] + EXTREME[: row % 10] for row in range(len(IDS))], np.float32)
     assert np.count_nonzero(np.signbit(vectors) & (vectors == 0))
     before = OldVectors(IDS, vectors, [None, "stamp", *[None] * (len(IDS) - 2)])
     log.record(chunk(), before)
-    assert same(UndoLog(ChunkFiles(artifacts, "digits-v2", "undo", "1")).read(chunk()), before)
+    assert same(UndoLog(LogFiles(artifacts, "digits-v2", "undo", "1")).read(chunk()), before)
 
 
 @settings(max_examples=60, deadline=None)
@@ -89,7 +89,7 @@ def test_any_ids_and_any_bits(tmp_path_factory, items, data):
         st.lists(st.none() | st.text(st.characters(codec="utf-8")), min_size=len(items), max_size=len(items))
     )
     before = OldVectors(items, bits.view(np.float32), stamps)
-    log = UndoLog(ChunkFiles(f"memory://{uuid.uuid4().hex}", "digits-v2", "undo", "1"))
+    log = UndoLog(LogFiles(f"memory://{uuid.uuid4().hex}", "digits-v2", "undo", "1"))
     log.record(chunk(), before)
     assert same(log.read(chunk()), before)
     log.drop()
@@ -108,8 +108,7 @@ def test_vectors_in_another_layout(log):
 
 def test_each_chunk_of_each_migration_has_its_own_file(tmp_path):
     logs = [
-        UndoLog(ChunkFiles(str(tmp_path), name, "undo", number))
-        for name, number in (("a", "1"), ("a", "2"), ("b", "1"))
+        UndoLog(LogFiles(str(tmp_path), name, "undo", number)) for name, number in (("a", "1"), ("a", "2"), ("b", "1"))
     ]
     chunks = [chunk(0), chunk(1), chunk(0, pass_number=1), chunk(10**8)]
     written = {}
@@ -127,7 +126,7 @@ def test_each_chunk_of_each_migration_has_its_own_file(tmp_path):
 
 
 def test_the_first_state_is_kept_and_new_items_are_added(artifacts):
-    log = UndoLog(ChunkFiles(artifacts, "digits-v2", "undo", "1"))
+    log = UndoLog(LogFiles(artifacts, "digits-v2", "undo", "1"))
     first = old([1, "1", 3], stamps=["a", None, None])
     log.record(chunk(), first)
     half_new = old([3, 1, 4, "4"], seed=1, stamps=["new", "new", None, "b"])
@@ -143,7 +142,7 @@ def test_the_first_state_is_kept_and_new_items_are_added(artifacts):
 @settings(max_examples=40, deadline=None)
 @given(attempts=st.lists(st.lists(st.integers(0, 9), unique=True, max_size=6), min_size=1, max_size=5))
 def test_whatever_is_repeated_the_first_state_stands(attempts):
-    log = UndoLog(ChunkFiles(f"memory://{uuid.uuid4().hex}", "digits-v2", "undo", "1"))
+    log = UndoLog(LogFiles(f"memory://{uuid.uuid4().hex}", "digits-v2", "undo", "1"))
     first: dict[int, bytes] = {}
     for number, items in enumerate(attempts):
         state = old(items, seed=number)
@@ -171,7 +170,7 @@ def test_what_the_application_wrote_since_is_the_old_state_now(log):
 
 
 def test_drop(artifacts):
-    log = UndoLog(ChunkFiles(artifacts, "digits-v2", "undo", "1"))
+    log = UndoLog(LogFiles(artifacts, "digits-v2", "undo", "1"))
     log.drop()  # nothing to drop is no error
     log.record(chunk(0), old(list(range(100)), dim=64))
     log.record(chunk(1), old(list(range(100)), dim=64))
