@@ -37,7 +37,7 @@ GROUPS = 3
 @click.option(
     "--resample-queries",
     is_flag=True,
-    help="Draw query_set anew, which counts as a further interim analysis at the data.",
+    help="Draw a new query set, which counts as a further interim analysis.",
 )
 @json_option
 def command(

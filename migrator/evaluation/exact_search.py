@@ -165,7 +165,7 @@ def _search(
 ) -> _Candidates:
     """All of `rows` that can be among the k nearest of a query, and a few more.
 
-    The k-th best score so far, `kth` (q,) to begin with, is a threshold, below which a block's scores are passed over.
+    The k-th best score so far, `kth` (q,) to begin with, is a threshold, below which a block's scores are skipped.
     A float32 score is off by at most d u |q|.|g|, u = 2^-24, whatever the order of the sum (Higham, Accuracy and
     Stability of Numerical Algorithms, 2002, section 3.1): what is below the threshold by twice as much is no answer in
     exact terms either.

@@ -222,7 +222,7 @@ class Metric(NamedTuple):
         return f"{self.name}@{self.k}"
 
     def per_query(self, found: Relevance) -> Floats:
-        """The metric of each query, (q,); NaN marks queries without relevant items, which are left out of means.
+        """The metric of each query, (q,); NaN marks queries without relevant items, which are excluded from means.
 
         Raises ValueError where the ranking is shorter than k.
         """
@@ -264,7 +264,7 @@ def summarise(per_query: Floats) -> Summary:
 
 
 def negative_flips(old: Relevance, new: Relevance) -> Floats:
-    """1 for each query whose first answer was right in `old` and is wrong in `new`, else 0. (q,)
+    """1 for each query whose first result is relevant in `old` and irrelevant in `new`, else 0. (q,)
 
     NaN where a query has no relevant item. Yan et al., Positive-Congruent Training (arXiv 2011.09161, section 3).
     """
@@ -273,7 +273,7 @@ def negative_flips(old: Relevance, new: Relevance) -> Floats:
 
 
 def positive_flips(old: Relevance, new: Relevance) -> Floats:
-    """1 for each query whose first answer was wrong in `old` and is right in `new`, else 0; NaN as before. (q,)"""
+    """1 for each query whose first result is irrelevant in `old` and relevant in `new`, else 0; NaN as before. (q,)"""
     return negative_flips(new, old)
 
 

@@ -30,7 +30,7 @@ def describe_capabilities(can: Capabilities, *, lost: str | None = None) -> list
         else "there is no room for stamps, without which an application's writes cannot be found in place",
         "a vector is replaced without touching the rest of its item"
         if can.partial_update
-        else "in place, whole items are written anew: read right before and checked right after, so that deletions and "
+        else "in place, whole items are rewritten: read just before and checked just after, so that deletions and "
         "payload changes made in between hold",
         "a rollback in place restores every vector bit for bit"
         if can.exact_vectors and not can.normalises

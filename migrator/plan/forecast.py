@@ -64,7 +64,7 @@ def expected_quality(
     report: Callable[[int, int], None] = lambda _done, _of: None,
 ) -> Quality | None:
     """Measures on a sample of the collection; None where it has no classes with several items. Today's search is
-    asked with the items' stored vectors, so that no old model is needed."""
+    searched with the items' stored vectors, so that no old model is needed."""
     tags_at = _sample(project, store)
     if not tags_at:
         return None

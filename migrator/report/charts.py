@@ -82,7 +82,7 @@ def backfill_curve(
         axes.axhline(today, color=_FAINT, linewidth=1.2, linestyle=(0, (2, 2)), label="today’s search")
     axes.set_xlim(-0.02, 1.02)
     axes.set_xticks([0, 0.25, 0.5, 0.75, 1], ["0 %", "25 %", "50 %", "75 %", "100 %"])
-    axes.set_xlabel("of the collection embedded anew")
+    axes.set_xlabel("of the collection re-embedded")
     axes.set_ylabel(metric_name(metric))
     _legend(axes)
     return _svg(
@@ -98,7 +98,8 @@ def _order(order: str) -> str:
 
 
 def histogram(test: str, edges: Sequence[Any], counts: Mapping[str, Any], *, widest: tuple[float, float]) -> str | None:
-    """Similarities of right and of wrong pairs under one test, each as a share of its kind; None where there are none.
+    """Similarities of relevant and irrelevant pairs in one test, each as a share of its kind; None where there are
+    none.
 
     `edges` (n + 1), `counts` {positives (n), negatives (n)}; `widest` are the limits that all tests share.
     """
@@ -107,8 +108,8 @@ def histogram(test: str, edges: Sequence[Any], counts: Mapping[str, Any], *, wid
     figure, axes = _axes(height=2.1)
     drawn = 0
     for kind, label, color, hatch in (
-        ("negatives", "wrong pairs", _SERIES[1], "////"),
-        ("positives", "right pairs", _SERIES[0], None),
+        ("negatives", "irrelevant pairs", _SERIES[1], "////"),
+        ("positives", "relevant pairs", _SERIES[0], None),
     ):
         values = counts.get(kind) or []
         total = sum(value for value in values if is_number(value))
@@ -125,12 +126,12 @@ def histogram(test: str, edges: Sequence[Any], counts: Mapping[str, Any], *, wid
     axes.set_xlabel("cosine similarity")
     _legend(axes)
     return _svg(
-        figure, f"scores-{test}", f"Similarities, {TESTS[test]}", "How often right and wrong pairs have a similarity."
+        figure, f"scores-{test}", f"Similarities, {TESTS[test]}", "How often pairs of each kind have a similarity."
     )
 
 
 def training_curves(epochs: Sequence[Mapping[str, float]]) -> list[tuple[str, str]]:
-    """(caption, SVG) of the losses, of the validation, and of P_1, by epoch; what is not in the rows is left out."""
+    """(caption, SVG) of the losses, of the validation, and of P_1, by epoch; what is not in the rows is omitted."""
     if not epochs:
         return []
     from matplotlib.ticker import MaxNLocator

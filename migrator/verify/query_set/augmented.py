@@ -1,4 +1,4 @@
-"""Altered views of images: what is asked where nothing is known of the items but their own images."""
+"""Altered views of images: the queries where nothing is known of the items but their own images."""
 
 from __future__ import annotations
 
