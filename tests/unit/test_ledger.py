@@ -277,9 +277,18 @@ class LedgerSuite:
         shutil.copytree(Path(module.__file__).parent, package, ignore=ignored)
         monkeypatch.setattr(module, "__file__", str(package / "ledger.py"))
         monkeypatch.setattr(module, "SCHEMA", "0002")
+        engine = sa.create_engine(empty_url, poolclass=sa.NullPool)
+
+        def save_encoder(_: Ledger, encoder: str, card: str) -> None:
+            with engine.begin() as connection:
+                connection.execute(
+                    sa.text("INSERT INTO encoders (id, card, seen_at) VALUES (:id, :card, CURRENT_TIMESTAMP)"),
+                    {"id": encoder, "card": card},
+                )
+
+        monkeypatch.setattr(Ledger, "save_encoder", save_encoder)  # 0006 renamed a column
         with closing(Ledger(empty_url)) as old:
             migration = open_backfill(old, chunks=0)
-        engine = sa.create_engine(empty_url, poolclass=sa.NullPool)
         with engine.begin() as connection:
             for ordinal, up_to in enumerate(('"7"', "8")):
                 connection.execute(

@@ -467,8 +467,8 @@ def test_an_application_writes_between_two_requests(place: Place, what: str) -> 
         ({"url": "localhost:6333"}, "http://HOST:PORT"),
         ({"url": "ftp://127.0.0.1:6333"}, "http://HOST:PORT"),
         ({"url": "http://127.0.0.1:seven"}, "refused"),
-        ({"api_key": "secret\n"}, "perhaps the end of a line"),
-        ({"api_key": "sécret"}, "characters that no key has"),
+        ({"api_key": "secret\n"}, "perhaps a line break"),
+        ({"api_key": "sécret"}, "characters that no key contains"),
     ],
 )
 def test_settings_that_are_wrong(place: Place, change: dict[str, Any], says: str) -> None:
