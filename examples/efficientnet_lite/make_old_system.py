@@ -49,7 +49,7 @@ def main() -> None:
     source = parser.parse_args().images
     work = HERE / "work"
     if work.exists():
-        raise SystemExit(f"{work} is there already: remove it to begin anew")
+        raise SystemExit(f"{work} is there already: remove it to start again")
     if not source.is_dir():
         raise SystemExit(f"{source} is not there: apt-get install dataset-fashion-mnist, or give --images")
     (work / "images").mkdir(parents=True)

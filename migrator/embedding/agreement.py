@@ -493,7 +493,7 @@ def refusal(declared: Tried, found: Search | None, best: Tried | None, *, manife
     lines = [f"{what}; {advice}"]
     if found is not None:
         lines += _table(found)
-    lines.append("  without a model: old_encoder: stored goes on with the vectors as they lie there")
+    lines.append("  without a model: old_encoder: stored continues with the vectors as they are")
     return Disagreement("\n".join(lines), declared, found, best)
 
 

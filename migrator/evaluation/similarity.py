@@ -101,7 +101,7 @@ class Shift(NamedTuple):
         if _LATER["cross"] not in later:
             return f"{text}: set it again when queries move"
         if _LATER["cross"] not in moved:
-            return f"{text}: set it again as the backfill goes on"
+            return f"{text}: set it again as the backfill continues"
         return f"{text}: set it again, and during the backfill choose it per stage"
 
     def to_json(self) -> dict[str, Any]:

@@ -47,5 +47,5 @@ def check_unmixed(project: Project, store: Store, old_encoder_id: str, new_encod
         raise PreconditionFailed(
             f"{store.describe().name} holds vectors of {', '.join(sorted(map(str, foreign)))}, from a migration that "
             f"ledger {project.ledger} does not know: old queries must not meet them; restore that ledger and "
-            "go on with it, or roll it back"
+            "continue with it, or roll it back"
         )

@@ -194,7 +194,7 @@ def test_right_pairs_that_are_lost_are_told():
         "would "
         "let 1.0 % pass in the cross-test, 1.0 % after the backfill; of relevant pairs 51.9 % pass today, 51.9 % in "
         "the "
-        "cross-test, 19.9 % after the backfill: set it again as the backfill goes on"
+        "cross-test, 19.9 % after the backfill: set it again as the backfill continues"
     )
 
 
