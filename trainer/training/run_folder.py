@@ -22,12 +22,17 @@ if TYPE_CHECKING:
 _CHECKPOINT = re.compile(r"checkpoint-(\d{5})(?:-(\d{7}))?\.pt")
 LOCK_WAIT = 2.0
 """Seconds. Listing the runs holds the lock for an instant, to see whether a process trains there."""
-_RENAMED = {"train.most_left_out": "train.max_excluded"}
-"""Settings by their names in earlier runs, which can still be resumed."""
+_RENAMED = {"most_left_out": "max_excluded"}
+"""Settings by the last part of their names in earlier runs, which can still be resumed."""
 _RUN_FILES = (
     "result.json", "encoder.json", "encoder.safetensors", "classifier.safetensors", "best.pt", "baseline.json",
     "inputs.json", "old_vectors.npy", "old_vectors_mirrored.npy", "shared.npz", "metrics.csv",
 )  # fmt: skip
+
+
+def _present_name(name: str) -> str:
+    section, dot, key = name.rpartition(".")
+    return f"{section}{dot}{_RENAMED.get(key, key)}"
 
 
 @contextlib.contextmanager
@@ -61,7 +66,7 @@ def bind(out: Path, fingerprint: dict[str, Any], *, restart: bool) -> None:
     if noted.exists():
         try:
             stored = json.loads(noted.read_text())["fingerprint"]
-            before = {_RENAMED.get(name, name): value for name, value in stored.items()}
+            before = {_present_name(name): value for name, value in stored.items()}
         except (ValueError, KeyError, TypeError, AttributeError):
             before = {}
     # Before the first checkpoint nothing is lost: a setting that was refused is corrected without --restart.
