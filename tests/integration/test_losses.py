@@ -214,7 +214,8 @@ def test_more_queries_are_advised_where_the_gate_cannot_decide(worse: World, out
 def test_what_is_served_can_be_measured_after_the_cutover_and_status_agrees_on_what_is_mixed(
     world: World, out: Out, migrator: Migrator, capsys: pytest.CaptureFixture[str], strategy: str
 ) -> None:
-    world.configure(rollout__strategy=strategy)
+    # A batch's size may change the last bits of a vector, and with them the order of results that are nearly as far.
+    world.configure(rollout__strategy=strategy, backfill__batch_size=8)
     stages = ["prepare", "canary", "backfill"] if strategy == "in_place" else ["prepare", "backfill"]
 
     def mixed() -> bool:
