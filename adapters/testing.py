@@ -693,7 +693,7 @@ class StoreContract:
                 for _ in range(2):
                     store.swap_alias(alias, to=shadow.describe().collection_id)
                     assert collection.alias_leads_to() == shadow.describe().collection_id
-            # The open store goes on with the collection that it opened.
+            # The open store keeps the collection that it opened.
             assert store.count() == len(ids)
             with closing(store.open_collection(f"{info.collection_id}__shadow")) as shadow:
                 with pytest.raises(StoreRejected, match=r"alias|link"):

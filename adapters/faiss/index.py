@@ -19,7 +19,7 @@ from migrator.adapters.faiss.parts import translated_faiss
 
 BLOCK = 1 << 14  # vectors handled at once where a whole copy in float32 is not wanted
 
-# Odd multipliers of the row checksum. Fixed for ever: checksums are kept on disk.
+# Odd multipliers of the row checksum. Fixed permanently: checksums are kept on disk.
 _WORD = np.uint64(0x9E3779B97F4A7C15)
 
 

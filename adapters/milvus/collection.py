@@ -255,7 +255,7 @@ class GivenKeys:
 
     @property
     def carried(self) -> bool:
-        """Whether rows can be copied with their keys into a collection that goes on to make keys."""
+        """Whether rows can be copied with their keys into a collection that keeps making keys."""
         return self.written_by is not None and self.made_differ
 
 

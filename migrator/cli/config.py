@@ -21,7 +21,7 @@ import click
 def command(config_path: Path, show_schema: bool) -> None:
     """Check the configuration; print it or its JSON Schema.
 
-    Printed is what migrator understood, defaults filled in and secrets starred out.
+    Printed is what migrator understood, defaults filled in and secrets masked.
     """
     from migrator.config import json_schema, load_config
 

@@ -884,7 +884,7 @@ class Config(Section):
     def redacted(self) -> dict[str, Any]:
         """The configuration as plain values, fit for printing.
 
-        Values with a secret's name and credentials in URLs are starred out; a value that came from the environment
+        Values with a secret's name and credentials in URLs are masked; a value that came from the environment
         is shown as it is written in the file (`${NAME}`).
         """
 
