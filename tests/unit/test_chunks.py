@@ -319,7 +319,15 @@ def test_two_processes_that_catch_up_at_once_store_one_pass():
 # --- leaving room for others -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("nice", "worked", "rests"), [(0.0, 2.0, []), (1.0, 2.0, [2.0]), (0.5, 4.0, [2.0])])
+@pytest.mark.parametrize(
+    ("nice", "worked", "rests"),
+    [
+        (0.0, 2.0, []),
+        (1.0, 2.0, [2.0]),
+        (0.5, 4.0, [2.0]),
+        pytest.param(0.5, 8 * 3600.0, [15.0], id="stopped for a night"),
+    ],
+)
 def test_the_throttle_rests_in_proportion_to_the_work(monkeypatch, nice, worked, rests):
     clock, waited = [100.0], []
     monkeypatch.setattr("migrator.backfill.throttle.time.monotonic", lambda: clock[0])
