@@ -124,7 +124,7 @@ class CollectionInfo:
 
 @dataclass(frozen=True, slots=True)
 class Page:
-    """Whole items, in the order of the ids requested; ids that no longer exist are left out."""
+    """Whole items, in the order of the ids requested; ids that no longer exist are skipped."""
 
     ids: Sequence[ItemId]
     vectors: Vectors  # (n, dim)
@@ -139,7 +139,7 @@ class Page:
 
 @dataclass(frozen=True, slots=True)
 class VectorPage:
-    """Vectors and stamps of items, in the order of the ids requested; ids that no longer exist are left out."""
+    """Vectors and stamps of items, in the order of the ids requested; ids that no longer exist are skipped."""
 
     ids: Sequence[ItemId]
     vectors: Vectors  # (n, dim)
@@ -151,7 +151,7 @@ class VectorPage:
 
 @dataclass(frozen=True, slots=True)
 class PayloadPage:
-    """Payloads and stamps of items, in the order of the ids requested; ids that no longer exist are left out."""
+    """Payloads and stamps of items, in the order of the ids requested; ids that no longer exist are skipped."""
 
     ids: Sequence[ItemId]
     payloads: Sequence[Payload]
@@ -163,7 +163,7 @@ class PayloadPage:
 
 @dataclass(frozen=True, slots=True)
 class StampPage:
-    """Stamps of items, in the order of the ids requested; ids that no longer exist are left out."""
+    """Stamps of items, in the order of the ids requested; ids that no longer exist are skipped."""
 
     ids: Sequence[ItemId]
     stamps: Sequence[str | None]
@@ -243,7 +243,7 @@ class Store(Protocol):
         ...
 
     def read(self, ids: Sequence[ItemId]) -> Page:
-        """The items as they were written last; ids that no longer exist are left out."""
+        """The items as they were written last; ids that no longer exist are skipped."""
         ...
 
     def read_vectors(self, ids: Sequence[ItemId]) -> VectorPage:
@@ -539,16 +539,19 @@ class BaseStore(ABC):
 
     def _stamps(self, after: ItemId | None) -> Iterator[tuple[ItemId, str | None]]:
         """Every item beyond `after`, in order, with its stamp."""
-        while ids := self.scan_ids(after=after, limit=PAGE_IDS):
+        for ids in self._id_pages(after):
             page = self.read_stamps(ids)
             yield from zip(page.ids, page.stamps, strict=True)
+
+    def _id_pages(self, after: ItemId | None) -> Iterator[list[ItemId]]:
+        """Every id beyond `after`, in order."""
+        while ids := self.scan_ids(after=after, limit=PAGE_IDS):
+            yield ids
             after = ids[-1]
 
     def sample(self, n: int, *, seed: int) -> list[ItemId]:
         """`n` distinct ids in random order."""
-        everything: list[ItemId] = []
-        while more := self.scan_ids(after=everything[-1] if everything else None, limit=PAGE_IDS):
-            everything += more
+        everything = list(itertools.chain.from_iterable(self._id_pages(None)))
         chosen = np.random.default_rng(seed).choice(len(everything), min(max(n, 0), len(everything)), replace=False)
         return [everything[row] for row in chosen.tolist()]
 

@@ -48,7 +48,7 @@ def read_whole(store: Store, ids: Sequence[ItemId]) -> Page:
 
 
 def payloads(store: Store, ids: Iterable[ItemId]) -> Iterator[tuple[ItemId, Payload]]:
-    """Id and payload of these items, read page by page; ids that no longer exist are left out."""
+    """Id and payload of these items, read page by page; ids that no longer exist are skipped."""
     remaining = iter(ids)
     while batch := list(itertools.islice(remaining, ITEMS)):
         page = store.read_payloads(batch)

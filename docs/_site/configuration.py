@@ -41,7 +41,7 @@ def _default(section: str, key: str, value: dict[str, Any]) -> str:
     if isinstance(default, dict):
         return "see below"
     if default is None and section == "Train" and key != "items":
-        default = getattr(FitSettings(), key)  # what is left out takes the trainer's own value
+        default = getattr(FitSettings(), key)  # what is not set takes the trainer's own value
     if default is None:
         return "none"
     return f"`{default}`" if isinstance(default, str) else f"`{json.dumps(default)}`"

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+from migrator.adapters.files import sync_folder
 from migrator.errors import TemporarilyUnavailable
 
 if TYPE_CHECKING:
@@ -92,7 +94,7 @@ def _write_durably(path: str, content: bytes) -> None:
         if os.path.exists(temporary):  # noqa: PTH110
             os.unlink(temporary)  # noqa: PTH108
         raise
-    _sync_folder(os.path.dirname(path))  # noqa: PTH120
+    sync_folder(Path(path).parent)
 
 
 def _make_folder_durably(folder: str) -> None:
@@ -101,12 +103,4 @@ def _make_folder_durably(folder: str) -> None:
     above = os.path.dirname(folder)  # noqa: PTH120
     _make_folder_durably(above)
     os.makedirs(folder, exist_ok=True)  # noqa: PTH103
-    _sync_folder(above)
-
-
-def _sync_folder(folder: str) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    sync_folder(Path(above))

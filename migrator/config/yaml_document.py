@@ -90,7 +90,7 @@ class Document:
                 self.report((*at, name), "this key is not text: put it in quotes", line)
             elif key.value in values:
                 place = (*at, key.value)
-                self.report(place, f"the key stands here again; remove it or the one on line {self.lines[place]}", line)
+                self.report(place, f"duplicate key; remove it or the one on line {self.lines[place]}", line)
             else:
                 self.lines[(*at, key.value)] = line
                 values[key.value] = self.value(inner, (*at, key.value))

@@ -230,7 +230,7 @@ class RouteClientRow(Base):
 
     collection: Mapped[str] = mapped_column(ForeignKey("routes.collection"), primary_key=True)
     owner: Mapped[str] = mapped_column(primary_key=True)
-    """Host and process, as leases name theirs."""
+    """Host and process, as the owner of a lease is named."""
     name: Mapped[str] = mapped_column(Text)
     epoch: Mapped[int]
     ttl: Mapped[float] = mapped_column(Float)

@@ -1,4 +1,4 @@
-"""What gets worse: the classes and segments that lose most, and example queries of theirs."""
+"""What gets worse: the classes and segments that lose most, and example queries of them."""
 
 from __future__ import annotations
 

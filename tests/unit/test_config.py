@@ -517,7 +517,7 @@ ledgr: sqlite:///x.db
         (
             "artifacts: ./artifacts",
             "version: 1",
-            "3: version: the key stands here again; remove it or the one on line 1",
+            "3: version: duplicate key; remove it or the one on line 1",
         ),
         ("{kind: faiss, path: ./gallery}", "x", "6: migrations.digits-v2.store: must be a mapping of keys to values"),
         ("{kind: faiss, path: ./gallery}", "", "6: migrations.digits-v2.store: must be a mapping of keys to values"),

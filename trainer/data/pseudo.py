@@ -28,7 +28,7 @@ def default_k(n: int) -> int:
 def pseudo_classes(vectors: NDArray[np.float32], k: int, *, seed: int) -> NDArray[np.int64]:
     """Clusters the unit vectors (n, D) into at most k classes by spherical k-means (faiss): (n,) int64 from 0 on.
 
-    The same for the same seed and number of threads. Clusters that end up empty are left out, so that the classes are
+    The same for the same seed and number of threads. Clusters that end up empty are dropped, so that the classes are
     numbered without gaps. Raises TrainingProblem where k does not suit n, or faiss is not installed.
     """
     if not 2 <= k <= len(vectors):
